@@ -1,0 +1,328 @@
+"""Messages between ranks: serial, MPI, and threads that stand in for MPI in tests.
+
+The only file that imports mpi4py. A serial run is a run on one rank in which no message is sent.
+Tensors that are sent or received are contiguous and on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from xbraid_py.grid import Partition
+
+# What launchers tell the processes they start: (number of processes, own number).
+_LAUNCHERS = (
+    ("PMI_SIZE", "PMI_RANK"),
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+    ("SLURM_NTASKS", "SLURM_PROCID"),
+)
+
+
+class LaunchError(RuntimeError):
+    """The launcher started several processes that do not know of each other."""
+
+
+class Communicator(ABC):
+    """What the library asks of a group of ranks.
+
+    Sends never wait for the receiver (`isend` returns a function that waits until the buffer is free
+    again); everything else is blocking. Messages between two ranks arrive in the order of sending.
+    """
+
+    rank: int
+    size: int
+
+    @abstractmethod
+    def isend(self, tensor: torch.Tensor, dest: int) -> Callable[[], None]:
+        """Start sending; the returned function waits until `tensor` may be overwritten."""
+
+    @abstractmethod
+    def recv(self, out: torch.Tensor, source: int) -> torch.Tensor:
+        """Receive into `out` and return it."""
+
+    @abstractmethod
+    def bcast(self, value: Any, root: int = 0) -> Any:
+        """`value` of rank `root` (any picklable object), on every rank."""
+
+    @abstractmethod
+    def allgather(self, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """Rows of all ranks, joined in the order of the ranks; `counts[r]` come from rank r."""
+
+    @abstractmethod
+    def gather(self, value: Any, root: int = 0) -> list[Any] | None:
+        """Objects of all ranks in a list on `root`, None elsewhere."""
+
+    @abstractmethod
+    def abort(self, status: int) -> None:
+        """End the whole job at once with exit status `status`."""
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.bcast(self.gather(None))
+
+    def ordered_sum(self, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """Sum over the rows of all ranks, in the order of the rows.
+
+        Bitwise the same on any number of ranks: the summands are those of the rows, not of the ranks.
+        """
+        return self.allgather(rows, counts).sum(0)
+
+    def redistribute(self, rows: torch.Tensor, source: Partition, target: Partition) -> torch.Tensor:
+        """Rows owned as in `source`, handed to their owners in `target`; no message if these agree."""
+        if source == target:
+            return rows
+        out = rows.new_empty((target.count(self.rank), *rows.shape[1:]))
+        waits = []
+        for peer, part in source.overlaps(self.rank, target):
+            if peer == self.rank:
+                shift = source.first(self.rank) - target.first(self.rank)
+                out[part.start + shift : part.stop + shift] = rows[part]
+            else:
+                waits.append(self.isend(rows[part].contiguous(), peer))
+        for peer, part in target.overlaps(self.rank, source):
+            if peer != self.rank:
+                self.recv(out[part], peer)
+        for wait in waits:
+            wait()
+        return out
+
+    def shift(self, edge: torch.Tensor, partition: Partition, direction: int) -> torch.Tensor | None:
+        """Pass `edge` on to the owner of the next rows in `direction`; the one from the other side.
+
+        Returns None on ranks without rows and at the end that nothing comes from.
+        """
+        if not partition.count(self.rank):
+            return None
+        ahead = partition.neighbour(self.rank, direction)
+        behind = partition.neighbour(self.rank, -direction)
+        wait = self.isend(edge.contiguous(), ahead) if ahead is not None else None
+        received = self.recv(torch.empty_like(edge, memory_format=torch.contiguous_format), behind) if behind is not None else None
+        if wait is not None:
+            wait()
+        return received
+
+    def first_error(self, message: str | None) -> tuple[int, str] | None:
+        """Lowest rank that passes a message, with it, on every rank; None if no rank does."""
+        found = self.gather(message)
+        if found is not None:
+            found = next(((rank, text) for rank, text in enumerate(found) if text is not None), None)
+        return self.bcast(found)
+
+
+class SerialCommunicator(Communicator):
+    """One rank, no messages."""
+
+    rank = 0
+    size = 1
+
+    def isend(self, tensor, dest):
+        raise ValueError(f"dest={dest}: a serial run has no other rank to send to")
+
+    def recv(self, out, source):
+        raise ValueError(f"source={source}: a serial run has no other rank to receive from")
+
+    def bcast(self, value, root=0):
+        return value
+
+    def allgather(self, rows, counts):
+        return rows
+
+    def gather(self, value, root=0):
+        return [value]
+
+    def abort(self, status):
+        os._exit(status)
+
+
+class MPICommunicator(Communicator):
+    """The ranks of an `mpi4py.MPI.Comm`; tensors travel without packing or pickling."""
+
+    def __init__(self, comm):
+        self.mpi = comm
+        self.rank = comm.Get_rank()
+        self.size = comm.Get_size()
+
+    def isend(self, tensor, dest):
+        return self.mpi.Isend(tensor.detach(), dest).Wait
+
+    def recv(self, out, source):
+        self.mpi.Recv(out, source)
+        return out
+
+    def bcast(self, value, root=0):
+        return self.mpi.bcast(value, root)
+
+    def allgather(self, rows, counts):
+        width = rows[:1].numel() if len(rows) else _row_size(rows)
+        out = rows.new_empty((sum(counts), *rows.shape[1:]))
+        self.mpi.Allgatherv(rows.contiguous(), [out, [count * width for count in counts]])
+        return out
+
+    def gather(self, value, root=0):
+        return self.mpi.gather(value, root)
+
+    def barrier(self):
+        self.mpi.Barrier()
+
+    def abort(self, status):
+        self.mpi.Abort(status)
+
+
+def _row_size(rows: torch.Tensor) -> int:
+    size = 1
+    for extent in rows.shape[1:]:
+        size *= extent
+    return size
+
+
+class ThreadCommunicator(Communicator):
+    """One of several threads of this process that behave as ranks; made by `run_threads`."""
+
+    def __init__(self, rank: int, shared: _Shared):
+        self.rank = rank
+        self.size = shared.size
+        self._shared = shared
+
+    def isend(self, tensor, dest):
+        self._put(tensor.detach().clone(), dest)
+        return lambda: None
+
+    def recv(self, out, source):
+        sent = self._get(source)
+        if sent.shape != out.shape or sent.dtype != out.dtype:
+            raise ValueError(f"rank {self.rank} expects {out.shape} from rank {source}, got {sent.shape}")
+        return out.copy_(sent)
+
+    def bcast(self, value, root=0):
+        if self.rank != root:
+            return self._get(root)
+        for peer in range(self.size):
+            if peer != root:
+                self._put(value, peer)
+        return value
+
+    def allgather(self, rows, counts):
+        parts = self.bcast(self.gather(rows.detach().clone()))
+        if [len(part) for part in parts] != list(counts):
+            raise ValueError(f"counts={list(counts)} but the ranks sent {[len(part) for part in parts]}")
+        return torch.cat(parts)
+
+    def gather(self, value, root=0):
+        if self.rank != root:
+            self._put(value, root)
+            return None
+        return [value if peer == root else self._get(peer) for peer in range(self.size)]
+
+    def abort(self, status):
+        self._shared.failed.set()
+        raise SystemExit(status)
+
+    def _put(self, value, dest):
+        self._shared.queues[self.rank, dest].put(value)
+
+    def _get(self, source):
+        # Polling, so that the failure of one thread ends the others as an abort ends MPI ranks.
+        while not self._shared.failed.is_set():
+            try:
+                return self._shared.queues[source, self.rank].get(timeout=0.05)
+            except queue.Empty:
+                continue
+        raise _PeerFailed
+
+
+class _PeerFailed(Exception):
+    """Another thread has failed; its exception is the one to report."""
+
+
+class _Shared:
+    def __init__(self, size: int):
+        self.size = size
+        self.failed = threading.Event()
+        self.queues = {(a, b): queue.SimpleQueue() for a in range(size) for b in range(size)}
+
+
+def run_threads(size: int, body: Callable[[Communicator], Any]) -> list[Any]:
+    """Run `body(comm)` on `size` ranks that are threads; their results in the order of the ranks.
+
+    The first exception of a rank ends the others and is raised here.
+    """
+    shared = _Shared(size)
+    results: list[Any] = [None] * size
+    errors: list[BaseException] = []
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = body(ThreadCommunicator(rank, shared))
+        except _PeerFailed:
+            pass
+        except BaseException as error:
+            # Whatever it is, it is raised again below, in the thread that asked for the run.
+            errors.append(error)
+            shared.failed.set()
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results
+
+
+def check_launcher(size: int, environ=os.environ) -> None:
+    """Raise `LaunchError` if the launcher started more processes than the communicator holds.
+
+    An `mpirun` of another MPI than the library's, or `srun` without the right plugin, starts N
+    independent runs of size 1 that would overwrite each other's files.
+    """
+    for size_name, _ in _LAUNCHERS:
+        if size_name in environ:
+            if environ[size_name] != str(size):
+                raise LaunchError(
+                    f"{size_name}={environ[size_name]} but MPI sees {size} process(es): the launcher does not "
+                    f"belong to the MPI library of mpi4py. Start with the mpirun of that library "
+                    f"(the one beside this python), or with `srun --mpi=pmi2` (MPICH) or `srun --mpi=pmix` "
+                    f"(Open MPI); for a single process in a SLURM allocation use `srun -n 1`."
+                )
+            return
+
+
+def launcher_rank(environ=os.environ) -> int:
+    """This process's number according to its launcher; 0 without one. Needs no MPI."""
+    for size_name, rank_name in _LAUNCHERS:
+        if size_name in environ:
+            return int(environ.get(rank_name, 0))
+    return 0
+
+
+def world() -> Communicator:
+    """The communicator of all ranks of this job; serial where the job has one process.
+
+    Raises
+    ------
+    LaunchError
+        If the launcher started several processes that MPI does not join.
+    """
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    check_launcher(comm.Get_size())
+    return wrap(comm)
+
+
+def wrap(comm=None) -> Communicator:
+    """`comm` as a `Communicator`: a Communicator, an `mpi4py.MPI.Comm`, or None for a serial run."""
+    if isinstance(comm, Communicator):
+        return comm
+    if comm is None or comm.Get_size() == 1:
+        return SerialCommunicator()
+    return MPICommunicator(comm)

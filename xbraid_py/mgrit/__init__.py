@@ -1,0 +1,7 @@
+"""MGRIT with FAS: a multigrid solver for u_{n+1} = Phi(u_n) over all n at once."""
+
+from xbraid_py.mgrit.hierarchy import Hierarchy, Level
+from xbraid_py.mgrit.options import MGRIT
+from xbraid_py.mgrit.solver import Solution, Solver
+
+__all__ = ["MGRIT", "Hierarchy", "Level", "Solution", "Solver"]

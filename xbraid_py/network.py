@@ -1,0 +1,161 @@
+"""The whole network over a communicator: classification o layers o opening.
+
+Shape letters: `N` layers, `n` of them owned here, `F` features, `C` width, `B` batch, `p` parameters of a layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xbraid_py.comm import Communicator
+from xbraid_py.grid import LayerGrid, Partition
+from xbraid_py.networks.dense import DenseLayer
+from xbraid_py.networks.parameters import Layout, Stack
+from xbraid_py.propagator import Forward, ResidualSteps
+
+_PREDICT_CHUNK = 1024  # samples that travel through the ranks together
+
+
+@dataclass(frozen=True)
+class InitialScales:
+    """Standard deviations of the initial weights (matrices); all biases start at zero.
+
+    Parameters
+    ----------
+    opening, layers, classification
+        Of the three stacks; 0 starts a stack at zero.
+    """
+
+    opening: float = 1.0
+    layers: float = 1e-2
+    classification: float = 1e-1
+
+    def __post_init__(self):
+        for name in ("opening", "layers", "classification"):
+            value = getattr(self, name)
+            if not 0.0 <= value < float("inf"):
+                raise ValueError(f"{name}={value} must be at least 0 and finite; use {getattr(InitialScales, name)}")
+
+
+@dataclass(frozen=True)
+class ResidualNetwork:
+    """u_0 = opening(y), u_{n+1} = u_n + h F(u_n, theta_n), logits = classification(u_N) (design, 4.1).
+
+    Parameters
+    ----------
+    opening, block, classification : DenseLayer
+        (F to C), F itself (C to C) and (C to classes).
+    grid : LayerGrid
+        The N layers.
+    partition : Partition
+        Owners of the layers. The opening layer belongs to the owner of the first, the classification layer
+        to the owner of the last one.
+    comm : Communicator
+    dtype : torch.dtype
+        Of weights and states.
+    """
+
+    opening: DenseLayer
+    block: DenseLayer
+    classification: DenseLayer
+    grid: LayerGrid
+    partition: Partition
+    comm: Communicator
+    dtype: torch.dtype = torch.float64
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the opening layer is here."""
+        return self.partition.owner(0) == self.comm.rank
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the classification layer is here."""
+        return self.last_rank == self.comm.rank
+
+    @property
+    def last_rank(self) -> int:
+        """Owner of the last layer and of the classification layer."""
+        return self.partition.owner(self.grid.num_layers - 1)
+
+    @property
+    def layout(self) -> Layout:
+        """How the weights owned here lie in one flat vector."""
+        rank, N = self.comm.rank, self.grid.num_layers
+        layers = Stack("layers", self.block.shapes, N, self.partition.first(rank), self.partition.count(rank))
+        return Layout(
+            (
+                Stack("opening", self.opening.shapes, 1, 0 if self.is_first else 1, int(self.is_first)),
+                layers,
+                Stack("classification", self.classification.shapes, 1, 0 if self.is_last else 1, int(self.is_last)),
+            ),
+            self.dtype,
+        )
+
+    @property
+    def row_counts(self) -> list[int]:
+        """Number of rows of weights (of all three stacks) of every rank."""
+        counts = list(self.partition.counts)
+        counts[self.partition.owner(0)] += 1
+        counts[self.last_rank] += 1
+        return counts
+
+    def dot(self, a: Tensor, b: Tensor) -> float:
+        """Dot product of two flat vectors over all ranks, bitwise the same on any number of them."""
+        return float(self.comm.ordered_sum(self.layout.row_dots(a, b), self.row_counts))
+
+    def initial(self, scales: InitialScales, seed: int) -> Tensor:
+        """Random weights: those of a layer depend on the seed and on the layer, not on the number of ranks."""
+        flat = self.layout.zeros()
+        rows = self.layout.rows(flat)
+        for number, stack in enumerate(self.layout.stacks):
+            scale = getattr(scales, stack.name)
+            size = prod(stack.shapes["weight"])
+            for i in range(stack.count):
+                rng = np.random.default_rng([seed, number, stack.first + i])
+                rows[stack.name][i, :size] = torch.from_numpy(scale * rng.standard_normal(size))
+        return flat
+
+    def steps(self, x: Tensor) -> ResidualSteps:
+        """The residual layers owned here, with the weights in the flat vector `x`."""
+        return ResidualSteps(self.block, self.layout.rows(x)["layers"], self.grid.h)
+
+    def open(self, x: Tensor, features: Tensor) -> Tensor:
+        """u_0 (C, B) of features (F, B); on the owner of the first layer."""
+        return self.opening.forward(self.layout.rows(x)["opening"], features[None])[0]
+
+    def classify(self, x: Tensor, u: Tensor) -> Tensor:
+        """Logits (classes, B) of u_N (C, B); on the owner of the last layer."""
+        return self.classification.forward(self.layout.rows(x)["classification"], u[None])[0]
+
+    def predict(self, x: Tensor, features: Tensor) -> Tensor:
+        """Classes (B,) of features (F, B), exactly propagated, on every rank.
+
+        The samples go through the ranks in portions, so that all ranks are busy once the first has passed.
+        """
+        template = torch.empty((self.block.inputs, 0), dtype=self.dtype)
+        propagator = Forward(self.steps(x), None, template)
+        rank, count = self.comm.rank, self.partition.count(self.comm.rank)
+        ahead = self.partition.neighbour(rank, +1) if count else None
+        behind = self.partition.neighbour(rank, -1) if count else None
+        classes, waits = [], []
+        for first in range(0, features.shape[1], _PREDICT_CHUNK) if count else ():
+            portion = features[:, first : first + _PREDICT_CHUNK]
+            if behind is None:
+                u = self.open(x, portion)[None]
+            else:
+                u = self.comm.recv(template.new_empty((1, self.block.inputs, portion.shape[1])), behind)
+            for i in range(count):
+                u = propagator.step(u, slice(i, i + 1))
+            if ahead is None:
+                classes.append(self.classify(x, u[0]).argmax(0))
+            else:
+                waits.append(self.comm.isend(u, ahead))
+        for wait in waits:
+            wait()
+        return self.comm.bcast(torch.cat(classes) if classes else None, self.last_rank)

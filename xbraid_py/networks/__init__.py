@@ -1,0 +1,1 @@
+"""Layers as functions of stacked weights: tensors in, tensors out, no messages."""

@@ -1,0 +1,100 @@
+"""How one flat vector holds the weights that a rank owns, row by row.
+
+A network is three stacks of equal layers: one opening layer, N residual layers, one classification layer.
+A stack is a matrix with a row of weights for every layer; a rank owns consecutive rows of it, perhaps none.
+Joined in the order of the ranks, the rows are those of the whole network on any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The rows of one stack of layers that a rank owns.
+
+    Attributes
+    ----------
+    name : str
+        "opening", "layers" or "classification".
+    shapes : mapping of str to tuple of int
+        Parameters of one layer, in the order of the row.
+    total : int
+        Rows of the whole network.
+    first, count : int
+        Rows `first .. first + count` are owned here.
+    """
+
+    name: str
+    shapes: Mapping[str, tuple[int, ...]]
+    total: int
+    first: int
+    count: int
+
+    @property
+    def row_size(self) -> int:
+        """Parameters of one layer."""
+        return sum(prod(shape) for shape in self.shapes.values())
+
+    def unpack(self, rows: Tensor) -> dict[str, Tensor]:
+        """Views (count, *shape) of the parameters in rows (count, row_size), by their names."""
+        parts = rows.split([prod(shape) for shape in self.shapes.values()], dim=1)
+        return {name: part.unflatten(1, shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The stacks of a network, in the order opening, layers, classification, in one flat vector.
+
+    Parameters
+    ----------
+    stacks : tuple of Stack
+        What this rank owns of each.
+    dtype : torch.dtype
+        Of the weights.
+    """
+
+    stacks: tuple[Stack, ...]
+    dtype: torch.dtype = torch.float64
+
+    @property
+    def size(self) -> int:
+        """Length of the flat vector on this rank."""
+        return sum(stack.count * stack.row_size for stack in self.stacks)
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the whole network."""
+        return sum(stack.total * stack.row_size for stack in self.stacks)
+
+    def zeros(self) -> Tensor:
+        """A flat vector of zeros."""
+        return torch.zeros(self.size, dtype=self.dtype)
+
+    def rows(self, flat: Tensor) -> dict[str, Tensor]:
+        """Views (count, row_size) of the stacks in a flat vector, by name."""
+        views, start = {}, 0
+        for stack in self.stacks:
+            end = start + stack.count * stack.row_size
+            views[stack.name] = flat[start:end].view(stack.count, stack.row_size)
+            start = end
+        return views
+
+    def named(self, flat: Tensor) -> dict[str, Tensor]:
+        """Views of all parameters in a flat vector: "layers.weight" (count, O, I) and so on."""
+        rows = self.rows(flat)
+        return {
+            f"{stack.name}.{name}": view
+            for stack in self.stacks
+            for name, view in stack.unpack(rows[stack.name]).items()
+        }
+
+    def row_dots(self, a: Tensor, b: Tensor) -> Tensor:
+        """Dot products of the rows of two flat vectors, one number a row, in the order of the rows."""
+        return torch.cat([rows.sum(1) for rows in self.rows(a * b).values()])

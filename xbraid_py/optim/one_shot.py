@@ -1,0 +1,185 @@
+"""One-shot optimisation: a few solver iterations for each update of the weights, warm-started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import isfinite, sqrt
+from typing import Literal
+
+from torch import Tensor
+
+from xbraid_py.errors import RunError
+from xbraid_py.objective import Evaluation, Objective
+from xbraid_py.optim.line_search import Armijo, FixedStep
+from xbraid_py.optim.quasi_newton import QuasiNewton
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneShotOptions:
+    """Options of the one-shot optimiser.
+
+    Parameters
+    ----------
+    method
+        L-BFGS, BFGS or steepest descent.
+    memory
+        Pairs that L-BFGS keeps.
+    curvature_check
+        Leave out pairs without positive curvature.
+    fixed_step
+        A fixed step size instead of the line search.
+    line_search
+        Armijo backtracking.
+    boost_updates
+        During this many updates after a start or a refinement ...
+    boost_iter
+        ... each solve makes up to this many MGRIT iterations (paper 001, section 2.2: 10 for the first 3).
+    gtol
+        Stop a level when the norm of the gradient is at most this.
+    """
+
+    method: Literal["lbfgs", "bfgs", "steepest"] = "lbfgs"
+    memory: int = 10
+    curvature_check: bool = True
+    fixed_step: float | None = None
+    line_search: Armijo = Armijo()
+    boost_updates: int = 3
+    boost_iter: int = 10
+    gtol: float = 0.0
+
+    def __post_init__(self):
+        if self.method not in ("lbfgs", "bfgs", "steepest"):
+            raise ValueError(f"method={self.method!r} must be lbfgs, bfgs or steepest; use lbfgs")
+        for name, least in (("memory", 1), ("boost_updates", 0), ("boost_iter", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}; use 10")
+        if not 0.0 <= self.gtol < float("inf"):
+            raise ValueError(f"gtol={self.gtol} must be at least 0; use 1e-9")
+        if self.fixed_step is not None:
+            FixedStep(self.fixed_step)
+
+
+@dataclass(frozen=True)
+class Update:
+    """The state before an update.
+
+    Attributes
+    ----------
+    number : int
+        Updates made so far on this level.
+    evaluation : Evaluation
+        The objective there.
+    grad_norm : float
+        2-norm of the gradient there.
+    step, backtracks : float, int
+        Of the line search that led there; 0 at the start.
+    note : str or None
+        Something a user should know: the line search had to start again, say.
+    """
+
+    number: int
+    evaluation: Evaluation
+    grad_norm: float
+    step: float
+    backtracks: int
+    note: str | None = None
+
+
+class OneShot:
+    """Minimises an objective from one point; `run` makes the updates.
+
+    Parameters
+    ----------
+    objective : Objective
+    options : OneShotOptions
+    x : Tensor
+        The weights to start from.
+
+    Attributes
+    ----------
+    x, gradient : Tensor
+        The current weights, and the gradient there (None until it has been asked for).
+    evaluation : Evaluation
+        The objective there.
+    quasi_newton : QuasiNewton
+        The pairs of earlier updates.
+    """
+
+    def __init__(self, objective: Objective, options: OneShotOptions, x: Tensor):
+        self.objective, self.options, self.x = objective, options, x
+        self.quasi_newton = QuasiNewton(options.method, objective.dot, options.memory, options.curvature_check)
+        self.number = 0
+        self.gradient: Tensor | None = None
+        self.evaluation: Evaluation | None = None
+        self.step, self.backtracks = 0.0, 0
+        self._search = options.line_search if options.fixed_step is None else FixedStep(options.fixed_step)
+
+    def run(self, num_updates: int) -> Iterator[Update]:
+        """Make updates until there are `num_updates`; yields the state before each.
+
+        At a yield, `x`, `gradient`, `evaluation`, `number` and the pairs are all that the rest of the run
+        depends on, besides the objective's own warm start. Ends early where the gradient is small enough, or
+        where a line search fails even from a more accurate gradient.
+
+        Raises
+        ------
+        RunError
+            If the objective or its gradient is not finite.
+        """
+        if self.evaluation is None:
+            self.evaluation = self.objective.evaluate(self.x, self._iterations)
+            self._require_finite(self.evaluation.value, "objective")
+        note = None
+        while self.number < num_updates:
+            if self.gradient is None:
+                self.gradient = self.objective.gradient(self.x, self._iterations)
+            norm = sqrt(max(0.0, self.objective.dot(self.gradient, self.gradient)))
+            self._require_finite(norm, "norm of the gradient")
+            yield Update(self.number, self.evaluation, norm, self.step, self.backtracks, note)
+            if norm <= self.options.gtol:
+                return
+            trial, note = self._advance()
+            if trial is None:
+                yield Update(self.number, self.evaluation, norm, 0.0, 0, note)
+                return
+            previous = self.gradient
+            last = trial.x - self.x
+            self.x, self.evaluation = trial.x, trial.evaluation
+            self.step, self.backtracks = trial.step, trial.backtracks
+            self._require_finite(self.evaluation.value, "objective")
+            self.number += 1
+            self.gradient = None
+            if self.number < num_updates:
+                self.gradient = self.objective.gradient(self.x, self._iterations)
+                self.quasi_newton.add(last, self.gradient - previous)
+
+    def _advance(self):
+        """A line search; where it fails, another from an accurate gradient."""
+        note = None
+        for attempt in range(2):
+            direction = self.quasi_newton.direction(self.gradient)
+            slope = self.objective.dot(self.gradient, direction)
+            trial = self._search.search(
+                self.x, self.evaluation.value, direction, slope, lambda x: self.objective.evaluate(x, self._iterations)
+            )
+            if trial is not None:
+                return trial, note
+            note = f"update {self.number}: no descent along the direction; line search started again"
+            # The direction may be bad because the pairs are, or because the solves were too inexact.
+            self.quasi_newton.clear()
+            if attempt == 0:
+                self.evaluation = self.objective.evaluate(self.x, self.options.boost_iter)
+                self.gradient = self.objective.gradient(self.x, self.options.boost_iter)
+        return None, f"update {self.number}: no descent along the gradient either; this level ends here"
+
+    @property
+    def _iterations(self) -> int | None:
+        return self.options.boost_iter if self.number < self.options.boost_updates else None
+
+    def _require_finite(self, value: float, what: str) -> None:
+        if not isfinite(value):
+            raise RunError(
+                f"the {what} is {value} at update {self.number}: it must be finite. The last checkpoint holds the "
+                f"weights before; start with smaller weights (layers=1e-2) or a shorter time (T=1.0)"
+            )
