@@ -52,8 +52,8 @@ class Hierarchy:
     def plan(cls, options: MGRIT, grid: LayerGrid, num_ranks: int) -> Hierarchy:
         """The levels that `options` ask for.
 
-        Coarsening ends at `max_levels`, before a level would have fewer than `min_coarse` steps, and (with
-        one coarsening factor for all levels) where the factor no longer divides the number of steps.
+        Coarsening ends at `max_levels`, before a level would have fewer than `min_coarse` steps, and where a
+        coarsening factor that was not given for that very level does not divide the number of steps.
 
         Raises
         ------
@@ -65,7 +65,8 @@ class Hierarchy:
         steps = grid.num_layers
         while len(factors) + 1 < options.max_levels:
             factor = options.cfactor_of(len(factors))
-            if steps % factor and (not factors or isinstance(options.cfactor, tuple)):
+            given = isinstance(options.cfactor, tuple) and len(factors) < len(options.cfactor)
+            if steps % factor and (given or not factors):
                 what = "num_layers" if not factors else f"steps_of_level_{len(factors)}"
                 require_multiple(what, steps, factor, "cfactor")
             if steps % factor or steps // factor < options.min_coarse:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from xbraid_py.errors import RunError
 from xbraid_py.objective import Evaluation, Objective
-from xbraid_py.optim.line_search import Armijo, FixedStep
+from xbraid_py.optim.line_search import Armijo, FixedStep, Trial
 from xbraid_py.optim.quasi_newton import QuasiNewton
 
 
@@ -74,8 +74,6 @@ class Update:
         2-norm of the gradient there.
     step, backtracks : float, int
         Of the line search that led there; 0 at the start.
-    note : str or None
-        Something a user should know: the line search had to start again, say.
     """
 
     number: int
@@ -83,7 +81,6 @@ class Update:
     grad_norm: float
     step: float
     backtracks: int
-    note: str | None = None
 
 
 class OneShot:
@@ -104,6 +101,8 @@ class OneShot:
         The objective there.
     quasi_newton : QuasiNewton
         The pairs of earlier updates.
+    note : str or None
+        What a user should know of the last update: the line search had to start again, say.
     """
 
     def __init__(self, objective: Objective, options: OneShotOptions, x: Tensor):
@@ -113,6 +112,7 @@ class OneShot:
         self.gradient: Tensor | None = None
         self.evaluation: Evaluation | None = None
         self.step, self.backtracks = 0.0, 0
+        self.note: str | None = None
         self._search = options.line_search if options.fixed_step is None else FixedStep(options.fixed_step)
 
     def run(self, num_updates: int) -> Iterator[Update]:
@@ -130,18 +130,16 @@ class OneShot:
         if self.evaluation is None:
             self.evaluation = self.objective.evaluate(self.x, self._iterations)
             self._require_finite(self.evaluation.value, "objective")
-        note = None
         while self.number < num_updates:
             if self.gradient is None:
                 self.gradient = self.objective.gradient(self.x, self._iterations)
             norm = sqrt(max(0.0, self.objective.dot(self.gradient, self.gradient)))
             self._require_finite(norm, "norm of the gradient")
-            yield Update(self.number, self.evaluation, norm, self.step, self.backtracks, note)
+            yield Update(self.number, self.evaluation, norm, self.step, self.backtracks)
             if norm <= self.options.gtol:
                 return
-            trial, note = self._advance()
+            trial = self._line_search()
             if trial is None:
-                yield Update(self.number, self.evaluation, norm, 0.0, 0, note)
                 return
             previous = self.gradient
             last = trial.x - self.x
@@ -154,24 +152,25 @@ class OneShot:
                 self.gradient = self.objective.gradient(self.x, self._iterations)
                 self.quasi_newton.add(last, self.gradient - previous)
 
-    def _advance(self):
-        """A line search; where it fails, another from an accurate gradient."""
-        note = None
-        for attempt in range(2):
+    def _line_search(self) -> Trial | None:
+        """A line search; where it fails, another one along an accurate gradient."""
+        self.note = None
+        for is_second in (False, True):
+            if is_second:
+                # The direction may be bad because the pairs are, or because the solves were too inexact.
+                self.note = f"update {self.number}: no descent along the direction; the line search starts again"
+                self.quasi_newton.clear()
+                self.evaluation = self.objective.evaluate(self.x, self.options.boost_iter)
+                self.gradient = self.objective.gradient(self.x, self.options.boost_iter)
             direction = self.quasi_newton.direction(self.gradient)
             slope = self.objective.dot(self.gradient, direction)
             trial = self._search.search(
                 self.x, self.evaluation.value, direction, slope, lambda x: self.objective.evaluate(x, self._iterations)
             )
             if trial is not None:
-                return trial, note
-            note = f"update {self.number}: no descent along the direction; line search started again"
-            # The direction may be bad because the pairs are, or because the solves were too inexact.
-            self.quasi_newton.clear()
-            if attempt == 0:
-                self.evaluation = self.objective.evaluate(self.x, self.options.boost_iter)
-                self.gradient = self.objective.gradient(self.x, self.options.boost_iter)
-        return None, f"update {self.number}: no descent along the gradient either; this level ends here"
+                return trial
+        self.note = f"update {self.number}: no descent along the gradient either; this level ends here"
+        return None
 
     @property
     def _iterations(self) -> int | None:

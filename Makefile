@@ -1,0 +1,48 @@
+# The two commands of the README, `make peaks` and `make test`, and little more.
+
+PYTHON ?= python3
+VENV   ?= .venv
+RANKS  ?= 4
+# Another MPI than the wheel: make test EXTRAS=test,lint MPIRUN=mpirun
+EXTRAS ?= mpi,test,lint
+MPIRUN ?= $(VENV)/bin/mpirun
+
+STAMP = $(VENV)/.installed
+PY    = $(VENV)/bin/python
+
+export OMP_NUM_THREADS = 1
+# More ranks than cores: Open MPI 4 and 5 ask for it; MPICH does not.
+export OMPI_MCA_rmaps_base_oversubscribe = 1
+export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
+
+.PHONY: peaks test lint clean env
+
+peaks: env
+	$(MPIRUN) -n $(RANKS) $(PY) drivers/peaks.py $(ARGS)
+
+# A failure on one rank ends all of them: that is what running under `-m mpi4py` adds.
+test: env
+	$(PY) -m pytest -q
+	@set -e; for ranks in 2 3 5; do \
+	  echo "$(MPIRUN) -n $$ranks $(PY) -m mpi4py -m pytest -q --only-mpi"; \
+	  $(MPIRUN) -n $$ranks $(PY) -m mpi4py -m pytest -q --only-mpi -p no:cacheprovider; \
+	done
+
+lint: env
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+env: $(STAMP)
+
+# torch goes first and by its exact version: as a dependency of something else pip would be free to
+# choose another build, with gigabytes of CUDA.
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("PYTHON=$(PYTHON) is Python " + sys.version.split()[0] + "; 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install "$$(grep '^torch==' constraints.txt)"
+	$(PY) -m pip install -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,213 @@
+"""What all tests share: `spmd` for bodies on several ranks, and jobs started as subprocesses."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: its threads are set up only once
+
+import contextlib
+import shutil
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+
+from xbraid_py.comm import Communicator, SerialCommunicator, run_threads, world
+
+torch.set_num_threads(1)
+
+# The same examples in every run and on every rank, whatever the speed of the machine.
+hypothesis.settings.register_profile(
+    "same",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("same")
+
+PROJECT = Path(__file__).resolve().parent.parent
+THREAD_RANKS = (1, 2, 3, 5)
+
+# What a launcher leaves in the environment; a job started from a test must not see it.
+_LAUNCHER_PREFIXES = ("PMI_", "PMI2_", "PMIX_", "OMPI_", "PRTE_", "PRRTE_", "SLURM_", "HYDI_", "HYDRA_", "MPI_LOCAL")
+
+# Open MPI refuses root and more ranks than cores unless it is told so; MPICH does not read these.
+_OPEN_MPI = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMPI_MCA_rmaps_base_oversubscribe": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "PRTE_MCA_hwloc_default_binding_policy": "none",
+}
+
+
+def over_mpi(config: pytest.Config) -> bool:
+    """Whether this is a run over MPI: `mpirun -n P python -m pytest --only-mpi`."""
+    return config.getoption("only_mpi") or config.getoption("with_mpi")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "ranks(*sizes): numbers of thread ranks of an `spmd` test; over MPI the least")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session):
+    if over_mpi(session.config) and world_once().rank > 0:
+        # One report a job, that of rank 0. Failures of the others are printed below.
+        session.config.get_terminal_writer()._file = open(os.devnull, "w")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("only_mpi"):
+        config.hook.pytest_deselected(items=[item for item in items if not item.get_closest_marker("mpi")])
+        items[:] = [item for item in items if item.get_closest_marker("mpi")]
+
+
+def pytest_generate_tests(metafunc):
+    if "spmd" not in metafunc.fixturenames:
+        return
+    sizes = _thread_ranks(metafunc.definition)
+    if over_mpi(metafunc.config):
+        metafunc.parametrize("spmd", [pytest.param(min(sizes), marks=pytest.mark.mpi, id="mpi")], indirect=True)
+    else:
+        metafunc.parametrize("spmd", sizes, indirect=True, ids=[f"{size}ranks" for size in sizes])
+
+
+def _thread_ranks(item) -> tuple[int, ...]:
+    marker = item.get_closest_marker("ranks")
+    return marker.args if marker else THREAD_RANKS
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report):
+    # Rank 0 prints its own failures at the end; the reports of the other ranks go nowhere.
+    if report.failed and "mpi4py.MPI" in sys.modules and world_once().rank > 0:
+        print(f"rank {world_once().rank}: {report.nodeid}\n{report.longreprtext}", file=sys.__stderr__, flush=True)
+
+
+@cache
+def world_once() -> Communicator:
+    """All ranks of this job."""
+    return world()
+
+
+class _EndJobOnError:
+    """End the whole job if the body fails: the other ranks may wait for a message that never comes."""
+
+    def __init__(self, comm: Communicator, name: str, config: pytest.Config):
+        self.comm, self.name, self.config = comm, name, config
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if kind is None or issubclass(kind, pytest.skip.Exception):
+            return
+        self.config.pluginmanager.getplugin("capturemanager").suspend(in_=True)
+        text = "".join(traceback.format_exception(kind, error, trace))
+        print(f"\nrank {self.comm.rank} of {self.comm.size}: FAILED {self.name}\n{text}", file=sys.stderr, flush=True)
+        self.comm.abort(1)
+
+
+@pytest.fixture
+def spmd(request) -> Callable[[Callable[[Communicator], Any]], list[Any]]:
+    """`spmd(body)` runs `body(comm)` on every rank; the results of all ranks, in their order, on every rank.
+
+    Plain pytest runs the test once for each of the numbers 1, 2, 3 and 5 of ranks that are threads
+    (others by `@pytest.mark.ranks(1, 8)`); pytest over MPI once, on the ranks of the job. A body that
+    raises ends an MPI job at once, so errors that a test expects are caught inside the body.
+    """
+    if not over_mpi(request.config):
+        size = request.param
+        return lambda body: [body(SerialCommunicator())] if size == 1 else run_threads(size, body)
+    comm = world_once()
+    if comm.size < request.param:
+        pytest.skip(f"needs {request.param} ranks, the job has {comm.size}")
+
+    def run(body):
+        with _EndJobOnError(comm, request.node.nodeid, request.config):
+            return comm.bcast(comm.gather(body(comm)))
+
+    return run
+
+
+@pytest.fixture
+def shared_tmp_path(spmd, tmp_path) -> Path:
+    """One temporary folder for all ranks of an `spmd` test."""
+    return spmd(lambda comm: tmp_path)[0]
+
+
+def job_environment(env: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Environment of a job started by hand: one thread a rank, nothing of a launcher around us; then `env`."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHER_PREFIXES)}
+    paths = os.pathsep.join(filter(None, (str(PROJECT), os.environ.get("PYTHONPATH"))))
+    return {**clean, **_OPEN_MPI, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": paths, **(env or {})}
+
+
+def start_job(args: Sequence, ranks: int = 1, env: Mapping[str, str] | None = None, cwd=PROJECT) -> subprocess.Popen:
+    """Start `python *args`, by `mpirun` if `ranks` is above 1, as a process group with captured output.
+
+    The mpirun is the one beside this python, otherwise the one on the PATH.
+    """
+    command = [sys.executable, *map(str, args)]
+    if ranks > 1:
+        beside = Path(sys.executable).parent / "mpirun"
+        mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
+        if mpirun is None:
+            pytest.fail(f"ranks={ranks}: there is no mpirun beside {sys.executable} or on the PATH; install mpich")
+        command = [mpirun, "-n", str(ranks), *command]
+    return subprocess.Popen(
+        command,
+        env=job_environment(env),
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish_job(job: subprocess.Popen, timeout: float = 60) -> subprocess.CompletedProcess:
+    """Wait for a started job; past `timeout` seconds end all of it and fail the test."""
+    try:
+        out, err = job.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        out, err = end_job(job)
+        pytest.fail(f"no end after {timeout} s: {job.args}\n--- stdout\n{out}\n--- stderr\n{err}")
+    return subprocess.CompletedProcess(job.args, job.returncode, out, err)
+
+
+def end_job(job: subprocess.Popen) -> tuple[str, str]:
+    """End a started job, ranks included; what it has printed."""
+    # A launcher that is asked politely takes its ranks with it, those in other process groups too.
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, sign)
+        try:
+            return job.communicate(timeout=2)
+        except subprocess.TimeoutExpired:
+            continue
+    return "", "(the job still holds its output open)"
+
+
+def run_job(args: Sequence, ranks: int = 1, timeout: float = 60, env=None, cwd=PROJECT) -> subprocess.CompletedProcess:
+    """Run `python *args` on `ranks` ranks to its end; `returncode`, `stdout` and `stderr` as text."""
+    return finish_job(start_job(args, ranks, env, cwd), timeout)
+
+
+@pytest.fixture(name="run_job")
+def run_job_fixture() -> Callable[..., subprocess.CompletedProcess]:
+    """The function `run_job`, for tests that start whole jobs."""
+    return run_job

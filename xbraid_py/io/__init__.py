@@ -1,0 +1,1 @@
+"""Files and the screen: checkpoints, the record of a run, and its display."""

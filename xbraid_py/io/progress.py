@@ -1,0 +1,264 @@
+"""The screen as a view of the record: a bar on a terminal, aligned rows in a batch log; and the library's messages."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from xbraid_py.comm import Communicator
+
+# Key of a row, title, width, format, factor (accuracies are fractions in the record, percentages on the screen).
+_COLUMNS = (
+    ("update", "update", 6, ".0f", 1),
+    ("num_layers", "layers", 6, ".0f", 1),
+    ("work", "work", 7, ".1f", 1),
+    ("seconds", "seconds", 8, ".1f", 1),
+    ("objective", "objective", 11, ".4e", 1),
+    ("grad_norm", "gradient", 9, ".2e", 1),
+    ("train_accuracy", "train %", 7, ".2f", 100),
+    ("val_accuracy", "valid %", 7, ".2f", 100),
+    ("state_residual", "state res", 9, ".1e", 1),
+    ("adjoint_residual", "adj. res", 8, ".1e", 1),
+    ("step_size", "step", 8, ".1e", 1),
+    ("evaluations", "evals", 5, ".0f", 1),
+)
+# Of the current row beside a bar: key, what stands before and after the number, format, factor.
+_SHORT = (
+    ("num_layers", "", " layers", ".0f", 1),
+    ("objective", "obj ", "", ".3e", 1),
+    ("val_accuracy", "valid ", " %", ".2f", 100),
+    ("grad_norm", "grad ", "", ".1e", 1),
+    ("state_residual", "res ", "", ".1e", 1),
+)
+_BAR_WIDTH = 12
+_REDRAW_SECONDS = 0.2  # of the bar: one thread draws and computes
+_ROW_SECONDS = 10.0  # after which a batch log shows a row in any case
+
+
+class Progress:
+    """Shows the rows of the record on rank 0; on other ranks it does nothing, and it never sends a message.
+
+    A context manager. On a terminal: a bar with the current row, above it the last row of each level done. In a batch
+    log: the first and last row of each level under a line of titles, and between them a row every `every` updates, or
+    when the last one is 10 seconds old.
+
+    Parameters
+    ----------
+    comm : Communicator
+    total_updates : int
+        Weight updates of all levels together, those before a resumption included.
+    stream : text file, optional
+        Where to print; the standard output.
+    every : int, optional
+        Updates between two rows of a batch log; the default makes about 40 rows in all.
+    done : int
+        Updates done before a resumption.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        total_updates: int,
+        stream: TextIO | None = None,
+        every: int | None = None,
+        done: int = 0,
+    ):
+        for name, value, least in (("total_updates", total_updates, 0), ("done", done, 0), ("every", every, 1)):
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} must be at least {least}; use {max(least, 10)}")
+        self._total = total_updates
+        self._done = done
+        self._every = every or max(1, total_updates // 40)
+        self._stream = stream
+        self._view: _Bar | _Rows | None = None
+        self._is_shown = comm.rank == 0
+
+    def __enter__(self) -> Self:
+        if self._is_shown:
+            console = Console(file=self._stream or sys.stdout, highlight=False)
+            if console.is_terminal and not console.is_dumb_terminal:
+                self._view = _Bar(console, self._total, self._done)
+            else:
+                self._view = _Rows(console.file, self._every)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._view is not None:
+            self._view.close()
+            self._view = None
+
+    def update(self, row: Mapping[str, Any]) -> None:
+        """Show one row of the record, or hold it back until it turns out to be the last of its level.
+
+        Parameters
+        ----------
+        row : mapping
+            Any of "run", "level", "num_layers", "update", "work", "seconds", "objective", "grad_norm",
+            "train_accuracy" and "val_accuracy" (fractions), "state_residual", "adjoint_residual", "step_size",
+            "evaluations". What is missing or None shows as "-"; other keys are ignored.
+        """
+        if self._view is not None:
+            self._view.update(row)
+
+    def note(self, text: str) -> None:
+        """Print a line of text, above the bar or after the rows so far."""
+        if self._view is not None:
+            self._view.note(text)
+
+
+def titles() -> str:
+    """The line above the rows."""
+    return "  ".join(title.rjust(width) for _, title, width, _, _ in _COLUMNS)
+
+
+def format_row(row: Mapping[str, Any]) -> str:
+    """A row of the record as one line under `titles`."""
+    return "  ".join(_cell(row, key, form, factor).rjust(width) for key, _, width, form, factor in _COLUMNS)
+
+
+def _short_row(row: Mapping[str, Any]) -> str:
+    parts = (f"{before}{_cell(row, key, form, by)}{after}" for key, before, after, form, by in _SHORT)
+    return "  ".join(parts)
+
+
+def _cell(row: Mapping[str, Any], key: str, form: str, factor: int) -> str:
+    value = row.get(key)
+    return "-" if value is None else format(value * factor, form)
+
+
+def _level(row: Mapping[str, Any]) -> tuple:
+    return row.get("run"), row.get("level"), row.get("num_layers")
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    """What the rows that follow belong to, as far as the row says so."""
+    parts = [
+        None if row.get("run") is None else str(row["run"]),
+        None if row.get("level") is None else f"level {row['level']}",
+        None if row.get("num_layers") is None else f"{row['num_layers']} layers",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+class _Rows:
+    """A batch log."""
+
+    def __init__(self, stream: TextIO, every: int):
+        self._stream = stream
+        self._every = every
+        self._last: Mapping[str, Any] | None = None
+        self._skipped = 0  # rows since the one shown last
+        self._shown_at = 0.0
+
+    def update(self, row):
+        begins = self._last is None or _level(row) != _level(self._last)
+        if begins:
+            self._flush()
+            self._print(f"\n{_name(row)}\n{titles()}" if _name(row) else f"\n{titles()}")
+        self._last = row
+        self._skipped += 1
+        if begins or self._skipped >= self._every or time.monotonic() - self._shown_at >= _ROW_SECONDS:
+            self._flush()
+
+    def note(self, text):
+        self._flush()
+        self._print(text)
+
+    def close(self):
+        self._flush()
+
+    def _flush(self):
+        if self._skipped:
+            self._print(format_row(self._last))
+            self._skipped = 0
+            self._shown_at = time.monotonic()
+
+    def _print(self, text):
+        print(text, file=self._stream, flush=True)
+
+
+class _Bar:
+    """A terminal."""
+
+    def __init__(self, console: Console, total: int, done: int):
+        self._bar = Bar(
+            BarColumn(bar_width=_BAR_WIDTH),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[row]}", markup=False),
+            console=console,
+            auto_refresh=False,
+        )
+        self._task = self._bar.add_task("", total=total, completed=done, row="")
+        self._count_width = 2 * len(str(total)) + 1
+        self._last: Mapping[str, Any] | None = None
+        self._drawn_at = 0.0
+        self._has_titles = False
+        self._bar.start()
+
+    def update(self, row):
+        if self._last is not None and _level(row) != _level(self._last):
+            self._end_level()
+        self._last = row
+        now = time.monotonic()
+        # On a narrow screen the row is cut; rich would drop the bar. The rest is "400/400 0:00:00" and spaces.
+        room = max(0, self._bar.console.width - _BAR_WIDTH - self._count_width - 11)
+        self._bar.update(self._task, advance=1, row=_short_row(row)[:room])
+        if now - self._drawn_at >= _REDRAW_SECONDS:
+            self._bar.refresh()
+            self._drawn_at = now
+
+    def note(self, text):
+        self._bar.console.print(text, markup=False)
+
+    def close(self):
+        if self._last is not None:
+            self._end_level()
+        self._bar.refresh()
+        self._bar.stop()
+
+    def _end_level(self):
+        text = format_row(self._last)
+        if not self._has_titles:
+            text = f"{titles()}\n{text}"
+            self._has_titles = True
+        self._bar.console.print(text, markup=False, no_wrap=True, overflow="ellipsis", crop=True)
+
+
+class _CurrentStderr(logging.StreamHandler):
+    """Writes to what is the standard error at that moment: a bar redirects it while it is on the screen."""
+
+    def __init__(self):
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+
+def setup_logging(comm: Communicator) -> None:
+    """Send the library's messages to the standard error: from INFO on rank 0, warnings with their rank elsewhere.
+
+    For programs, once, at their start; a second call replaces the first. Ranks that are threads share one setting.
+    """
+    handler = _CurrentStderr()
+    rank = "" if comm.rank == 0 else f"rank {comm.rank}: "
+    handler.setFormatter(logging.Formatter(f"{rank}%(levelname)s %(name)s: %(message)s"))
+    handler.setLevel(logging.INFO if comm.rank == 0 else logging.WARNING)
+    logger = logging.getLogger("xbraid_py")
+    for old in [old for old in logger.handlers if isinstance(old, _CurrentStderr)]:
+        logger.removeHandler(old)
+    logger.addHandler(handler)
+    logger.setLevel(handler.level)

@@ -1,0 +1,170 @@
+"""Checkpoints of training runs: a snapshot of nested iteration as global arrays, and back on any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from xbraid_py.errors import RunError
+from xbraid_py.io.checkpoint import CheckpointError, Shard, file_name, load, newest_good, save
+from xbraid_py.multilevel import NestedIteration, Snapshot
+
+# Names in the file of a snapshot's vectors; those of which there may be several have an axis more, behind the rows.
+_SINGLE = {"weights": "weights", "gradient": "gradient"}
+_SEVERAL = {"s": "optimizer/s", "y": "optimizer/y"}
+
+
+def save_run(folder: Path, run: NestedIteration, update: int, name: str, configuration: Mapping) -> Path:
+    """Write the present state of a run to `folder`; collective.
+
+    Parameters
+    ----------
+    folder : Path
+    run : NestedIteration
+        At one of its records.
+    update : int
+        Number in the file's name.
+    name : str
+        "nested" or "non-nested".
+    configuration : mapping
+        JSON-able; compared when the run is resumed.
+
+    Raises
+    ------
+    RunError
+        On all ranks, if the file cannot be written; the previous one is intact.
+    """
+    snapshot, comm = run.snapshot(), run.problem.comm
+    network, rank = run.network, run.problem.comm.rank
+    shards = {}
+    for key, vectors in snapshot.vectors.items():
+        for i, stack in enumerate(network.layout.stacks):
+            for parameter in stack.shapes:
+                views = [network.layout.named(flat)[f"{stack.name}.{parameter}"] for flat in vectors]
+                if views:
+                    rows = views[0] if key in _SINGLE else torch.stack(views, 1)
+                    prefix = _SINGLE.get(key) or _SEVERAL[key]
+                    shards[f"{prefix}/{stack.name}.{parameter}"] = Shard(rows, stack.first, stack.total)
+    intervals = run.objective.forward.hierarchy.intervals
+    for key, rows in snapshot.points.items():
+        if len(run.objective.forward.hierarchy.levels) > 1:
+            shards[f"points/{key}"] = Shard(rows, intervals.first(rank), intervals.num_rows)
+    random = torch.get_rng_state()
+    shards["random_state"] = Shard(random if rank == 0 else random[:0], 0, len(random))
+    meta = {"run": name, "update": update, "snapshot": snapshot.numbers, "configuration": dict(configuration)}
+    path = folder / file_name(update)
+    try:
+        save(path, comm, shards, meta)
+    except OSError as error:
+        raise RunError(f"the checkpoint {path} could not be written: {error}; make room, or give another --out") from error
+    return path
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on: which of the runs of a job, at which update, and with what."""
+
+    name: str
+    update: int
+    snapshot: Snapshot
+
+
+def checkpoint_folder(out: Path, name: str) -> Path:
+    """Where the checkpoints of a run of a job are: `checkpoints`, and folders in it for runs of comparison."""
+    return out / "checkpoints" if name == "nested" else out / "checkpoints" / name
+
+
+def read_resumed(
+    resume: str | None, out: Path, runs: Mapping[str, NestedIteration], configuration: Mapping, free: tuple[str, ...]
+) -> Resumed | None:
+    """What the option `--resume` asks for; sends no message.
+
+    Parameters
+    ----------
+    resume : str or None
+        A file, or "auto": the newest good one of the out folder, of the last run there that has any.
+    out : Path
+    runs : mapping of str to NestedIteration
+        The runs of the job, in their order.
+    configuration : mapping
+        Of this job, JSON-able.
+    free : tuple of str
+        Names of options that may differ from those of the checkpoint.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is damaged, no checkpoint of such a run, or one of another configuration.
+    """
+    if resume is None:
+        return None
+    path: Path | None = Path(resume)
+    if resume == "auto":
+        found = (newest_good(checkpoint_folder(out, name)) for name in reversed(list(runs)))
+        path = next((each for each in found if each is not None), None)
+        if path is None:
+            return None
+    meta = _read_meta(path, configuration, free)
+    if meta["run"] not in runs:
+        raise CheckpointError(f"{path} belongs to the {meta['run']} run, which this job has not; give --compare")
+    return Resumed(meta["run"], meta["update"], _read_snapshot(path, runs[meta["run"]]))
+
+
+def _read_meta(path: Path, configuration: Mapping, free: tuple[str, ...]) -> dict:
+    """Meta data of a checkpoint, once its configuration is known to be that of this job."""
+    with load(path) as checkpoint:
+        meta = checkpoint.meta
+    if not {"run", "update", "snapshot", "configuration"} <= meta.keys():
+        raise CheckpointError(f"{path} holds no state of a training run; give one of a run's checkpoints folder")
+    theirs, ours = _flat(meta["configuration"]), _flat(configuration)
+    for name in sorted(theirs.keys() | ours.keys()):
+        if name.split(".")[0] not in free and theirs.get(name) != ours.get(name):
+            raise CheckpointError(
+                f"{path} was written with {name}={theirs.get(name)}, but this run has {name}={ours.get(name)}; "
+                f"give --{name} {theirs.get(name)}, or start without --resume"
+            )
+    return meta
+
+
+def _read_snapshot(path: Path, run: NestedIteration) -> Snapshot:
+    """A rank's part of a snapshot, on any number of ranks. Random state is taken over as well."""
+    with load(path) as checkpoint:
+        numbers = checkpoint.meta["snapshot"]
+        network = run.problem.network(numbers["num_layers"])
+        names = set(checkpoint.names())
+        vectors: dict[str, list[torch.Tensor]] = {}
+        for key, prefix in (_SINGLE | _SEVERAL).items():
+            parameters = {
+                f"{stack.name}.{name}": stack for stack in network.layout.stacks for name in stack.shapes
+            }
+            vectors[key] = []
+            if f"{prefix}/layers.weight" not in names:
+                continue
+            count = 1 if key in _SINGLE else checkpoint.shape(f"{prefix}/layers.weight")[1]
+            vectors[key] = [network.layout.zeros() for _ in range(count)]
+            for name, stack in parameters.items():
+                rows = checkpoint.rows(f"{prefix}/{name}", stack.first if stack.count else 0, stack.count)
+                for i, flat in enumerate(vectors[key]):
+                    network.layout.named(flat)[name].copy_(rows if key in _SINGLE else rows[:, i])
+        intervals = run.problem.hierarchies(numbers["num_layers"])[0].intervals
+        rank = run.problem.comm.rank
+        points = {
+            name.removeprefix("points/"): checkpoint.rows(name, intervals.first(rank), intervals.count(rank))
+            for name in names
+            if name.startswith("points/")
+        }
+        torch.set_rng_state(checkpoint.rows("random_state"))
+    return Snapshot(numbers, vectors, points)
+
+
+def _flat(configuration: Mapping, prefix: str = "") -> dict[str, object]:
+    flat = {}
+    for name, value in configuration.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

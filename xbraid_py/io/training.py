@@ -1,0 +1,122 @@
+"""A training run with its record, its checkpoints and its screen."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+from xbraid_py.comm import Communicator
+from xbraid_py.data import Dataset
+from xbraid_py.io.metrics import MetricsWriter, truncate_after
+from xbraid_py.io.progress import Progress
+from xbraid_py.io.run_checkpoint import Resumed, checkpoint_folder, save_run
+from xbraid_py.multilevel import NestedIteration, Record, Snapshot
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What a run leaves behind, and how often.
+
+    Parameters
+    ----------
+    record : MetricsWriter
+    progress : Progress
+    validation : Dataset
+        Points for the validation accuracy.
+    configuration : mapping
+        JSON-able; goes into the checkpoints.
+    checkpoint_every, validate_every : int
+        Updates between two checkpoints, and between two validations.
+    """
+
+    record: MetricsWriter
+    progress: Progress
+    validation: Dataset
+    configuration: Mapping
+    checkpoint_every: int
+    validate_every: int
+
+    def run_all(self, runs: Mapping[str, NestedIteration], out: Path, resumed: Resumed | None) -> float:
+        """Train one run after the other, from where the job was resumed on; collective.
+
+        Returns
+        -------
+        float
+            Validation accuracy at the end of the first run.
+        """
+        names = list(runs)
+        accuracies = {}
+        for name in names[names.index(resumed.name) if resumed else 0 :]:
+            snapshot = resumed.snapshot if resumed and resumed.name == name else None
+            accuracies[name] = self._run(runs[name], name, checkpoint_folder(out, name), snapshot)
+        return accuracies[names[0]]
+
+    def _run(self, run: NestedIteration, name: str, folder: Path, snapshot: Snapshot | None) -> float:
+        accuracy, depth = None, None
+        for record in run.run(snapshot):
+            if record.num_layers != depth:
+                depth = record.num_layers
+                solver = run.objective.forward
+                self.progress.note(f"{name}: {depth} layers\n{solver.hierarchy.table(solver.options)}")
+            due = record.final or record.update % self.validate_every == 0
+            accuracy = self.accuracy(run) if due else None
+            row = _row(record, name, accuracy)
+            self.record.write(row)
+            self.progress.update(row)
+            if record.note:
+                self.progress.note(record.note)
+            if record.final or record.update % self.checkpoint_every == 0:
+                save_run(folder, run, record.update, name, self.configuration)
+        return accuracy
+
+    def accuracy(self, run: NestedIteration) -> float:
+        """Share of the validation points that the network classifies rightly at present."""
+        predicted = run.network.predict(run.one_shot.x, self.validation.features)
+        return float((predicted == self.validation.labels).double().mean())
+
+
+def prepare(out: Path, comm: Communicator, resumed: Resumed | None) -> None:
+    """Make room for a run in its folder: an earlier run there is set aside, a resumed one cut to where it goes on."""
+    if comm.rank == 0:
+        record = out / "metrics.jsonl"
+        if resumed is not None:
+            truncate_after(record, resumed.update + 1, resumed.name)
+        elif record.exists():
+            aside = next(path for n in count(1) if not (path := out / f"earlier-{n}").exists())
+            aside.mkdir()
+            for name in ("metrics.jsonl", "checkpoints", "figures"):
+                if (out / name).exists():
+                    (out / name).rename(aside / name)
+            log.info("the earlier run in %s is now in %s", out, aside)
+    comm.barrier()
+
+
+def _row(record: Record, name: str, accuracy: float | None) -> dict[str, object]:
+    """A record as the object of `metrics.jsonl`."""
+    evaluation = record.evaluation
+    return {
+        "kind": "update",
+        "run": name,
+        "level": record.level,
+        "num_layers": record.num_layers,
+        "update": record.update,
+        "work": record.work,
+        "seconds": record.seconds,
+        "objective": evaluation.value,
+        "loss": evaluation.loss,
+        "grad_norm": record.grad_norm,
+        "train_accuracy": evaluation.accuracy,
+        "val_accuracy": accuracy,
+        "state_residual": evaluation.residual,
+        "adjoint_residual": record.adjoint_residual,
+        "step_size": record.step,
+        "backtracks": record.backtracks,
+        "evaluations": record.evaluations,
+        "note": record.note,
+        "final": record.final,
+    }

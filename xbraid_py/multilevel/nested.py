@@ -1,0 +1,279 @@
+"""Nested iteration: train a shallow network, prolong its weights to a deeper one, go on there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from math import ceil
+from typing import Literal
+
+from torch import Tensor
+
+from xbraid_py.grid import LayerGrid, require_multiple
+from xbraid_py.multilevel.transfer import prolong_depth
+from xbraid_py.network import InitialScales
+from xbraid_py.objective import Evaluation
+from xbraid_py.optim import OneShot, OneShotOptions, Update
+from xbraid_py.problem import Problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class NestedOptions:
+    """Schedule of a nested iteration (paper 001, algorithm 1 and eq. 8).
+
+    Parameters
+    ----------
+    refinements
+        Number of refinements; 0 trains the deep network alone.
+    updates
+        Updates on each level, the coarsest first, one number more than refinements.
+    interpolation
+        Of the weights in depth: piecewise constant or linear.
+    """
+
+    refinements: int = 2
+    updates: tuple[int, ...] = (200, 125, 75)
+    interpolation: Literal["constant", "linear"] = "constant"
+
+    def __post_init__(self):
+        if self.refinements < 0:
+            raise ValueError(f"refinements={self.refinements} must be at least 0; use 2")
+        if len(self.updates) != self.refinements + 1:
+            raise ValueError(
+                f"updates={list(self.updates)} must have refinements + 1 = {self.refinements + 1} numbers, the coarsest "
+                f"level first; use {[100] * (self.refinements + 1)}"
+            )
+        if min(self.updates) < 0:
+            raise ValueError(f"updates={list(self.updates)} must all be at least 0; use {[100] * len(self.updates)}")
+        if self.interpolation not in ("constant", "linear"):
+            raise ValueError(f"interpolation={self.interpolation!r} must be constant or linear; use constant")
+
+    def non_nested(self) -> NestedOptions:
+        """The schedule that trains the finest network alone, with as much work (paper 001, section 3.1)."""
+        work = sum(count / 2 ** (self.refinements - index) for index, count in enumerate(self.updates))
+        return NestedOptions(refinements=0, updates=(ceil(work),), interpolation=self.interpolation)
+
+    def depths(self, num_layers: int) -> list[int]:
+        """Number of layers on each level, the coarsest first."""
+        require_multiple("num_layers", num_layers, 2**self.refinements, "2^refinements")
+        return [LayerGrid(num_layers >> level, 1.0).num_layers for level in range(self.refinements, -1, -1)]
+
+
+@dataclass(frozen=True)
+class Record:
+    """The state of the run before an update, or at its end.
+
+    Attributes
+    ----------
+    level, num_layers : int
+        Level of the nesting (0 is the finest) and its depth.
+    update : int
+        Updates so far, on all levels.
+    work : float
+        Work so far in work units, one update on the finest level (paper 001, section 3), by counting evaluations of a layer.
+    seconds : float
+        Time spent so far in training.
+    evaluations : int
+        State solves so far.
+    evaluation : Evaluation
+        The objective.
+    adjoint_residual : float or None
+        Relative residual of the last adjoint solve.
+    grad_norm, step, backtracks, note
+        As in `optim.Update`; grad_norm is None at the end of the run.
+    final : bool
+        Whether this is the end of the run.
+    """
+
+    level: int
+    num_layers: int
+    update: int
+    work: float
+    seconds: float
+    evaluations: int
+    evaluation: Evaluation
+    adjoint_residual: float | None
+    grad_norm: float | None
+    step: float
+    backtracks: int
+    note: str | None = None
+    final: bool = False
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that the rest of a run depends on, at one of its records.
+
+    Attributes
+    ----------
+    numbers : dict
+        Level, updates, counters and the last evaluation, JSON-able.
+    vectors : dict of str to list of Tensor
+        Flat vectors of the level's network: "weights", "gradient", "s" and "y".
+    points : dict of str to Tensor
+        C-points of the last state and adjoint solves, rows over the intervals, for the warm start.
+    """
+
+    numbers: dict
+    vectors: dict[str, list[Tensor]]
+    points: dict[str, Tensor] = field(default_factory=dict)
+
+
+class NestedIteration:
+    """Algorithm 1 of paper 001; with no refinement, plain one-shot training.
+
+    Parameters
+    ----------
+    problem : Problem
+    num_layers : int
+        Depth of the finest network.
+    options : NestedOptions
+    one_shot : OneShotOptions
+    scales : InitialScales
+        Of the initial weights of the coarsest network.
+    seed : int
+
+    Attributes
+    ----------
+    objective : NetworkObjective
+        Of the present level.
+    one_shot : OneShot
+        The optimiser there; `one_shot.x` are the weights.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        num_layers: int,
+        options: NestedOptions,
+        one_shot: OneShotOptions,
+        scales: InitialScales,
+        seed: int = 0,
+    ):
+        self.depths = options.depths(num_layers)
+        for depth in self.depths:
+            problem.hierarchies(depth)
+        if problem.comm.size > num_layers:
+            raise ValueError(
+                f"{problem.comm.size} ranks are more than num_layers={num_layers}; use at most {num_layers} ranks"
+            )
+        self.problem, self.options, self.one_shot_options = problem, options, one_shot
+        self.scales, self.seed = scales, seed
+        self._unit = problem.work_unit(num_layers)
+        self._index = 0
+        self._note: str | None = None
+        self._before = {"updates": 0, "work": 0.0, "evaluations": 0, "seconds": 0.0}
+
+    @property
+    def level(self) -> int:
+        """Present level of the nesting; 0 is the finest."""
+        return self.options.refinements - self._index
+
+    @property
+    def network(self):
+        """The network of the present level."""
+        return self.objective.network
+
+    def run(self, snapshot: Snapshot | None = None) -> Iterator[Record]:
+        """Train; yields a record before each update and one at the end.
+
+        With a snapshot, goes on from there; its own record is not yielded again.
+        """
+        if snapshot is None:
+            self._begin(0, None)
+        else:
+            self._restore(snapshot)
+        skip = snapshot is not None
+        while True:
+            updates = self.one_shot.run(self.options.updates[self._index])
+            while True:
+                clock = time.perf_counter()
+                update = next(updates, None)
+                self._before["seconds"] += time.perf_counter() - clock
+                if update is None:
+                    break
+                if not skip:
+                    yield self._record(update)
+                skip = False
+            if self._index == self.options.refinements:
+                yield self._record(None)
+                return
+            clock = time.perf_counter()
+            self._refine()
+            self._before["seconds"] += time.perf_counter() - clock
+
+    def _begin(self, index: int, x: Tensor | None) -> None:
+        self._index = index
+        self.objective = self.problem.objective(self.depths[index])
+        start = self.network.initial(self.scales, self.seed) if x is None else x
+        self.one_shot = OneShot(self.objective, self.one_shot_options, start)
+
+    def _refine(self) -> None:
+        self._note = self.one_shot.note
+        self._before["updates"] += self.one_shot.number
+        self._before["work"] += self.objective.work
+        self._before["evaluations"] += self.objective.evaluations
+        coarse, x = self.network, self.one_shot.x
+        self._begin(self._index + 1, None)
+        self.one_shot.x = prolong_depth(coarse, self.network, x, self.options.interpolation)
+
+    def _record(self, update: Update | None) -> Record:
+        one_shot = self.one_shot
+        record = Record(
+            level=self.level,
+            num_layers=self.depths[self._index],
+            update=self._before["updates"] + one_shot.number,
+            work=(self._before["work"] + self.objective.work) / self._unit,
+            seconds=self._before["seconds"],
+            evaluations=self._before["evaluations"] + self.objective.evaluations,
+            evaluation=one_shot.evaluation,
+            adjoint_residual=self.objective.adjoint_residual,
+            grad_norm=None if update is None else update.grad_norm,
+            step=one_shot.step,
+            backtracks=one_shot.backtracks,
+            note=self._note or one_shot.note,
+            final=update is None,
+        )
+        self._note = None
+        return record
+
+    def snapshot(self) -> Snapshot:
+        """All that the rest of the run depends on, now."""
+        one_shot, objective = self.one_shot, self.objective
+        points = {"state": objective.points, "adjoint": objective.adjoint_points}
+        return Snapshot(
+            numbers={
+                "index": self._index,
+                "num_layers": self.depths[self._index],
+                "number": one_shot.number,
+                "step": one_shot.step,
+                "backtracks": one_shot.backtracks,
+                "evaluation": asdict(one_shot.evaluation),
+                "adjoint_residual": objective.adjoint_residual,
+                "work": objective.work,
+                "evaluations": objective.evaluations,
+                "before": dict(self._before),
+            },
+            vectors={
+                "weights": [one_shot.x],
+                "gradient": [] if one_shot.gradient is None else [one_shot.gradient],
+                "s": one_shot.quasi_newton.s,
+                "y": one_shot.quasi_newton.y,
+            },
+            points={name: rows for name, rows in points.items() if rows is not None},
+        )
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        numbers, vectors = snapshot.numbers, snapshot.vectors
+        self._begin(numbers["index"], vectors["weights"][0])
+        one_shot, objective = self.one_shot, self.objective
+        one_shot.number = numbers["number"]
+        one_shot.step, one_shot.backtracks = numbers["step"], numbers["backtracks"]
+        one_shot.evaluation = Evaluation(**numbers["evaluation"])
+        one_shot.gradient = vectors["gradient"][0] if vectors["gradient"] else None
+        one_shot.quasi_newton.restore(vectors["s"], vectors["y"])
+        objective.points, objective.adjoint_points = snapshot.points.get("state"), snapshot.points.get("adjoint")
+        objective.adjoint_residual = numbers["adjoint_residual"]
+        objective.work, objective.evaluations = numbers["work"], numbers["evaluations"]
+        self._before = dict(numbers["before"])
