@@ -114,7 +114,7 @@ class Options:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1; use 5")
         self.nested.depths(self.num_layers)
-        self.adjoint  # noqa: B018: checks it
+        replace(self.adjoint)  # checks both
 
     @property
     def adjoint(self) -> MGRIT:
@@ -175,7 +175,7 @@ def setup(options: Options, comm: Communicator) -> Callable[[], None]:
             training = Training(
                 record=record,
                 progress=progress,
-                validation=validation,
+                validation=(validation.features, validation.labels),
                 configuration=configuration,
                 checkpoint_every=options.checkpoint_every,
                 validate_every=options.validate_every,

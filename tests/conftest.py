@@ -21,7 +21,8 @@ import hypothesis
 import pytest
 import torch
 
-from xbraid_py.comm import Communicator, SerialCommunicator, run_threads, world
+from xbraid_py.comm import Communicator, SerialCommunicator, world
+from xbraid_py.threads import run_threads
 
 torch.set_num_threads(1)
 

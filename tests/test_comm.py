@@ -16,13 +16,12 @@ from xbraid_py.comm import (
     Communicator,
     LaunchError,
     SerialCommunicator,
-    ThreadCommunicator,
     check_launcher,
     launcher_rank,
-    run_threads,
     wrap,
 )
 from xbraid_py.grid import Partition
+from xbraid_py.threads import ThreadCommunicator, run_threads
 
 DTYPES = [torch.float64, torch.float32, torch.int64, torch.bool]
 
@@ -337,6 +336,12 @@ def test_independent_processes_notice_their_launcher(run_job):
     assert "LaunchError: SLURM_NTASKS=3 but MPI sees 1 process(es)" in job.stderr
 
 
+def test_a_single_process_is_a_serial_run(run_job):
+    code = "from mpi4py import MPI; from xbraid_py.comm import *; print(type(world()), type(wrap(MPI.COMM_SELF)))"
+    job = run_job(["-c", code])
+    assert job.stdout.count("SerialCommunicator") == 2, job.stderr
+
+
 def test_wrap_takes_what_a_caller_has(spmd):
     def body(comm):
         assert wrap(comm) is comm
@@ -366,4 +371,4 @@ comm.recv(torch.empty(1), 1)
 
 
 def test_abort_ends_a_job_that_waits(run_job):
-    assert run_job(["-c", JOB], ranks=3).returncode != 0
+    assert run_job(["-c", JOB], ranks=3).returncode == 7

@@ -1,4 +1,4 @@
-"""Messages between ranks: serial, MPI, and threads that stand in for MPI in tests.
+"""Messages between ranks: serial, or MPI.
 
 The only file that imports mpi4py. A serial run is a run on one rank in which no message is sent.
 Tensors that are sent or received are contiguous and on the CPU.
@@ -7,8 +7,6 @@ Tensors that are sent or received are contiguous and on the CPU.
 from __future__ import annotations
 
 import os
-import queue
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -104,7 +102,7 @@ class Communicator(ABC):
         ahead = partition.neighbour(self.rank, direction)
         behind = partition.neighbour(self.rank, -direction)
         wait = self.isend(edge.contiguous(), ahead) if ahead is not None else None
-        received = self.recv(torch.empty_like(edge, memory_format=torch.contiguous_format), behind) if behind is not None else None
+        received = self.recv(edge.new_empty(edge.shape), behind) if behind is not None else None
         if wait is not None:
             wait()
         return received
@@ -181,101 +179,6 @@ def _row_size(rows: torch.Tensor) -> int:
     for extent in rows.shape[1:]:
         size *= extent
     return size
-
-
-class ThreadCommunicator(Communicator):
-    """One of several threads of this process that behave as ranks; made by `run_threads`."""
-
-    def __init__(self, rank: int, shared: _Shared):
-        self.rank = rank
-        self.size = shared.size
-        self._shared = shared
-
-    def isend(self, tensor, dest):
-        self._put(tensor.detach().clone(), dest)
-        return lambda: None
-
-    def recv(self, out, source):
-        sent = self._get(source)
-        if sent.shape != out.shape or sent.dtype != out.dtype:
-            raise ValueError(f"rank {self.rank} expects {out.shape} from rank {source}, got {sent.shape}")
-        return out.copy_(sent)
-
-    def bcast(self, value, root=0):
-        if self.rank != root:
-            return self._get(root)
-        for peer in range(self.size):
-            if peer != root:
-                self._put(value, peer)
-        return value
-
-    def allgather(self, rows, counts):
-        parts = self.bcast(self.gather(rows.detach().clone()))
-        if [len(part) for part in parts] != list(counts):
-            raise ValueError(f"counts={list(counts)} but the ranks sent {[len(part) for part in parts]}")
-        return torch.cat(parts)
-
-    def gather(self, value, root=0):
-        if self.rank != root:
-            self._put(value, root)
-            return None
-        return [value if peer == root else self._get(peer) for peer in range(self.size)]
-
-    def abort(self, status):
-        self._shared.failed.set()
-        raise SystemExit(status)
-
-    def _put(self, value, dest):
-        self._shared.queues[self.rank, dest].put(value)
-
-    def _get(self, source):
-        # Polling, so that the failure of one thread ends the others as an abort ends MPI ranks.
-        while not self._shared.failed.is_set():
-            try:
-                return self._shared.queues[source, self.rank].get(timeout=0.05)
-            except queue.Empty:
-                continue
-        raise _PeerFailed
-
-
-class _PeerFailed(Exception):
-    """Another thread has failed; its exception is the one to report."""
-
-
-class _Shared:
-    def __init__(self, size: int):
-        self.size = size
-        self.failed = threading.Event()
-        self.queues = {(a, b): queue.SimpleQueue() for a in range(size) for b in range(size)}
-
-
-def run_threads(size: int, body: Callable[[Communicator], Any]) -> list[Any]:
-    """Run `body(comm)` on `size` ranks that are threads; their results in the order of the ranks.
-
-    The first exception of a rank ends the others and is raised here.
-    """
-    shared = _Shared(size)
-    results: list[Any] = [None] * size
-    errors: list[BaseException] = []
-
-    def run(rank: int) -> None:
-        try:
-            results[rank] = body(ThreadCommunicator(rank, shared))
-        except _PeerFailed:
-            pass
-        except BaseException as error:
-            # Whatever it is, it is raised again below, in the thread that asked for the run.
-            errors.append(error)
-            shared.failed.set()
-
-    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return results
 
 
 def check_launcher(size: int, environ=os.environ) -> None:

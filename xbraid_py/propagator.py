@@ -1,6 +1,7 @@
 """Propagators: one layer step for all owned intervals at once, forwards and backwards.
 
-Shape letters: `n` rows (layers) owned here, `m` of them stepped at once, `S` shape of a state, `p` parameters of a layer.
+Shape letters: `n` rows (layers) owned here, `m` of them stepped at once, `S` shape of a state,
+`p` parameters of a layer.
 Row i of a propagator is its layer i; a step on rows `slice(j, None, c)` advances all intervals of c layers.
 """
 
@@ -9,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
-import torch
 from torch import Tensor
 
 from xbraid_py.grid import Partition

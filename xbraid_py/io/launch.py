@@ -86,6 +86,8 @@ def launch(
         if not isinstance(error.__cause__, OSError):
             job.fail(BAD_INPUT, f"{problem}\ntry {prog or os.path.basename(sys.argv[0])} --help")
         # A file may be unreadable on one rank alone, so this is for the ranks to agree on.
+    # mpi4py warns of what LaunchError says.
+    warnings.filterwarnings("ignore", message="suspicious MPI execution environment")
     try:
         comm = world()
     except (RuntimeError, ImportError) as error:

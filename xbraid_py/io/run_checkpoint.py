@@ -11,10 +11,12 @@ import torch
 from xbraid_py.errors import RunError
 from xbraid_py.io.checkpoint import CheckpointError, Shard, file_name, load, newest_good, save
 from xbraid_py.multilevel import NestedIteration, Snapshot
+from xbraid_py.networks.parameters import Layout, Stack
 
-# Names in the file of a snapshot's vectors; those of which there may be several have an axis more, behind the rows.
-_SINGLE = {"weights": "weights", "gradient": "gradient"}
-_SEVERAL = {"s": "optimizer/s", "y": "optimizer/y"}
+# Groups of the file that hold the vectors of a snapshot, an array for each parameter of the network. Of the pairs
+# of the optimiser there are several: their arrays have one axis more, behind the rows.
+_GROUPS = {"weights": "weights", "gradient": "gradient", "s": "optimizer/s", "y": "optimizer/y"}
+_SEVERAL = ("s", "y")
 
 
 def save_run(folder: Path, run: NestedIteration, update: int, name: str, configuration: Mapping) -> Path:
@@ -37,29 +39,26 @@ def save_run(folder: Path, run: NestedIteration, update: int, name: str, configu
     RunError
         On all ranks, if the file cannot be written; the previous one is intact.
     """
-    snapshot, comm = run.snapshot(), run.problem.comm
-    network, rank = run.network, run.problem.comm.rank
+    snapshot, comm, layout = run.snapshot(), run.problem.comm, run.network.layout
     shards = {}
     for key, vectors in snapshot.vectors.items():
-        for i, stack in enumerate(network.layout.stacks):
-            for parameter in stack.shapes:
-                views = [network.layout.named(flat)[f"{stack.name}.{parameter}"] for flat in vectors]
-                if views:
-                    rows = views[0] if key in _SINGLE else torch.stack(views, 1)
-                    prefix = _SINGLE.get(key) or _SEVERAL[key]
-                    shards[f"{prefix}/{stack.name}.{parameter}"] = Shard(rows, stack.first, stack.total)
+        for name, stack in _parameters(layout).items() if vectors else ():
+            views = [layout.named(flat)[name] for flat in vectors]
+            rows = torch.stack(views, 1) if key in _SEVERAL else views[0]
+            shards[f"{_GROUPS[key]}/{name}"] = Shard(rows, stack.first, stack.total)
     intervals = run.objective.forward.hierarchy.intervals
     for key, rows in snapshot.points.items():
-        if len(run.objective.forward.hierarchy.levels) > 1:
-            shards[f"points/{key}"] = Shard(rows, intervals.first(rank), intervals.num_rows)
+        shards[f"points/{key}"] = Shard(rows, intervals.first(comm.rank), intervals.num_rows)
     random = torch.get_rng_state()
-    shards["random_state"] = Shard(random if rank == 0 else random[:0], 0, len(random))
+    shards["random_state"] = Shard(random if comm.rank == 0 else random[:0], 0, len(random))
     meta = {"run": name, "update": update, "snapshot": snapshot.numbers, "configuration": dict(configuration)}
     path = folder / file_name(update)
     try:
         save(path, comm, shards, meta)
     except OSError as error:
-        raise RunError(f"the checkpoint {path} could not be written: {error}; make room, or give another --out") from error
+        raise RunError(
+            f"the checkpoint {path} could not be written: {error}; make room, or give another --out"
+        ) from error
     return path
 
 
@@ -133,31 +132,30 @@ def _read_snapshot(path: Path, run: NestedIteration) -> Snapshot:
     """A rank's part of a snapshot, on any number of ranks. Random state is taken over as well."""
     with load(path) as checkpoint:
         numbers = checkpoint.meta["snapshot"]
-        network = run.problem.network(numbers["num_layers"])
-        names = set(checkpoint.names())
-        vectors: dict[str, list[torch.Tensor]] = {}
-        for key, prefix in (_SINGLE | _SEVERAL).items():
-            parameters = {
-                f"{stack.name}.{name}": stack for stack in network.layout.stacks for name in stack.shapes
-            }
-            vectors[key] = []
-            if f"{prefix}/layers.weight" not in names:
-                continue
-            count = 1 if key in _SINGLE else checkpoint.shape(f"{prefix}/layers.weight")[1]
-            vectors[key] = [network.layout.zeros() for _ in range(count)]
-            for name, stack in parameters.items():
-                rows = checkpoint.rows(f"{prefix}/{name}", stack.first if stack.count else 0, stack.count)
-                for i, flat in enumerate(vectors[key]):
-                    network.layout.named(flat)[name].copy_(rows if key in _SINGLE else rows[:, i])
+        layout = run.problem.network(numbers["num_layers"]).layout
         intervals = run.problem.hierarchies(numbers["num_layers"])[0].intervals
-        rank = run.problem.comm.rank
-        points = {
-            name.removeprefix("points/"): checkpoint.rows(name, intervals.first(rank), intervals.count(rank))
-            for name in names
-            if name.startswith("points/")
-        }
+        vectors: dict[str, list[torch.Tensor]] = {key: [] for key in _GROUPS}
+        points = {}
+        for name in checkpoint.names():
+            group, _, parameter = name.rpartition("/")
+            key = next((key for key in _GROUPS if _GROUPS[key] == group), None)
+            if key is not None:
+                stack = _parameters(layout)[parameter]
+                rows = checkpoint.rows(name, stack.first if stack.count else 0, stack.count)
+                views = rows.unbind(1) if key in _SEVERAL else (rows,)
+                vectors[key] = vectors[key] or [layout.zeros() for _ in views]
+                for flat, view in zip(vectors[key], views, strict=True):
+                    layout.named(flat)[parameter].copy_(view)
+            elif group == "points":
+                rank = run.problem.comm.rank
+                points[parameter] = checkpoint.rows(name, intervals.first(rank), intervals.count(rank))
         torch.set_rng_state(checkpoint.rows("random_state"))
     return Snapshot(numbers, vectors, points)
+
+
+def _parameters(layout: Layout) -> dict[str, Stack]:
+    """Names of all parameters, as in `Layout.named`, with their stacks."""
+    return {f"{stack.name}.{name}": stack for stack in layout.stacks for name in stack.shapes}
 
 
 def _flat(configuration: Mapping, prefix: str = "") -> dict[str, object]:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+from torch import Tensor
+
 from xbraid_py.comm import Communicator
-from xbraid_py.data import Dataset
 from xbraid_py.io.metrics import MetricsWriter, truncate_after
 from xbraid_py.io.progress import Progress
 from xbraid_py.io.run_checkpoint import Resumed, checkpoint_folder, save_run
@@ -26,8 +27,8 @@ class Training:
     ----------
     record : MetricsWriter
     progress : Progress
-    validation : Dataset
-        Points for the validation accuracy.
+    validation : tuple of (F, B) tensor and (B,) int64 tensor
+        Features and labels of the validation points.
     configuration : mapping
         JSON-able; goes into the checkpoints.
     checkpoint_every, validate_every : int
@@ -36,7 +37,7 @@ class Training:
 
     record: MetricsWriter
     progress: Progress
-    validation: Dataset
+    validation: tuple[Tensor, Tensor]
     configuration: Mapping
     checkpoint_every: int
     validate_every: int
@@ -76,8 +77,8 @@ class Training:
 
     def accuracy(self, run: NestedIteration) -> float:
         """Share of the validation points that the network classifies rightly at present."""
-        predicted = run.network.predict(run.one_shot.x, self.validation.features)
-        return float((predicted == self.validation.labels).double().mean())
+        features, labels = self.validation
+        return float((run.network.predict(run.one_shot.x, features) == labels).double().mean())
 
 
 def prepare(out: Path, comm: Communicator, resumed: Resumed | None) -> None:

@@ -141,9 +141,7 @@ class _Solve:
     def _start_at(self, level: Level) -> Tensor | None:
         """The first state on the rank where a level begins, which may be another than on the finest level."""
         first = 0 if self.direction > 0 else -1
-        source, dest = (
-            each.rows.owner(range(each.num_steps)[first]) for each in (self.levels[0], level)
-        )
+        source, dest = (each.rows.owner(range(each.num_steps)[first]) for each in (self.levels[0], level))
         if source == dest:
             return self.start
         if self.comm.rank == source:

@@ -41,8 +41,8 @@ class NestedOptions:
             raise ValueError(f"refinements={self.refinements} must be at least 0; use 2")
         if len(self.updates) != self.refinements + 1:
             raise ValueError(
-                f"updates={list(self.updates)} must have refinements + 1 = {self.refinements + 1} numbers, the coarsest "
-                f"level first; use {[100] * (self.refinements + 1)}"
+                f"updates={list(self.updates)} must have refinements + 1 = {self.refinements + 1} numbers, the "
+                f"coarsest level first; use {[100] * (self.refinements + 1)}"
             )
         if min(self.updates) < 0:
             raise ValueError(f"updates={list(self.updates)} must all be at least 0; use {[100] * len(self.updates)}")
@@ -71,7 +71,8 @@ class Record:
     update : int
         Updates so far, on all levels.
     work : float
-        Work so far in work units, one update on the finest level (paper 001, section 3), by counting evaluations of a layer.
+        Work so far in work units (one update on the finest level: paper 001, section 3), by counting
+        evaluations of a layer.
     seconds : float
         Time spent so far in training.
     evaluations : int
@@ -261,8 +262,12 @@ class NestedIteration:
                 "s": one_shot.quasi_newton.s,
                 "y": one_shot.quasi_newton.y,
             },
-            points={name: rows for name, rows in points.items() if rows is not None},
+            points={name: rows for name, rows in points.items() if rows is not None and not self._is_sequential},
         )
+
+    @property
+    def _is_sequential(self) -> bool:
+        return len(self.objective.forward.hierarchy.levels) == 1
 
     def _restore(self, snapshot: Snapshot) -> None:
         numbers, vectors = snapshot.numbers, snapshot.vectors

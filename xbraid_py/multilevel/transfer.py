@@ -27,7 +27,9 @@ def prolong_depth(coarse: ResidualNetwork, fine: ResidualNetwork, x: Tensor, int
         Flat vector of the fine network.
     """
     if fine.grid.num_layers != 2 * coarse.grid.num_layers:
-        raise ValueError(f"fine num_layers={fine.grid.num_layers} must be {2 * coarse.grid.num_layers}, twice the coarse")
+        raise ValueError(
+            f"fine num_layers={fine.grid.num_layers} must be {2 * coarse.grid.num_layers}, twice the coarse"
+        )
     if interpolation not in ("constant", "linear"):
         raise ValueError(f"interpolation={interpolation!r} must be constant or linear; use constant")
     comm, rows = coarse.comm, coarse.layout.rows(x)
