@@ -42,10 +42,10 @@ def save_run(folder: Path, run: NestedIteration, update: int, name: str, configu
     snapshot, comm, layout = run.snapshot(), run.problem.comm, run.network.layout
     shards = {}
     for key, vectors in snapshot.vectors.items():
-        for name, stack in _parameters(layout).items() if vectors else ():
-            views = [layout.named(flat)[name] for flat in vectors]
+        for parameter, stack in _parameters(layout).items() if vectors else ():
+            views = [layout.named(flat)[parameter] for flat in vectors]
             rows = torch.stack(views, 1) if key in _SEVERAL else views[0]
-            shards[f"{_GROUPS[key]}/{name}"] = Shard(rows, stack.first, stack.total)
+            shards[f"{_GROUPS[key]}/{parameter}"] = Shard(rows, stack.first, stack.total)
     intervals = run.objective.forward.hierarchy.intervals
     for key, rows in snapshot.points.items():
         shards[f"points/{key}"] = Shard(rows, intervals.first(comm.rank), intervals.num_rows)
