@@ -14,7 +14,7 @@ from conftest import PROJECT, finish_job, start_job
 # What goes wrong, and on which rank (-1: on all), are the options of this driver.
 DRIVER = '''
 """A driver that fails as it is told."""
-import sys, threading, warnings
+import os, sys, threading, warnings
 from dataclasses import dataclass
 import torch
 from xbraid_py.comm import launcher_rank
@@ -46,7 +46,7 @@ def setup(options, comm):
         {}["key"]
 
     def wait_for_ever():
-        print("waiting", flush=True)
+        os.write(1, b"waiting\\n")  # in one piece, so that lines of several ranks do not mix
         if comm.size > 1:
             comm.recv(torch.empty(1), (comm.rank + 1) % comm.size)
         threading.Event().wait()
@@ -98,6 +98,9 @@ for case in sys.argv[1:]:
     if name == "interrupt":
         while not (os.path.exists("interrupt.out") and open("interrupt.out").read()):
             time.sleep(0.05)
+        # Twice, as from a terminal and a launcher that passes it on.
+        os.kill(child, signal.SIGINT)
+        time.sleep(0.2)
         os.kill(child, signal.SIGINT)
     os.close(reader)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

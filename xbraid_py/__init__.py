@@ -1,3 +1,55 @@
-"""Layer-parallel training of deep residual networks."""
+"""Layer-parallel training of deep residual networks.
+
+The layers of a residual network are time steps; `Solver` propagates states and adjoints through all of them at once
+by multigrid in time (`MGRIT`), over the ranks of a `Communicator`. `NestedIteration` trains networks of growing depth
+with it. See README.md, and `drivers/peaks.py` for a complete program.
+"""
 
 __version__ = "0.1.0"
+
+from xbraid_py.comm import Communicator, LaunchError, wrap
+from xbraid_py.errors import RunError
+from xbraid_py.grid import LayerGrid, Partition
+from xbraid_py.mgrit import MGRIT, Hierarchy, Solution, Solver
+from xbraid_py.multilevel import NestedIteration, NestedOptions, prolong_depth
+from xbraid_py.network import InitialScales, ResidualNetwork
+from xbraid_py.networks.dense import DenseLayer
+from xbraid_py.objective import Evaluation, NetworkObjective, Objective, Regularization
+from xbraid_py.optim import Armijo, OneShot, OneShotOptions, QuasiNewton
+from xbraid_py.problem import Architecture, Problem
+from xbraid_py.propagator import Adjoint, Forward, Propagator, ResidualSteps
+from xbraid_py.threads import run_threads
+
+__all__ = [
+    "MGRIT",
+    "Adjoint",
+    "Architecture",
+    "Armijo",
+    "Communicator",
+    "DenseLayer",
+    "Evaluation",
+    "Forward",
+    "Hierarchy",
+    "InitialScales",
+    "LaunchError",
+    "LayerGrid",
+    "NestedIteration",
+    "NestedOptions",
+    "NetworkObjective",
+    "Objective",
+    "OneShot",
+    "OneShotOptions",
+    "Partition",
+    "Problem",
+    "Propagator",
+    "QuasiNewton",
+    "Regularization",
+    "ResidualNetwork",
+    "ResidualSteps",
+    "RunError",
+    "Solution",
+    "Solver",
+    "prolong_depth",
+    "run_threads",
+    "wrap",
+]

@@ -79,7 +79,7 @@ class Checkpoint:
         self._file = file
         self._datasets: dict[str, h5py.Dataset] = {}
         kind, number = file.attrs.get("format"), file.attrs.get("format_number")
-        if kind != FORMAT:
+        if kind != FORMAT.encode():
             raise _error(path, f"no {FORMAT}: its format is {kind!r}")
         if number != FORMAT_NUMBER:
             raise _error(path, f"its format_number={number} is not {FORMAT_NUMBER}, the one this version reads")

@@ -132,7 +132,8 @@ class HDF5Writer:
         self._disk = _Disk(self._temporary)
         # The newer file layout has checksums in its own tables too.
         self._file = h5py.File(self._disk, "w", libver=("v110", "v110"))
-        self._file.attrs["format"] = FORMAT
+        # Fixed-length strings: others lie in a heap without checksums, where one wrong bit makes HDF5 loop for ever.
+        self._file.attrs["format"] = np.bytes_(FORMAT)
         self._file.attrs["format_number"] = FORMAT_NUMBER
         self._file.create_dataset(META, data=np.array([text.encode("ascii")]), chunks=(1,), fletcher32=True)
 
