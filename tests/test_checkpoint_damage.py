@@ -35,15 +35,15 @@ def test_truncated_anywhere(good):
 
 
 def test_no_flipped_bit_is_read_silently(tmp_path):
-    # A file small enough to try every byte of: most of it is tables, which HDF5 by default does not protect.
+    # A file small enough to try every other byte of: most of it is tables, which HDF5 by default does not protect.
     path = tmp_path / file_name(40)
     arrays = {"a/b": torch.arange(6.0).reshape(3, 2), "c": torch.tensor([True, False]), "d": torch.zeros(0, 3)}
     save(path, SerialCommunicator(), shards_of(SerialCommunicator(), arrays), META)
     content = path.read_bytes()
     refused = 0
-    for position in range(len(content)):
+    for position in range(0, len(content), 2):
         damaged = bytearray(content)
-        damaged[position] ^= 1 << position % 8
+        damaged[position] ^= 1 << position // 2 % 8
         path.write_bytes(damaged)
         try:
             verify(path)
@@ -51,7 +51,7 @@ def test_no_flipped_bit_is_read_silently(tmp_path):
             refused += 1
         else:
             assert agrees(path, arrays), f"byte {position} changes what is read"
-    assert refused > len(content) // 4
+    assert refused > len(content) // 8
 
 
 def test_flipped_bit_in_data(good):

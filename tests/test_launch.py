@@ -138,7 +138,7 @@ def serial(folder):
         "slurm SLURM_NTASKS=3 SLURM_PROCID=0",
         "slurm1 SLURM_NTASKS=3 SLURM_PROCID=1",
     ]
-    job = finish_job(start_job(["serial.py", *cases], env={"PYTHONPATH": str(PROJECT)}, cwd=folder))
+    job = finish_job(start_job(["serial.py", *cases], env={"PYTHONPATH": str(PROJECT)}, cwd=folder), timeout=100)
     assert job.returncode == 0, job.stderr
 
     def result(name):
