@@ -38,6 +38,7 @@ hypothesis.settings.load_profile("same")
 
 PROJECT = Path(__file__).resolve().parent.parent
 THREAD_RANKS = (1, 2, 3, 5)
+EXIT_STATUS = pytest.StashKey[int]()
 
 # What a launcher leaves in the environment; a job started from a test must not see it.
 _LAUNCHER_PREFIXES = ("PMI_", "PMI2_", "PMIX_", "OMPI_", "PRTE_", "PRRTE_", "SLURM_", "HYDI_", "HYDRA_", "MPI_LOCAL")
@@ -66,6 +67,17 @@ def pytest_sessionstart(session):
     if over_mpi(session.config) and world_once().rank > 0:
         # One report a job, that of rank 0. Failures of the others are printed below.
         session.config.get_terminal_writer()._file = open(os.devnull, "w")
+
+
+def pytest_sessionfinish(session, exitstatus):
+    session.config.stash[EXIT_STATUS] = exitstatus
+
+
+def pytest_unconfigure(config):
+    # A rank that leaves first after a failure may end the job: not before rank 0 has printed its report. A rank
+    # that leaves early, without running the tests, waits for nobody.
+    if over_mpi(config) and config.stash.get(EXIT_STATUS, None) in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        world_once().barrier()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -153,7 +165,7 @@ def job_environment(env: Mapping[str, str] | None = None) -> dict[str, str]:
     """Environment of a job started by hand: one thread a rank, nothing of a launcher around us; then `env`."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHER_PREFIXES)}
     paths = os.pathsep.join(filter(None, (str(PROJECT), os.environ.get("PYTHONPATH"))))
-    return {**clean, **_OPEN_MPI, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": paths, **(env or {})}
+    return {**clean, **_OPEN_MPI, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **(env or {})}
 
 
 def start_job(args: Sequence, ranks: int = 1, env: Mapping[str, str] | None = None, cwd=PROJECT) -> subprocess.Popen:

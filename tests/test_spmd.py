@@ -50,9 +50,7 @@ def test_results_come_in_the_order_of_the_ranks(spmd):
 @pytest.mark.ranks(2, 8)
 def test_the_marker_sets_the_number_of_ranks(spmd, request):
     size = len(spmd(lambda comm: None))
-    assert size >= 2
-    if "ranks" in request.node.callspec.id:
-        assert request.node.callspec.id == f"{size}ranks"
+    assert size >= 2 if request.node.callspec.id == "mpi" else size in (2, 8)
 
 
 def test_one_folder_for_all_ranks(spmd, shared_tmp_path):
@@ -72,12 +70,12 @@ def test_a_failure_on_one_rank_ends_the_job(run_job, tmp_path):
     assert "ZeroDivisionError: on purpose" in job.stderr
 
 
-def test_a_failure_on_all_ranks_is_reported_once_by_rank_0(run_job, tmp_path):
+def test_a_failure_outside_a_body_is_reported_in_full_by_rank_0(run_job, tmp_path):
     job = pytest_over_mpi(run_job, tmp_path, ALL_RANKS_FAIL)
     assert job.returncode != 0
-    assert job.stdout.count("1 failed, 1 deselected") <= 1
-    assert "something else" in job.stdout + job.stderr
-    assert "not collected" not in job.stdout + job.stderr
+    assert job.stdout.count("1 failed, 1 deselected in") == 1
+    assert job.stdout.count("FAILED") == 1
+    assert "rank 1: test_inner.py::test_wrong" in job.stderr and "rank 2: test_inner.py::test_wrong" in job.stderr
 
 
 def test_jobs_see_no_launcher(monkeypatch):
@@ -90,12 +88,13 @@ def test_jobs_see_no_launcher(monkeypatch):
 
 
 def test_status_and_output_of_a_job(run_job):
-    code = "import sys; print('out'); print('err', file=sys.stderr); sys.exit(2)"
-    one = run_job(["-c", code])
+    code = "import sys; print('out'); print('err', file=sys.stderr); sys.exit({})"
+    one = run_job(["-c", code.format(2)])
     assert (one.returncode, one.stdout, one.stderr) == (2, "out\n", "err\n")
-    three = run_job(["-c", code], ranks=3)
-    assert three.returncode == 2
-    assert (three.stdout.count("out\n"), three.stderr.count("err\n")) == (3, 3)
+    three = run_job(["-c", code.format(0)], ranks=3)
+    # Lines of several ranks may run into each other.
+    assert (three.returncode, three.stdout.count("out"), three.stderr.count("err")) == (0, 3, 3)
+    assert run_job(["-c", code.format(2)], ranks=3).returncode == 2
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -110,8 +109,9 @@ def test_a_job_past_its_time_ends_with_its_ranks(tmp_path, ranks):
         time.sleep(0.05)
     with pytest.raises(pytest.fail.Exception, match="no end after 0.1 s"):
         finish_job(job, timeout=0.1)
-    for path in tmp_path.iterdir():
-        assert not runs(int(path.name))
+    # The launcher's helper ends the ranks once it misses the launcher: wait for that, with the test's time limit.
+    while any(runs(int(path.name)) for path in tmp_path.iterdir()):
+        time.sleep(0.05)
 
 
 def test_a_job_that_is_over_can_be_ended_again():

@@ -152,6 +152,11 @@ class NestedIteration:
         scales: InitialScales,
         seed: int = 0,
     ):
+        if problem.forward.max_levels > 1:
+            # Said in terms of the finest network, which is what a user chooses.
+            cfactor = problem.forward.cfactor_of(0)
+            name = "cfactor" + " * 2^refinements" * (options.refinements > 0)
+            require_multiple("num_layers", num_layers, cfactor * 2**options.refinements, name)
         self.depths = options.depths(num_layers)
         for depth in self.depths:
             problem.hierarchies(depth)
