@@ -6,6 +6,8 @@ RANKS  ?= 4
 # Another MPI than the wheel: make test EXTRAS=test,lint MPIRUN=mpirun
 EXTRAS ?= mpi,test,lint
 MPIRUN ?= $(VENV)/bin/mpirun
+# Where pip finds a CPU build of torch, if not where it looks by itself: make env TORCH_ARGS='--index-url URL'
+TORCH_ARGS ?=
 
 STAMP = $(VENV)/.installed
 PY    = $(VENV)/bin/python
@@ -39,7 +41,7 @@ env: $(STAMP)
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("PYTHON=$(PYTHON) is Python " + sys.version.split()[0] + "; 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install "$$(grep '^torch==' constraints.txt)"
+	$(PY) -m pip install $(TORCH_ARGS) "$$(grep '^torch==' constraints.txt)"
 	$(PY) -m pip install -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 

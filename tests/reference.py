@@ -56,7 +56,7 @@ def step(row: Tensor, u: Tensor, h: float, activation: str, scheme: str = "euler
     return u + h * dense(row, u, len(u), activation)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chain:
     """Weights of N residual layers, a first state (C, B) and a last adjoint (C, B)."""
 

@@ -32,7 +32,7 @@ class InitialScales:
     """
 
     opening: float = 1.0
-    layers: float = 1e-2
+    layers: float = 1e-1
     classification: float = 1e-1
 
     def __post_init__(self):

@@ -67,9 +67,9 @@ class Regularization:
         which makes the functional independent of the depth.
     """
 
-    tikhonov: float = 1e-6
-    ddt: float = 0.0
-    classification: float = 1e-6
+    tikhonov: float = 1e-5
+    ddt: float = 1e-5
+    classification: float = 1e-5
     measure: str = "integral"
 
     def __post_init__(self):

@@ -180,5 +180,5 @@ class OneShot:
         if not isfinite(value):
             raise RunError(
                 f"the {what} is {value} at update {self.number}: it must be finite. The last checkpoint holds the "
-                f"weights before; start with smaller weights (layers=1e-2) or a shorter time (T=1.0)"
+                f"weights before; start with smaller weights (initial.layers=1e-2) or a shorter time (network.T=1.0)"
             )
