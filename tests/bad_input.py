@@ -70,7 +70,7 @@ BAD = {
         "--initial.layers=1e200",
         1,
         "the objective is nan at update 0: it must be finite. The last checkpoint holds the weights before; "
-        "start with smaller weights (layers=1e-2) or a shorter time (T=1.0)",
+        "start with smaller weights (initial.layers=1e-2) or a shorter time (network.T=1.0)",
     ),
 }
 

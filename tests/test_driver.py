@@ -29,7 +29,7 @@ TINY = [
     *("--checkpoint_every=1", "--validate_every=2"),
 ]
 SHORT = "--nested.updates=3,2"
-KILLED_AT = (2, 9)  # updates, one on each level
+KILLED_AT = (2, 6)  # updates, one on each level
 FEW_LAYERS = ["--num_layers=2", "--nested.refinements=0", "--nested.updates=1", "--mgrit.max_levels=1"]
 
 
@@ -76,7 +76,9 @@ def kill_one_rank(out: Path, at: int, which: int) -> subprocess.CompletedProcess
     """A run on 3 ranks of which one is killed once update `at` is recorded."""
     job = start_job([DRIVER, *TINY, f"--out={out}"], ranks=3)
     try:
-        while job.poll() is None and not any(row["update"] >= at for row in updates_of(out)):
+        for _ in range(20_000):
+            if job.poll() is not None or any(row["update"] >= at for row in updates_of(out)):
+                break
             time.sleep(0.005)
         ranks = ranks_of(job)
         assert len(ranks) == 3, f"no 3 ranks but {ranks}: {end_job(job)}"
@@ -148,6 +150,18 @@ def test_a_smoke_run_leaves_record_checkpoints_and_pictures(folder, size):
     assert (left / "figures" / "classes.png").read_bytes().startswith(b"\x89PNG")
     header = read(left / "metrics.jsonl")[0]
     assert header["ranks"] == size and header["configuration"]["num_layers"] == 32
+
+
+def test_validations_and_checkpoints_are_made_as_often_as_asked_for(folder):
+    rows = updates_of(folder / "full_1")
+    assert [row["update"] for row in rows if row["val_accuracy"] is None] == list(range(1, 20, 2))
+    # Of 40 points for validation; of the 50 for training it would be another share.
+    right = [40 * row["val_accuracy"] for row in rows if row["val_accuracy"] is not None]
+    assert right == pytest.approx([round(count) for count in right], abs=1e-9)
+    assert any(50 * row["val_accuracy"] % 1 > 0.01 for row in rows[::2])
+    for name, every in (("full_1", 1), ("smoke_1", 5)):
+        found = sorted(path.name for path in (folder / name / "checkpoints").iterdir())
+        assert found == [f"update_{update:06d}.h5" for update in range(0, 21, every)]
 
 
 def test_a_smoke_run_is_the_same_on_3_ranks(folder):

@@ -14,7 +14,7 @@ from test_mgrit import chain, deviation, joined, options_for, solve
 from xbraid_py.grid import LayerGrid
 from xbraid_py.mgrit import Hierarchy, Solver, solver
 from xbraid_py.networks.dense import DenseLayer
-from xbraid_py.propagator import Adjoint, ResidualSteps
+from xbraid_py.propagator import Adjoint, Forward, ResidualSteps
 
 HIERARCHIES = [(16, 4, 2), (16, 2, 3), (24, (3, 2), 4), (32, (2, 4), 3)]
 
@@ -34,6 +34,7 @@ def literal(options, case, iterations):
     return forward, ref.mgrit(backwards, *shape, case.vN, iterations)
 
 
+@pytest.mark.ranks(1, 3)
 @pytest.mark.parametrize("coarse", [("average", "midpoint"), ("inject", "euler")])
 @pytest.mark.parametrize(("nrelax", "nrelax0"), [(0, None), (1, None), (1, 0), (0, 2)])
 @pytest.mark.parametrize("cycle", ["V", "F"])
@@ -46,13 +47,7 @@ def test_every_iteration_is_the_textbooks(spmd, cycle, nrelax, nrelax0, coarse):
         forward, adjoint = literal(options, case, 3)
 
         def body(comm, options=options, case=case):
-            found = []
-            for iterations in range(4):
-                states = solve(comm, replace(options, max_iter=iterations), case)
-                found.append(
-                    (states.forward, adjoint_at_exact_states(comm, replace(options, max_iter=iterations), case))
-                )
-            return found
+            return [both_solves(comm, replace(options, max_iter=iterations), case) for iterations in range(4)]
 
         parts = spmd(body)
         for iterations, which in product(range(4), (0, 1)):
@@ -68,14 +63,16 @@ def test_every_iteration_is_the_textbooks(spmd, cycle, nrelax, nrelax0, coarse):
                 assert torch.allclose(last, end, rtol=1e-11, atol=1e-12)
 
 
-def adjoint_at_exact_states(comm, options, case):
+def both_solves(comm, options, case):
+    """States, and adjoints linearised at the literal states, so that both can be looked at alone."""
     count, width = len(case.theta), len(case.u0)
     hierarchy = Hierarchy.plan(options, LayerGrid(count, case.h * count), comm.size)
     first = hierarchy.partition.first(comm.rank)
     rows = slice(first, first + hierarchy.partition.count(comm.rank))
     steps = ResidualSteps(DenseLayer(width, width, case.activation), case.theta[rows], case.h)
-    propagator = Adjoint(steps, case.solved[0][:-1][rows], torch.empty_like(case.theta[rows]))
-    return Solver(options, hierarchy, comm).solve(propagator, case.vN)
+    exact, made = case.solved[0][:-1][rows], Solver(options, hierarchy, comm)
+    forward = made.solve(Forward(steps, torch.empty_like(exact), case.u0), case.u0)
+    return forward, made.solve(Adjoint(steps, exact, torch.empty_like(case.theta[rows])), case.vN)
 
 
 @pytest.mark.parametrize("cycle", ["V", "F"])

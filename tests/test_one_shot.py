@@ -180,7 +180,7 @@ class Breaking(Valleys):
 def message(bad, what, update):
     return (
         f"the {what} is {bad} at update {update}: it must be finite. The last checkpoint holds the weights before; "
-        f"start with smaller weights (layers=1e-2) or a shorter time (T=1.0)"
+        f"start with smaller weights (initial.layers=1e-2) or a shorter time (network.T=1.0)"
     )
 
 

@@ -5,7 +5,13 @@ by multigrid in time (`MGRIT`), over the ranks of a `Communicator`. `NestedItera
 with it. See README.md, and `drivers/peaks.py` for a complete program.
 """
 
+import os
+
 __version__ = "0.1.0"
+
+# The same bits from a matrix product wherever its operands lie in memory and however many go in one call: without it
+# results depend on the partition of the layers. Costs nothing measurable; has to be set before MKL is first used.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 from xbraid_py.comm import Communicator, LaunchError, wrap
 from xbraid_py.errors import RunError

@@ -77,7 +77,7 @@ class DenseLayer:
         if not with_gradient:
             return back, None
         gradient = torch.empty(theta.shape, dtype=theta.dtype, device=theta.device)
-        split = weight[0].numel() if len(weight) else 0
+        split = self.outputs * self.inputs
         gradient[:, :split] = torch.bmm(d, u.transpose(1, 2)).flatten(1)
         sums = d.sum(2)
         gradient[:, split:] = sums if self.bias == "vector" else sums.sum(1, keepdim=True)

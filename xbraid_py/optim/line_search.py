@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isfinite
 
 from torch import Tensor
 
@@ -61,7 +62,7 @@ class Armijo:
         for backtracks in range(self.max_backtracks + 1):
             trial = x.sub(direction, alpha=step)
             evaluation = evaluate(trial)
-            if evaluation.value <= value - self.decrease * step * slope:
+            if isfinite(evaluation.value) and evaluation.value <= value - self.decrease * step * slope:
                 return Trial(trial, evaluation, step, backtracks)
             step *= self.factor
         return None

@@ -128,13 +128,11 @@ class OneShot:
             If the objective or its gradient is not finite.
         """
         if self.evaluation is None:
-            self.evaluation = self.objective.evaluate(self.x, self._iterations)
-            self._require_finite(self.evaluation.value, "objective")
+            self._evaluate(self._iterations)
         while self.number < num_updates:
             if self.gradient is None:
                 self.gradient = self.objective.gradient(self.x, self._iterations)
-            norm = sqrt(max(0.0, self.objective.dot(self.gradient, self.gradient)))
-            self._require_finite(norm, "norm of the gradient")
+            norm = self._finite_norm()
             yield Update(self.number, self.evaluation, norm, self.step, self.backtracks)
             if norm <= self.options.gtol:
                 return
@@ -160,8 +158,9 @@ class OneShot:
                 # The direction may be bad because the pairs are, or because the solves were too inexact.
                 self.note = f"update {self.number}: no descent along the direction; the line search starts again"
                 self.quasi_newton.clear()
-                self.evaluation = self.objective.evaluate(self.x, self.options.boost_iter)
+                self._evaluate(self.options.boost_iter)
                 self.gradient = self.objective.gradient(self.x, self.options.boost_iter)
+                self._finite_norm()
             direction = self.quasi_newton.direction(self.gradient)
             slope = self.objective.dot(self.gradient, direction)
             trial = self._search.search(
@@ -171,6 +170,15 @@ class OneShot:
                 return trial
         self.note = f"update {self.number}: no descent along the gradient either; this level ends here"
         return None
+
+    def _evaluate(self, max_iter: int | None) -> None:
+        self.evaluation = self.objective.evaluate(self.x, max_iter)
+        self._require_finite(self.evaluation.value, "objective")
+
+    def _finite_norm(self) -> float:
+        norm = sqrt(self.objective.dot(self.gradient, self.gradient))
+        self._require_finite(norm, "norm of the gradient")
+        return norm
 
     @property
     def _iterations(self) -> int | None:

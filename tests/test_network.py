@@ -1,0 +1,96 @@
+"""The whole network over a communicator: predictions, dot products, and how a problem is put together."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from test_objective import ALL_RANKS, CLASSES, CONVERGED, N, T, data, exact, problem, weights
+
+from xbraid_py import network
+from xbraid_py.comm import SerialCommunicator
+from xbraid_py.grid import LayerGrid
+from xbraid_py.mgrit import MGRIT, Hierarchy, Solver
+from xbraid_py.objective import NetworkObjective
+from xbraid_py.problem import Architecture
+
+
+@ALL_RANKS
+@pytest.mark.parametrize("batch", [1, 20, 21, 57])
+def test_predicted_classes_are_those_of_the_serial_network(spmd, monkeypatch, batch):
+    """In portions of 20 samples; for fewer samples than that, exactly that many, and more."""
+    monkeypatch.setattr(network, "_PREDICT_CHUNK", 20)
+    net = problem(SerialCommunicator()).network(N)
+    x = weights(net)
+    features, _ = data(batch)
+    classes = exact("none", "tanh", batch=batch)[3]
+    assert batch < 20 or len(set(classes.tolist())) == CLASSES
+
+    def body(comm):
+        own = problem(comm).network(N)
+        return own.predict(weights(own), features)
+
+    assert torch.equal(net.predict(x, features), classes)
+    for found in spmd(body):
+        assert found.dtype == torch.int64 and torch.equal(found, classes)
+
+
+def test_predict_in_portions_of_the_usual_size(spmd):
+    """More samples than one portion, and the bits of the logits do not depend on the ranks."""
+    features, _ = data(network._PREDICT_CHUNK + 7)
+    net = problem(SerialCommunicator()).network(N)
+    expected = net.predict(weights(net), features)
+
+    def body(comm):
+        own = problem(comm).network(N)
+        return own.predict(weights(own), features)
+
+    assert len(expected) == features.shape[1] and len(set(expected.tolist())) == CLASSES
+    assert all(torch.equal(found, expected) for found in spmd(body))
+
+
+def test_dot_is_the_ordered_sum_over_the_layers(spmd):
+    def body(comm):
+        net = problem(comm).network(N)
+        a, b = weights(net), weights(net, 1.0)
+        return net.dot(a, b), net.dot(b, a), net.layout.row_dots(a, b), net.row_counts
+
+    parts = spmd(body)
+    rows = torch.cat([part[2] for part in parts])
+    assert len(rows) == N + 2 == sum(parts[0][3]) and [len(part[2]) for part in parts] == parts[0][3]
+    for one, other, *_ in parts:
+        assert one == other == float(rows.sum())
+
+
+def test_solvers_and_network_share_one_partition():
+    made = problem(SerialCommunicator())
+    other = Hierarchy.plan(CONVERGED, LayerGrid(2 * N, T), 1)
+    good = Solver(CONVERGED, Hierarchy.plan(CONVERGED, LayerGrid(N, T), 1), made.comm)
+    for solvers in ((good, Solver(CONVERGED, other, made.comm)), (Solver(CONVERGED, other, made.comm), good)):
+        with pytest.raises(ValueError, match="must share one partition of the layers"):
+            NetworkObjective(made.network(N), made.features, made.labels, made.regularization, *solvers)
+
+
+@pytest.mark.ranks(3, 5)
+def test_different_factors_of_states_and_adjoints(spmd):
+    def body(comm):
+        try:
+            problem(comm, adjoint=MGRIT(cfactor=8, max_levels=2, min_coarse=1)).objective(N)
+        except ValueError as error:
+            return str(error)
+        return "no error"
+
+    for message in spmd(body):
+        assert message.startswith("adjoint.cfactor=8 must begin with the same coarsening factor as mgrit.cfactor=4")
+
+
+def test_bad_architecture_names_what_works():
+    for options, message in (
+        ({"width": 0}, "width=0 must be at least 1; use 8"),
+        ({"T": -1.0}, "T=-1.0 must be positive"),
+        ({"activation": "elu"}, "activation='elu' must be one of"),
+        ({"bias": "none"}, "bias='none' must be vector or scalar"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            Architecture(**options)
