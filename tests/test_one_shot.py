@@ -219,6 +219,6 @@ def test_values_of_the_second_attempt_must_be_finite_too(bad, kind, what):
     one_shot = OneShot(objective, OneShotOptions(boost_updates=0), objective.start)
     updates = one_shot.run(9)
     next(updates)
-    objective.value_at = lambda x: 7.0  # whatever the trial, nothing goes down
+    objective.value_at = lambda x: 1e9  # more than at the start, whatever the trial
     with pytest.raises(RunError, match=f"^the {what} is {bad} at update 0: it must be finite"):
         list(updates)

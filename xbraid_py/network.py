@@ -33,7 +33,7 @@ class InitialScales:
 
     opening: float = 1.0
     layers: float = 1e-1
-    classification: float = 1e-1
+    classification: float = 5e-2
 
     def __post_init__(self):
         for name in ("opening", "layers", "classification"):
