@@ -113,8 +113,10 @@ class Options:
         for name in ("checkpoint_every", "validate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1; use 5")
+        for name, good in (("adjoint_iter", "1"), ("adjoint_tol", "1e-6, or 0 for a fixed number of iterations")):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0; use {good}")
         self.nested.depths(self.num_layers)
-        replace(self.adjoint)  # checks both
 
     @property
     def adjoint(self) -> MGRIT:
@@ -166,11 +168,12 @@ def setup(options: Options, comm: Communicator) -> Callable[[], None]:
     resumed = read_resumed(options.resume, options.out, runs, configuration, FREE)
 
     def run() -> None:
-        prepare(options.out, comm, resumed)
-        total = sum(sum(nested.updates) for nested in schedules.values())
+        prepare(options.out, comm, runs, resumed)
+        total = sum(sum(nested.updates) + 1 for nested in schedules.values())  # the end is shown as well
+        done = sum(snapshot.next_record for snapshot in resumed.values())
         with (
-            MetricsWriter(options.out / "metrics.jsonl", comm, configuration, append=resumed is not None) as record,
-            Progress(comm, total) as progress,
+            MetricsWriter(options.out / "metrics.jsonl", comm, configuration, append=bool(resumed)) as record,
+            Progress(comm, total, done=done) as progress,
         ):
             training = Training(
                 record=record,

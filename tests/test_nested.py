@@ -158,8 +158,8 @@ def test_a_level_that_ends_early_hands_its_note_on():
     note = "update 0: no descent along the gradient either; this level ends here"
     assert [(record.level, record.update, record.note) for record in records] == [
         (1, 0, None),
-        (0, 0, note),
-        (0, 0, note),
+        (0, 1, note),
+        (0, 2, note),
     ]
     assert [record.final for record in records] == [False, False, True]
 

@@ -198,7 +198,8 @@ def test_initial_weights_depend_on_seed_and_layer_only(spmd):
     expected = serial.initial(scales, 7)
     assert torch.equal(torch.cat(spmd(lambda comm: network_on(comm).initial(scales, 7))), expected)
     named, other = serial.layout.named(expected), serial.layout.named(serial.initial(scales, 8))
-    rows = [*named["opening.weight"], *named["layers.weight"], *named["classification.weight"]]
+    same = serial.layout.named(serial.initial(InitialScales(1.0, 1.0, 1.0), 7))
+    rows = [*same["opening.weight"], *same["layers.weight"], *same["classification.weight"]]
     flat = [row.flatten()[:8] for row in rows]
     assert all(not torch.equal(a, b) for i, a in enumerate(flat) for b in flat[:i])
     assert not any(named[name].any() for name in named if name.endswith("bias"))

@@ -230,11 +230,13 @@ def test_messages(library_logger, capsys):
     child = logging.getLogger("xbraid_py.some.module")
     for comm, expected in (
         (SerialCommunicator(), "INFO xbraid_py.some.module: a\nWARNING xbraid_py.some.module: b\n"),
-        (Peer(), "rank 3: WARNING xbraid_py.some.module: b\n"),
+        (Peer(), ""),
     ):
         setup_logging(comm)
         setup_logging(comm)
         child.debug("-")
         child.info("a")
         child.warning("b")
-        assert capsys.readouterr() == ("", expected)
+        child.error("c")
+        rank = f"rank {comm.rank}: " if comm.rank else ""
+        assert capsys.readouterr() == ("", f"{expected}{rank}ERROR xbraid_py.some.module: c\n")

@@ -66,8 +66,8 @@ def check_rests(out, expected, weights, updates, method, readers, **others):
             run = make(comm, method, **others)
             path = checkpoint_folder(out, "nested") / file_name(k)
             resumed = read_resumed(str(path), out, {"nested": run}, CONFIGURATION, ())
-            records, found = finish(run, resumed.snapshot)
-            if (resumed.name, resumed.update) != ("nested", k) or records != expected[k + 1 :]:
+            records, found = finish(run, resumed["nested"])
+            if (list(resumed), resumed["nested"].next_record) != (["nested"], k + 1) or records != expected[k + 1 :]:
                 wrong.append((k, records))
             elif not same_bits(found, weights):
                 wrong.append((k, "weights"))
@@ -103,7 +103,7 @@ def test_after_the_end_there_is_at_most_the_end(written):
     out, expected, weights = written("lbfgs", 2)
     run = make(SerialCommunicator())
     path = checkpoint_folder(out, "nested") / file_name(8)
-    records, found = finish(run, read_resumed(str(path), out, {"nested": run}, CONFIGURATION, ()).snapshot)
+    records, found = finish(run, read_resumed(str(path), out, {"nested": run}, CONFIGURATION, ())["nested"])
     assert records in ([], expected[-1:]) and same_bits(found, weights)
 
 
@@ -122,8 +122,8 @@ def test_all_of_a_checkpoint_matters(written):
         resumed = read_resumed(
             str(checkpoint_folder(out, "nested") / file_name(7)), out, {"nested": run}, CONFIGURATION, ()
         )
-        change(resumed.snapshot)
-        return finish(run, resumed.snapshot)[0][0]
+        change(resumed["nested"])
+        return finish(run, resumed["nested"])[0][0]
 
     assert rest(lambda snapshot: None) == expected[8]
     for change in (
@@ -196,7 +196,7 @@ def test_another_configuration(path, change, said):
 def test_what_may_differ(path):
     run = make(SerialCommunicator())
     other = {**CONFIGURATION, "out": "there", "optim": {"memory": 9}}
-    assert read_resumed(str(path), path.parent, {"nested": run}, other, ("out", "optim")).update == 2
+    assert read_resumed(str(path), path.parent, {"nested": run}, other, ("out", "optim"))["nested"].next_record == 3
     assert "with optim.memory=2, but" in refusal(path, other)
 
 
@@ -226,23 +226,30 @@ def test_the_run_of_comparison_has_checkpoints_of_its_own(tmp_path):
         and checkpoint_folder(tmp_path, "nested") == path.parents[1]
     )
     assert refusal(path) == f"{path} belongs to the non-nested run, which this job has not; give --compare"
-    # A later run of the job goes on, although an earlier one has checkpoints too.
-    save_run(path.parents[1], run, 5, "nested", CONFIGURATION)
+    # A later run of the job goes on only from the end of the earlier one.
     runs = {"nested": run, "non-nested": run}
-    assert read_resumed("auto", tmp_path, runs, CONFIGURATION, ()).name == "non-nested"
+    with pytest.raises(CheckpointError, match="follows a run whose end is not in"):
+        read_resumed(str(path), tmp_path, runs, CONFIGURATION, ())
+    save_run(path.parents[1], run, 5, "nested", CONFIGURATION)
+    assert list(read_resumed("auto", tmp_path, runs, CONFIGURATION, ())) == ["nested"]
+    finish(run)
+    save_run(path.parents[1], run, 8, "nested", CONFIGURATION)
+    for resume in ("auto", str(path)):
+        resumed = read_resumed(resume, tmp_path, runs, CONFIGURATION, ())
+        assert {name: snapshot.is_final for name, snapshot in resumed.items()} == {"nested": True, "non-nested": False}
 
 
 def test_auto_takes_the_newest_good_one(tmp_path):
     run = make(SerialCommunicator())
-    assert read_resumed("auto", tmp_path, {"nested": run}, CONFIGURATION, ()) is None
-    assert read_resumed(None, tmp_path, {"nested": run}, CONFIGURATION, ()) is None
+    assert read_resumed("auto", tmp_path, {"nested": run}, CONFIGURATION, ()) == {}
+    assert read_resumed(None, tmp_path, {"nested": run}, CONFIGURATION, ()) == {}
     folder = checkpoint_folder(tmp_path, "nested")
     updates = run.run()
     for k in range(3):
         next(updates)
         path = save_run(folder, run, k, "nested", CONFIGURATION)
     path.write_bytes(path.read_bytes()[:1000])
-    assert read_resumed("auto", tmp_path, {"nested": run}, CONFIGURATION, ()).update == 1
+    assert read_resumed("auto", tmp_path, {"nested": run}, CONFIGURATION, ())["nested"].next_record == 2
 
 
 def test_a_checkpoint_that_cannot_be_written_is_one_message(spmd, shared_tmp_path):

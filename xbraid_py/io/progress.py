@@ -249,14 +249,15 @@ class _CurrentStderr(logging.StreamHandler):
 
 
 def setup_logging(comm: Communicator) -> None:
-    """Send the library's messages to the standard error: from INFO on rank 0, warnings with their rank elsewhere.
+    """Send the library's messages to the standard error: from INFO on rank 0, errors with their rank elsewhere.
 
-    For programs, once, at their start; a second call replaces the first. Ranks that are threads share one setting.
+    What is only worth a warning is met by every rank alike, so one of them says it. For programs, once, at their start;
+    a second call replaces the first. Ranks that are threads share one setting.
     """
     handler = _CurrentStderr()
     rank = "" if comm.rank == 0 else f"rank {comm.rank}: "
     handler.setFormatter(logging.Formatter(f"{rank}%(levelname)s %(name)s: %(message)s"))
-    handler.setLevel(logging.INFO if comm.rank == 0 else logging.WARNING)
+    handler.setLevel(logging.INFO if comm.rank == 0 else logging.ERROR)
     logger = logging.getLogger("xbraid_py")
     for old in [old for old in logger.handlers if isinstance(old, _CurrentStderr)]:
         logger.removeHandler(old)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -62,15 +61,6 @@ def save_run(folder: Path, run: NestedIteration, update: int, name: str, configu
     return path
 
 
-@dataclass(frozen=True)
-class Resumed:
-    """Where a run goes on: which of the runs of a job, at which update, and with what."""
-
-    name: str
-    update: int
-    snapshot: Snapshot
-
-
 def checkpoint_folder(out: Path, name: str) -> Path:
     """Where the checkpoints of a run of a job are: `checkpoints`, and folders in it for runs of comparison."""
     return out / "checkpoints" if name == "nested" else out / "checkpoints" / name
@@ -78,13 +68,13 @@ def checkpoint_folder(out: Path, name: str) -> Path:
 
 def read_resumed(
     resume: str | None, out: Path, runs: Mapping[str, NestedIteration], configuration: Mapping, free: tuple[str, ...]
-) -> Resumed | None:
+) -> dict[str, Snapshot]:
     """What the option `--resume` asks for; sends no message.
 
     Parameters
     ----------
     resume : str or None
-        A file, or "auto": the newest good one of the out folder, of the last run there that has any.
+        A file, or "auto": the newest good one of the out folder, if there is any.
     out : Path
     runs : mapping of str to NestedIteration
         The runs of the job, in their order.
@@ -93,23 +83,35 @@ def read_resumed(
     free : tuple of str
         Names of options that may differ from those of the checkpoint.
 
+    Returns
+    -------
+    dict of str to Snapshot
+        Where to go on, by the name of the run: the ends of runs that are over, and then perhaps a run under way.
+
     Raises
     ------
     CheckpointError
-        If the file is damaged, no checkpoint of such a run, or one of another configuration.
+        If a file is damaged, no checkpoint of such a run, or one of another configuration.
     """
+    snapshots: dict[str, Snapshot] = {}
     if resume is None:
-        return None
-    path: Path | None = Path(resume)
-    if resume == "auto":
-        found = (newest_good(checkpoint_folder(out, name)) for name in reversed(list(runs)))
-        path = next((each for each in found if each is not None), None)
-        if path is None:
-            return None
-    meta = _read_meta(path, configuration, free)
-    if meta["run"] not in runs:
-        raise CheckpointError(f"{path} belongs to the {meta['run']} run, which this job has not; give --compare")
-    return Resumed(meta["run"], meta["update"], _read_snapshot(path, runs[meta["run"]]))
+        return snapshots
+    given = None
+    if resume != "auto":
+        given = _read_meta(Path(resume), configuration, free)["run"]
+        if given not in runs:
+            raise CheckpointError(f"{resume} belongs to the {given} run, which this job has not; give --compare")
+    for name, run in runs.items():
+        path = Path(resume) if name == given else newest_good(checkpoint_folder(out, name))
+        if path is not None:
+            if name != given:
+                _read_meta(path, configuration, free)
+            snapshots[name] = _read_snapshot(path, run)
+        if name == given or name not in snapshots or not snapshots[name].is_final:
+            break
+    if given is not None and given not in snapshots:
+        raise CheckpointError(f"{resume} follows a run whose end is not in {out}; give the --out folder of both")
+    return snapshots
 
 
 def _read_meta(path: Path, configuration: Mapping, free: tuple[str, ...]) -> dict:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor
 from xbraid_py.comm import Communicator
 from xbraid_py.io.metrics import MetricsWriter, truncate_after
 from xbraid_py.io.progress import Progress
-from xbraid_py.io.run_checkpoint import Resumed, checkpoint_folder, save_run
+from xbraid_py.io.run_checkpoint import checkpoint_folder, save_run
 from xbraid_py.multilevel import NestedIteration, Record, Snapshot
 
 log = logging.getLogger(__name__)
@@ -42,20 +42,18 @@ class Training:
     checkpoint_every: int
     validate_every: int
 
-    def run_all(self, runs: Mapping[str, NestedIteration], out: Path, resumed: Resumed | None) -> float:
-        """Train one run after the other, from where the job was resumed on; collective.
+    def run_all(self, runs: Mapping[str, NestedIteration], out: Path, resumed: Mapping[str, Snapshot]) -> float:
+        """Train one run after the other, each from its snapshot if it has one; collective.
 
         Returns
         -------
         float
             Validation accuracy at the end of the first run.
         """
-        names = list(runs)
-        accuracies = {}
-        for name in names[names.index(resumed.name) if resumed else 0 :]:
-            snapshot = resumed.snapshot if resumed and resumed.name == name else None
-            accuracies[name] = self._run(runs[name], name, checkpoint_folder(out, name), snapshot)
-        return accuracies[names[0]]
+        accuracies = [
+            self._run(run, name, checkpoint_folder(out, name), resumed.get(name)) for name, run in runs.items()
+        ]
+        return accuracies[0]
 
     def _run(self, run: NestedIteration, name: str, folder: Path, snapshot: Snapshot | None) -> float:
         accuracy, depth = None, None
@@ -67,10 +65,12 @@ class Training:
             due = record.final or record.update % self.validate_every == 0
             accuracy = self.accuracy(run) if due else None
             row = _row(record, name, accuracy)
-            self.record.write(row)
             self.progress.update(row)
             if record.note:
                 self.progress.note(record.note)
+            if snapshot is not None and snapshot.is_final:
+                continue  # a run that is over has its record and its checkpoint already
+            self.record.write(row)
             if record.final or record.update % self.checkpoint_every == 0:
                 save_run(folder, run, record.update, name, self.configuration)
         return accuracy
@@ -81,12 +81,13 @@ class Training:
         return float((run.network.predict(run.one_shot.x, features) == labels).double().mean())
 
 
-def prepare(out: Path, comm: Communicator, resumed: Resumed | None) -> None:
-    """Make room for a run in its folder: an earlier run there is set aside, a resumed one cut to where it goes on."""
+def prepare(out: Path, comm: Communicator, runs: Iterable[str], resumed: Mapping[str, Snapshot]) -> None:
+    """Make room for a job in its folder: an earlier one there is set aside, a resumed one cut to where it goes on."""
     if comm.rank == 0:
         record = out / "metrics.jsonl"
-        if resumed is not None:
-            truncate_after(record, resumed.update + 1, resumed.name)
+        if resumed:
+            for name in runs:
+                truncate_after(record, resumed[name].next_record if name in resumed else 0, name)
         elif record.exists():
             aside = next(path for n in count(1) if not (path := out / f"earlier-{n}").exists())
             aside.mkdir()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Literal
 
 from torch import Tensor
 
 from xbraid_py.grid import LayerGrid, require_multiple
+from xbraid_py.multilevel.record import Record, Snapshot
 from xbraid_py.multilevel.transfer import prolong_depth
 from xbraid_py.network import InitialScales
 from xbraid_py.objective import Evaluation
@@ -58,67 +59,6 @@ class NestedOptions:
         """Number of layers on each level, the coarsest first."""
         require_multiple("num_layers", num_layers, 2**self.refinements, "2^refinements")
         return [LayerGrid(num_layers >> level, 1.0).num_layers for level in range(self.refinements, -1, -1)]
-
-
-@dataclass(frozen=True)
-class Record:
-    """The state of the run before an update, or at its end.
-
-    Attributes
-    ----------
-    level, num_layers : int
-        Level of the nesting (0 is the finest) and its depth.
-    update : int
-        Updates so far, on all levels.
-    work : float
-        Work so far in work units (one update on the finest level: paper 001, section 3), by counting
-        evaluations of a layer.
-    seconds : float
-        Time spent so far in training.
-    evaluations : int
-        State solves so far.
-    evaluation : Evaluation
-        The objective.
-    adjoint_residual : float or None
-        Relative residual of the last adjoint solve.
-    grad_norm, step, backtracks, note
-        As in `optim.Update`; grad_norm is None at the end of the run.
-    final : bool
-        Whether this is the end of the run.
-    """
-
-    level: int
-    num_layers: int
-    update: int
-    work: float
-    seconds: float
-    evaluations: int
-    evaluation: Evaluation
-    adjoint_residual: float | None
-    grad_norm: float | None
-    step: float
-    backtracks: int
-    note: str | None = None
-    final: bool = False
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """All that the rest of a run depends on, at one of its records.
-
-    Attributes
-    ----------
-    numbers : dict
-        Level, updates, counters and the last evaluation, JSON-able.
-    vectors : dict of str to list of Tensor
-        Flat vectors of the level's network: "weights", "gradient", "s" and "y".
-    points : dict of str to Tensor
-        C-points of the last state and adjoint solves, rows over the intervals, for the warm start.
-    """
-
-    numbers: dict
-    vectors: dict[str, list[Tensor]]
-    points: dict[str, Tensor] = field(default_factory=dict)
 
 
 class NestedIteration:
@@ -169,7 +109,8 @@ class NestedIteration:
         self._unit = problem.work_unit(num_layers)
         self._index = 0
         self._note: str | None = None
-        self._before = {"updates": 0, "work": 0.0, "evaluations": 0, "seconds": 0.0}
+        self._before = {"records": 0, "work": 0.0, "evaluations": 0, "seconds": 0.0}
+        self._is_over = False
 
     @property
     def level(self) -> int:
@@ -184,12 +125,15 @@ class NestedIteration:
     def run(self, snapshot: Snapshot | None = None) -> Iterator[Record]:
         """Train; yields a record before each update and one at the end.
 
-        With a snapshot, goes on from there; its own record is not yielded again.
+        With a snapshot, goes on from there; its own record is not yielded again, unless it is that of the end.
         """
         if snapshot is None:
             self._begin(0, None)
         else:
             self._restore(snapshot)
+            if snapshot.is_final:
+                yield self._record(None)
+                return
         skip = snapshot is not None
         while True:
             updates = self.one_shot.run(self.options.updates[self._index])
@@ -217,7 +161,6 @@ class NestedIteration:
 
     def _refine(self) -> None:
         self._note = self.one_shot.note
-        self._before["updates"] += self.one_shot.number
         self._before["work"] += self.objective.work
         self._before["evaluations"] += self.objective.evaluations
         coarse, x = self.network, self.one_shot.x
@@ -229,7 +172,7 @@ class NestedIteration:
         record = Record(
             level=self.level,
             num_layers=self.depths[self._index],
-            update=self._before["updates"] + one_shot.number,
+            update=self._before["records"],
             work=(self._before["work"] + self.objective.work) / self._unit,
             seconds=self._before["seconds"],
             evaluations=self._before["evaluations"] + self.objective.evaluations,
@@ -242,6 +185,8 @@ class NestedIteration:
             final=update is None,
         )
         self._note = None
+        self._before["records"] += 1
+        self._is_over = record.final
         return record
 
     def snapshot(self) -> Snapshot:
@@ -259,6 +204,7 @@ class NestedIteration:
                 "adjoint_residual": objective.adjoint_residual,
                 "work": objective.work,
                 "evaluations": objective.evaluations,
+                "is_final": self._is_over,
                 "before": dict(self._before),
             },
             vectors={
@@ -287,3 +233,5 @@ class NestedIteration:
         objective.adjoint_residual = numbers["adjoint_residual"]
         objective.work, objective.evaluations = numbers["work"], numbers["evaluations"]
         self._before = dict(numbers["before"])
+        if snapshot.is_final:
+            self._before["records"] -= 1  # the end is recorded again
