@@ -22,9 +22,11 @@ export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 peaks: env
 	$(MPIRUN) -n $(RANKS) $(PY) drivers/peaks.py $(ARGS)
 
+# First what needs no launcher, then the tests that start jobs themselves, then the same bodies over MPI.
 # A failure on one rank ends all of them: that is what running under `-m mpi4py` adds.
 test: env
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n 2 --dist worksteal
+	$(PY) -m pytest -q -m job
 	@set -e; for ranks in 2 3 5; do \
 	  echo "$(MPIRUN) -n $$ranks $(PY) -m mpi4py -m pytest -q --only-mpi"; \
 	  $(MPIRUN) -n $$ranks $(PY) -m mpi4py -m pytest -q --only-mpi -p no:cacheprovider; \

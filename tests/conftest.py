@@ -59,6 +59,7 @@ def over_mpi(config: pytest.Config) -> bool:
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "job: starts jobs with mpirun; left out unless asked for with -m job")
     config.addinivalue_line("markers", "ranks(*sizes): numbers of thread ranks of an `spmd` test; over MPI the least")
 
 

@@ -19,7 +19,7 @@ from xbraid_py.io.checkpoint import newest_good
 from xbraid_py.io.metrics import read
 
 # The jobs of all tests are started by the first one.
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.job, pytest.mark.timeout(400)]
 
 DRIVER = PROJECT / "drivers" / "peaks.py"
 CASES = Path(__file__).resolve().parent / "driver_cases.py"

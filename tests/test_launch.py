@@ -77,6 +77,8 @@ if __name__ == "__main__":
 
 # Runs the driver in forked children, one for each argument `NAME WORD...`; leaves NAME.out, NAME.err, NAME.status.
 # A word VARIABLE=VALUE goes to the environment.
+pytestmark = pytest.mark.job
+
 SERIAL = """
 import os, signal, sys, time
 from driver import Options, launch, setup

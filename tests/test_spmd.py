@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT, end_job, finish_job, job_environment, start_job
 
+pytestmark = pytest.mark.job
+
 TESTS = Path(__file__).resolve().parent
 
 ONE_RANK_FAILS = """

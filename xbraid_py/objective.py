@@ -122,9 +122,9 @@ class NetworkObjective:
     ----------
     network : ResidualNetwork
     features : (F, B) tensor
-        Only read on the owner of the first layer.
+        The values are only read on the owner of the first layer.
     labels : (B,) int64 tensor
-        Only read on the owner of the last layer.
+        The values are only read on the owner of the last layer.
     regularization : Regularization
     forward, adjoint : Solver
         For states and adjoints, on hierarchies with the network's partition.

@@ -74,7 +74,7 @@ class Problem:
         """Levels of the state and of the adjoint solves at a depth."""
         grid = LayerGrid(num_layers, self.architecture.T)
         forward, adjoint = (Hierarchy.plan(each, grid, self.comm.size) for each in (self.forward, self.adjoint))
-        if forward.partition != adjoint.partition:
+        if forward.levels[0].cfactor != adjoint.levels[0].cfactor:
             raise ValueError(
                 f"adjoint.cfactor={self.adjoint.cfactor} must begin with the same coarsening factor as "
                 f"mgrit.cfactor={self.forward.cfactor}, and both or neither have max_levels=1"
