@@ -53,6 +53,19 @@ _OPEN_MPI = {
 }
 
 
+def run_on_one_core(size: int, body: Callable[[Communicator], Any]) -> list[Any]:
+    """`run_threads` on one core: threads that hand the interpreter to each other across cores take twice as long."""
+    if not hasattr(os, "sched_setaffinity"):
+        return run_threads(size, body)
+    cores = os.sched_getaffinity(0)
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    os.sched_setaffinity(0, {sorted(cores)[worker % len(cores)]})  # the threads of the body inherit it
+    try:
+        return run_threads(size, body)
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
 def over_mpi(config: pytest.Config) -> bool:
     """Whether this is a run over MPI: `mpirun -n P python -m pytest --only-mpi`."""
     return config.getoption("only_mpi") or config.getoption("with_mpi")
@@ -144,7 +157,7 @@ def spmd(request) -> Callable[[Callable[[Communicator], Any]], list[Any]]:
     """
     if not over_mpi(request.config):
         size = request.param
-        return lambda body: [body(SerialCommunicator())] if size == 1 else run_threads(size, body)
+        return lambda body: [body(SerialCommunicator())] if size == 1 else run_on_one_core(size, body)
     comm = world_once()
     if comm.size < request.param:
         pytest.skip(f"needs {request.param} ranks, the job has {comm.size}")
