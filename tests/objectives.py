@@ -79,11 +79,11 @@ class Valleys:
         k = self._steepness
         return torch.stack([-2 * (1 - a) - 4 * k * a * (b - a**2), 2 * k * (b - a**2)], 1).flatten()
 
-    def evaluate(self, x: Tensor, max_iter: int | None = None) -> Evaluation:
+    def evaluate(self, x: Tensor, max_iter: int | None = None, error: float | None = None) -> Evaluation:
         self.calls.append(("evaluate", x.clone(), max_iter))
         return evaluation(self.value_at(x))
 
-    def gradient(self, x: Tensor, max_iter: int | None = None) -> Tensor:
+    def gradient(self, x: Tensor, max_iter: int | None = None, exact: bool = False) -> Tensor:
         self.calls.append(("gradient", x.clone(), max_iter))
         return self.gradient_at(x)
 

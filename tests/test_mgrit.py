@@ -13,7 +13,8 @@ from torch import Tensor
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.grid import LayerGrid
-from xbraid_py.mgrit import MGRIT, Hierarchy, Solution, Solver, solver
+from xbraid_py.kernels import fallback
+from xbraid_py.mgrit import MGRIT, Hierarchy, Solution, Solver
 from xbraid_py.networks.dense import DenseLayer
 from xbraid_py.propagator import Adjoint, Forward, ResidualSteps
 
@@ -45,7 +46,7 @@ class Solved:
 
 
 def options_for(**options) -> MGRIT:
-    return MGRIT(**{"min_coarse": 1, "coarse_step": "euler", **options})
+    return MGRIT(**{"cycle": "V", "min_coarse": 1, "coarse_step": "euler", **options})
 
 
 def solve(comm, options: MGRIT, case: ref.Chain, guess=None, max_iter=None) -> Solved:
@@ -62,9 +63,9 @@ def solve(comm, options: MGRIT, case: ref.Chain, guess=None, max_iter=None) -> S
     # The first state is only looked at where the first layer is, the last adjoint where the last one is.
     u0 = case.u0 if rows.start == 0 and rows.stop > 0 else None
     vN = case.vN if rows.stop == count and rows.start < count else None
-    guesses = guess or (None, None)
-    forward = made.solve(Forward(steps, states, case.u0), u0, guesses[0], max_iter)
-    adjoint = made.solve(Adjoint(steps, states, gradient), vN, guesses[1], max_iter)
+    guesses = tuple((points,) for points in guess) if guess else (None, None)
+    forward = made.solve(Forward(steps, states, case.u0), u0, guesses[0], max_iter=max_iter)
+    adjoint = made.solve(Adjoint(steps, states, gradient), vN, guesses[1], max_iter=max_iter)
     return Solved(forward, adjoint, states, gradient, rows)
 
 
@@ -154,7 +155,7 @@ def test_sequential_and_single_layer_and_as_many_ranks_as_intervals(spmd, activa
             assert deviation(solved, case) < 1e-12, cases[number][0]
             if number < 4:
                 assert solved.forward.residuals == [] and solved.forward.residual == 0.0
-                assert len(solved.forward.points) == len(solved.adjoint.points) == 0
+                assert solved.forward.warm == solved.adjoint.warm == ()
 
 
 @pytest.mark.parametrize(("nrelax", "cycle"), [(0, "V"), (1, "V"), (2, "V"), (1, "F")])
@@ -169,8 +170,8 @@ def test_a_two_level_solve_is_exact_after_few_iterations(spmd, nrelax, cycle):
         options = options_for(cfactor=2, max_levels=2, nrelax=nrelax, cycle=cycle, max_iter=iterations)
         solved = solve(comm, replace(options, coarse_weights="inject"), case)
         mine = slice(solved.rows.start // 2, solved.rows.stop // 2)
-        points = (solved.forward.points - states[:-1:2][mine]).flatten(1)
-        backwards = (solved.adjoint.points - adjoints[2::2][mine]).flatten(1)
+        points = (solved.forward.warm[0] - states[:-1:2][mine]).flatten(1)
+        backwards = (solved.adjoint.warm[0] - adjoints[2::2][mine]).flatten(1)
         return points, backwards, deviation(solved, case)
 
     for iterations in range(K // gain + 1):
@@ -198,7 +199,7 @@ def test_adjoints_become_exact_from_the_other_end(spmd):
         hierarchy = Hierarchy.plan(options, LayerGrid(2 * K, 12.0), comm.size)
         steps = ResidualSteps(DenseLayer(3, 3, "tanh"), case.theta[exact.rows], case.h)
         propagator = Adjoint(steps, exact.states, torch.empty_like(exact.gradient))
-        found = Solver(options, hierarchy, comm).solve(propagator, case.vN).points
+        found = Solver(options, hierarchy, comm).solve(propagator, case.vN).warm[0]
         return found - adjoints[2::2][exact.rows.start // 2 : exact.rows.stop // 2]
 
     for iterations in (0, 1, 4, K - 2, K):
@@ -213,7 +214,7 @@ def test_adjoints_become_exact_from_the_other_end(spmd):
 @pytest.mark.parametrize(("width", "batch"), [(3, 2), (4, 129), (5, 251)])
 def test_c_points_have_the_same_bits_on_any_number_of_ranks(spmd, monkeypatch, width, batch):
     """After two iterations, far from converged: states, adjoints, gradient, residuals, outputs."""
-    monkeypatch.setattr(solver, "_CHUNK_BYTES", 3 * width * batch * 8)  # three intervals at once
+    monkeypatch.setattr(fallback, "_CHUNK_BYTES", 3 * width * batch * 8)  # three intervals at once
     chosen = [(64, 4, 3), (64, (2, 4, 2), 4), (48, (4, 3), 3), (24, 4, 2)] if batch < 10 else [(64, 4, 3)]
     for (count, cfactor, levels), cycle, (weights, scheme) in product(chosen, "VF", COARSE):
         case = chain(count, "tanh" if cycle == "V" else "smooth_relu", 4.0, 0.3, width, batch)
@@ -221,10 +222,10 @@ def test_c_points_have_the_same_bits_on_any_number_of_ranks(spmd, monkeypatch, w
         options = replace(options, coarse_weights=weights, coarse_step=scheme)
         serial = solve(SerialCommunicator(), options, case)
         parts = spmd(lambda comm, o=options, c=case: solve(comm, o, c))
-        assert len(serial.forward.points) == count // options.cfactor_of(0)
+        assert len(serial.forward.warm[0]) == count // options.cfactor_of(0, count)
         for which in ("forward", "adjoint"):
             expected, found = getattr(serial, which), [getattr(part, which) for part in parts]
-            assert torch.equal(joined([each.points for each in found]), expected.points), (options, which)
+            assert torch.equal(joined([each.warm[0] for each in found]), expected.warm[0]), (options, which)
             assert [torch.equal(each.end, expected.end) for each in found if each.end is not None] == [True]
             assert all(each.residuals == expected.residuals for each in found), (options, which)
             assert expected.residual > 1e-9, "too close to the solution to tell anything"

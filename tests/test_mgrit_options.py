@@ -31,10 +31,10 @@ from xbraid_py.threads import run_threads
         ({"nrelax": -1}, "nrelax=-1 must be at least 0; use 1"),
         ({"nrelax0": -2}, "nrelax0=-2 must be at least 0; use 1"),
         ({"max_iter": -1}, "max_iter=-1 must be at least 0; use 1"),
-        ({"tol": -1e-6}, "tol=-1e-06 must be at least 0; use 1e-6"),
+        ({"tol": -1e-6}, "tol=-1e-06 must be at least 0 and finite; use 1e-6"),
         ({"tol": float("nan")}, "tol=nan must be at least 0"),
         ({"tol": float("inf")}, "tol=inf must be at least 0"),
-        ({"cycle": "W"}, "cycle='W' must be V or F; use V"),
+        ({"cycle": "W"}, "cycle='W' must be one-shot or V or F; use one-shot"),
         ({"coarse_weights": "mean"}, "coarse_weights='mean' must be average or inject; use average"),
         ({"coarse_step": "rk4"}, "coarse_step='rk4' must be midpoint or euler; use midpoint"),
     ],
@@ -46,12 +46,12 @@ def test_bad_options_name_what_works(options, message):
 
 def test_limits_are_allowed():
     options = MGRIT(cfactor=2, max_levels=1, min_coarse=1, nrelax=0, nrelax0=0, max_iter=0, tol=0.0)
-    assert (options.nrelax_of(0), options.nrelax_of(1), options.cfactor_of(7)) == (0, 0, 2)
+    assert (options.nrelax_of(0), options.nrelax_of(1), options.cfactor_of(0, 64)) == (0, 0, None)
 
 
 def test_one_number_or_one_for_each_level():
-    options = MGRIT(cfactor=(8, 4, 2), nrelax=1, nrelax0=0)
-    assert [options.cfactor_of(level) for level in range(5)] == [8, 4, 2, 2, 2]
+    options = MGRIT(cycle="V", cfactor=(8, 4, 2), max_levels=6, nrelax=1, nrelax0=0)
+    assert [options.cfactor_of(level, 64) for level in range(6)] == [8, 4, 2, 2, 2, None]
     assert [options.nrelax_of(level) for level in range(3)] == [0, 1, 1]
     assert [MGRIT(nrelax=3).nrelax_of(level) for level in range(3)] == [3, 3, 3]
     assert [MGRIT(nrelax=0, nrelax0=2).nrelax_of(level) for level in range(3)] == [2, 0, 0]
@@ -203,9 +203,9 @@ def test_the_work_planned_is_the_work_done(options, num_ranks):
         steps, solver = ResidualSteps(block, theta[mine], grid.h), Solver(options, hierarchy, comm)
         inner = states[mine].clone()
         points = torch.zeros(hierarchy.intervals.count(rank), 1, 1, dtype=torch.float64)
-        forward = solver.solve(Forward(steps, inner, states[0]), states[0], points)
-        adjoint = solver.solve(Adjoint(steps, inner, torch.empty_like(steps.theta)), states[0], points)
-        one = solver.solve(Forward(steps, inner, states[0]), states[0], points, max_iter=options.max_iter + 1)
+        forward = solver.solve(Forward(steps, inner, states[0]), states[0], (points,))
+        adjoint = solver.solve(Adjoint(steps, inner, torch.empty_like(steps.theta)), states[0], (points,))
+        one = solver.solve(Forward(steps, inner, states[0]), states[0], (points,), max_iter=options.max_iter + 1)
         return forward.work, adjoint.work, one.work - forward.work
 
     for forward, adjoint, cycle in run_threads(num_ranks, body) if num_ranks > 1 else [body(SerialCommunicator())]:

@@ -10,8 +10,8 @@ import torch
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.grid import LayerGrid, Partition
+from xbraid_py.kernels.activation import ACTIVATIONS, activation
 from xbraid_py.network import InitialScales, ResidualNetwork
-from xbraid_py.networks.activation import ACTIVATIONS, activation
 from xbraid_py.networks.dense import DenseLayer
 from xbraid_py.networks.parameters import Layout, Stack
 

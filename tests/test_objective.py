@@ -145,7 +145,7 @@ def test_regularization_of_smooth_weights_at_two_depths(measure):
         x = net.layout.zeros()
         rows = net.layout.rows(x)["layers"]
         rows.copy_(ref.smooth_weights(num_layers, rows.shape[1], 1.0, seed=6))
-        return float(made.terms(net, x)[0].sum())
+        return float(made.terms(net, x, num_layers)[0].sum())
 
     factor = 1.0 if measure == "integral" else 2.0
     assert terms(400, 0.5, 0.0) / terms(200, 0.5, 0.0) == pytest.approx(factor, rel=1e-2)
@@ -183,14 +183,14 @@ def test_an_evaluation_that_is_not_finite_keeps_the_old_warm_start(spmd, value):
     def body(comm, spoil):
         objective = problem(comm, TERMS["all, sum"], options).objective(N)
         x = weights(objective.network)
-        first, kept = objective.evaluate(x), objective.points.clone()
+        first, kept = objective.evaluate(x), objective.warm[0].clone()
         objective.gradient(x)
         spoiled = None
         if spoil:
             spoiled = x.clone()
             objective.network.layout.rows(spoiled)["layers"].fill_(value)
             spoiled = objective.evaluate(spoiled).value
-            assert torch.equal(objective.points, kept)
+            assert torch.equal(objective.warm[0], kept)
         again = objective.evaluate(weights(objective.network, 0.1))
         return first, spoiled, again, objective.gradient(weights(objective.network, 0.1)), objective.evaluations
 

@@ -21,7 +21,7 @@ class Lying(Valleys):
         super().__init__(2, **of_valleys)
         self.calm, self.accurate = calm, accurate
 
-    def gradient(self, x, max_iter=None):
+    def gradient(self, x, max_iter=None, exact=False):
         self.calm -= 1
         right = self.calm >= 0 or (max_iter or 0) >= self.accurate
         return super().gradient(x, max_iter) * (1 if right else -1)
@@ -167,12 +167,12 @@ class Breaking(Valleys):
         number = sum(asked == kind for asked, _, _ in self.calls)
         return kind == self.kind and number >= self.call and (not self.accurate or max_iter == 10)
 
-    def evaluate(self, x, max_iter=None):
+    def evaluate(self, x, max_iter=None, error=None):
         bad = self._is_bad("evaluate", max_iter)
         found = super().evaluate(x, max_iter)
         return evaluation(self.bad) if bad else found
 
-    def gradient(self, x, max_iter=None):
+    def gradient(self, x, max_iter=None, exact=False):
         bad = self._is_bad("gradient", max_iter)
         return super().gradient(x, max_iter).fill_(self.bad) if bad else super().gradient(x, max_iter)
 

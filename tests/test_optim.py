@@ -184,11 +184,14 @@ def test_armijo_takes_the_first_step_that_obeys_the_inequality(function, slope, 
     gradient = slope(1.5)
     direction = torch.tensor([stretch * gradient], dtype=torch.float64)
 
-    def evaluate(trial):
+    allowed = []
+
+    def evaluate(trial, error):
         tried.append(float(trial))
+        allowed.append(error)
         return evaluation(function(float(trial)) if abs(trial) < 700 else math.inf)
 
-    search = Armijo(decrease=decrease, factor=factor, max_backtracks=200)
+    search = Armijo(decrease=decrease, factor=factor, max_backtracks=200, resolution=0.3)
     trial = search.search(x, function(1.5), direction, stretch * gradient**2, evaluate)
 
     def obeys(step, value):
@@ -196,6 +199,8 @@ def test_armijo_takes_the_first_step_that_obeys_the_inequality(function, slope, 
 
     steps = [factor**k for k in range(len(tried))]
     assert tried == pytest.approx([1.5 - step * stretch * gradient for step in steps], rel=1e-12, abs=1e-12)
+    # The objective may be wrong by a share of what the gradient predicts for that very step.
+    assert allowed == pytest.approx([0.3 * step * stretch * gradient**2 for step in steps])
     assert trial.step == pytest.approx(steps[-1]) and trial.backtracks == len(tried) - 1
     assert float(trial.x) == tried[-1] and trial.evaluation.value == function(tried[-1])
     assert obeys(trial.step, trial.evaluation.value)
@@ -206,7 +211,7 @@ def test_armijo_takes_the_first_step_that_obeys_the_inequality(function, slope, 
 def test_armijo_rejects_values_that_are_not_finite(bad):
     x = torch.tensor([1.0], dtype=torch.float64)
 
-    def evaluate(trial):
+    def evaluate(trial, error):
         return evaluation(bad if trial < 0.7 else float(trial) ** 2)
 
     trial = Armijo().search(x, 1.0, torch.tensor([2.0], dtype=torch.float64), 4.0, evaluate)
@@ -216,7 +221,7 @@ def test_armijo_rejects_values_that_are_not_finite(bad):
 @pytest.mark.parametrize("slope", [0.0, -1.0, math.nan])
 def test_armijo_asks_nothing_along_no_descent(slope):
     x = torch.ones(1)
-    assert Armijo().search(x, 1.0, x, slope, lambda _: pytest.fail("evaluated")) is None
+    assert Armijo().search(x, 1.0, x, slope, lambda *_: pytest.fail("evaluated")) is None
 
 
 @pytest.mark.parametrize("backtracks", [0, 5])
@@ -224,13 +229,13 @@ def test_armijo_gives_up(backtracks):
     tried = []
     x = torch.ones(1)
     search = Armijo(max_backtracks=backtracks)
-    assert search.search(x, 1.0, x, 1.0, lambda trial: tried.append(trial) or evaluation(2.0)) is None
+    assert search.search(x, 1.0, x, 1.0, lambda trial, _: tried.append(trial) or evaluation(2.0)) is None
     assert len(tried) == backtracks + 1
 
 
 def test_a_fixed_step_is_taken_uphill_too():
     x = torch.ones(2)
-    trial = FixedStep(0.25).search(x, 1.0, torch.tensor([1.0, -2.0]), -1.0, lambda _: evaluation(7.0))
+    trial = FixedStep(0.25).search(x, 1.0, torch.tensor([1.0, -2.0]), -1.0, lambda *_: evaluation(7.0))
     assert trial.x.tolist() == [0.75, 1.5]
     assert (trial.evaluation.value, trial.step, trial.backtracks) == (7.0, 0.25, 0)
 

@@ -127,7 +127,7 @@ def test_all_of_a_checkpoint_matters(written):
 
     assert rest(lambda snapshot: None) == expected[8]
     for change in (
-        lambda snapshot: snapshot.points.pop("state"),
+        lambda snapshot: snapshot.warm.pop("state"),
         lambda snapshot: snapshot.vectors["s"][0].mul_(2),
         lambda snapshot: snapshot.vectors["y"][1].mul_(2),
         lambda snapshot: snapshot.vectors["gradient"][0].mul_(2),
@@ -162,9 +162,9 @@ def test_no_rank_in_a_file(written):
         "gradient",
         "optimizer/s",
         "optimizer/y",
-        "points",
+        "warm",
     }
-    assert len(arrays["weights/layers.weight"]) == 32 and len(arrays["points/state"]) == 8
+    assert len(arrays["weights/layers.weight"]) == 32 and len(arrays["warm/state_0"]) == 8
 
 
 def refusal(path, configuration=CONFIGURATION, names=("nested",), free=("out",)) -> str:

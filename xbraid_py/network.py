@@ -16,7 +16,7 @@ from xbraid_py.comm import Communicator
 from xbraid_py.grid import LayerGrid, Partition
 from xbraid_py.networks.dense import DenseLayer
 from xbraid_py.networks.parameters import Layout, Stack
-from xbraid_py.propagator import Forward, ResidualSteps
+from xbraid_py.propagator import ResidualSteps
 
 _PREDICT_CHUNK = 1024  # samples that travel through the ranks together
 
@@ -139,7 +139,7 @@ class ResidualNetwork:
         The samples go through the ranks in portions, so that all ranks are busy once the first has passed.
         """
         template = torch.empty((self.block.inputs, 0), dtype=self.dtype)
-        propagator = Forward(self.steps(x), None, template)
+        steps = self.steps(x)
         rank, count = self.comm.rank, self.partition.count(self.comm.rank)
         ahead = self.partition.neighbour(rank, +1) if count else None
         behind = self.partition.neighbour(rank, -1) if count else None
@@ -150,8 +150,7 @@ class ResidualNetwork:
                 u = self.open(x, portion)[None]
             else:
                 u = self.comm.recv(template.new_empty((1, self.block.inputs, portion.shape[1])), behind)
-            for i in range(count):
-                u = propagator.step(u, slice(i, i + 1))
+            u = steps.relax(u, count, None, None)
             if ahead is None:
                 classes.append(self.classify(x, u[0]).argmax(0))
             else:

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from xbraid_py.mgrit import Solver
 from xbraid_py.network import ResidualNetwork
@@ -40,11 +41,15 @@ class Evaluation:
 class Objective(Protocol):
     """What an optimiser knows of the problem."""
 
-    def evaluate(self, x: Tensor, max_iter: int | None = None) -> Evaluation:
-        """The objective at the flat vector x."""
+    def evaluate(self, x: Tensor, max_iter: int | None = None, error: float | None = None) -> Evaluation:
+        """The objective at the flat vector x.
 
-    def gradient(self, x: Tensor, max_iter: int | None = None) -> Tensor:
-        """The gradient at x, where `evaluate` has been called last."""
+        Solvers make up to `max_iter` iterations if their options ask for fewer, and until the value is wrong by no more
+        than `error`, as far as they can tell; 0 asks for all iterations.
+        """
+
+    def gradient(self, x: Tensor, max_iter: int | None = None, exact: bool = False) -> Tensor:
+        """The gradient at x, where `evaluate` has been called last; with all iterations if `exact`."""
 
     def dot(self, a: Tensor, b: Tensor) -> float:
         """Dot product over all ranks."""
@@ -80,8 +85,11 @@ class Regularization:
         if self.measure not in ("sum", "integral"):
             raise ValueError(f"measure={self.measure!r} must be sum or integral; use integral")
 
-    def terms(self, network: ResidualNetwork, x: Tensor) -> tuple[Tensor, Tensor]:
-        """One summand for each row of weights owned here, and the gradient, a flat vector."""
+    def terms(self, network: ResidualNetwork, x: Tensor, intervals: int) -> tuple[Tensor, Tensor]:
+        """One summand for each of the `intervals` of layers owned here, and the gradient, a flat vector.
+
+        Opening and classification belong to the first and the last interval.
+        """
         layout, h = network.layout, network.grid.h
         rows, gradient = layout.rows(x), torch.zeros_like(x)
         out = layout.rows(gradient)
@@ -109,14 +117,45 @@ class Regularization:
             out["layers"][first:].add_(own, alpha=gamma)
             following = jumps if before is None else jumps[1:]
             out["layers"][: len(following)].sub_(following, alpha=gamma)
-        return torch.cat(list(sums.values())), gradient
+        found = sums["layers"].reshape(intervals, -1).sum(1) if intervals else sums["layers"]
+        for name, place in (("opening", 0), ("classification", -1)):
+            if len(sums[name]):
+                found[place] += sums[name][0]
+        return found, gradient
+
+
+class _Value:
+    """Monitor of a state solve: loss, samples classified rightly, error of the loss, regularisation.
+
+    The error is taken to be what the last correction has changed: the corrected loss is better than that.
+    """
+
+    def __init__(self, objective: NetworkObjective, x: Tensor, terms: Tensor, error: float | None):
+        self.objective, self.x, self.terms, self.error = objective, x, terms, error
+        self.logits: Tensor | None = None
+
+    def measure(self, end: Tensor | None, before: Tensor | None) -> Tensor:
+        columns = self.terms.new_zeros((len(self.terms), 4))
+        columns[:, 3] = self.terms
+        if end is not None:
+            network, labels = self.objective.network, self.objective.labels
+            self.logits = network.classify(self.x, end)
+            loss = cross_entropy(self.logits.T, labels)
+            columns[-1, 0] = loss
+            columns[-1, 1] = (self.logits.argmax(0) == labels).sum()
+            if before is not None and self.error is not None:
+                columns[-1, 2] = (cross_entropy(network.classify(self.x, before).T, labels) - loss).abs()
+        return columns
+
+    def suffices(self, sums: Tensor) -> bool:
+        return self.error is None or float(sums[2]) <= self.error
 
 
 class NetworkObjective:
     """Mean cross entropy of a network on data, plus regularisation; states and adjoints by MGRIT.
 
-    Each state solve starts from the C-points of the last one that gave a finite loss, each adjoint solve
-    from those of the last adjoint solve: the one-shot method (paper 001, section 2.1).
+    Each state solve starts from the last one that gave a finite loss, each adjoint solve from the last adjoint solve:
+    the one-shot method (paper 001, section 2.1).
 
     Parameters
     ----------
@@ -133,8 +172,12 @@ class NetworkObjective:
     ----------
     work : float
         Evaluations of a layer so far, on all ranks, states and adjoints.
-    evaluations : int
-        State solves so far.
+    evaluations, gradients : int
+        State and adjoint solves so far.
+    sweeps, adjoint_sweeps : int
+        Relaxations of the finest level in them.
+    warm, adjoint_warm : tuple of Tensor or None
+        What the next solves start from.
     adjoint_residual : float
         Relative residual of the last adjoint solve.
     """
@@ -153,58 +196,63 @@ class NetworkObjective:
                 raise ValueError("the solvers' hierarchies and the network must share one partition of the layers")
         self.network, self.features, self.labels = network, features, labels
         self.regularization, self.forward, self.adjoint = regularization, forward, adjoint
-        self.work, self.evaluations, self.adjoint_residual = 0.0, 0, 0.0
-        self.points: Tensor | None = None
-        self.adjoint_points: Tensor | None = None
+        self.work, self.adjoint_residual = 0.0, 0.0
+        self.evaluations = self.gradients = self.sweeps = self.adjoint_sweeps = 0
+        self.warm: tuple[Tensor, ...] | None = None
+        self.adjoint_warm: tuple[Tensor, ...] | None = None
         shape = (network.block.inputs, features.shape[1])
         self._states = torch.empty((network.partition.count(network.comm.rank), *shape), dtype=network.dtype)
         self._template = torch.empty(1, dtype=network.dtype).expand(shape)  # one number stands for a state
         self._end: Tensor | None = None
+        self._logits: Tensor | None = None
         self._regularization_gradient: Tensor | None = None
 
     def dot(self, a: Tensor, b: Tensor) -> float:
         return self.network.dot(a, b)
 
-    def evaluate(self, x: Tensor, max_iter: int | None = None) -> Evaluation:
+    def evaluate(self, x: Tensor, max_iter: int | None = None, error: float | None = None) -> Evaluation:
         network = self.network
         start = network.open(x, self.features) if network.is_first else None
+        intervals = self.forward.hierarchy.intervals.count(network.comm.rank)
+        terms, self._regularization_gradient = self.regularization.terms(network, x, intervals)
+        monitor = _Value(self, x, terms, error)
         propagator = Forward(network.steps(x), self._states, self._template)
-        solution = self.forward.solve(propagator, start, self.points, max_iter)
-        self._end = solution.end
-        loss = right = None
-        if network.is_last:
-            logits = network.classify(x, solution.end)
-            loss = float(torch.nn.functional.cross_entropy(logits.T, self.labels))
-            right = int((logits.argmax(0) == self.labels).sum())
-        loss, right = network.comm.bcast((loss, right), network.last_rank)
-        terms, self._regularization_gradient = self.regularization.terms(network, x)
-        value = loss + float(network.comm.ordered_sum(terms, network.row_counts))
+        solution = self.forward.solve(
+            propagator, start, self.warm, max_iter=max_iter, exact=error == 0.0, monitor=monitor
+        )
+        self._end, self._logits = solution.end, monitor.logits
+        loss, right, _, regularization = solution.measured.tolist()
+        value = loss + regularization
         self.work += solution.work
         self.evaluations += 1
+        self.sweeps += solution.sweeps
         if isfinite(value):
-            self.points = solution.points
+            self.warm = solution.warm
+        elif solution.warm is self.warm:
+            self.warm = None  # it has been overwritten
         return Evaluation(value, loss, right / len(self.labels), solution.residual)
 
-    def gradient(self, x: Tensor, max_iter: int | None = None) -> Tensor:
+    def gradient(self, x: Tensor, max_iter: int | None = None, exact: bool = False) -> Tensor:
         network = self.network
         rows = network.layout.rows(x)
         gradient = network.layout.zeros()
         out = network.layout.rows(gradient)
         start = None
         if network.is_last:
-            logits = network.classify(x, self._end)
             # d(mean cross entropy)/d(logits) = (softmax - one-hot) / B
-            slope = torch.softmax(logits, 0)
+            slope = torch.softmax(self._logits, 0)
             slope[self.labels, torch.arange(len(self.labels))] -= 1.0
             slope /= len(self.labels)
             back, own = network.classification.vjp(rows["classification"], self._end[None], slope[None], True)
             start = back[0]
             out["classification"].copy_(own)
         propagator = Adjoint(network.steps(x), self._states, out["layers"])
-        solution = self.adjoint.solve(propagator, start, self.adjoint_points, max_iter)
+        solution = self.adjoint.solve(propagator, start, self.adjoint_warm, max_iter=max_iter, exact=exact)
         if network.is_first:
-            _, own = network.opening.vjp(rows["opening"], self.features[None], solution.end[None], True)
+            _, own = network.opening.vjp(rows["opening"], self.features[None], solution.end[None], True, back=False)
             out["opening"].copy_(own)
         self.work += solution.work
-        self.adjoint_points, self.adjoint_residual = solution.points, solution.residual
+        self.gradients += 1
+        self.adjoint_sweeps += solution.sweeps
+        self.adjoint_warm, self.adjoint_residual = solution.warm, solution.residual
         return gradient.add_(self._regularization_gradient)

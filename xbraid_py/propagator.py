@@ -1,8 +1,7 @@
 """Propagators: one layer step for all owned intervals at once, forwards and backwards.
 
 Shape letters: `n` rows (layers) owned here, `m` of them stepped at once, `S` shape of a state,
-`p` parameters of a layer.
-Row i of a propagator is its layer i; a step on rows `slice(j, None, c)` advances all intervals of c layers.
+`p` parameters of a layer. Row i of a propagator is its layer i.
 """
 
 from __future__ import annotations
@@ -10,9 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
+import torch
 from torch import Tensor
 
+from xbraid_py import kernels
 from xbraid_py.grid import Partition
+from xbraid_py.networks.dense import DenseLayer
+
+ALL = slice(None)
 
 
 class Propagator(Protocol):
@@ -24,11 +28,22 @@ class Propagator(Protocol):
     cost: float
     """Work of one step in evaluations of a layer."""
 
-    def step(self, x: Tensor, rows: slice) -> Tensor:
-        """States x (m, *S) at the beginning of these rows, one step on; a new tensor."""
+    def step(self, x: Tensor) -> Tensor:
+        """States x (n, *S), one before each row, one step on; a new tensor."""
 
-    def record(self, x: Tensor, rows: slice) -> Tensor:
-        """The same, and keep what the solve is for: the states, or the gradient."""
+    def relax(
+        self,
+        points: Tensor,
+        cfactor: int,
+        tau: Tensor | None = None,
+        record: bool = False,
+        inputs: Tensor | None = None,
+    ) -> Tensor:
+        """From the beginnings of the intervals of c rows (n / c, *S) to their ends, in the direction of propagation.
+
+        tau (n, *S) is added to each step. With `record`, keep what the solve is for: the states, or the gradient.
+        The input of each step is written to `inputs` (n, *S), if it is given. Returns a new tensor.
+        """
 
     def coarsen(self, cfactor: int, weights: str, scheme: str) -> Propagator:
         """The propagator that makes one step for `cfactor` steps of this one."""
@@ -46,8 +61,8 @@ class ResidualSteps:
 
     Parameters
     ----------
-    block : object
-        F, with `forward(theta, u)` and `vjp(theta, u, v, with_gradient)`, such as `networks.dense.DenseLayer`.
+    block : DenseLayer
+        F.
     theta : (n, p) tensor
         Weights, a row for each layer.
     h : float
@@ -57,32 +72,41 @@ class ResidualSteps:
         u + h F(u + h/2 F(u)), of second order: a better stand-in for several Euler steps.
     """
 
-    block: object
+    block: DenseLayer
     theta: Tensor
     h: float
     scheme: str = "euler"
 
-    def value(self, u: Tensor, rows: slice) -> Tensor:
-        """States u (m, *S) one step on."""
-        theta = self.theta[rows]
-        middle = u
-        if self.scheme == "midpoint":
-            middle = self.block.forward(theta, u).mul_(self.h / 2).add_(u)
-        return self.block.forward(theta, middle).mul_(self.h).add_(u)
+    @property
+    def _how(self) -> dict:
+        return {"h": self.h, "scheme": self.scheme}
 
-    def vjp(self, u: Tensor, v: Tensor, rows: slice, with_gradient: bool = False) -> tuple[Tensor, Tensor | None]:
+    def value(self, u: Tensor, rows: slice = ALL) -> Tensor:
+        """States u (m, *S) one step on."""
+        return kernels.step(self.block, self.theta[rows], u, **self._how)
+
+    def vjp(self, u: Tensor, v: Tensor, rows: slice = ALL, with_gradient: bool = False) -> tuple[Tensor, Tensor | None]:
         """Transposed Jacobians of the steps at u (m, *S) applied to v (m, *S), and to the weights (m, p)."""
-        theta, h = self.theta[rows], self.h
-        if self.scheme == "euler":
-            back, gradient = self.block.vjp(theta, u, v, with_gradient)
-            return back.mul_(h).add_(v), gradient.mul_(h) if with_gradient else None
-        middle = self.block.forward(theta, u).mul_(h / 2).add_(u)
-        inner, gradient = self.block.vjp(theta, middle, v, with_gradient)
-        inner.mul_(h)
-        outer, first = self.block.vjp(theta, u, inner, with_gradient)
-        if with_gradient:
-            gradient = gradient.mul_(h).add_(first, alpha=h / 2)
-        return outer.mul_(h / 2).add_(inner).add_(v), gradient
+        theta = self.theta[rows]
+        gradient = torch.empty_like(theta) if with_gradient else None
+        return kernels.adjoint(self.block, theta, u, v, gradient=gradient, **self._how), gradient
+
+    def relax(self, points: Tensor, cfactor: int, tau: Tensor | None, inputs: Tensor | None) -> Tensor:
+        """`cfactor` steps from the beginning of each interval; see `kernels.relax`."""
+        return kernels.relax(self.block, self.theta, points, cfactor, tau=tau, inputs=inputs, **self._how)
+
+    def relax_adjoint(
+        self,
+        states: Tensor,
+        points: Tensor,
+        cfactor: int,
+        tau: Tensor | None,
+        inputs: Tensor | None,
+        gradient: Tensor | None,
+    ) -> Tensor:
+        """The same backwards, at the given states; see `kernels.relax_adjoint`."""
+        options = {"tau": tau, "inputs": inputs, "gradient": gradient, **self._how}
+        return kernels.relax_adjoint(self.block, self.theta, states, points, cfactor, **options)
 
     def coarsen(self, cfactor: int, weights: str, scheme: str) -> ResidualSteps:
         """One step of size `cfactor * h` for every `cfactor` steps.
@@ -132,12 +156,11 @@ class Forward:
     def cost(self) -> float:
         return self.steps.cost
 
-    def step(self, x: Tensor, rows: slice) -> Tensor:
-        return self.steps.value(x, rows)
+    def step(self, x: Tensor) -> Tensor:
+        return self.steps.value(x)
 
-    def record(self, x: Tensor, rows: slice) -> Tensor:
-        self.states[rows] = x
-        return self.steps.value(x, rows)
+    def relax(self, points, cfactor, tau=None, record=False, inputs=None) -> Tensor:
+        return self.steps.relax(points, cfactor, tau, self.states if record else inputs)
 
     def coarsen(self, cfactor: int, weights: str, scheme: str) -> Forward:
         return Forward(self.steps.coarsen(cfactor, weights, scheme), None, self.template)
@@ -160,7 +183,7 @@ class Adjoint:
     states : (n, *S) tensor
         Row i holds the input of layer i.
     gradient : (n, p) tensor or None
-        `record` writes the gradient of the weights here, a row for each layer.
+        A recorded relaxation writes the gradient of the weights here, a row for each layer.
     """
 
     steps: ResidualSteps
@@ -173,13 +196,11 @@ class Adjoint:
         # A vector-Jacobian product evaluates the layer again and multiplies by its transpose.
         return 2.0 * self.steps.cost
 
-    def step(self, x: Tensor, rows: slice) -> Tensor:
-        return self.steps.vjp(self.states[rows], x, rows)[0]
+    def step(self, x: Tensor) -> Tensor:
+        return self.steps.vjp(self.states, x)[0]
 
-    def record(self, x: Tensor, rows: slice) -> Tensor:
-        back, gradient = self.steps.vjp(self.states[rows], x, rows, with_gradient=True)
-        self.gradient[rows] = gradient
-        return back
+    def relax(self, points, cfactor, tau=None, record=False, inputs=None) -> Tensor:
+        return self.steps.relax_adjoint(self.states, points, cfactor, tau, inputs, self.gradient if record else None)
 
     def coarsen(self, cfactor: int, weights: str, scheme: str) -> Adjoint:
         # The coarse states are the fine ones at the C-points: injection in depth.

@@ -45,9 +45,10 @@ def save_run(folder: Path, run: NestedIteration, update: int, name: str, configu
             views = [layout.named(flat)[parameter] for flat in vectors]
             rows = torch.stack(views, 1) if key in _SEVERAL else views[0]
             shards[f"{_GROUPS[key]}/{parameter}"] = Shard(rows, stack.first, stack.total)
-    intervals = run.objective.forward.hierarchy.intervals
-    for key, rows in snapshot.points.items():
-        shards[f"points/{key}"] = Shard(rows, intervals.first(comm.rank), intervals.num_rows)
+    for key, levels in snapshot.warm.items():
+        for index, rows in enumerate(levels):
+            intervals = run.objective.forward.hierarchy.intervals_of(index)
+            shards[f"warm/{key}_{index}"] = Shard(rows, intervals.first(comm.rank), intervals.num_rows)
     random = torch.get_rng_state()
     shards["random_state"] = Shard(random if comm.rank == 0 else random[:0], 0, len(random))
     meta = {"run": name, "update": update, "snapshot": snapshot.numbers, "configuration": dict(configuration)}
@@ -135,9 +136,9 @@ def _read_snapshot(path: Path, run: NestedIteration) -> Snapshot:
     with load(path) as checkpoint:
         numbers = checkpoint.meta["snapshot"]
         layout = run.problem.network(numbers["num_layers"]).layout
-        intervals = run.problem.hierarchies(numbers["num_layers"])[0].intervals
+        hierarchy = run.problem.hierarchies(numbers["num_layers"])[0]
         vectors: dict[str, list[torch.Tensor]] = {key: [] for key in _GROUPS}
-        points = {}
+        warm: dict[str, tuple[torch.Tensor, ...]] = {}
         for name in checkpoint.names():
             group, _, parameter = name.rpartition("/")
             key = next((key for key in _GROUPS if _GROUPS[key] == group), None)
@@ -148,11 +149,13 @@ def _read_snapshot(path: Path, run: NestedIteration) -> Snapshot:
                 vectors[key] = vectors[key] or [layout.zeros() for _ in views]
                 for flat, view in zip(vectors[key], views, strict=True):
                     layout.named(flat)[parameter].copy_(view)
-            elif group == "points":
-                rank = run.problem.comm.rank
-                points[parameter] = checkpoint.rows(name, intervals.first(rank), intervals.count(rank))
+            elif group == "warm":
+                solve, _, index = parameter.partition("_")
+                intervals, rank = hierarchy.intervals_of(int(index)), run.problem.comm.rank
+                rows = checkpoint.rows(name, intervals.first(rank), intervals.count(rank))
+                warm[solve] = (*warm.get(solve, ()), rows)  # the names come in their order
         torch.set_rng_state(checkpoint.rows("random_state"))
-    return Snapshot(numbers, vectors, points)
+    return Snapshot(numbers, vectors, warm)
 
 
 def _parameters(layout: Layout) -> dict[str, Stack]:

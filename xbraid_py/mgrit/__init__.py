@@ -1,7 +1,8 @@
 """MGRIT with FAS: a multigrid solver for u_{n+1} = Phi(u_n) over all n at once."""
 
 from xbraid_py.mgrit.hierarchy import Hierarchy, Level
+from xbraid_py.mgrit.levels import Monitor, Solution
 from xbraid_py.mgrit.options import MGRIT
-from xbraid_py.mgrit.solver import Solution, Solver
+from xbraid_py.mgrit.solver import Solver
 
-__all__ = ["MGRIT", "Hierarchy", "Level", "Solution", "Solver"]
+__all__ = ["MGRIT", "Hierarchy", "Level", "Monitor", "Solution", "Solver"]

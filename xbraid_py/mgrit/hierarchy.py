@@ -41,6 +41,10 @@ class Level:
         """Steps of this level on all ranks."""
         return self.grid.num_layers
 
+    def begin(self, direction: int) -> slice:
+        """Local rows where the intervals begin, in the direction of propagation."""
+        return slice(0 if direction > 0 else self.cfactor - 1, None, self.cfactor)
+
 
 @dataclass(frozen=True)
 class Hierarchy:
@@ -63,8 +67,7 @@ class Hierarchy:
         """
         factors: list[int] = []
         steps = grid.num_layers
-        while len(factors) + 1 < options.max_levels:
-            factor = options.cfactor_of(len(factors))
+        while (factor := options.cfactor_of(len(factors), steps)) is not None:
             given = isinstance(options.cfactor, tuple) and len(factors) < len(options.cfactor)
             if steps % factor and (given or not factors):
                 what = "num_layers" if not factors else f"steps_of_level_{len(factors)}"
@@ -92,8 +95,12 @@ class Hierarchy:
     @property
     def intervals(self) -> Partition:
         """Owners of the C-points of the finest level; of the layers themselves if there is one level."""
-        finest = self.levels[0]
-        return finest.rows.coarsen(finest.cfactor or 1)
+        return self.intervals_of(0)
+
+    def intervals_of(self, index: int) -> Partition:
+        """The same for a level."""
+        level = self.levels[index]
+        return level.rows.coarsen(level.cfactor or 1)
 
     def cycle_work(self, options: MGRIT) -> list[float]:
         """Evaluations of a layer that one cycle from the finest level makes on each level, on all ranks.
@@ -113,13 +120,19 @@ class Hierarchy:
 
         if self.levels[0].cfactor is None:
             return [float(sweep[0])]
+        if options.cycle == "one-shot":
+            return [float(work) for work in sweep]  # one relaxation, and on the coarsest level one sweep
         cycle(0, options.cycle)
         return work
 
     def solve_work(self, options: MGRIT) -> float:
-        """Evaluations of a layer in a warm-started solve with all its iterations."""
-        cycle = sum(self.cycle_work(options))
-        return cycle if len(self.levels) == 1 else self.levels[0].num_steps + options.max_iter * cycle
+        """Evaluations of a layer in a warm-started solve: with all iterations, or one if the cycle is one-shot."""
+        cycle = self.cycle_work(options)
+        if len(self.levels) == 1:
+            return cycle[0]
+        if options.cycle == "one-shot":
+            return sum(cycle) + sum(cycle[1:])  # one iteration, and the coarse sweep before it
+        return self.levels[0].num_steps + options.iterations * sum(cycle)
 
     def table(self, options: MGRIT) -> str:
         """The hierarchy as text: points, intervals, ranks in use, step, and the share of a cycle's work."""

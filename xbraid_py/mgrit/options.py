@@ -2,74 +2,122 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+_DEFAULTS = {
+    # iterations, tolerance of the states, tolerance of the adjoints
+    "one-shot": (10, 1e-2, 5e-2),
+    "V": (2, 0.0, 0.0),
+    "F": (2, 0.0, 0.0),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class MGRIT:
-    """Options of multigrid reduction in time with FAS (paper 001, section 2.1; design, 4.2 and 4.3).
+    """Options of multigrid reduction in time with FAS (paper 001, section 2.1; design, 4.2 to 4.4).
+
+    Where a default is "the cycle's", it is, for the one-shot cycle and for V- and F-cycles: `intervals` intervals or a
+    cfactor of 4; as many levels as leave at most 32 sequential steps, or 3; at most 10 iterations, or 2; a tolerance of
+    1e-2 for states and 5e-2 for adjoints, or none.
 
     Parameters
     ----------
+    cycle
+        One-shot: one relaxation of the fine level an iteration, between two sweeps of the coarse one that carry
+        the correction of the last solve. V or F: the classical cycles.
+    intervals
+        Intervals of the finest level where no cfactor is given, with the one-shot cycle; fewer where this does not
+        divide the number of layers.
     cfactor
         Coarsening factor: every cfactor-th point of a level is a point of the next. One number, or one
-        for each coarsening, the finest first; the last one serves all further levels.
+        for each coarsening, the finest first; the last one serves all further levels. The cycle's if not given.
     max_levels
-        Number of levels at most; 1 propagates sequentially, one layer after the other.
+        Number of levels at most; 1 propagates sequentially, one layer after the other. The cycle's if not given.
     min_coarse
         A level with fewer steps than this is not made.
     nrelax
-        CF-relaxations after the F-relaxation: 0 is F-, 1 is FCF-relaxation.
+        CF-relaxations after the F-relaxation of V- and F-cycles: 0 is F-, 1 is FCF-relaxation.
     nrelax0
         The same on the finest level; as nrelax if not given.
     max_iter
-        Iterations (cycles) at most.
+        Iterations (cycles) at most; the cycle's if not given.
     tol
-        Stop when the relative residual, the 2-norm of the residual over that of the states at the C-points,
-        is at most this; 0 makes all max_iter iterations.
-    cycle
-        V- or F-cycles.
+        Stop when the relative residual, the 2-norm of the residual over that of the states at the C-points, is at most
+        this (with the one-shot cycle: the relative change by the last correction); 0 makes all max_iter iterations.
+        The cycle's if not given.
     coarse_weights
         Weights of a coarse step: those of the first layer of the interval (inject) or their mean (average).
     coarse_step
         Scheme of a coarse step: forward Euler, or the explicit midpoint rule.
     """
 
-    cfactor: int | tuple[int, ...] = 4
-    max_levels: int = 3
+    cycle: Literal["one-shot", "V", "F"] = "V"
+    intervals: int = 8
+    cfactor: int | tuple[int, ...] | None = None
+    max_levels: int | None = None
     min_coarse: int = 4
     nrelax: int = 1
     nrelax0: int | None = None
-    max_iter: int = 2
-    tol: float = 0.0
-    cycle: Literal["V", "F"] = "V"
+    max_iter: int | None = None
+    tol: float | None = None
     coarse_weights: Literal["average", "inject"] = "average"
     coarse_step: Literal["midpoint", "euler"] = "midpoint"
 
     def __post_init__(self):
-        factors = self.cfactor if isinstance(self.cfactor, tuple) else (self.cfactor,)
-        if not factors or min(factors) < 2:
-            raise ValueError(f"cfactor={self.cfactor} must be at least 2 on every level; use 4")
-        for name, least in (("max_levels", 1), ("min_coarse", 1), ("nrelax", 0), ("nrelax0", 0), ("max_iter", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value} must be at least {least}; use {max(least, 1)}")
-        if not 0.0 <= self.tol < float("inf"):
-            raise ValueError(f"tol={self.tol} must be at least 0; use 1e-6, or 0 for a fixed number of iterations")
+        if self.cfactor is not None:
+            factors = self.cfactor if isinstance(self.cfactor, tuple) else (self.cfactor,)
+            if not factors or min(factors) < 2:
+                raise ValueError(f"cfactor={self.cfactor} must be at least 2 on every level; use 4")
         for name, words in (
-            ("cycle", ("V", "F")),
+            ("cycle", ("one-shot", "V", "F")),
             ("coarse_weights", ("average", "inject")),
             ("coarse_step", ("midpoint", "euler")),
         ):
             if getattr(self, name) not in words:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be {words[0]} or {words[1]}; use {words[0]}")
+                raise ValueError(f"{name}={getattr(self, name)!r} must be {' or '.join(words)}; use {words[0]}")
+        least_iter = int(self.cycle == "one-shot")
+        least = {"intervals": 2, "max_levels": 1, "min_coarse": 1, "nrelax": 0, "nrelax0": 0, "max_iter": least_iter}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise ValueError(f"{name}={value} must be at least {bound}; use {max(bound, 1)}")
+        if self.tol is not None and not 0.0 <= self.tol < float("inf"):
+            raise ValueError(
+                f"tol={self.tol} must be at least 0 and finite; use 1e-6, or 0 for a fixed number of iterations"
+            )
 
-    def cfactor_of(self, level: int) -> int:
-        """Coarsening factor from `level` to the next."""
-        if isinstance(self.cfactor, int):
-            return self.cfactor
-        return self.cfactor[min(level, len(self.cfactor) - 1)]
+    def for_adjoint(self, max_iter: int | None = None, tol: float | None = None) -> MGRIT:
+        """The same for adjoints: with a tolerance of its own, and what else is given."""
+        own = tol if tol is not None else self.tol
+        return replace(
+            self,
+            max_iter=self.max_iter if max_iter is None else max_iter,
+            tol=_DEFAULTS[self.cycle][2] if own is None else own,
+        )
+
+    @property
+    def iterations(self) -> int:
+        """`max_iter`, or the cycle's."""
+        return _DEFAULTS[self.cycle][0] if self.max_iter is None else self.max_iter
+
+    @property
+    def tolerance(self) -> float:
+        """`tol`, or the cycle's."""
+        return _DEFAULTS[self.cycle][1] if self.tol is None else self.tol
+
+    def cfactor_of(self, level: int, steps: int) -> int | None:
+        """Coarsening factor from `level`, which has so many steps, to the next; None if there is to be no next one."""
+        if level + 1 >= (self.max_levels or (3 if self.cycle != "one-shot" else 99)):
+            return None
+        if self.max_levels is None and self.cycle == "one-shot" and level > 0 and steps <= 32:
+            return None  # a sweep of the coarse level is short enough
+        if self.cfactor is None:
+            if level == 0 and self.cycle == "one-shot":
+                count = max(count for count in range(1, self.intervals + 1) if steps % count == 0)
+                return steps // count if 1 < count < steps else None
+            return 4
+        return self.cfactor if isinstance(self.cfactor, int) else self.cfactor[min(level, len(self.cfactor) - 1)]
 
     def nrelax_of(self, level: int) -> int:
         """CF-relaxations on `level`."""

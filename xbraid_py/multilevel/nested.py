@@ -92,9 +92,9 @@ class NestedIteration:
         scales: InitialScales,
         seed: int = 0,
     ):
-        if problem.forward.max_levels > 1:
+        cfactor = problem.forward.cfactor_of(0, num_layers)
+        if cfactor is not None and (problem.forward.cfactor is not None or problem.forward.cycle != "one-shot"):
             # Said in terms of the finest network, which is what a user chooses.
-            cfactor = problem.forward.cfactor_of(0)
             name = "cfactor" + " * 2^refinements" * (options.refinements > 0)
             require_multiple("num_layers", num_layers, cfactor * 2**options.refinements, name)
         self.depths = options.depths(num_layers)
@@ -192,7 +192,7 @@ class NestedIteration:
     def snapshot(self) -> Snapshot:
         """All that the rest of the run depends on, now."""
         one_shot, objective = self.one_shot, self.objective
-        points = {"state": objective.points, "adjoint": objective.adjoint_points}
+        warm = {"state": objective.warm or (), "adjoint": objective.adjoint_warm or ()}
         return Snapshot(
             numbers={
                 "index": self._index,
@@ -213,12 +213,8 @@ class NestedIteration:
                 "s": one_shot.quasi_newton.s,
                 "y": one_shot.quasi_newton.y,
             },
-            points={name: rows for name, rows in points.items() if rows is not None and not self._is_sequential},
+            warm=warm,
         )
-
-    @property
-    def _is_sequential(self) -> bool:
-        return len(self.objective.forward.hierarchy.levels) == 1
 
     def _restore(self, snapshot: Snapshot) -> None:
         numbers, vectors = snapshot.numbers, snapshot.vectors
@@ -229,7 +225,7 @@ class NestedIteration:
         one_shot.evaluation = Evaluation(**numbers["evaluation"])
         one_shot.gradient = vectors["gradient"][0] if vectors["gradient"] else None
         one_shot.quasi_newton.restore(vectors["s"], vectors["y"])
-        objective.points, objective.adjoint_points = snapshot.points.get("state"), snapshot.points.get("adjoint")
+        objective.warm, objective.adjoint_warm = (snapshot.warm.get(name) or None for name in ("state", "adjoint"))
         objective.adjoint_residual = numbers["adjoint_residual"]
         objective.work, objective.evaluations = numbers["work"], numbers["evaluations"]
         self._before = dict(numbers["before"])

@@ -62,13 +62,13 @@ class Snapshot:
         Level, updates, counters and the last evaluation, JSON-able.
     vectors : dict of str to list of Tensor
         Flat vectors of the level's network: "weights", "gradient", "s" and "y".
-    points : dict of str to Tensor
-        C-points of the last state and adjoint solves, rows over the intervals, for the warm start.
+    warm : dict of str to tuple of Tensor
+        `Solution.warm` of the last "state" and "adjoint" solves, the l-th with rows over the intervals of level l.
     """
 
     numbers: dict
     vectors: dict[str, list[Tensor]]
-    points: dict[str, Tensor] = field(default_factory=dict)
+    warm: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
     @property
     def is_final(self) -> bool:

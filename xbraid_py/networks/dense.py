@@ -1,4 +1,4 @@
-"""Dense layers sigma(W u + b), many of them at once, with hand-written vector-Jacobian products.
+"""Dense layers sigma(W u + b), many of them at once, with their vector-Jacobian products.
 
 Shape letters: `n` layers evaluated at once, `I` inputs, `O` outputs, `B` batch, `p` parameters of a layer.
 Features come before samples, so that one layer is one small matrix times a wide one.
@@ -12,7 +12,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from xbraid_py.networks.activation import activation
+from xbraid_py import kernels
+from xbraid_py.kernels import fallback
+from xbraid_py.kernels.activation import activation
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class DenseLayer:
     inputs, outputs : int
         Widths I and O.
     activation : str
-        One of `networks.activation.ACTIVATIONS`.
+        One of `kernels.activation.ACTIVATIONS`.
     bias : {"vector", "scalar"}
         One bias for each output, or one number for all of them.
     """
@@ -53,36 +55,23 @@ class DenseLayer:
 
     def unpack(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Views of rows of weights (n, p): W (n, O, I) and b (n, O or 1, 1)."""
-        split = self.outputs * self.inputs
-        weight = theta[:, :split].unflatten(1, (self.outputs, self.inputs))
-        return weight, theta[:, split:].unsqueeze(2)
+        return fallback.unpack(self, theta)
 
     def forward(self, theta: Tensor, u: Tensor) -> Tensor:
         """sigma(W u + b) of n layers: theta (n, p), u (n, I, B) to (n, O, B)."""
-        return activation(self.activation).value(self._affine(theta, u))
+        return kernels.step(self, theta, u, residual=False)
 
-    def vjp(self, theta: Tensor, u: Tensor, v: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    def vjp(
+        self, theta: Tensor, u: Tensor, v: Tensor, with_gradient: bool, back: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Transposed Jacobians applied to v (n, O, B).
 
         Returns
         -------
-        (n, I, B) tensor
-            The product with respect to u.
+        (n, I, B) tensor or None
+            The product with respect to u, unless `back` is False.
         (n, p) tensor or None
             The product with respect to the weights, summed over the samples, if asked for.
         """
-        weight, _ = self.unpack(theta)
-        d = activation(self.activation).slope(self._affine(theta, u)).mul_(v)
-        back = torch.bmm(weight.transpose(1, 2), d)
-        if not with_gradient:
-            return back, None
-        gradient = torch.empty(theta.shape, dtype=theta.dtype, device=theta.device)
-        split = self.outputs * self.inputs
-        gradient[:, :split] = torch.bmm(d, u.transpose(1, 2)).flatten(1)
-        sums = d.sum(2)
-        gradient[:, split:] = sums if self.bias == "vector" else sums.sum(1, keepdim=True)
-        return back, gradient
-
-    def _affine(self, theta: Tensor, u: Tensor) -> Tensor:
-        weight, bias = self.unpack(theta)
-        return torch.baddbmm(bias, weight, u)
+        gradient = torch.empty(theta.shape, dtype=theta.dtype, device=theta.device) if with_gradient else None
+        return kernels.adjoint(self, theta, u, v, residual=False, gradient=gradient, back=back), gradient

@@ -35,33 +35,44 @@ class Armijo:
         By which a rejected step is multiplied.
     max_backtracks
         Rejected trials at most.
+    resolution
+        An inexact objective may be wrong by this share of the decrease that the gradient predicts for the trial.
     """
 
     decrease: float = 1e-4
     factor: float = 0.5
     max_backtracks: int = 15
+    resolution: float = 0.5
 
     def __post_init__(self):
         if not 0.0 < self.decrease < 1.0:
             raise ValueError(f"decrease={self.decrease} must be between 0 and 1; use 1e-4")
         if not 0.0 < self.factor < 1.0:
             raise ValueError(f"factor={self.factor} must be between 0 and 1; use 0.5")
+        if not 0.0 < self.resolution < float("inf"):
+            raise ValueError(f"resolution={self.resolution} must be positive and finite; use 0.5")
         if self.max_backtracks < 0:
             raise ValueError(f"max_backtracks={self.max_backtracks} must be at least 0; use 15")
 
     def search(
-        self, x: Tensor, value: float, direction: Tensor, slope: float, evaluate: Callable[[Tensor], Evaluation]
+        self,
+        x: Tensor,
+        value: float,
+        direction: Tensor,
+        slope: float,
+        evaluate: Callable[[Tensor, float | None], Evaluation],
     ) -> Trial | None:
         """The first trial that goes down far enough; None if none does, or if `direction` is no descent.
 
-        `slope` is g'd, positive for a direction of descent; `evaluate` costs one state solve a trial.
+        `slope` is g'd, positive for a direction of descent; `evaluate` costs one state solve a trial; it
+        is also told how wrong the objective may be.
         """
         if not slope > 0.0:
             return None
         step = 1.0
         for backtracks in range(self.max_backtracks + 1):
             trial = x.sub(direction, alpha=step)
-            evaluation = evaluate(trial)
+            evaluation = evaluate(trial, self.resolution * step * slope)
             if isfinite(evaluation.value) and evaluation.value <= value - self.decrease * step * slope:
                 return Trial(trial, evaluation, step, backtracks)
             step *= self.factor
@@ -81,4 +92,4 @@ class FixedStep:
     def search(self, x, value, direction, slope, evaluate) -> Trial:
         """The only trial."""
         trial = x.sub(direction, alpha=self.step)
-        return Trial(trial, evaluate(trial), self.step, 0)
+        return Trial(trial, evaluate(trial, None), self.step, 0)

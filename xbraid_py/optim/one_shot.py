@@ -158,21 +158,25 @@ class OneShot:
                 # The direction may be bad because the pairs are, or because the solves were too inexact.
                 self.note = f"update {self.number}: no descent along the direction; the line search starts again"
                 self.quasi_newton.clear()
-                self._evaluate(self.options.boost_iter)
-                self.gradient = self.objective.gradient(self.x, self.options.boost_iter)
+                self._evaluate(self.options.boost_iter, error=0.0)
+                self.gradient = self.objective.gradient(self.x, self.options.boost_iter, exact=True)
                 self._finite_norm()
             direction = self.quasi_newton.direction(self.gradient)
             slope = self.objective.dot(self.gradient, direction)
             trial = self._search.search(
-                self.x, self.evaluation.value, direction, slope, lambda x: self.objective.evaluate(x, self._iterations)
+                self.x,
+                self.evaluation.value,
+                direction,
+                slope,
+                lambda x, error: self.objective.evaluate(x, self._iterations, error),
             )
             if trial is not None:
                 return trial
         self.note = f"update {self.number}: no descent along the gradient either; this level ends here"
         return None
 
-    def _evaluate(self, max_iter: int | None) -> None:
-        self.evaluation = self.objective.evaluate(self.x, max_iter)
+    def _evaluate(self, max_iter: int | None, error: float | None = None) -> None:
+        self.evaluation = self.objective.evaluate(self.x, max_iter, error)
         self._require_finite(self.evaluation.value, "objective")
 
     def _finite_norm(self) -> float:

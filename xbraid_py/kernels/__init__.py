@@ -1,0 +1,202 @@
+"""Steps of dense residual layers and their adjoints, whole intervals at once: native code, or torch.
+
+`XBRAID_KERNELS` in the environment chooses: native (the default where they are built), torch, or one of the
+instruction sets of this processor (avx512, avx2, baseline). `BACKEND` says what is in use.
+
+Shape letters: `m` intervals or layers, `c` steps of an interval, `I` inputs, `O` outputs, `B` samples, `p` parameters
+of a layer. All functions take rows of weights theta (m, p) and states (m, I, B); a layer has `inputs`, `outputs`,
+`activation` and `bias`, as `networks.dense.DenseLayer` has. Arrays to be written may be those that are read, but must
+not overlap them in another way.
+"""
+
+from __future__ import annotations
+
+import os
+
+from torch import Tensor
+
+from xbraid_py.kernels import fallback
+
+__all__ = ["BACKEND", "adjoint", "distances", "relax", "relax_adjoint", "step"]
+
+
+def _choose(wish: str):
+    """The module with the kernels, and its name for people."""
+    if wish == "torch":
+        return fallback, "torch"
+    try:
+        from xbraid_py.kernels import native
+    except ImportError as error:
+        if wish:
+            raise ImportError(
+                f"XBRAID_KERNELS={wish}: this installation has no native kernels ({error}); install it where a C++ "
+                f"compiler is, or use XBRAID_KERNELS=torch"
+            ) from error
+        return fallback, "torch (no native kernels in this installation)"
+    if wish not in ("", "native"):
+        try:
+            native.use(wish)
+        except ValueError as error:
+            choices = ", ".join(["native", "torch", *native.instruction_sets()])
+            raise ImportError(f"XBRAID_KERNELS={wish} is not to be had here; use one of {choices}") from error
+    return native, f"native ({native.active()})"
+
+
+_kernels, BACKEND = _choose(os.environ.get("XBRAID_KERNELS", ""))
+
+
+def step(
+    layer,
+    theta: Tensor,
+    u: Tensor,
+    *,
+    h: float = 1.0,
+    scheme: str = "euler",
+    residual: bool = True,
+    add: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """[u +] h sigma(W u + b) [+ add] of m layers at once.
+
+    Parameters
+    ----------
+    layer
+        Shape of the layers.
+    theta : (m, p) tensor
+    u : (m, I, B) tensor
+    h : float
+        Step size.
+    scheme : {"euler", "midpoint"}
+        One step, or u + h F(u + h/2 F(u)) with F(u) = sigma(W u + b).
+    residual : bool
+        Whether u is added.
+    add : (m, O, B) tensor, optional
+    out : (m, O, B) tensor, optional
+        Where to write; may be u or add.
+
+    Returns
+    -------
+    (m, O, B) tensor
+        `out`, or a new tensor.
+    """
+    return _kernels.step(layer, theta, u, h=h, scheme=scheme, residual=residual, add=add, out=out)
+
+
+def adjoint(
+    layer,
+    theta: Tensor,
+    u: Tensor,
+    v: Tensor,
+    *,
+    h: float = 1.0,
+    scheme: str = "euler",
+    residual: bool = True,
+    add: Tensor | None = None,
+    out: Tensor | None = None,
+    gradient: Tensor | None = None,
+    back: bool = True,
+) -> Tensor | None:
+    """Transposed Jacobians of `step` at u (m, I, B), applied to v (m, O, B): [v +] h W^T (sigma'(W u + b) v) [+ add].
+
+    Parameters
+    ----------
+    gradient : (m, p) tensor, optional
+        Written: the derivative of <v, step> with respect to the weights.
+    back : bool
+        Whether the product with respect to u is asked for.
+    out : (m, I, B) tensor, optional
+        Where to write it; may be u, v or add.
+
+    Returns
+    -------
+    (m, I, B) tensor or None
+        `out`, or a new tensor.
+    """
+    options = {"h": h, "scheme": scheme, "residual": residual, "add": add}
+    return _kernels.adjoint(layer, theta, u, v, **options, out=out, gradient=gradient, back=back)
+
+
+def relax(
+    layer,
+    theta: Tensor,
+    points: Tensor,
+    cfactor: int,
+    *,
+    h: float,
+    scheme: str = "euler",
+    tau: Tensor | None = None,
+    inputs: Tensor | None = None,
+    ends: Tensor | None = None,
+) -> Tensor:
+    """c residual steps from the beginning of each of m intervals: u <- step(u) + tau.
+
+    Parameters
+    ----------
+    theta : (m c, p) tensor
+    points : (m, C, B) tensor
+        Where the intervals begin.
+    cfactor : int
+        Steps c of an interval.
+    tau : (m c, C, B) tensor, optional
+        Added to each step.
+    inputs : (m c, C, B) tensor, optional
+        Written: the input of each step. Every c-th of them may be `points`.
+    ends : (m, C, B) tensor, optional
+        Where to write the result; may be `points`.
+
+    Returns
+    -------
+    (m, C, B) tensor
+        The ends of the intervals.
+    """
+    return _kernels.relax(layer, theta, points, cfactor, h=h, scheme=scheme, tau=tau, inputs=inputs, ends=ends)
+
+
+def relax_adjoint(
+    layer,
+    theta: Tensor,
+    states: Tensor,
+    points: Tensor,
+    cfactor: int,
+    *,
+    h: float,
+    scheme: str = "euler",
+    tau: Tensor | None = None,
+    inputs: Tensor | None = None,
+    ends: Tensor | None = None,
+    gradient: Tensor | None = None,
+) -> Tensor:
+    """The adjoint of `relax` at the given states: v <- adjoint(v) + tau, backwards through the intervals.
+
+    Parameters
+    ----------
+    states : (m c, C, B) tensor
+        Inputs of the steps.
+    points : (m, C, B) tensor
+        Adjoints behind the last step of each interval.
+    tau, inputs, ends
+        As in `relax`, backwards: `inputs` gets the adjoint behind each step.
+    gradient : (m c, p) tensor, optional
+        Written: the gradients of the weights.
+
+    Returns
+    -------
+    (m, C, B) tensor
+        Adjoints before the first step of each interval.
+    """
+    options = {"h": h, "scheme": scheme, "tau": tau, "inputs": inputs, "ends": ends, "gradient": gradient}
+    return _kernels.relax_adjoint(layer, theta, states, points, cfactor, **options)
+
+
+def distances(a: Tensor, b: Tensor) -> Tensor:
+    """Squared 2-norms of a - b and of a, for each of m rows.
+
+    Parameters
+    ----------
+    a, b : (m, *S) tensor
+
+    Returns
+    -------
+    (m, 2) tensor
+    """
+    return _kernels.distances(a, b)

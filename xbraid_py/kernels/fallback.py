@@ -1,0 +1,132 @@
+"""The kernels in torch: for machines without the native ones, other devices, and wide layers.
+
+Shape letters: `m` intervals, `c` steps of each, `n` layers, `I` inputs, `O` outputs, `B` samples, `p` parameters of
+a layer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xbraid_py.kernels.activation import activation
+
+# States of at most this many bytes are relaxed in one call: more would leave the second-level cache.
+_CHUNK_BYTES = 1 << 19
+
+
+def step(layer, theta, u, *, h=1.0, scheme="euler", residual=True, add=None, out=None) -> Tensor:
+    """See `xbraid_py.kernels.step`."""
+    middle = u
+    if scheme == "midpoint":
+        middle = _value(layer, theta, u).mul_(h / 2).add_(u)
+    found = _value(layer, theta, middle).mul_(h)
+    if residual:
+        found += u
+    if add is not None:
+        found += add
+    return found if out is None else out.copy_(found)
+
+
+def adjoint(
+    layer, theta, u, v, *, h=1.0, scheme="euler", residual=True, add=None, out=None, gradient=None, back=True
+) -> Tensor | None:
+    """See `xbraid_py.kernels.adjoint`."""
+    if scheme == "midpoint":
+        middle = _value(layer, theta, u).mul_(h / 2).add_(u)
+        inner, first = _vjp(layer, theta, middle, v, h, gradient is not None, True)
+        found, second = _vjp(layer, theta, u, inner, h / 2, gradient is not None, back)
+        if back:
+            found += inner
+        if gradient is not None:
+            torch.add(first, second, out=gradient)
+    else:
+        found, second = _vjp(layer, theta, u, v, h, gradient is not None, back)
+        if gradient is not None:
+            gradient.copy_(second)
+    if not back:
+        return None
+    if residual:
+        found += v
+    if add is not None:
+        found += add
+    return found if out is None else out.copy_(found)
+
+
+def relax(layer, theta, points, cfactor, *, h, scheme="euler", tau=None, inputs=None, ends=None) -> Tensor:
+    """See `xbraid_py.kernels.relax`."""
+    ends = torch.empty_like(points) if ends is None else ends
+    for first, x in _chunks(points):
+        for j in range(cfactor):
+            rows = slice(first * cfactor + j, (first + len(x)) * cfactor, cfactor)
+            if inputs is not None:
+                inputs[rows] = x
+            x = step(layer, theta[rows], x, h=h, scheme=scheme, add=None if tau is None else tau[rows])
+        ends[first : first + len(x)] = x
+    return ends
+
+
+def relax_adjoint(
+    layer, theta, states, points, cfactor, *, h, scheme="euler", tau=None, inputs=None, ends=None, gradient=None
+) -> Tensor:
+    """See `xbraid_py.kernels.relax_adjoint`."""
+    ends = torch.empty_like(points) if ends is None else ends
+    for first, v in _chunks(points):
+        for j in reversed(range(cfactor)):
+            rows = slice(first * cfactor + j, (first + len(v)) * cfactor, cfactor)
+            if inputs is not None:
+                inputs[rows] = v
+            v = adjoint(
+                layer,
+                theta[rows],
+                states[rows],
+                v,
+                h=h,
+                scheme=scheme,
+                add=None if tau is None else tau[rows],
+                gradient=None if gradient is None else gradient[rows],
+            )
+        ends[first : first + len(v)] = v
+    return ends
+
+
+def distances(a: Tensor, b: Tensor) -> Tensor:
+    """See `xbraid_py.kernels.distances`."""
+    return torch.stack([(a - b).square().flatten(1).sum(1), a.square().flatten(1).sum(1)], 1)
+
+
+def _chunks(points: Tensor):
+    """Some intervals at a time: the number of the first, and their points."""
+    size = max(1, _CHUNK_BYTES // max(1, points[:1].nbytes))
+    for first in range(0, len(points), size):
+        yield first, points[first : first + size]
+
+
+def unpack(layer, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """Views of rows of weights (n, p): W (n, O, I) and b (n, O or 1, 1)."""
+    split = layer.outputs * layer.inputs
+    return theta[:, :split].unflatten(1, (layer.outputs, layer.inputs)), theta[:, split:].unsqueeze(2)
+
+
+def _affine(layer, theta: Tensor, u: Tensor) -> Tensor:
+    weight, bias = unpack(layer, theta)
+    return torch.baddbmm(bias, weight, u)
+
+
+def _value(layer, theta: Tensor, u: Tensor) -> Tensor:
+    return activation(layer.activation).value(_affine(layer, theta, u))
+
+
+def _vjp(layer, theta, u, v, h, with_gradient, back) -> tuple[Tensor | None, Tensor | None]:
+    """h times the transposed Jacobians of sigma(W u + b), applied to v, with respect to u and to the weights."""
+    weight, _ = unpack(layer, theta)
+    d = activation(layer.activation).slope(_affine(layer, theta, u)).mul_(v).mul_(h)
+    found = torch.bmm(weight.transpose(1, 2), d) if back else None
+    if not with_gradient:
+        return found, None
+    gradient = torch.empty(theta.shape, dtype=theta.dtype, device=theta.device)
+    split = layer.outputs * layer.inputs
+    gradient[:, :split] = torch.bmm(d, u.transpose(1, 2)).flatten(1)
+    sums = d.sum(2)
+    gradient[:, split:] = sums if layer.bias == "vector" else sums.sum(1, keepdim=True)
+    return found, gradient

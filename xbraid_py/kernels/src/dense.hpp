@@ -1,0 +1,53 @@
+// What the kernels of all instruction sets share: plain data and a table of functions.
+//
+// Layers are sigma(W u + b) for all samples of a batch, features outermost: a state is an array (C, B). Nothing here
+// may be an inline function or a template with code in it: the linker would be free to keep the copy that was
+// compiled for a newer processor than the one it runs on.
+
+#pragma once
+
+namespace xbraid {
+
+enum Activation { SMOOTH_RELU = 0, RELU = 1, TANH = 2, IDENTITY = 3 };
+
+// One layer, or one step of a residual network: u + h F(u), or with `midpoint` u + h F(u + h/2 F(u)).
+struct Layer {
+  int inputs;
+  int outputs;
+  int activation;
+  int scalar_bias;  // one bias for all outputs
+  int residual;     // whether u is added
+  int midpoint;
+};
+
+// Samples that go through a step together: their rows stay in the first cache.
+constexpr long BLOCK = 128;
+// Wider layers are better left to BLAS.
+constexpr int MAX_WIDTH = 64;
+
+// The functions for one type of numbers. `theta` holds W (outputs x inputs) and then b. `add` may be null; `out` may be
+// any of `u`, `v` and `add`, but must not overlap them in another way. `scratch` has `scratch_size(layer)` numbers.
+template <class T>
+struct Functions {
+  // out = [u +] h sigma(W u + b) [+ add], or one midpoint step.
+  void (*step)(const Layer& layer, long batch, T h, const T* theta, const T* u, const T* add, T* out, T* scratch);
+  // The transposed Jacobian of the same: out = [v +] h W^T (sigma'(W u + b) v) [+ add]; not computed if `out` is null.
+  // `gradient`, laid out as theta, gets the derivative with respect to W and b, if it is not null.
+  void (*adjoint)(const Layer& layer, long batch, T h, const T* theta, const T* u, const T* v, const T* add, T* out,
+                  T* gradient, T* scratch);
+  long (*scratch_size)(const Layer& layer);
+  // sums[0] = |a - b|^2, sums[1] = |a|^2 for n numbers each.
+  void (*distance)(long n, const T* a, const T* b, T* sums);
+};
+
+struct Instructions {
+  const char* name;
+  Functions<double> f64;
+  Functions<float> f32;
+};
+
+extern const Instructions baseline;
+extern const Instructions avx2;
+extern const Instructions avx512;
+
+}  // namespace xbraid

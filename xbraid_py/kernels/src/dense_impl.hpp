@@ -1,0 +1,334 @@
+// The dense step and its adjoint, for whatever instruction set this is compiled. Defines `XBRAID_TABLE`, with vectors of
+// `XBRAID_BYTES` bytes and register tiles of `XBRAID_ROWS` (products) and `XBRAID_ROWS` / 2 by `XBRAID_COLUMNS` (gradients).
+//
+// Shape letters: B samples of the batch, n of them in a block, I inputs, O outputs. A row is one feature of all samples.
+
+#include "dense.hpp"
+#include "vector.hpp"
+
+namespace {
+
+using xbraid::BLOCK;
+using xbraid::Layer;
+
+// ---- What becomes of a tile of products z = W x + b. `at` is the place of a sample in a row.
+
+// out = base + add + h sigma(z)
+template <class T, template <class> class A>
+struct Value {
+  T h;
+  const T* base;
+  long base_stride;
+  const T* add;
+  long add_stride;
+  T* out;
+  long out_stride;
+
+  template <class V>
+  inline void operator()(int row, long at, V z) const {
+    V x = h * A<T>::value(z);
+    if (base) x = load<V>(base + row * base_stride + at) + x;
+    if (add) x += load<V>(add + row * add_stride + at);
+    store(out + row * out_stride + at, x);
+  }
+};
+
+// out = h sigma'(z) v
+template <class T, template <class> class A>
+struct Slope {
+  T h;
+  const T* v;
+  long v_stride;
+  T* out;
+  long out_stride;
+
+  template <class V>
+  inline void operator()(int row, long at, V z) const {
+    store(out + row * out_stride + at, V(A<T>::slope(z) * (h * load<V>(v + row * v_stride + at))));
+  }
+};
+
+// out = base + add + more + z
+template <class T>
+struct Sum {
+  const T* base;
+  long base_stride;
+  const T* add;
+  long add_stride;
+  const T* more;
+  long more_stride;
+  T* out;
+  long out_stride;
+
+  template <class V>
+  inline void operator()(int row, long at, V z) const {
+    if (more) z += load<V>(more + row * more_stride + at);
+    if (base) z += load<V>(base + row * base_stride + at);
+    if (add) z += load<V>(add + row * add_stride + at);
+    store(out + row * out_stride + at, z);
+  }
+};
+
+// ---- z = W x + b for all samples of a block, tile by tile of rows.
+
+template <class T>
+struct Matrix {
+  const T* data;
+  long row_stride;
+  long column_stride;
+  int rows;
+  int columns;
+  const T* bias;  // null: none
+  int bias_stride;
+};
+
+template <int R, int S, class V, class T, class End>
+inline void tile(const Matrix<T>& w, int row, const T* x, long stride, long at, const End& end) {
+  constexpr int L = sizeof(V) / sizeof(T);
+  V z[R][S];
+  for (int r = 0; r < R; r++)
+    for (int s = 0; s < S; s++) z[r][s] = w.bias ? broadcast<V>(w.bias[(row + r) * w.bias_stride]) : V{};
+  const T* first = w.data + row * w.row_stride;
+  for (int i = 0; i < w.columns; i++) {
+    V xs[S];
+    for (int s = 0; s < S; s++) xs[s] = load<V>(x + i * stride + at + s * L);
+    for (int r = 0; r < R; r++) {
+      const V weight = broadcast<V>(first[r * w.row_stride + i * w.column_stride]);
+      for (int s = 0; s < S; s++) z[r][s] += weight * xs[s];
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int s = 0; s < S; s++) end(row + r, at + s * L, z[r][s]);
+}
+
+template <int R, class T, class End>
+inline void tile_row(const Matrix<T>& w, int row, const T* x, long stride, long n, const End& end) {
+  constexpr int L = XBRAID_BYTES / sizeof(T);
+  typedef typename VectorOf<T, L>::type V;
+  long at = 0;
+  for (; at + 2 * L <= n; at += 2 * L) tile<R, 2, V>(w, row, x, stride, at, end);
+  for (; at + L <= n; at += L) tile<R, 1, V>(w, row, x, stride, at, end);
+  for (; at < n; at++) tile<R, 1, T>(w, row, x, stride, at, end);
+}
+
+template <class T, class End>
+void product(const Matrix<T>& w, const T* x, long stride, long n, const End& end) {
+  int row = 0;
+#if XBRAID_ROWS >= 8
+  for (; row + 8 <= w.rows; row += 8) tile_row<8>(w, row, x, stride, n, end);
+#endif
+  for (; row + 4 <= w.rows; row += 4) tile_row<4>(w, row, x, stride, n, end);
+  for (; row + 2 <= w.rows; row += 2) tile_row<2>(w, row, x, stride, n, end);
+  for (; row < w.rows; row++) tile_row<1>(w, row, x, stride, n, end);
+}
+
+// ---- The gradient d x^T, summed over samples. Every entry is a vector of partial sums in memory, reduced at the end.
+
+template <int R, int C, class T>
+inline void outer(const T* d, long d_stride, const T* x, long x_stride, long n, T* sums, long sums_stride) {
+  constexpr int L = XBRAID_BYTES / sizeof(T);
+  typedef typename VectorOf<T, L>::type V;
+  V sum[R][C];
+  for (int r = 0; r < R; r++)
+    for (int c = 0; c < C; c++) sum[r][c] = load<V>(sums + r * sums_stride + c * L);
+  long at = 0;
+  for (; at + L <= n; at += L) {
+    V xs[C];
+    for (int c = 0; c < C; c++) xs[c] = load<V>(x + c * x_stride + at);
+    for (int r = 0; r < R; r++) {
+      const V left = load<V>(d + r * d_stride + at);
+      for (int c = 0; c < C; c++) sum[r][c] += left * xs[c];
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int c = 0; c < C; c++) {
+      T* place = sums + r * sums_stride + c * L;
+      store(place, sum[r][c]);
+      for (long rest = at; rest < n; rest++) place[0] += d[r * d_stride + rest] * x[c * x_stride + rest];
+    }
+}
+
+template <int R, class T>
+inline void outer_row(int inputs, const T* d, const T* x, long x_stride, long n, T* sums) {
+  constexpr int L = XBRAID_BYTES / sizeof(T);
+  const long stride = long(inputs) * L;
+  int i = 0;
+  for (; i + XBRAID_COLUMNS <= inputs; i += XBRAID_COLUMNS)
+    outer<R, XBRAID_COLUMNS>(d, BLOCK, x + i * x_stride, x_stride, n, sums + i * L, stride);
+  for (; i < inputs; i++) outer<R, 1>(d, BLOCK, x + i * x_stride, x_stride, n, sums + i * L, stride);
+}
+
+// The sums: O x I vectors for W, then O vectors for b.
+template <class T>
+void add_gradient(const Layer& layer, const T* d, const T* x, long x_stride, long n, T* sums) {
+  constexpr int L = XBRAID_BYTES / sizeof(T);
+  typedef typename VectorOf<T, L>::type V;
+  const int O = layer.outputs, I = layer.inputs;
+  int o = 0;
+  for (; o + 4 <= O; o += 4) outer_row<4>(I, d + o * BLOCK, x, x_stride, n, sums + long(o) * I * L);
+  for (; o < O; o++) outer_row<1>(I, d + o * BLOCK, x, x_stride, n, sums + long(o) * I * L);
+  T* bias = sums + long(O) * I * L;
+  for (o = 0; o < O; o++) {
+    V sum = load<V>(bias + o * L);
+    long at = 0;
+    for (; at + L <= n; at += L) sum += load<V>(d + o * BLOCK + at);
+    store(bias + o * L, sum);
+    for (; at < n; at++) bias[o * L] += d[o * BLOCK + at];
+  }
+}
+
+template <class T>
+T reduced(const T* vector) {
+  T sum = 0;
+  for (int l = 0; l < int(XBRAID_BYTES / sizeof(T)); l++) sum += vector[l];
+  return sum;
+}
+
+template <class T>
+void write_gradient(const Layer& layer, const T* sums, T* gradient) {
+  constexpr int L = XBRAID_BYTES / sizeof(T);
+  const int O = layer.outputs, split = O * layer.inputs;
+  for (int i = 0; i < split; i++) gradient[i] = reduced(sums + long(i) * L);
+  if (layer.scalar_bias) gradient[split] = 0;
+  for (int o = 0; o < O; o++) {
+    const T sum = reduced(sums + long(split + o) * L);
+    if (layer.scalar_bias)
+      gradient[split] += sum;
+    else
+      gradient[split + o] = sum;
+  }
+}
+
+// ---- Whole steps, block by block of samples.
+
+template <class T>
+struct Weights {
+  Matrix<T> forward;
+  Matrix<T> transposed;
+  Weights(const Layer& l, const T* theta)
+      : forward{theta, l.inputs, 1, l.outputs, l.inputs, theta + long(l.outputs) * l.inputs, l.scalar_bias ? 0 : 1},
+        transposed{theta, 1, l.inputs, l.inputs, l.outputs, nullptr, 0} {}
+};
+
+template <class T, template <class> class A>
+void step_as(const Layer& layer, long B, T h, const T* theta, const T* u, const T* add, T* out, T* scratch) {
+  const Matrix<T> w = Weights<T>(layer, theta).forward;
+  // A second tile of rows would still read what the first has overwritten.
+  const bool one_tile = w.rows <= XBRAID_ROWS && (w.rows & (w.rows - 1)) == 0;
+  const bool staged = !layer.midpoint && out == u && !one_tile;
+  for (long at = 0; at < B; at += BLOCK) {
+    const long n = B - at < BLOCK ? B - at : BLOCK;
+    const T* x = u + at;
+    long x_stride = B;
+    if (layer.midpoint) {
+      product(w, x, B, n, Value<T, A>{h / 2, x, B, nullptr, 0, scratch, BLOCK});
+      x = scratch;
+      x_stride = BLOCK;
+    }
+    T* target = staged ? scratch : out + at;
+    const long stride = staged ? BLOCK : B;
+    const T* base = layer.residual ? u + at : nullptr;
+    product(w, x, x_stride, n, Value<T, A>{h, base, B, add ? add + at : nullptr, B, target, stride});
+    if (staged)
+      for (int r = 0; r < w.rows; r++) __builtin_memcpy(out + r * B + at, scratch + r * BLOCK, n * sizeof(T));
+  }
+}
+
+template <class T, template <class> class A>
+void adjoint_as(const Layer& layer, long B, T h, const T* theta, const T* u, const T* v, const T* add, T* out,
+                T* gradient, T* scratch) {
+  const Weights<T> w(layer, theta);
+  constexpr int L = XBRAID_BYTES / sizeof(T);
+  const int O = layer.outputs, I = layer.inputs;
+  T* d = scratch;
+  T* middle = d + O * BLOCK;
+  T* inner = middle + (layer.midpoint ? I * BLOCK : 0);
+  T* sums = inner + (layer.midpoint ? I * BLOCK : 0);
+  if (gradient)
+    for (long i = 0; i < long(O) * (I + 1) * L; i++) sums[i] = 0;
+  for (long at = 0; at < B; at += BLOCK) {
+    const long n = B - at < BLOCK ? B - at : BLOCK;
+    const T* back = v + at;
+    const T* more = nullptr;
+    long back_stride = B;
+    T size = h;
+    if (layer.midpoint) {
+      product(w.forward, u + at, B, n, Value<T, A>{h / 2, u + at, B, nullptr, 0, middle, BLOCK});
+      product(w.forward, middle, BLOCK, n, Slope<T, A>{h, v + at, B, d, BLOCK});
+      if (gradient) add_gradient(layer, d, middle, BLOCK, n, sums);
+      product(w.transposed, d, BLOCK, n, Sum<T>{nullptr, 0, nullptr, 0, nullptr, 0, inner, BLOCK});
+      back = more = inner;
+      back_stride = BLOCK;
+      size = h / 2;
+    }
+    product(w.forward, u + at, B, n, Slope<T, A>{size, back, back_stride, d, BLOCK});
+    if (gradient) add_gradient(layer, d, u + at, B, n, sums);
+    if (out) {
+      const T* base = layer.residual ? v + at : nullptr;
+      product(w.transposed, d, BLOCK, n, Sum<T>{base, B, add ? add + at : nullptr, B, more, BLOCK, out + at, B});
+    }
+  }
+  if (gradient) write_gradient(layer, sums, gradient);
+}
+
+template <class T>
+void step(const Layer& layer, long B, T h, const T* theta, const T* u, const T* add, T* out, T* scratch) {
+  switch (layer.activation) {
+    case xbraid::SMOOTH_RELU: return step_as<T, SmoothRelu>(layer, B, h, theta, u, add, out, scratch);
+    case xbraid::RELU: return step_as<T, Relu>(layer, B, h, theta, u, add, out, scratch);
+    case xbraid::TANH: return step_as<T, Tanh>(layer, B, h, theta, u, add, out, scratch);
+    default: return step_as<T, Identity>(layer, B, h, theta, u, add, out, scratch);
+  }
+}
+
+template <class T>
+void adjoint(const Layer& layer, long B, T h, const T* theta, const T* u, const T* v, const T* add, T* out, T* gradient,
+             T* scratch) {
+  switch (layer.activation) {
+    case xbraid::SMOOTH_RELU: return adjoint_as<T, SmoothRelu>(layer, B, h, theta, u, v, add, out, gradient, scratch);
+    case xbraid::RELU: return adjoint_as<T, Relu>(layer, B, h, theta, u, v, add, out, gradient, scratch);
+    case xbraid::TANH: return adjoint_as<T, Tanh>(layer, B, h, theta, u, v, add, out, gradient, scratch);
+    default: return adjoint_as<T, Identity>(layer, B, h, theta, u, v, add, out, gradient, scratch);
+  }
+}
+
+template <class T>
+long scratch_size(const Layer& layer) {
+  const long L = XBRAID_BYTES / sizeof(T), O = layer.outputs, I = layer.inputs;
+  return (O + 2 * I) * BLOCK + O * (I + 1) * L;
+}
+
+template <class T>
+void distance(long n, const T* a, const T* b, T* sums) {
+  constexpr int L = XBRAID_BYTES / sizeof(T), CHAINS = 4;
+  typedef typename VectorOf<T, L>::type V;
+  V difference[CHAINS] = {}, size[CHAINS] = {};
+  long at = 0;
+  for (; at + CHAINS * L <= n; at += CHAINS * L)
+    for (int c = 0; c < CHAINS; c++) {
+      const V x = load<V>(a + at + c * L), d = x - load<V>(b + at + c * L);
+      difference[c] += d * d;
+      size[c] += x * x;
+    }
+  sums[0] = sums[1] = 0;
+  for (; at < n; at++) {
+    const T d = a[at] - b[at];
+    sums[0] += d * d;
+    sums[1] += a[at] * a[at];
+  }
+  T lanes[L];
+  store(lanes, V((difference[0] + difference[1]) + (difference[2] + difference[3])));
+  sums[0] += reduced(lanes);
+  store(lanes, V((size[0] + size[1]) + (size[2] + size[3])));
+  sums[1] += reduced(lanes);
+}
+
+}  // namespace
+
+namespace xbraid {
+const Instructions XBRAID_TABLE = {
+    XBRAID_NAME,
+    {step<double>, adjoint<double>, scratch_size<double>, distance<double>},
+    {step<float>, adjoint<float>, scratch_size<float>, distance<float>},
+};
+}

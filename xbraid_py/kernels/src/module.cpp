@@ -1,0 +1,198 @@
+// The Python module: chooses the instruction set at import, and steps through whole intervals without the interpreter.
+//
+// Arrays are handed over as addresses and strides: the Python side has checked them. Shape letters: m intervals, c steps
+// of each, B samples. Strides count numbers, not bytes.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "dense.hpp"
+
+namespace nb = nanobind;
+using xbraid::Functions;
+using xbraid::Instructions;
+using xbraid::Layer;
+
+namespace {
+
+bool runs_here(const Instructions* set) {
+#if defined(XBRAID_HAVE_AVX2) || defined(XBRAID_HAVE_AVX512)
+  __builtin_cpu_init();
+#endif
+#ifdef XBRAID_HAVE_AVX512
+  if (set == &xbraid::avx512)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+#ifdef XBRAID_HAVE_AVX2
+  if (set == &xbraid::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return set == &xbraid::baseline;
+}
+
+// The fastest first.
+std::vector<const Instructions*> usable() {
+  std::vector<const Instructions*> found;
+  for (const Instructions* set : {
+#ifdef XBRAID_HAVE_AVX512
+           &xbraid::avx512,
+#endif
+#ifdef XBRAID_HAVE_AVX2
+           &xbraid::avx2,
+#endif
+           &xbraid::baseline})
+    if (runs_here(set)) found.push_back(set);
+  return found;
+}
+
+const Instructions* active = usable().front();
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const Instructions* set : usable()) names.push_back(set->name);
+  return names;
+}
+
+bool use(const std::string& name) {
+  for (const Instructions* set : usable())
+    if (name == set->name) {
+      active = set;
+      return true;
+    }
+  return false;
+}
+
+template <class T>
+const Functions<T>& functions();
+template <>
+const Functions<double>& functions<double>() {
+  return active->f64;
+}
+template <>
+const Functions<float>& functions<float>() {
+  return active->f32;
+}
+
+// Room for a call, kept from one call to the next: it only ever grows.
+template <class T>
+T* scratch_for(const Layer& layer) {
+  thread_local std::vector<T> kept;
+  const std::size_t size = functions<T>().scratch_size(layer) + 64 / sizeof(T);
+  if (kept.size() < size) kept.resize(size);
+  const auto address = reinterpret_cast<std::uintptr_t>(kept.data());
+  return reinterpret_cast<T*>((address + 63) / 64 * 64);
+}
+
+template <class T>
+T* at(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <class T>
+void step(Layer layer, long m, long B, double h, std::uintptr_t theta, long theta_stride, std::uintptr_t u,
+          long u_stride, std::uintptr_t add, long add_stride, std::uintptr_t out, long out_stride) {
+  T* scratch = scratch_for<T>(layer);
+  for (long k = 0; k < m; k++)
+    functions<T>().step(layer, B, T(h), at<T>(theta) + k * theta_stride, at<T>(u) + k * u_stride,
+                        add ? at<T>(add) + k * add_stride : nullptr, at<T>(out) + k * out_stride, scratch);
+}
+
+template <class T>
+void adjoint(Layer layer, long m, long B, double h, std::uintptr_t theta, long theta_stride, std::uintptr_t u,
+             long u_stride, std::uintptr_t v, long v_stride, std::uintptr_t add, long add_stride, std::uintptr_t out,
+             long out_stride, std::uintptr_t gradient, long gradient_stride) {
+  T* scratch = scratch_for<T>(layer);
+  for (long k = 0; k < m; k++)
+    functions<T>().adjoint(layer, B, T(h), at<T>(theta) + k * theta_stride, at<T>(u) + k * u_stride,
+                           at<T>(v) + k * v_stride, add ? at<T>(add) + k * add_stride : nullptr,
+                           out ? at<T>(out) + k * out_stride : nullptr,
+                           gradient ? at<T>(gradient) + k * gradient_stride : nullptr, scratch);
+}
+
+// c steps from the beginning of each interval to its end. `inputs`, if given, gets the input of every step.
+template <class T>
+void relax(Layer layer, long m, long c, long B, double h, std::uintptr_t theta, long theta_stride,
+           std::uintptr_t points, long points_stride, std::uintptr_t tau, long tau_stride, std::uintptr_t inputs,
+           long inputs_stride, std::uintptr_t ends, long ends_stride) {
+  T* scratch = scratch_for<T>(layer);
+  const std::size_t bytes = std::size_t(layer.inputs) * B * sizeof(T);
+  for (long k = 0; k < m; k++) {
+    T* const end = at<T>(ends) + k * ends_stride;
+    const T* x = at<T>(points) + k * points_stride;
+    for (long row = k * c; row < (k + 1) * c; row++) {
+      T* target = end;
+      if (inputs) {
+        T* input = at<T>(inputs) + row * inputs_stride;
+        if (input != x) std::memcpy(input, x, bytes);
+        x = input;
+        if (row + 1 < (k + 1) * c) target = input + inputs_stride;
+      }
+      functions<T>().step(layer, B, T(h), at<T>(theta) + row * theta_stride, x,
+                          tau ? at<T>(tau) + row * tau_stride : nullptr, target, scratch);
+      x = target;
+    }
+  }
+}
+
+// The same backwards: adjoints from the end of each interval to its beginning, at the given states.
+template <class T>
+void relax_adjoint(Layer layer, long m, long c, long B, double h, std::uintptr_t theta, long theta_stride,
+                   std::uintptr_t states, long states_stride, std::uintptr_t points, long points_stride,
+                   std::uintptr_t tau, long tau_stride, std::uintptr_t inputs, long inputs_stride, std::uintptr_t ends,
+                   long ends_stride, std::uintptr_t gradient, long gradient_stride) {
+  T* scratch = scratch_for<T>(layer);
+  const std::size_t bytes = std::size_t(layer.inputs) * B * sizeof(T);
+  for (long k = 0; k < m; k++) {
+    T* const end = at<T>(ends) + k * ends_stride;
+    const T* v = at<T>(points) + k * points_stride;
+    for (long row = (k + 1) * c - 1; row >= k * c; row--) {
+      T* target = end;
+      if (inputs) {
+        T* input = at<T>(inputs) + row * inputs_stride;
+        if (input != v) std::memcpy(input, v, bytes);
+        v = input;
+        if (row > k * c) target = input - inputs_stride;
+      }
+      functions<T>().adjoint(layer, B, T(h), at<T>(theta) + row * theta_stride, at<T>(states) + row * states_stride, v,
+                             tau ? at<T>(tau) + row * tau_stride : nullptr, target,
+                             gradient ? at<T>(gradient) + row * gradient_stride : nullptr, scratch);
+      v = target;
+    }
+  }
+}
+
+template <class T>
+void distances(long m, long n, std::uintptr_t a, long a_stride, std::uintptr_t b, long b_stride, std::uintptr_t sums) {
+  for (long k = 0; k < m; k++)
+    functions<T>().distance(n, at<T>(a) + k * a_stride, at<T>(b) + k * b_stride, at<T>(sums) + 2 * k);
+}
+
+template <class T>
+void bind(nb::module_& m, const std::string& suffix) {
+  const auto unlocked = nb::call_guard<nb::gil_scoped_release>();
+  m.def(("step_" + suffix).c_str(), &step<T>, unlocked);
+  m.def(("adjoint_" + suffix).c_str(), &adjoint<T>, unlocked);
+  m.def(("relax_" + suffix).c_str(), &relax<T>, unlocked);
+  m.def(("relax_adjoint_" + suffix).c_str(), &relax_adjoint<T>, unlocked);
+  m.def(("distances_" + suffix).c_str(), &distances<T>, unlocked);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.attr("MAX_WIDTH") = xbraid::MAX_WIDTH;
+  nb::class_<Layer>(m, "Layer")
+      .def(nb::init<int, int, int, int, int, int>(), nb::arg("inputs"), nb::arg("outputs"), nb::arg("activation"),
+           nb::arg("scalar_bias"), nb::arg("residual"), nb::arg("midpoint"));
+  m.def("instruction_sets", &instruction_sets);
+  m.def("active", [] { return std::string(active->name); });
+  m.def("use", &use, nb::arg("name"));
+  bind<double>(m, "float64");
+  bind<float>(m, "float32");
+}

@@ -1,0 +1,144 @@
+// Vectors of numbers, and the activation functions on them. Included once by each instruction set; everything has
+// internal linkage, so that code for one processor cannot end up in another's table.
+
+namespace {
+
+// L numbers of type T; a plain number for L = 1, which serves the last samples of a batch.
+template <class T, int L>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(sizeof(T) * L)));
+};
+template <class T>
+struct VectorOf<T, 1> {
+  typedef T type;
+};
+
+template <class V, class T>
+inline V load(const T* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <class V, class T>
+inline void store(T* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+
+// Subtracting zero keeps every number, minus zero included, and the compiler knows it.
+template <class V, class T>
+inline V broadcast(T x) {
+  return x - V{};
+}
+
+// Comparisons are false for NaN: written so that it comes through.
+template <class V>
+inline V at_least_zero(V x) {
+  return x < 0 ? V{} : x;
+}
+
+template <class T>
+struct SmoothRelu {
+  static constexpr T ETA = T(0.1);
+
+  template <class V>
+  static inline V corner(V z) {
+    V p = at_least_zero(V(z * (T(0.5) / ETA) + T(0.5)));
+    return p > 1 ? broadcast<V>(T(1)) : p;
+  }
+  template <class V>
+  static inline V value(V z) {
+    // eta p^2 + relu(z - eta) is the function on all of its three pieces.
+    V p = corner(z);
+    return at_least_zero(V(z - ETA)) + ETA * p * p;
+  }
+  template <class V>
+  static inline V slope(V z) {
+    return corner(z);
+  }
+};
+
+template <class T>
+struct Relu {
+  template <class V>
+  static inline V value(V z) {
+    return at_least_zero(z);
+  }
+  template <class V>
+  static inline V slope(V z) {
+    V step = z > 0 ? broadcast<V>(T(1)) : V{};
+    return z != z ? z : step;
+  }
+};
+
+template <class T>
+struct Identity {
+  template <class V>
+  static inline V value(V z) {
+    return z;
+  }
+  template <class V>
+  static inline V slope(V z) {
+    return broadcast<V>(T(1));
+  }
+};
+
+// What exp(y) - 1 for 0 <= y needs: y = k ln 2 + r with |r| <= ln 2 / 2, a Taylor polynomial in r, and 2^k.
+template <class T>
+struct Exponential;
+
+template <>
+struct Exponential<double> {
+  static constexpr double ROUND = 0x1.8p52, LOG2E = 0x1.71547652b82fep+0;
+  static constexpr double LN2_HIGH = 0x1.62e42fee00000p-1, LN2_LOW = 0x1.a39ef35793c76p-33;
+  static constexpr double SATURATED = 44.0;  // 2 |x| from which on tanh(x) is 1
+  static constexpr int DEGREE = 13, MANTISSA = 52;
+  static constexpr long long ONE = 0x3ff0000000000000LL;
+  typedef long long Integer;
+};
+
+template <>
+struct Exponential<float> {
+  static constexpr float ROUND = 0x1.8p23f, LOG2E = 0x1.715476p+0f;
+  static constexpr float LN2_HIGH = 0x1.62e400p-1f, LN2_LOW = 0x1.7f7d1cp-20f;
+  static constexpr float SATURATED = 20.0f;
+  static constexpr int DEGREE = 7, MANTISSA = 23;
+  static constexpr int ONE = 0x3f800000;
+  typedef int Integer;
+};
+
+template <class T>
+struct Tanh {
+  // (e^y - 1) / (e^y + 1) with y = 2 |x|, through e^y - 1, which keeps small arguments exact.
+  template <class V>
+  static inline V value(V x) {
+    typedef Exponential<T> E;
+    constexpr int L = sizeof(V) / sizeof(T);
+    typedef typename VectorOf<typename E::Integer, L>::type I;
+    V y = 2 * (x < 0 ? -x : x);
+    y = y > E::SATURATED ? broadcast<V>(E::SATURATED) : y;
+    V rounded = y * E::LOG2E + E::ROUND;
+    V k = rounded - E::ROUND;
+    V r = y - k * E::LN2_HIGH;
+    r = r - k * E::LN2_LOW;
+    V p = broadcast<V>(T(1));
+    for (int n = E::DEGREE; n > 1; n--) p = p * r * (T(1) / n) + 1;
+    p = p * r;
+    // The last bits of `rounded` are k.
+    I bits;
+    __builtin_memcpy(&bits, &rounded, sizeof bits);
+    bits = (bits << E::MANTISSA) + E::ONE;
+    V power;
+    __builtin_memcpy(&power, &bits, sizeof power);
+    V e = power * p + (power - 1);
+    V t = e / (e + 2);
+    return x < 0 ? -t : t;
+  }
+  template <class V>
+  static inline V slope(V z) {
+    V t = value(z);
+    return 1 - t * t;
+  }
+};
+
+}  // namespace

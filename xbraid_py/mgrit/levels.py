@@ -1,0 +1,197 @@
+"""What all cycles share: the propagators of a solve, relaxation, the sequential sweep, sums over ranks.
+
+Row i of an array of a level holds the input of its step i. In the direction of propagation, interval k begins
+at the C-point c_k and ends at e_k. On the states this is left to right, on the adjoints right to left.
+
+Shape letters: `n` rows of a level owned here, `c` cfactor, `K = n / c` intervals owned here, `S` shape of a state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from xbraid_py import kernels
+from xbraid_py.comm import Communicator
+from xbraid_py.mgrit.hierarchy import Hierarchy, Level
+from xbraid_py.mgrit.options import MGRIT
+from xbraid_py.propagator import Propagator
+
+
+class Monitor(Protocol):
+    """What is computed from the output of a solve, and whether it is good enough."""
+
+    def measure(self, end: Tensor | None, before: Tensor | None) -> Tensor:
+        """Numbers (K, m), a row for each interval owned here; their sums over all intervals are what counts.
+
+        `end` is the output of the last step, on its owner, and `before` what it was before the last correction, if
+        there has been one.
+        """
+
+    def suffices(self, sums: Tensor) -> bool:
+        """Whether the sums (m,) need no further iteration; the same on all ranks."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a solve gives.
+
+    Attributes
+    ----------
+    warm : tuple of Tensor
+        What the next solve can start from: C-points (K, *S) of the finest level owned here (V- and F-cycles), or
+        tau of all levels (one-shot). Empty if there is only one level.
+    end : (*S) tensor or None
+        Output of the very last step, on its owner.
+    residuals : list of float
+        Relative residual before the first and after each iteration; with the one-shot cycle, the relative error that
+        is estimated after each. Empty for a sequential sweep.
+    work : float
+        Evaluations of a layer on all ranks together, coarse ones included.
+    sweeps : int
+        Relaxations of the finest level, or sequential sweeps through it.
+    measured : (m,) tensor
+        Sums of the monitor.
+    """
+
+    warm: tuple[Tensor, ...]
+    end: Tensor | None
+    residuals: list[float]
+    work: float
+    sweeps: int
+    measured: Tensor
+
+    @property
+    def residual(self) -> float:
+        """Relative residual of the solution; 0 for a sequential sweep."""
+        return self.residuals[-1] if self.residuals else 0.0
+
+
+class Levels:
+    """One solve: the propagators of all levels, and what is common to its cycles.
+
+    Parameters
+    ----------
+    options, hierarchy, comm
+        Of the solver.
+    propagator : Propagator
+        The steps of the finest level owned here.
+    start : (*S) tensor
+        Input of the first step, on the rank that owns it.
+    monitor : Monitor, optional
+    """
+
+    def __init__(
+        self,
+        options: MGRIT,
+        hierarchy: Hierarchy,
+        comm: Communicator,
+        propagator: Propagator,
+        start: Tensor | None,
+        monitor: Monitor | None = None,
+    ):
+        self.options, self.hierarchy, self.comm = options, hierarchy, comm
+        self.levels = hierarchy.levels
+        self.direction = propagator.direction
+        self.start, self.monitor = start, monitor
+        self.work, self.sweeps = 0.0, 0
+        # induced[l] has the rows of level l where the next finer level has them (for tau), own[l] where
+        # level l is relaxed.
+        self.own, self.induced = [propagator], [propagator]
+        for finer, level in zip(self.levels, self.levels[1:], strict=False):
+            coarse = self.own[-1].coarsen(finer.cfactor, options.coarse_weights, options.coarse_step)
+            self.induced.append(coarse)
+            moved = level.induced != level.rows
+            self.own.append(coarse.redistribute(comm, level.induced, level.rows) if moved else coarse)
+
+    def sequential(self) -> Solution:
+        """The solution by one sweep: what there is to do with a single level."""
+        _, end = self.sweep(0, self.start, None, record=True)
+        end = end if self.finishes(self.levels[0]) else None
+        _, measured = self.reduce([], end, None)
+        return Solution((), end, [], self.work, self.sweeps, measured)
+
+    def relax(self, index: int, points: Tensor, tau: Tensor | None, *, record=False, inputs=None) -> Tensor:
+        """F-relaxation: from the C-points (K, *S) of a level through their intervals to the ends (K, *S)."""
+        level, propagator = self.levels[index], self.own[index]
+        self.work += level.num_steps * propagator.cost
+        self.sweeps += index == 0
+        return propagator.relax(points, level.cfactor, tau, record, inputs)
+
+    def sweep(self, index: int, start: Tensor | None, tau: Tensor | None, record: bool = False):
+        """Step through a level one row after the other, rank after rank.
+
+        Returns the inputs (n, *S) of the steps, and the output (*S) of the last one on this rank, if it has any. With
+        `record`, on the finest level, the propagator keeps the states, and the inputs are not returned.
+        """
+        level, propagator, rank = self.levels[index], self.own[index], self.comm.rank
+        count = level.rows.count(rank)
+        inputs = propagator.empty(0 if record else count)
+        self.work += level.num_steps * propagator.cost
+        self.sweeps += index == 0
+        if not count:
+            return inputs, None
+        ahead = level.rows.neighbour(rank, self.direction)
+        behind = level.rows.neighbour(rank, -self.direction)
+        x = start[None] if behind is None else self.comm.recv(propagator.empty(1), behind)
+        end = propagator.relax(x, count, tau, record, None if record else inputs)
+        if ahead is not None:
+            self.comm.isend(end, ahead)()
+        return inputs, end[0]
+
+    def start_at(self, level: Level) -> Tensor | None:
+        """The first state on the rank where a level begins, which may be another than on the finest level."""
+        first = 0 if self.direction > 0 else -1
+        source, dest = (each.rows.owner(range(each.num_steps)[first]) for each in (self.levels[0], level))
+        if source == dest:
+            return self.start
+        if self.comm.rank == source:
+            self.comm.isend(self.start.contiguous(), dest)()
+        return self.comm.recv(self.own[0].empty(1)[0], source) if self.comm.rank == dest else None
+
+    def reduce(
+        self, changes: Sequence[Tensor], end: Tensor | None, before: Tensor | None
+    ) -> tuple[list[float], Tensor]:
+        """Relative sizes of changes, and the sums of the monitor, in one message.
+
+        `changes` are squares (K, 2) of residual and state on each interval; see `Monitor.measure` for the rest.
+        """
+        counts = self.hierarchy.intervals.counts
+        columns = list(changes)
+        if self.monitor is not None:
+            columns.append(self.monitor.measure(end, before))
+        if not columns:
+            return [], torch.empty(0)
+        sums = self.comm.ordered_sum(torch.cat(columns, 1), counts)
+        pairs = sums[: 2 * len(changes)].view(-1, 2)
+        tiny = torch.finfo(sums.dtype).tiny
+        return [float((r / s.clamp_min(tiny)).sqrt()) for r, s in pairs], sums[2 * len(changes) :]
+
+    @property
+    def first(self) -> int:
+        """Row where propagation begins."""
+        return 0 if self.direction > 0 else -1
+
+    @property
+    def last(self) -> int:
+        """Row where propagation ends."""
+        return -1 if self.direction > 0 else 0
+
+    def begins(self, level: Level) -> bool:
+        """Whether the propagation through a level begins on this rank."""
+        rank = self.comm.rank
+        return level.rows.count(rank) > 0 and level.rows.neighbour(rank, -self.direction) is None
+
+    def finishes(self, level: Level) -> bool:
+        """Whether the propagation through a level ends on this rank."""
+        rank = self.comm.rank
+        return level.rows.count(rank) > 0 and level.rows.neighbour(rank, self.direction) is None
+
+
+def squares(residual_of: Tensor, points: Tensor) -> Tensor:
+    """Squared 2-norms (K, 2) of `residual_of - points` and of `points` on each interval."""
+    return kernels.distances(points, residual_of)

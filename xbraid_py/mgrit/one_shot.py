@@ -1,0 +1,99 @@
+"""The one-shot cycle: one fine relaxation between two coarse sweeps, with lagged tau (design, 4.4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isnan
+
+import torch
+from torch import Tensor
+
+from xbraid_py.mgrit.levels import Levels, Solution, squares
+
+
+@dataclass(frozen=True)
+class _Points:
+    """What the solve of a coarse level gives, rows as the next finer level has them.
+
+    `points` (K, *S) are the inputs of the steps, `outputs` (K, *S) what they make of them, tau included, and `end` (*S)
+    the best that is known of the last output, on the rank where the finer level ends.
+    """
+
+    points: Tensor
+    outputs: Tensor
+    end: Tensor | None
+
+
+class OneShotCycle(Levels):
+    """A solve by one-shot cycles; see `Levels`.
+
+    tau of a level is what the last relaxation of the next finer one has found the coarse steps to be wrong by: it
+    belongs to the weights of the last solve, and to the states there.
+    """
+
+    def run(self, warm: tuple[Tensor, ...] | None, max_iter: int, tol: float) -> Solution:
+        """Up to `max_iter` relaxations, with the tau in `warm` (which is overwritten), or from tau = 0."""
+        finest = self.levels[0]
+        self.tau = warm or tuple(
+            self.own[index].empty(level.rows.count(self.comm.rank) // level.cfactor).zero_()
+            for index, level in enumerate(self.levels[:-1])
+        )
+        # tau that the last relaxation of a coarse level has added; that of level 0 is 0.
+        self._added: list[Tensor | None] = [None] * len(self.levels)
+        # 1. The coarse sweep, with the new weights and the old tau.
+        coarse = self._coarse(1)
+        residuals: list[float] = []
+        while True:
+            # 2. One relaxation of the fine level from there, 3. the new tau and a second coarse sweep.
+            ends = self.relax(0, coarse.points, None, record=True)
+            self.tau[0].add_(ends).sub_(coarse.outputs)
+            before, coarse = coarse, self._coarse(1, corrects=True)
+            # How far the corrected points are from those that the fine states start from.
+            change = squares(before.points, coarse.points)
+            end = fine_end = None
+            if self.finishes(finest):
+                end, fine_end = coarse.end, ends[self.last]
+                change[self.last] += squares(fine_end[None], end[None])[0]
+            found, measured = self.reduce([change], end, fine_end)
+            residuals += found
+            good = residuals[-1] <= tol and (self.monitor is None or self.monitor.suffices(measured))
+            # With NaN nothing is gained by going on.
+            if good or len(residuals) >= max_iter or isnan(residuals[-1]):
+                return Solution(self.tau, end, residuals, self.work, self.sweeps, measured)
+
+    def _coarse(self, index: int, corrects: bool = False) -> _Points:
+        """Solve u_{k+1} = Phi_H(u_k) + tau_k on a coarse level: exactly on the coarsest, else by this very cycle.
+
+        The last output is corrected by a further coarse sweep only if `corrects`.
+        """
+        level, given = self.levels[index], self.tau[index - 1]
+        if level.cfactor is None:
+            inputs, out = self.sweep(index, self.start_at(level), given)
+            outputs = self._outputs(inputs, 1 if out is None else len(inputs), inputs if out is None else out[None])
+            return _Points(inputs, outputs, out)
+        tau = self.comm.redistribute(given, level.induced, level.rows)
+        if self._added[index] is not None:
+            # tau of the next level belongs to the old tau of this one. To first order it changes by as much.
+            self.tau[index].add_((tau - self._added[index]).unflatten(0, (-1, level.cfactor)).sum(1))
+        self._added[index] = tau.clone() if tau is given else tau
+        coarse = self._coarse(index + 1)
+        inputs = self.own[index].empty(len(tau))
+        ends = self.relax(index, coarse.points, tau, inputs=inputs)
+        self.tau[index].add_(ends).sub_(coarse.outputs)
+        outputs = self._outputs(inputs, level.cfactor, ends)
+        points, outputs = (self.comm.redistribute(rows, level.rows, level.induced) for rows in (inputs, outputs))
+        end = outputs[self.last] if self.finishes(self.levels[index - 1]) else None
+        return _Points(points, outputs, end)
+
+    def _outputs(self, inputs: Tensor, cfactor: int, ends: Tensor) -> Tensor:
+        """Outputs of the steps of intervals, from their inputs and the ends of the intervals."""
+        if not len(inputs):
+            return inputs
+        outputs = torch.empty_like(inputs)
+        if self.direction > 0:
+            outputs[:-1] = inputs[1:]
+            outputs[cfactor - 1 :: cfactor] = ends
+        else:
+            outputs[1:] = inputs[:-1]
+            outputs[::cfactor] = ends
+        return outputs
