@@ -1,6 +1,6 @@
 """Reproduces published optimisation histories: every NAME.cfg of a folder against its NAME.optim.dat.
 
-    python benchmarks/reference.py FOLDER [--mgrit] [--quick]
+    python benchmarks/reference.py FOLDER [--mgrit [CYCLE]] [--quick]
     mpirun -n 3 python benchmarks/reference.py FOLDER --mgrit
 
 A configuration describes a dense network on peaks, its objective, the optimiser and the propagation, in the keys
@@ -52,7 +52,7 @@ def dividing(num_steps: int, cfactor: int) -> int:
     return next((c for c in range(cfactor, 1, -1) if num_steps % c == 0), 0)
 
 
-def mgrit_options(config: dict[str, str], num_layers: int, forced: bool) -> MGRIT:
+def mgrit_options(config: dict[str, str], num_layers: int, forced: str | None) -> MGRIT:
     """The solver that the configuration asks for, to tight tolerance; sequential with one level."""
     levels = max(int(config["braid_maxlevels"]), 3 if forced else 1)
     factors, steps = [], num_layers
@@ -63,6 +63,7 @@ def mgrit_options(config: dict[str, str], num_layers: int, forced: bool) -> MGRI
         return MGRIT(max_levels=1)
     nrelax0 = int(config["braid_nrelax0"])
     return MGRIT(
+        cycle=forced or "V",
         cfactor=tuple(factors),
         max_levels=len(factors) + 1,
         min_coarse=2,
@@ -89,7 +90,7 @@ def initial_weights(network: ResidualNetwork, config: dict[str, str]) -> torch.T
     return flat
 
 
-def run(config: dict[str, str], comm: Communicator, forced: bool, quick: bool) -> list[dict[str, float]]:
+def run(config: dict[str, str], comm: Communicator, forced: str | None, quick: bool) -> list[dict[str, float]]:
     """Our history for a configuration."""
     for key, known in (("type_openlayer", "activate"), ("network_type", "dense"), ("batch_type", "deterministic")):
         if config.get(key, known) != known:
@@ -163,7 +164,13 @@ def deviations(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of NAME.cfg and NAME.optim.dat")
-    parser.add_argument("--mgrit", action="store_true", help="propagate by MGRIT even where a file asks for serial")
+    parser.add_argument(
+        "--mgrit",
+        nargs="?",
+        const="V",
+        choices=["V", "F", "one-shot"],
+        help="propagate by MGRIT even where a file asks for serial, by this cycle (V)",
+    )
     parser.add_argument("--quick", action="store_true", help="the first 5 rows of each file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -85,7 +85,7 @@ class Options:
     adjoint_iter
         Iterations of the adjoint solves; as mgrit.max_iter if not given.
     adjoint_tol
-        Tolerance of the adjoint solves; as mgrit.tol if not given.
+        Tolerance of the adjoint solves; as mgrit.tol, or the cycle's, if not given.
     """
 
     num_layers: int = 64
@@ -121,8 +121,7 @@ class Options:
     @property
     def adjoint(self) -> MGRIT:
         """Options of the adjoint solves."""
-        given = {"max_iter": self.adjoint_iter, "tol": self.adjoint_tol}
-        return replace(self.mgrit, **{name: value for name, value in given.items() if value is not None})
+        return self.mgrit.for_adjoint(self.adjoint_iter, self.adjoint_tol)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,8 @@ from xbraid_py.optim import OneShotOptions
 from xbraid_py.problem import Architecture, Problem
 
 # With 8 layers two intervals of the second level, which 3 or 5 ranks do not own as they own those of the first.
-MIXED = MGRIT(cfactor=(4, 2), max_levels=3, min_coarse=1)
+MIXED = MGRIT(cycle="V", cfactor=(4, 2), max_levels=3, min_coarse=1)
+ONE_SHOT = MGRIT(cfactor=(4, 2), max_levels=3, min_coarse=1)
 SEQUENTIAL = MGRIT(max_levels=1)
 
 

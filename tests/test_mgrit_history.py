@@ -211,7 +211,7 @@ class Tangent:
             x = x if tau is None else x + tau[rows]
         return x
 
-    def coarsen(self, cfactor, weights, scheme):
+    def coarsen(self, cfactor, weights, scheme, parts):
         return Tangent(self.theta[::cfactor], self.states[::cfactor], cfactor * self.h)
 
     def redistribute(self, comm, source, target):

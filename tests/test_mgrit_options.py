@@ -30,7 +30,10 @@ from xbraid_py.threads import run_threads
         ({"min_coarse": 0}, "min_coarse=0 must be at least 1; use 1"),
         ({"nrelax": -1}, "nrelax=-1 must be at least 0; use 1"),
         ({"nrelax0": -2}, "nrelax0=-2 must be at least 0; use 1"),
-        ({"max_iter": -1}, "max_iter=-1 must be at least 0; use 1"),
+        ({"cycle": "V", "max_iter": -1}, "max_iter=-1 must be at least 0; use 1"),
+        ({"max_iter": 0}, "max_iter=0 must be at least 1; use 1"),
+        ({"intervals": 1}, "intervals=1 must be at least 2; use 2"),
+        ({"coarse_parts": 0}, "coarse_parts=0 must be at least 1; use 1"),
         ({"tol": -1e-6}, "tol=-1e-06 must be at least 0 and finite; use 1e-6"),
         ({"tol": float("nan")}, "tol=nan must be at least 0"),
         ({"tol": float("inf")}, "tol=inf must be at least 0"),
@@ -45,7 +48,7 @@ def test_bad_options_name_what_works(options, message):
 
 
 def test_limits_are_allowed():
-    options = MGRIT(cfactor=2, max_levels=1, min_coarse=1, nrelax=0, nrelax0=0, max_iter=0, tol=0.0)
+    options = MGRIT(cycle="F", cfactor=2, max_levels=1, min_coarse=1, nrelax=0, nrelax0=0, max_iter=0, tol=0.0)
     assert (options.nrelax_of(0), options.nrelax_of(1), options.cfactor_of(0, 64)) == (0, 0, None)
 
 
@@ -58,7 +61,7 @@ def test_one_number_or_one_for_each_level():
 
 
 def plan(num_layers: int, num_ranks: int = 1, **options) -> Hierarchy:
-    return Hierarchy.plan(MGRIT(**{"min_coarse": 1, **options}), LayerGrid(num_layers, 2.0), num_ranks)
+    return Hierarchy.plan(MGRIT(**{"cycle": "V", "min_coarse": 1, **options}), LayerGrid(num_layers, 2.0), num_ranks)
 
 
 def sizes(hierarchy: Hierarchy) -> list[int]:
@@ -151,7 +154,7 @@ def test_more_ranks_than_intervals():
 
 
 def test_the_printed_table():
-    options = MGRIT(cfactor=(4, 2), max_levels=3, min_coarse=1, nrelax=1, coarse_step="euler")
+    options = MGRIT(cycle="V", cfactor=(4, 2), max_levels=3, min_coarse=1, nrelax=1, coarse_step="euler")
     hierarchy = Hierarchy.plan(options, LayerGrid(64, 4.0), 5)
     header, *rows = hierarchy.table(options).splitlines()
     assert header.split() == ["level", "points", "intervals", "cfactor", "ranks", "step", "work"]
@@ -169,7 +172,7 @@ def test_the_printed_table():
 
 @pytest.mark.parametrize("options", [{}, {"cycle": "F"}, {"max_levels": 1}, {"nrelax": 0}, {"cfactor": (8, 2)}])
 def test_the_shares_of_the_work_add_up(options):
-    options = MGRIT(min_coarse=1, **options)
+    options = MGRIT(**{"cycle": "V", "min_coarse": 1, **options})
     hierarchy = Hierarchy.plan(options, LayerGrid(64, 1.0), 3)
     shares = [float(line.split()[-1].removesuffix("%")) for line in hierarchy.table(options).splitlines()[1:]]
     assert len(shares) == len(hierarchy.levels) and all(share > 0 for share in shares)

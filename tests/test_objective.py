@@ -18,7 +18,7 @@ from xbraid_py.problem import Architecture, Problem
 
 ALL_RANKS = pytest.mark.ranks(1, 2, 3, 5, 8)
 N, T, FEATURES, WIDTH, CLASSES, BATCH = 16, 2.0, 2, 4, 3, 23
-CONVERGED = MGRIT(cfactor=4, max_levels=3, min_coarse=1, max_iter=12, tol=1e-15)
+CONVERGED = MGRIT(cycle="V", cfactor=4, max_levels=3, min_coarse=1, max_iter=12, tol=1e-15)
 TERMS = {
     "none": Regularization(tikhonov=0.0, ddt=0.0, classification=0.0),
     "tikhonov": Regularization(tikhonov=0.3, ddt=0.0, classification=0.0),
@@ -117,7 +117,7 @@ def test_gradient_against_finite_differences(spmd, term):
 
     def body(comm):
         # Two levels and four intervals: exact after two iterations.
-        objective = problem(comm, TERMS[term], MGRIT(cfactor=4, max_levels=2, max_iter=2)).objective(N)
+        objective = problem(comm, TERMS[term], MGRIT(cycle="V", cfactor=4, max_levels=2, max_iter=2)).objective(N)
         net = objective.network
         x, pairs = weights(net), []
         rows = {stack.name: stack.total for stack in net.layout.stacks}
@@ -178,7 +178,7 @@ def test_the_same_bits_on_any_number_of_ranks(spmd):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e200])
 def test_an_evaluation_that_is_not_finite_keeps_the_old_warm_start(spmd, value):
-    options = MGRIT(cfactor=4, max_levels=2, min_coarse=1, max_iter=1)
+    options = MGRIT(cycle="V", cfactor=4, max_levels=2, min_coarse=1, max_iter=1)
 
     def body(comm, spoil):
         objective = problem(comm, TERMS["all, sum"], options).objective(N)
@@ -203,7 +203,7 @@ def test_an_evaluation_that_is_not_finite_keeps_the_old_warm_start(spmd, value):
 
 
 def test_warm_starts_come_from_the_last_solve(spmd):
-    options = MGRIT(cfactor=4, max_levels=2, min_coarse=1, max_iter=1)
+    options = MGRIT(cycle="V", cfactor=4, max_levels=2, min_coarse=1, max_iter=1)
 
     def body(comm):
         objective = problem(comm, TERMS["none"], options).objective(N)
@@ -241,7 +241,7 @@ def test_float32(spmd):
 
 
 def test_work_is_that_of_the_plan(spmd):
-    options = MGRIT(cfactor=4, max_levels=3, min_coarse=1, max_iter=2)
+    options = MGRIT(cycle="V", cfactor=4, max_levels=3, min_coarse=1, max_iter=2)
 
     def body(comm):
         made = problem(comm, forward=options)

@@ -43,7 +43,7 @@ script = load_script()
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_serially_every_row_is_reproduced(path):
     config, theirs = script.read_config(path), script.read_history(path.with_suffix(".optim.dat"))
-    ours = script.run(config, SerialCommunicator(), forced=False, quick=False)
+    ours = script.run(config, SerialCommunicator(), forced=None, quick=False)
     assert len(ours) == len(theirs) == int(config["optim_maxiter"])
     found = script.deviations(ours, theirs)
     assert max(found[name] for name in NUMBERS) <= 1e-11, found
@@ -51,11 +51,12 @@ def test_serially_every_row_is_reproduced(path):
 
 
 @pytest.mark.ranks(1, 3)
+@pytest.mark.parametrize("cycle", ["V", "one-shot"])
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_by_mgrit_rows_are_reproduced(spmd, path):
+def test_by_mgrit_rows_are_reproduced(spmd, path, cycle):
     config = {**script.read_config(path), "optim_maxiter": str(MGRIT_ROWS)}
     theirs = script.read_history(path.with_suffix(".optim.dat"))[:MGRIT_ROWS]
-    for ours in spmd(lambda comm: script.run(config, comm, forced=True, quick=False)):
+    for ours in spmd(lambda comm: script.run(config, comm, forced=cycle, quick=False)):
         assert len(ours) == MGRIT_ROWS
         found = script.deviations(ours, theirs)
         assert max(found[name] for name in NUMBERS) <= 1e-8, found
@@ -72,7 +73,7 @@ def variant(**changes) -> dict[str, str]:
 
 @cache
 def serial_variant():
-    return script.run(variant(), SerialCommunicator(), forced=False, quick=False)
+    return script.run(variant(), SerialCommunicator(), forced=None, quick=False)
 
 
 @pytest.mark.ranks(1, 3)
@@ -81,8 +82,8 @@ def test_20_updates_of_lbfgs_by_mgrit_are_those_with_serial_propagation(spmd, ch
     expected = serial_variant()
     assert len(expected) == 20 and expected[-1]["objective"] < 0.9 * expected[0]["objective"]
     config = variant(braid_maxlevels=3, **changes)
-    assert script.mgrit_options(config, 24, forced=False).cfactor == (2, 2)
-    for ours in spmd(lambda comm: script.run(config, comm, forced=False, quick=False)):
+    assert script.mgrit_options(config, 24, forced=None).cfactor == (2, 2)
+    for ours in spmd(lambda comm: script.run(config, comm, forced=None, quick=False)):
         found = script.deviations(ours, expected)
         assert len(ours) == 20 and max(found[name] for name in NUMBERS) <= 1e-8, found
         for name in ("train_accuracy", "val_accuracy"):
@@ -91,7 +92,7 @@ def test_20_updates_of_lbfgs_by_mgrit_are_those_with_serial_propagation(spmd, ch
 
 def test_the_optimiser_is_the_one_asked_for():
     def rows(**changes):
-        return script.run(variant(optim_maxiter=8, **changes), SerialCommunicator(), forced=False, quick=False)
+        return script.run(variant(optim_maxiter=8, **changes), SerialCommunicator(), forced=None, quick=False)
 
     expected = serial_variant()[:8]
     assert rows() == expected
@@ -104,13 +105,13 @@ def test_the_optimiser_is_the_one_asked_for():
 
 def test_the_solver_is_the_one_asked_for():
     config = {**variant(), "braid_nrelax0": "-1"}
-    assert script.mgrit_options(config, 8, forced=False).max_levels == 1
-    found = script.mgrit_options({**config, "braid_maxlevels": "3", "braid_cfactor0": "4"}, 24, forced=False)
+    assert script.mgrit_options(config, 8, forced=None).max_levels == 1
+    found = script.mgrit_options({**config, "braid_maxlevels": "3", "braid_cfactor0": "4"}, 24, forced=None)
     assert (found.cfactor, found.max_levels, found.tol) == ((4, 2), 3, 1e-13)
     assert (found.nrelax, found.nrelax0) == (1, None)
     # 15 steps have no factor 2: the coarsening ends there.
-    assert script.mgrit_options(config, 30, forced=True).cfactor == (2,)
-    assert script.mgrit_options({**config, "braid_nrelax0": "0"}, 30, forced=True).nrelax0 == 0
+    assert script.mgrit_options(config, 30, forced="V").cfactor == (2,)
+    assert script.mgrit_options({**config, "braid_nrelax0": "0"}, 30, forced="V").nrelax0 == 0
 
 
 def test_deviations_see_every_column():
@@ -127,7 +128,7 @@ def test_deviations_see_every_column():
 def test_unknown_configurations_are_refused():
     for key, known in (("type_openlayer", "activate"), ("network_type", "dense"), ("batch_type", "deterministic")):
         with pytest.raises(ValueError, match=f"^{key}=other is not known here; use {known}$"):
-            script.run(variant(**{key: "other"}), SerialCommunicator(), forced=False, quick=True)
+            script.run(variant(**{key: "other"}), SerialCommunicator(), forced=None, quick=True)
 
 
 def test_the_data_are_the_published_ones():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_runs import SEQUENTIAL, gathered, nested, same_bits, timeless
+from small_runs import ONE_SHOT, SEQUENTIAL, gathered, nested, same_bits, timeless
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.errors import RunError
@@ -39,7 +39,7 @@ def written(tmp_path_factory):
     known = {}
 
     def write(method, size, **others):
-        key = (method, size, *others)
+        key = (method, size, *others.items())
         if key not in known:
             out = tmp_path_factory.mktemp(f"{method}{size}")
 
@@ -93,10 +93,11 @@ def test_whatever_the_method(written, method, writers, readers):
     check_rests(out, expected, weights, (2, 4, 7), method, readers)
 
 
-@pytest.mark.parametrize("writers, readers", [(1, 3), (3, 1)])
-def test_with_sequential_propagation(written, writers, readers):
-    out, expected, weights = written("lbfgs", writers, mgrit=SEQUENTIAL)
-    check_rests(out, expected, weights, (2, 4, 7), "lbfgs", readers, mgrit=SEQUENTIAL)
+@pytest.mark.parametrize("mgrit", [SEQUENTIAL, ONE_SHOT], ids=["sequential", "one-shot"])
+@pytest.mark.parametrize("writers, readers", [(1, 3), (3, 1), (2, 2)])
+def test_with_other_propagation(written, writers, readers, mgrit):
+    out, expected, weights = written("lbfgs", writers, mgrit=mgrit)
+    check_rests(out, expected, weights, (2, 4, 7), "lbfgs", readers, mgrit=mgrit)
 
 
 def test_after_the_end_there_is_at_most_the_end(written):

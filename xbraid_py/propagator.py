@@ -45,8 +45,14 @@ class Propagator(Protocol):
         The input of each step is written to `inputs` (n, *S), if it is given. Returns a new tensor.
         """
 
-    def coarsen(self, cfactor: int, weights: str, scheme: str) -> Propagator:
-        """The propagator that makes one step for `cfactor` steps of this one."""
+    def correct(self, change: Tensor, coarse: Propagator) -> None:
+        """Correct what was recorded, to first order, for C-points that have moved by `change` (n / c, *S) since.
+
+        `coarse` makes one step for each interval.
+        """
+
+    def coarsen(self, cfactor: int, weights: str, scheme: str, parts: int) -> Propagator:
+        """The propagator that makes one step, of several parts, for `cfactor` steps of this one."""
 
     def redistribute(self, comm, source: Partition, target: Partition) -> Propagator:
         """This propagator with its rows handed to other ranks."""
@@ -63,19 +69,22 @@ class ResidualSteps:
     ----------
     block : DenseLayer
         F.
-    theta : (n, p) tensor
-        Weights, a row for each layer.
+    theta : (n parts, p) tensor
+        Weights, a row for each part of each step.
     h : float
         Step size.
     scheme : {"euler", "midpoint"}
         Forward Euler (paper 001, eq. 6), or the explicit midpoint rule
         u + h F(u + h/2 F(u)), of second order: a better stand-in for several Euler steps.
+    parts : int
+        A step is that many smaller ones of size h, each with a row of theta of its own.
     """
 
     block: DenseLayer
     theta: Tensor
     h: float
     scheme: str = "euler"
+    parts: int = 1
 
     @property
     def _how(self) -> dict:
@@ -93,7 +102,8 @@ class ResidualSteps:
 
     def relax(self, points: Tensor, cfactor: int, tau: Tensor | None, inputs: Tensor | None) -> Tensor:
         """`cfactor` steps from the beginning of each interval; see `kernels.relax`."""
-        return kernels.relax(self.block, self.theta, points, cfactor, tau=tau, inputs=inputs, **self._how)
+        options = {"parts": self.parts, "tau": tau, "inputs": inputs, **self._how}
+        return kernels.relax(self.block, self.theta, points, cfactor, **options)
 
     def relax_adjoint(
         self,
@@ -105,32 +115,36 @@ class ResidualSteps:
         gradient: Tensor | None,
     ) -> Tensor:
         """The same backwards, at the given states; see `kernels.relax_adjoint`."""
-        options = {"tau": tau, "inputs": inputs, "gradient": gradient, **self._how}
+        options = {"parts": self.parts, "tau": tau, "inputs": inputs, "gradient": gradient, **self._how}
         return kernels.relax_adjoint(self.block, self.theta, states, points, cfactor, **options)
 
-    def coarsen(self, cfactor: int, weights: str, scheme: str) -> ResidualSteps:
-        """One step of size `cfactor * h` for every `cfactor` steps.
+    def coarsen(self, cfactor: int, weights: str, scheme: str, parts: int = 1) -> ResidualSteps:
+        """One step of size `cfactor * h` for every `cfactor` steps, made in `parts` parts.
 
-        `weights` is "inject" (those of the first layer of each interval, as published codes do) or
-        "average" (their mean over the interval).
+        `weights` is "inject" (those of the first layer of each part, as published codes do) or
+        "average" (their mean over the part).
         """
-        coarse = self.theta[::cfactor]
+        length = cfactor * self.parts // parts
+        if length == 1:
+            return replace(self, parts=parts)
+        coarse = self.theta[::length]
         if weights == "average":
             # One slice after the other: the order of summation must not depend on the number of rows.
             coarse = coarse.clone()
-            for j in range(1, cfactor):
-                coarse += self.theta[j::cfactor]
-            coarse /= cfactor
-        return replace(self, theta=coarse, h=cfactor * self.h, scheme=scheme)
+            for j in range(1, length):
+                coarse += self.theta[j::length]
+            coarse /= length
+        return replace(self, theta=coarse, h=length * self.h, scheme=scheme, parts=parts)
 
     def redistribute(self, comm, source: Partition, target: Partition) -> Self:
         """The steps of the rows that `target` gives to this rank."""
+        source, target = source.refine(self.parts), target.refine(self.parts)
         return replace(self, theta=comm.redistribute(self.theta.contiguous(), source, target))
 
     @property
     def cost(self) -> float:
         """Evaluations of F in one step."""
-        return 1.0 if self.scheme == "euler" else 2.0
+        return self.parts * (1.0 if self.scheme == "euler" else 2.0)
 
 
 @dataclass(frozen=True)
@@ -157,13 +171,17 @@ class Forward:
         return self.steps.cost
 
     def step(self, x: Tensor) -> Tensor:
-        return self.steps.value(x)
+        return self.steps.relax(x, 1, None, None)
 
     def relax(self, points, cfactor, tau=None, record=False, inputs=None) -> Tensor:
         return self.steps.relax(points, cfactor, tau, self.states if record else inputs)
 
-    def coarsen(self, cfactor: int, weights: str, scheme: str) -> Forward:
-        return Forward(self.steps.coarsen(cfactor, weights, scheme), None, self.template)
+    def correct(self, change: Tensor, coarse: Forward) -> None:
+        # The states stay as they are: to correct them would cost as much as another relaxation.
+        pass
+
+    def coarsen(self, cfactor: int, weights: str, scheme: str, parts: int = 1) -> Forward:
+        return Forward(self.steps.coarsen(cfactor, weights, scheme, parts), None, self.template)
 
     def redistribute(self, comm, source: Partition, target: Partition) -> Forward:
         return Forward(self.steps.redistribute(comm, source, target), None, self.template)
@@ -197,18 +215,29 @@ class Adjoint:
         return 2.0 * self.steps.cost
 
     def step(self, x: Tensor) -> Tensor:
-        return self.steps.vjp(self.states, x)[0]
+        return self.steps.relax_adjoint(self.states, x, 1, None, None, None)
 
     def relax(self, points, cfactor, tau=None, record=False, inputs=None) -> Tensor:
         return self.steps.relax_adjoint(self.states, points, cfactor, tau, inputs, self.gradient if record else None)
 
-    def coarsen(self, cfactor: int, weights: str, scheme: str) -> Adjoint:
-        # The coarse states are the fine ones at the C-points: injection in depth.
-        return Adjoint(self.steps.coarsen(cfactor, weights, scheme), self.states[::cfactor], None)
+    def correct(self, change: Tensor, coarse: Adjoint) -> None:
+        # The gradient is linear in the adjoints: what the change adds to it, by coarse steps, goes in equal shares
+        # to the layers that a part of a coarse step stands for.
+        added = torch.empty_like(coarse.steps.theta)
+        coarse.steps.relax_adjoint(coarse.states, change, 1, None, None, added)
+        if len(added):
+            length = len(self.gradient) // len(added)
+            self.gradient.unflatten(0, (-1, length)).add_(added.div_(length)[:, None])
+
+    def coarsen(self, cfactor: int, weights: str, scheme: str, parts: int = 1) -> Adjoint:
+        # The coarse states are the fine ones where the parts of the steps begin: injection in depth.
+        length = cfactor * self.steps.parts // parts
+        return Adjoint(self.steps.coarsen(cfactor, weights, scheme, parts), self.states[::length], None)
 
     def redistribute(self, comm, source: Partition, target: Partition) -> Adjoint:
-        steps = self.steps.redistribute(comm, source, target)
-        return Adjoint(steps, comm.redistribute(self.states.contiguous(), source, target), None)
+        steps, parts = self.steps.redistribute(comm, source, target), self.steps.parts
+        states = comm.redistribute(self.states.contiguous(), source.refine(parts), target.refine(parts))
+        return Adjoint(steps, states, None)
 
     def empty(self, num_rows: int) -> Tensor:
         return self.states.new_empty((num_rows, *self.states.shape[1:]))

@@ -45,9 +45,9 @@ def save_run(folder: Path, run: NestedIteration, update: int, name: str, configu
             views = [layout.named(flat)[parameter] for flat in vectors]
             rows = torch.stack(views, 1) if key in _SEVERAL else views[0]
             shards[f"{_GROUPS[key]}/{parameter}"] = Shard(rows, stack.first, stack.total)
-    for key, levels in snapshot.warm.items():
+    for (key, levels), hierarchy in zip(snapshot.warm.items(), run.problem.hierarchies(run.depth), strict=True):
         for index, rows in enumerate(levels):
-            intervals = run.objective.forward.hierarchy.intervals_of(index)
+            intervals = hierarchy.intervals_of(index)
             shards[f"warm/{key}_{index}"] = Shard(rows, intervals.first(comm.rank), intervals.num_rows)
     random = torch.get_rng_state()
     shards["random_state"] = Shard(random if comm.rank == 0 else random[:0], 0, len(random))
@@ -136,7 +136,7 @@ def _read_snapshot(path: Path, run: NestedIteration) -> Snapshot:
     with load(path) as checkpoint:
         numbers = checkpoint.meta["snapshot"]
         layout = run.problem.network(numbers["num_layers"]).layout
-        hierarchy = run.problem.hierarchies(numbers["num_layers"])[0]
+        hierarchies = dict(zip(("state", "adjoint"), run.problem.hierarchies(numbers["num_layers"]), strict=True))
         vectors: dict[str, list[torch.Tensor]] = {key: [] for key in _GROUPS}
         warm: dict[str, tuple[torch.Tensor, ...]] = {}
         for name in checkpoint.names():
@@ -151,7 +151,7 @@ def _read_snapshot(path: Path, run: NestedIteration) -> Snapshot:
                     layout.named(flat)[parameter].copy_(view)
             elif group == "warm":
                 solve, _, index = parameter.partition("_")
-                intervals, rank = hierarchy.intervals_of(int(index)), run.problem.comm.rank
+                intervals, rank = hierarchies[solve].intervals_of(int(index)), run.problem.comm.rank
                 rows = checkpoint.rows(name, intervals.first(rank), intervals.count(rank))
                 warm[solve] = (*warm.get(solve, ()), rows)  # the names come in their order
         torch.set_rng_state(checkpoint.rows("random_state"))

@@ -15,7 +15,7 @@ import os
 
 from torch import Tensor
 
-from xbraid_py.kernels import fallback
+from xbraid_py.kernels import checks, fallback
 
 __all__ = ["BACKEND", "adjoint", "distances", "relax", "relax_adjoint", "step"]
 
@@ -79,6 +79,7 @@ def step(
     (m, O, B) tensor
         `out`, or a new tensor.
     """
+    checks.step(layer, theta, u, scheme, residual, add, out)
     return _kernels.step(layer, theta, u, h=h, scheme=scheme, residual=residual, add=add, out=out)
 
 
@@ -112,6 +113,7 @@ def adjoint(
     (m, I, B) tensor or None
         `out`, or a new tensor.
     """
+    checks.adjoint(layer, theta, u, v, scheme, residual, add, out, gradient)
     options = {"h": h, "scheme": scheme, "residual": residual, "add": add}
     return _kernels.adjoint(layer, theta, u, v, **options, out=out, gradient=gradient, back=back)
 
@@ -124,6 +126,7 @@ def relax(
     *,
     h: float,
     scheme: str = "euler",
+    parts: int = 1,
     tau: Tensor | None = None,
     inputs: Tensor | None = None,
     ends: Tensor | None = None,
@@ -132,11 +135,13 @@ def relax(
 
     Parameters
     ----------
-    theta : (m c, p) tensor
+    theta : (m c parts, p) tensor
     points : (m, C, B) tensor
         Where the intervals begin.
     cfactor : int
         Steps c of an interval.
+    parts : int
+        A step is that many smaller ones of size h, each with a row of weights of its own.
     tau : (m c, C, B) tensor, optional
         Added to each step.
     inputs : (m c, C, B) tensor, optional
@@ -149,7 +154,9 @@ def relax(
     (m, C, B) tensor
         The ends of the intervals.
     """
-    return _kernels.relax(layer, theta, points, cfactor, h=h, scheme=scheme, tau=tau, inputs=inputs, ends=ends)
+    checks.relax(layer, theta, points, cfactor, scheme, parts, tau, inputs, ends)
+    options = {"h": h, "scheme": scheme, "parts": parts, "tau": tau, "inputs": inputs, "ends": ends}
+    return _kernels.relax(layer, theta, points, cfactor, **options)
 
 
 def relax_adjoint(
@@ -161,6 +168,7 @@ def relax_adjoint(
     *,
     h: float,
     scheme: str = "euler",
+    parts: int = 1,
     tau: Tensor | None = None,
     inputs: Tensor | None = None,
     ends: Tensor | None = None,
@@ -170,13 +178,13 @@ def relax_adjoint(
 
     Parameters
     ----------
-    states : (m c, C, B) tensor
-        Inputs of the steps.
+    states : (m c parts, C, B) tensor
+        Inputs of the steps and of all their parts.
     points : (m, C, B) tensor
         Adjoints behind the last step of each interval.
-    tau, inputs, ends
+    parts, tau, inputs, ends
         As in `relax`, backwards: `inputs` gets the adjoint behind each step.
-    gradient : (m c, p) tensor, optional
+    gradient : (m c parts, p) tensor, optional
         Written: the gradients of the weights.
 
     Returns
@@ -184,8 +192,9 @@ def relax_adjoint(
     (m, C, B) tensor
         Adjoints before the first step of each interval.
     """
-    options = {"h": h, "scheme": scheme, "tau": tau, "inputs": inputs, "ends": ends, "gradient": gradient}
-    return _kernels.relax_adjoint(layer, theta, states, points, cfactor, **options)
+    checks.relax(layer, theta, points, cfactor, scheme, parts, tau, inputs, ends, states, gradient)
+    options = {"h": h, "scheme": scheme, "parts": parts, "tau": tau, "inputs": inputs, "ends": ends}
+    return _kernels.relax_adjoint(layer, theta, states, points, cfactor, **options, gradient=gradient)
 
 
 def distances(a: Tensor, b: Tensor) -> Tensor:
@@ -199,4 +208,5 @@ def distances(a: Tensor, b: Tensor) -> Tensor:
     -------
     (m, 2) tensor
     """
+    checks.distances(a, b)
     return _kernels.distances(a, b)

@@ -53,41 +53,59 @@ def adjoint(
     return found if out is None else out.copy_(found)
 
 
-def relax(layer, theta, points, cfactor, *, h, scheme="euler", tau=None, inputs=None, ends=None) -> Tensor:
+def relax(layer, theta, points, cfactor, *, h, scheme="euler", parts=1, tau=None, inputs=None, ends=None) -> Tensor:
     """See `xbraid_py.kernels.relax`."""
     ends = torch.empty_like(points) if ends is None else ends
     for first, x in _chunks(points):
-        for j in range(cfactor):
-            rows = slice(first * cfactor + j, (first + len(x)) * cfactor, cfactor)
-            if inputs is not None:
+        for row, part in _steps(cfactor, parts):
+            rows = _rows(first, len(x), cfactor, row)
+            if inputs is not None and part == 0:
                 inputs[rows] = x
-            x = step(layer, theta[rows], x, h=h, scheme=scheme, add=None if tau is None else tau[rows])
+            add = tau[rows] if tau is not None and part == parts - 1 else None
+            own = _rows(first, len(x), cfactor * parts, row * parts + part)
+            x = step(layer, theta[own], x, h=h, scheme=scheme, add=add)
         ends[first : first + len(x)] = x
     return ends
 
 
 def relax_adjoint(
-    layer, theta, states, points, cfactor, *, h, scheme="euler", tau=None, inputs=None, ends=None, gradient=None
+    layer,
+    theta,
+    states,
+    points,
+    cfactor,
+    *,
+    h,
+    scheme="euler",
+    parts=1,
+    tau=None,
+    inputs=None,
+    ends=None,
+    gradient=None,
 ) -> Tensor:
     """See `xbraid_py.kernels.relax_adjoint`."""
     ends = torch.empty_like(points) if ends is None else ends
     for first, v in _chunks(points):
-        for j in reversed(range(cfactor)):
-            rows = slice(first * cfactor + j, (first + len(v)) * cfactor, cfactor)
-            if inputs is not None:
+        for row, part in reversed(_steps(cfactor, parts)):
+            rows = _rows(first, len(v), cfactor, row)
+            if inputs is not None and part == parts - 1:
                 inputs[rows] = v
-            v = adjoint(
-                layer,
-                theta[rows],
-                states[rows],
-                v,
-                h=h,
-                scheme=scheme,
-                add=None if tau is None else tau[rows],
-                gradient=None if gradient is None else gradient[rows],
-            )
+            add = tau[rows] if tau is not None and part == 0 else None
+            own = _rows(first, len(v), cfactor * parts, row * parts + part)
+            kept = None if gradient is None else gradient[own]
+            v = adjoint(layer, theta[own], states[own], v, h=h, scheme=scheme, add=add, gradient=kept)
         ends[first : first + len(v)] = v
     return ends
+
+
+def _steps(cfactor: int, parts: int) -> list[tuple[int, int]]:
+    """All parts of the steps of an interval, in their order."""
+    return [(row, part) for row in range(cfactor) for part in range(parts)]
+
+
+def _rows(first: int, count: int, length: int, row: int) -> slice:
+    """Row `row` of each of `count` intervals of `length` rows from the interval `first` on."""
+    return slice(first * length + row, (first + count) * length, length)
 
 
 def distances(a: Tensor, b: Tensor) -> Tensor:

@@ -65,33 +65,46 @@ def adjoint(
     return out
 
 
-def relax(layer, theta, points, cfactor, *, h, scheme="euler", tau=None, inputs=None, ends=None) -> Tensor:
+def relax(layer, theta, points, cfactor, *, h, scheme="euler", parts=1, tau=None, inputs=None, ends=None) -> Tensor:
     """See `xbraid_py.kernels.relax`."""
     function = _function("relax", layer, theta, points, tau, inputs, ends)
     if function is None:
-        options = {"h": h, "scheme": scheme, "tau": tau, "inputs": inputs, "ends": ends}
+        options = {"h": h, "scheme": scheme, "parts": parts, "tau": tau, "inputs": inputs, "ends": ends}
         return fallback.relax(layer, theta, points, cfactor, **options)
     m, _, batch = points.shape
     ends = torch.empty(points.shape, dtype=points.dtype) if ends is None else ends
     places = (theta, points, tau, inputs, ends)
     shape = _layer(layer, scheme, True)
-    function(shape, m, cfactor, batch, h, *(number for tensor in places for number in _place(tensor)))
+    function(shape, m, cfactor, parts, batch, h, *(number for tensor in places for number in _place(tensor)))
     return ends
 
 
 def relax_adjoint(
-    layer, theta, states, points, cfactor, *, h, scheme="euler", tau=None, inputs=None, ends=None, gradient=None
+    layer,
+    theta,
+    states,
+    points,
+    cfactor,
+    *,
+    h,
+    scheme="euler",
+    parts=1,
+    tau=None,
+    inputs=None,
+    ends=None,
+    gradient=None,
 ) -> Tensor:
     """See `xbraid_py.kernels.relax_adjoint`."""
     function = _function("relax_adjoint", layer, theta, states, points, tau, inputs, ends, rows=(gradient,))
     if function is None:
-        options = {"h": h, "scheme": scheme, "tau": tau, "inputs": inputs, "ends": ends, "gradient": gradient}
+        options = {"h": h, "scheme": scheme, "parts": parts, "tau": tau, "inputs": inputs}
+        options |= {"ends": ends, "gradient": gradient}
         return fallback.relax_adjoint(layer, theta, states, points, cfactor, **options)
     m, _, batch = points.shape
     ends = torch.empty(points.shape, dtype=points.dtype) if ends is None else ends
     places = (theta, states, points, tau, inputs, ends, gradient)
     shape = _layer(layer, scheme, True)
-    function(shape, m, cfactor, batch, h, *(number for tensor in places for number in _place(tensor)))
+    function(shape, m, cfactor, parts, batch, h, *(number for tensor in places for number in _place(tensor)))
     return ends
 
 

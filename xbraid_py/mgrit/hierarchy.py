@@ -107,7 +107,8 @@ class Hierarchy:
 
         The steps that enter tau are those of the coarser level's propagator, and are counted there.
         """
-        cost = [1.0] + [2.0 if options.coarse_step == "midpoint" else 1.0] * (len(self.levels) - 1)
+        one = 2.0 if options.scheme == "midpoint" else 1.0
+        cost = [1.0] + [options.parts(level.cfactor) * one for level in self.levels[:-1]]
         sweep = [level.num_steps * factor for level, factor in zip(self.levels, cost, strict=True)]
         work = [0.0] * len(self.levels)
 
@@ -121,7 +122,9 @@ class Hierarchy:
         if self.levels[0].cfactor is None:
             return [float(sweep[0])]
         if options.cycle == "one-shot":
-            return [float(work) for work in sweep]  # one relaxation, and on the coarsest level one sweep
+            # Between the finest and the coarsest level, each solve of a level solves the next one twice.
+            last = len(sweep) - 1
+            return [2.0 ** (index - (index == last)) * each for index, each in enumerate(sweep)]
         cycle(0, options.cycle)
         return work
 

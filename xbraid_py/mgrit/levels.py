@@ -103,7 +103,8 @@ class Levels:
         # level l is relaxed.
         self.own, self.induced = [propagator], [propagator]
         for finer, level in zip(self.levels, self.levels[1:], strict=False):
-            coarse = self.own[-1].coarsen(finer.cfactor, options.coarse_weights, options.coarse_step)
+            how = options.coarse_weights, options.scheme, options.parts(finer.cfactor)
+            coarse = self.own[-1].coarsen(finer.cfactor, *how)
             self.induced.append(coarse)
             moved = level.induced != level.rows
             self.own.append(coarse.redistribute(comm, level.induced, level.rows) if moved else coarse)

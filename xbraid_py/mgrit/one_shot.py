@@ -10,18 +10,19 @@ from torch import Tensor
 
 from xbraid_py.mgrit.levels import Levels, Solution, squares
 
+# On a coarse level between the finest and the coarsest. One leaves an error that costs further fine relaxations.
+_COARSE_RELAXATIONS = 2
+
 
 @dataclass(frozen=True)
 class _Points:
     """What the solve of a coarse level gives, rows as the next finer level has them.
 
-    `points` (K, *S) are the inputs of the steps, `outputs` (K, *S) what they make of them, tau included, and `end` (*S)
-    the best that is known of the last output, on the rank where the finer level ends.
+    `points` (K, *S) are the inputs of the steps, `outputs` (K, *S) what they make of them, tau included.
     """
 
     points: Tensor
     outputs: Tensor
-    end: Tensor | None
 
 
 class OneShotCycle(Levels):
@@ -47,12 +48,14 @@ class OneShotCycle(Levels):
             # 2. One relaxation of the fine level from there, 3. the new tau and a second coarse sweep.
             ends = self.relax(0, coarse.points, None, record=True)
             self.tau[0].add_(ends).sub_(coarse.outputs)
-            before, coarse = coarse, self._coarse(1, corrects=True)
+            before, coarse = coarse, self._coarse(1)
+            # What was recorded belongs to the points before the correction.
+            self.own[0].correct(coarse.points - before.points, self.induced[1])
             # How far the corrected points are from those that the fine states start from.
             change = squares(before.points, coarse.points)
             end = fine_end = None
             if self.finishes(finest):
-                end, fine_end = coarse.end, ends[self.last]
+                end, fine_end = coarse.outputs[self.last], ends[self.last]
                 change[self.last] += squares(fine_end[None], end[None])[0]
             found, measured = self.reduce([change], end, fine_end)
             residuals += found
@@ -61,29 +64,28 @@ class OneShotCycle(Levels):
             if good or len(residuals) >= max_iter or isnan(residuals[-1]):
                 return Solution(self.tau, end, residuals, self.work, self.sweeps, measured)
 
-    def _coarse(self, index: int, corrects: bool = False) -> _Points:
-        """Solve u_{k+1} = Phi_H(u_k) + tau_k on a coarse level: exactly on the coarsest, else by this very cycle.
-
-        The last output is corrected by a further coarse sweep only if `corrects`.
-        """
+    def _coarse(self, index: int) -> _Points:
+        """Solve u_{k+1} = Phi_H(u_k) + tau_k on a coarse level: exactly on the coarsest, else by this very cycle."""
         level, given = self.levels[index], self.tau[index - 1]
         if level.cfactor is None:
             inputs, out = self.sweep(index, self.start_at(level), given)
             outputs = self._outputs(inputs, 1 if out is None else len(inputs), inputs if out is None else out[None])
-            return _Points(inputs, outputs, out)
+            return _Points(inputs, outputs)
         tau = self.comm.redistribute(given, level.induced, level.rows)
         if self._added[index] is not None:
             # tau of the next level belongs to the old tau of this one. To first order it changes by as much.
-            self.tau[index].add_((tau - self._added[index]).unflatten(0, (-1, level.cfactor)).sum(1))
+            change = tau - self._added[index]
+            for j in range(level.cfactor):
+                self.tau[index].add_(change[j :: level.cfactor])
         self._added[index] = tau.clone() if tau is given else tau
-        coarse = self._coarse(index + 1)
         inputs = self.own[index].empty(len(tau))
-        ends = self.relax(index, coarse.points, tau, inputs=inputs)
-        self.tau[index].add_(ends).sub_(coarse.outputs)
+        for _ in range(_COARSE_RELAXATIONS):
+            coarse = self._coarse(index + 1)
+            ends = self.relax(index, coarse.points, tau, inputs=inputs)
+            self.tau[index].add_(ends).sub_(coarse.outputs)
         outputs = self._outputs(inputs, level.cfactor, ends)
         points, outputs = (self.comm.redistribute(rows, level.rows, level.induced) for rows in (inputs, outputs))
-        end = outputs[self.last] if self.finishes(self.levels[index - 1]) else None
-        return _Points(points, outputs, end)
+        return _Points(points, outputs)
 
     def _outputs(self, inputs: Tensor, cfactor: int, ends: Tensor) -> Tensor:
         """Outputs of the steps of intervals, from their inputs and the ends of the intervals."""

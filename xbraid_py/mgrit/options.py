@@ -5,12 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-_DEFAULTS = {
-    # iterations, tolerance of the states, tolerance of the adjoints
-    "one-shot": (10, 1e-2, 5e-2),
-    "V": (2, 0.0, 0.0),
-    "F": (2, 0.0, 0.0),
-}
+
+@dataclass(frozen=True)
+class _Cycle:
+    """What a cycle takes where nothing is given."""
+
+    max_levels: int
+    max_iter: int
+    tol: float
+    adjoint_tol: float
+    coarse_step: str
+    coarse_parts: int
+
+
+_CLASSICAL = _Cycle(3, 2, 0.0, 0.0, "midpoint", 1)
+_CYCLES = {"one-shot": _Cycle(99, 10, 1e-2, 5e-2, "euler", 2), "V": _CLASSICAL, "F": _CLASSICAL}
+_SHORT = 32  # steps of a coarse level that are few enough to be made one after the other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +29,7 @@ class MGRIT:
 
     Where a default is "the cycle's", it is, for the one-shot cycle and for V- and F-cycles: `intervals` intervals or a
     cfactor of 4; as many levels as leave at most 32 sequential steps, or 3; at most 10 iterations, or 2; a tolerance of
-    1e-2 for states and 5e-2 for adjoints, or none.
+    1e-2 for states and 5e-2 for adjoints, or none; coarse steps of 2 Euler parts, or a midpoint step.
 
     Parameters
     ----------
@@ -28,7 +38,7 @@ class MGRIT:
         the correction of the last solve. V or F: the classical cycles.
     intervals
         Intervals of the finest level where no cfactor is given, with the one-shot cycle; fewer where this does not
-        divide the number of layers.
+        divide the number of layers, and none where they would be no longer than the parts of a coarse step.
     cfactor
         Coarsening factor: every cfactor-th point of a level is a point of the next. One number, or one
         for each coarsening, the finest first; the last one serves all further levels. The cycle's if not given.
@@ -49,10 +59,13 @@ class MGRIT:
     coarse_weights
         Weights of a coarse step: those of the first layer of the interval (inject) or their mean (average).
     coarse_step
-        Scheme of a coarse step: forward Euler, or the explicit midpoint rule.
+        Scheme of a coarse step: forward Euler, or the explicit midpoint rule. The cycle's if not given.
+    coarse_parts
+        Parts of a coarse step, each with the weights of its own stretch of layers, at least two of them; fewer where
+        this does not divide the coarsening factor. The cycle's if not given.
     """
 
-    cycle: Literal["one-shot", "V", "F"] = "V"
+    cycle: Literal["one-shot", "V", "F"] = "one-shot"
     intervals: int = 8
     cfactor: int | tuple[int, ...] | None = None
     max_levels: int | None = None
@@ -62,7 +75,8 @@ class MGRIT:
     max_iter: int | None = None
     tol: float | None = None
     coarse_weights: Literal["average", "inject"] = "average"
-    coarse_step: Literal["midpoint", "euler"] = "midpoint"
+    coarse_step: Literal["midpoint", "euler"] | None = None
+    coarse_parts: int | None = None
 
     def __post_init__(self):
         if self.cfactor is not None:
@@ -74,11 +88,11 @@ class MGRIT:
             ("coarse_weights", ("average", "inject")),
             ("coarse_step", ("midpoint", "euler")),
         ):
-            if getattr(self, name) not in words:
+            if getattr(self, name) not in (*words, None):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {' or '.join(words)}; use {words[0]}")
         least_iter = int(self.cycle == "one-shot")
-        least = {"intervals": 2, "max_levels": 1, "min_coarse": 1, "nrelax": 0, "nrelax0": 0, "max_iter": least_iter}
-        for name, bound in least.items():
+        least = {"intervals": 2, "max_levels": 1, "min_coarse": 1, "nrelax": 0, "nrelax0": 0, "coarse_parts": 1}
+        for name, bound in {**least, "max_iter": least_iter}.items():
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"{name}={value} must be at least {bound}; use {max(bound, 1)}")
@@ -93,32 +107,52 @@ class MGRIT:
         return replace(
             self,
             max_iter=self.max_iter if max_iter is None else max_iter,
-            tol=_DEFAULTS[self.cycle][2] if own is None else own,
+            tol=_CYCLES[self.cycle].adjoint_tol if own is None else own,
         )
 
     @property
     def iterations(self) -> int:
         """`max_iter`, or the cycle's."""
-        return _DEFAULTS[self.cycle][0] if self.max_iter is None else self.max_iter
+        return _CYCLES[self.cycle].max_iter if self.max_iter is None else self.max_iter
 
     @property
     def tolerance(self) -> float:
         """`tol`, or the cycle's."""
-        return _DEFAULTS[self.cycle][1] if self.tol is None else self.tol
+        return _CYCLES[self.cycle].tol if self.tol is None else self.tol
 
     def cfactor_of(self, level: int, steps: int) -> int | None:
         """Coarsening factor from `level`, which has so many steps, to the next; None if there is to be no next one."""
-        if level + 1 >= (self.max_levels or (3 if self.cycle != "one-shot" else 99)):
+        is_one_shot = self.cycle == "one-shot"
+        if level + 1 >= (self.max_levels or _CYCLES[self.cycle].max_levels):
             return None
-        if self.max_levels is None and self.cycle == "one-shot" and level > 0 and steps <= 32:
-            return None  # a sweep of the coarse level is short enough
+        if is_one_shot and self.max_levels is None and level > 0 and steps <= _SHORT:
+            return None
+        if self.cfactor is None and is_one_shot and level == 0:
+            factor = steps // _divisor(steps, self.intervals)
+            # Coarse steps whose parts are the fine steps would save nothing.
+            return factor if self._wanted_parts < factor < steps else None
         if self.cfactor is None:
-            if level == 0 and self.cycle == "one-shot":
-                count = max(count for count in range(1, self.intervals + 1) if steps % count == 0)
-                return steps // count if 1 < count < steps else None
             return 4
         return self.cfactor if isinstance(self.cfactor, int) else self.cfactor[min(level, len(self.cfactor) - 1)]
+
+    def parts(self, cfactor: int) -> int:
+        """Parts of a coarse step that stands for so many steps."""
+        return _divisor(cfactor, min(self._wanted_parts, cfactor // 2))
+
+    @property
+    def _wanted_parts(self) -> int:
+        return self.coarse_parts or _CYCLES[self.cycle].coarse_parts
+
+    @property
+    def scheme(self) -> str:
+        """`coarse_step`, or the cycle's."""
+        return self.coarse_step or _CYCLES[self.cycle].coarse_step
 
     def nrelax_of(self, level: int) -> int:
         """CF-relaxations on `level`."""
         return self.nrelax0 if level == 0 and self.nrelax0 is not None else self.nrelax
+
+
+def _divisor(number: int, most: int) -> int:
+    """The greatest divisor of a number that is not above `most`."""
+    return max(divisor for divisor in range(1, most + 1) if number % divisor == 0)

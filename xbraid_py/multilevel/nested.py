@@ -118,6 +118,11 @@ class NestedIteration:
         return self.options.refinements - self._index
 
     @property
+    def depth(self) -> int:
+        """Number of layers of the present level."""
+        return self.depths[self._index]
+
+    @property
     def network(self):
         """The network of the present level."""
         return self.objective.network
@@ -171,7 +176,7 @@ class NestedIteration:
         one_shot = self.one_shot
         record = Record(
             level=self.level,
-            num_layers=self.depths[self._index],
+            num_layers=self.depth,
             update=self._before["records"],
             work=(self._before["work"] + self.objective.work) / self._unit,
             seconds=self._before["seconds"],
@@ -193,10 +198,12 @@ class NestedIteration:
         """All that the rest of the run depends on, now."""
         one_shot, objective = self.one_shot, self.objective
         warm = {"state": objective.warm or (), "adjoint": objective.adjoint_warm or ()}
+        # The run goes on to overwrite what the one-shot cycle keeps.
+        warm = {name: tuple(rows.clone() for rows in levels) for name, levels in warm.items()}
         return Snapshot(
             numbers={
                 "index": self._index,
-                "num_layers": self.depths[self._index],
+                "num_layers": self.depth,
                 "number": one_shot.number,
                 "step": one_shot.step,
                 "backtracks": one_shot.backtracks,

@@ -42,7 +42,7 @@ class Armijo:
     decrease: float = 1e-4
     factor: float = 0.5
     max_backtracks: int = 15
-    resolution: float = 0.5
+    resolution: float = 0.3
 
     def __post_init__(self):
         if not 0.0 < self.decrease < 1.0:
@@ -50,7 +50,7 @@ class Armijo:
         if not 0.0 < self.factor < 1.0:
             raise ValueError(f"factor={self.factor} must be between 0 and 1; use 0.5")
         if not 0.0 < self.resolution < float("inf"):
-            raise ValueError(f"resolution={self.resolution} must be positive and finite; use 0.5")
+            raise ValueError(f"resolution={self.resolution} must be positive and finite; use 0.3")
         if self.max_backtracks < 0:
             raise ValueError(f"max_backtracks={self.max_backtracks} must be at least 0; use 15")
 

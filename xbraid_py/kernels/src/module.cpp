@@ -115,9 +115,10 @@ void adjoint(Layer layer, long m, long B, double h, std::uintptr_t theta, long t
                            gradient ? at<T>(gradient) + k * gradient_stride : nullptr, scratch);
 }
 
-// c steps from the beginning of each interval to its end. `inputs`, if given, gets the input of every step.
+// c steps from the beginning of each interval to its end, each of `parts` steps with rows of weights of their own.
+// `inputs`, if given, gets the input of every step; tau is added to its output.
 template <class T>
-void relax(Layer layer, long m, long c, long B, double h, std::uintptr_t theta, long theta_stride,
+void relax(Layer layer, long m, long c, long parts, long B, double h, std::uintptr_t theta, long theta_stride,
            std::uintptr_t points, long points_stride, std::uintptr_t tau, long tau_stride, std::uintptr_t inputs,
            long inputs_stride, std::uintptr_t ends, long ends_stride) {
   T* scratch = scratch_for<T>(layer);
@@ -133,16 +134,19 @@ void relax(Layer layer, long m, long c, long B, double h, std::uintptr_t theta, 
         x = input;
         if (row + 1 < (k + 1) * c) target = input + inputs_stride;
       }
-      functions<T>().step(layer, B, T(h), at<T>(theta) + row * theta_stride, x,
-                          tau ? at<T>(tau) + row * tau_stride : nullptr, target, scratch);
-      x = target;
+      for (long part = row * parts; part < (row + 1) * parts; part++) {
+        const bool last = part + 1 == (row + 1) * parts;
+        functions<T>().step(layer, B, T(h), at<T>(theta) + part * theta_stride, x,
+                            tau && last ? at<T>(tau) + row * tau_stride : nullptr, target, scratch);
+        x = target;
+      }
     }
   }
 }
 
-// The same backwards: adjoints from the end of each interval to its beginning, at the given states.
+// The same backwards: adjoints from the end of each interval to its beginning. States and gradient have a row for each part.
 template <class T>
-void relax_adjoint(Layer layer, long m, long c, long B, double h, std::uintptr_t theta, long theta_stride,
+void relax_adjoint(Layer layer, long m, long c, long parts, long B, double h, std::uintptr_t theta, long theta_stride,
                    std::uintptr_t states, long states_stride, std::uintptr_t points, long points_stride,
                    std::uintptr_t tau, long tau_stride, std::uintptr_t inputs, long inputs_stride, std::uintptr_t ends,
                    long ends_stride, std::uintptr_t gradient, long gradient_stride) {
@@ -159,10 +163,13 @@ void relax_adjoint(Layer layer, long m, long c, long B, double h, std::uintptr_t
         v = input;
         if (row > k * c) target = input - inputs_stride;
       }
-      functions<T>().adjoint(layer, B, T(h), at<T>(theta) + row * theta_stride, at<T>(states) + row * states_stride, v,
-                             tau ? at<T>(tau) + row * tau_stride : nullptr, target,
-                             gradient ? at<T>(gradient) + row * gradient_stride : nullptr, scratch);
-      v = target;
+      for (long part = (row + 1) * parts - 1; part >= row * parts; part--) {
+        functions<T>().adjoint(layer, B, T(h), at<T>(theta) + part * theta_stride,
+                               at<T>(states) + part * states_stride, v,
+                               tau && part == row * parts ? at<T>(tau) + row * tau_stride : nullptr, target,
+                               gradient ? at<T>(gradient) + part * gradient_stride : nullptr, scratch);
+        v = target;
+      }
     }
   }
 }
