@@ -9,7 +9,14 @@ MPIRUN ?= $(VENV)/bin/mpirun
 # Where pip finds a CPU build of torch, if not where it looks by itself: make env TORCH_ARGS='--index-url URL'
 TORCH_ARGS ?=
 
-STAMP = $(VENV)/.installed
+# Native kernels: AUTO builds them where it can, REQUIRE fails where it cannot, OFF leaves them out.
+XBRAID_NATIVE ?= AUTO
+export XBRAID_NATIVE
+# What builds them; pinned and in the environment, so that building them again needs no network.
+BUILD_TOOLS = cmake nanobind ninja scikit-build-core setuptools
+KERNELS = CMakeLists.txt $(wildcard xbraid_py/kernels/src/*)
+
+STAMP = $(VENV)/.installed-$(XBRAID_NATIVE)
 PY    = $(VENV)/bin/python
 
 export OMP_NUM_THREADS = 1
@@ -40,13 +47,15 @@ env: $(STAMP)
 
 # torch goes first and by its exact version: as a dependency of something else pip would be free to
 # choose another build, with gigabytes of CUDA.
-$(STAMP): setup.cfg pyproject.toml constraints.txt
+$(STAMP): setup.cfg pyproject.toml constraints.txt $(KERNELS)
+	@rm -f $(VENV)/.installed*
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("PYTHON=$(PYTHON) is Python " + sys.version.split()[0] + "; 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install $(TORCH_ARGS) "$$(grep '^torch==' constraints.txt)"
-	$(PY) -m pip install -c constraints.txt -e '.[$(EXTRAS)]'
+	$(PY) -m pip install -c constraints.txt $(BUILD_TOOLS)
+	$(PY) -m pip install -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .ruff_cache .hypothesis xbraid_py/kernels/_native.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
