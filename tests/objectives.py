@@ -22,8 +22,8 @@ def evaluation(value: float) -> Evaluation:
     return Evaluation(value, value, 0.0, 0.0)
 
 
-def plain_dot(a: Tensor, b: Tensor) -> float:
-    return float(a @ b)
+def plain_dots(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    return torch.stack([torch.stack([left @ right for right in b]) for left in a])
 
 
 def dense_inverse(pairs: Sequence[tuple[Tensor, Tensor]], h0: float) -> Tensor:
@@ -87,5 +87,6 @@ class Valleys:
         self.calls.append(("gradient", x.clone(), max_iter))
         return self.gradient_at(x)
 
-    def dot(self, a: Tensor, b: Tensor) -> float:
-        return float(self.comm.ordered_sum((a * b).view(-1, 2).sum(1), self.counts))
+    def dots(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+        rows = [(left * right).view(-1, 2).sum(1) for left in a for right in b]
+        return self.comm.ordered_sum(torch.stack(rows, 1), self.counts).view(len(a), len(b))

@@ -13,7 +13,7 @@ PACKAGE = PROJECT / "xbraid_py"
 
 # From the bottom to the top. A room imports itself and the rows below its own.
 LAYERS = (
-    {"errors", "grid"},
+    {"allocation", "errors", "grid"},
     {"comm"},
     {"threads"},
     {"kernels"},

@@ -50,17 +50,19 @@ def test_predict_in_portions_of_the_usual_size(spmd):
     assert all(torch.equal(found, expected) for found in spmd(body))
 
 
-def test_dot_is_the_ordered_sum_over_the_layers(spmd):
+@pytest.mark.parametrize("options", [CONVERGED, MGRIT(max_levels=1)], ids=["intervals", "layers"])
+def test_dots_are_sums_over_all_weights(spmd, options):
     def body(comm):
-        net = problem(comm).network(N)
-        a, b = weights(net), weights(net, 1.0)
-        return net.dot(a, b), net.dot(b, a), net.layout.row_dots(a, b), net.row_counts
+        objective = problem(comm, forward=options).objective(N)
+        a, b, c = (weights(objective.network, scale) for scale in (0.5, 1.0, 2.0))
+        return objective.dots([a, b], [a, b, c]), objective.dots([c, b], [a]), torch.stack([a, b, c])
 
     parts = spmd(body)
-    rows = torch.cat([part[2] for part in parts])
-    assert len(rows) == N + 2 == sum(parts[0][3]) and [len(part[2]) for part in parts] == parts[0][3]
-    for one, other, *_ in parts:
-        assert one == other == float(rows.sum())
+    whole = torch.cat([part[2] for part in parts], 1)
+    for dots, other, _ in parts:
+        assert torch.allclose(dots, whole[:2] @ whole.T, rtol=1e-13, atol=1e-13)
+        assert torch.equal(dots[0, 1], dots[1, 0]) and torch.equal(dots[0, 2], other[0, 0])
+        assert torch.equal(dots, parts[0][0]), "the same on all ranks"
 
 
 def test_solvers_and_network_share_one_partition():

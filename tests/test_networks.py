@@ -177,12 +177,13 @@ def test_a_layers_row_is_what_the_layer_reads():
     assert torch.equal(unpacked["weight"], weight) and torch.equal(unpacked["bias"], bias[:, :, 0])
 
 
-def test_row_dots():
+@pytest.mark.parametrize(("parts", "ends"), [(1, [57]), (2, [33, 57]), (4, [21, 33, 45, 57])])
+def test_dots_in_shares_of_the_layers(parts, ends):
+    """One opening layer of 9 parameters and 4 layers of 12: the opening layer belongs to the first share."""
     layout = example_layout()
     a, b = ref.random(2, layout.size, seed=1)
-    ends = [9, 21, 33, 45, 57]
     expected = [sum(a[i] * b[i] for i in range(*span)) for span in zip([0, *ends], ends, strict=False)]
-    assert torch.allclose(layout.row_dots(a, b), torch.stack(expected), rtol=1e-13, atol=1e-13)
+    assert torch.allclose(layout.dots(a, b, parts), torch.stack(expected), rtol=1e-13, atol=1e-13)
 
 
 def network_on(comm, num_layers=6) -> ResidualNetwork:

@@ -126,7 +126,7 @@ def test_gradient_against_finite_differences(spmd, term):
             d = net.initial(InitialScales(**{stack: float(stack == name) for stack in rows}), 5)
             ahead, behind = objective.evaluate(x + eps * d).value, objective.evaluate(x - eps * d).value
             objective.evaluate(x)
-            pairs.append(((ahead - behind) / (2 * eps), objective.dot(objective.gradient(x), d)))
+            pairs.append(((ahead - behind) / (2 * eps), float(objective.dots([objective.gradient(x)], [d]))))
         return pairs
 
     for pairs in spmd(body):
@@ -164,8 +164,8 @@ def test_the_same_bits_on_any_number_of_ranks(spmd):
             x = weights(objective.network, 0.2 * update)
             record.append(objective.evaluate(x))
             gradients.append(objective.gradient(x))
-            record += [objective.adjoint_residual, objective.dot(gradients[-1], gradients[-1]), objective.work]
-            record.append(objective.dot(gradients[0], x))
+            record += [objective.adjoint_residual, objective.dots(gradients, gradients).tolist(), objective.work]
+            record.append(float(objective.dots(gradients[:1], [x])))
         return record, gradients
 
     record, gradients = body(SerialCommunicator())

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 # results depend on the partition of the layers. Costs nothing measurable; has to be set before MKL is first used.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
+from xbraid_py.allocation import keep_freed_memory
 from xbraid_py.comm import Communicator, LaunchError, wrap
 from xbraid_py.errors import RunError
 from xbraid_py.grid import LayerGrid, Partition
@@ -25,6 +26,8 @@ from xbraid_py.optim import Armijo, OneShot, OneShotOptions, QuasiNewton
 from xbraid_py.problem import Architecture, Problem
 from xbraid_py.propagator import Adjoint, Forward, Propagator, ResidualSteps
 from xbraid_py.threads import run_threads
+
+keep_freed_memory()
 
 __all__ = [
     "MGRIT",

@@ -7,6 +7,7 @@ Tensors that are sent or received are contiguous and on the CPU.
 from __future__ import annotations
 
 import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,6 +23,11 @@ _LAUNCHERS = (
     ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
     ("SLURM_NTASKS", "SLURM_PROCID"),
 )
+
+
+# A rank that waits asks so many times in a row, and then sleeps so many seconds between two questions.
+_PATIENCE = 20
+_NAP = 1e-4
 
 
 class LaunchError(RuntimeError):
@@ -141,37 +147,72 @@ class SerialCommunicator(Communicator):
 
 
 class MPICommunicator(Communicator):
-    """The ranks of an `mpi4py.MPI.Comm`; tensors travel without packing or pickling."""
+    """The ranks of an `mpi4py.MPI.Comm`; tensors travel without packing or pickling.
+
+    Where more ranks than cores share a machine, a rank that waits sleeps, and leaves its core to the others.
+    """
 
     def __init__(self, comm):
+        from mpi4py import MPI
+
         self.mpi = comm
         self.rank = comm.Get_rank()
         self.size = comm.Get_size()
+        neighbours = comm.Split_type(MPI.COMM_TYPE_SHARED)
+        # Ranks may be bound to cores of their own: all that are at hand is what counts.
+        cores = set().union(*neighbours.allgather(_own_cores()))
+        self.oversubscribed = neighbours.Get_size() > len(cores)
+        neighbours.Free()
 
     def isend(self, tensor, dest):
-        return self.mpi.Isend(tensor.detach(), dest).Wait
+        request = self.mpi.Isend(tensor.detach(), dest)
+        return lambda: self._wait(request)
 
     def recv(self, out, source):
-        self.mpi.Recv(out, source)
+        self._wait(self.mpi.Irecv(out, source))
         return out
 
     def bcast(self, value, root=0):
+        self._meet()
         return self.mpi.bcast(value, root)
 
     def allgather(self, rows, counts):
         width = rows[:1].numel() if len(rows) else _row_size(rows)
         out = rows.new_empty((sum(counts), *rows.shape[1:]))
-        self.mpi.Allgatherv(rows.contiguous(), [out, [count * width for count in counts]])
+        self._wait(self.mpi.Iallgatherv(rows.contiguous(), [out, [count * width for count in counts]]))
         return out
 
     def gather(self, value, root=0):
+        self._meet()
         return self.mpi.gather(value, root)
 
     def barrier(self):
-        self.mpi.Barrier()
+        self._wait(self.mpi.Ibarrier())
 
     def abort(self, status):
         self.mpi.Abort(status)
+
+    def _wait(self, request) -> None:
+        if not self.oversubscribed:
+            request.Wait()
+            return
+        tests = 0
+        while not request.Test():
+            tests += 1
+            if tests < _PATIENCE:
+                os.sched_yield()
+            else:
+                time.sleep(_NAP)
+
+    def _meet(self) -> None:
+        # Messages of objects cannot be waited for asleep: they are only begun when all ranks are there.
+        if self.oversubscribed:
+            self.barrier()
+
+
+def _own_cores() -> set[int]:
+    """Cores that this process may use."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def _row_size(rows: torch.Tensor) -> int:

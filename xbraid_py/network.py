@@ -97,18 +97,6 @@ class ResidualNetwork:
             self.dtype,
         )
 
-    @property
-    def row_counts(self) -> list[int]:
-        """Number of rows of weights (of all three stacks) of every rank."""
-        counts = list(self.partition.counts)
-        counts[self.partition.owner(0)] += 1
-        counts[self.last_rank] += 1
-        return counts
-
-    def dot(self, a: Tensor, b: Tensor) -> float:
-        """Dot product of two flat vectors over all ranks, bitwise the same on any number of them."""
-        return float(self.comm.ordered_sum(self.layout.row_dots(a, b), self.row_counts))
-
     def initial(self, scales: InitialScales, seed: int) -> Tensor:
         """Random weights: those of a layer depend on the seed and on the layer, not on the number of ranks."""
         flat = self.layout.zeros()
@@ -152,7 +140,7 @@ class ResidualNetwork:
                 u = self.comm.recv(template.new_empty((1, self.block.inputs, portion.shape[1])), behind)
             u = steps.relax(u, count, None, None)
             if ahead is None:
-                classes.append(self.classify(x, u[0]).argmax(0))
+                classes.append(self.classify(x, u[0]).max(0).indices)
             else:
                 waits.append(self.comm.isend(u, ahead))
         for wait in waits:

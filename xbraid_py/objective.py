@@ -5,13 +5,13 @@ Shape letters: `F` features, `C` width, `B` batch, `p` parameters of a layer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from xbraid_py.mgrit import Solver
 from xbraid_py.network import ResidualNetwork
@@ -51,8 +51,8 @@ class Objective(Protocol):
     def gradient(self, x: Tensor, max_iter: int | None = None, exact: bool = False) -> Tensor:
         """The gradient at x, where `evaluate` has been called last; with all iterations if `exact`."""
 
-    def dot(self, a: Tensor, b: Tensor) -> float:
-        """Dot product over all ranks."""
+    def dots(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+        """Dot products over all ranks of each of some flat vectors with each of others, (len(a), len(b))."""
 
 
 @dataclass(frozen=True)
@@ -138,13 +138,13 @@ class _Value:
         columns = self.terms.new_zeros((len(self.terms), 4))
         columns[:, 3] = self.terms
         if end is not None:
-            network, labels = self.objective.network, self.objective.labels
-            self.logits = network.classify(self.x, end)
-            loss = cross_entropy(self.logits.T, labels)
+            objective = self.objective
+            self.logits = objective.network.classify(self.x, end)
+            loss = objective.loss(self.logits)
             columns[-1, 0] = loss
-            columns[-1, 1] = (self.logits.argmax(0) == labels).sum()
+            columns[-1, 1] = (self.logits.max(0).indices == objective.labels).sum()
             if before is not None and self.error is not None:
-                columns[-1, 2] = (cross_entropy(network.classify(self.x, before).T, labels) - loss).abs()
+                columns[-1, 2] = (objective.loss(objective.network.classify(self.x, before)) - loss).abs()
         return columns
 
     def suffices(self, sums: Tensor) -> bool:
@@ -203,12 +203,26 @@ class NetworkObjective:
         shape = (network.block.inputs, features.shape[1])
         self._states = torch.empty((network.partition.count(network.comm.rank), *shape), dtype=network.dtype)
         self._template = torch.empty(1, dtype=network.dtype).expand(shape)  # one number stands for a state
+        self._one_hot = torch.zeros((network.classification.outputs, features.shape[1]), dtype=network.dtype)
+        if network.is_last:
+            self._one_hot[labels, torch.arange(len(labels))] = 1.0
         self._end: Tensor | None = None
         self._logits: Tensor | None = None
         self._regularization_gradient: Tensor | None = None
 
-    def dot(self, a: Tensor, b: Tensor) -> float:
-        return self.network.dot(a, b)
+    def dots(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+        # One summand for each interval: it has the same rows on any number of ranks.
+        intervals = self.forward.hierarchy.intervals
+        count = intervals.count(self.network.comm.rank)
+        sums = [self.network.layout.dots(left, right, count) for left in a for right in b]
+        return self.network.comm.ordered_sum(torch.stack(sums, 1), intervals.counts).view(len(a), len(b))
+
+    def loss(self, logits: Tensor) -> Tensor:
+        """Mean cross entropy of logits (classes, B); on the owner of the last layer.
+
+        The library's function takes several times as long with the classes first.
+        """
+        return torch.log_softmax(logits, 0).flatten().dot(self._one_hot.flatten()) / -len(self.labels)
 
     def evaluate(self, x: Tensor, max_iter: int | None = None, error: float | None = None) -> Evaluation:
         network = self.network
@@ -240,9 +254,7 @@ class NetworkObjective:
         start = None
         if network.is_last:
             # d(mean cross entropy)/d(logits) = (softmax - one-hot) / B
-            slope = torch.softmax(self._logits, 0)
-            slope[self.labels, torch.arange(len(self.labels))] -= 1.0
-            slope /= len(self.labels)
+            slope = torch.softmax(self._logits, 0).sub_(self._one_hot).div_(len(self.labels))
             back, own = network.classification.vjp(rows["classification"], self._end[None], slope[None], True)
             start = back[0]
             out["classification"].copy_(own)

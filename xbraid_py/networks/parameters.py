@@ -95,6 +95,15 @@ class Layout:
             for name, view in stack.unpack(rows[stack.name]).items()
         }
 
-    def row_dots(self, a: Tensor, b: Tensor) -> Tensor:
-        """Dot products of the rows of two flat vectors, one number a row, in the order of the rows."""
-        return torch.cat([rows.sum(1) for rows in self.rows(a * b).values()])
+    def dots(self, a: Tensor, b: Tensor, parts: int) -> Tensor:
+        """Dot product of two flat vectors, in `parts` summands: equal shares of the layers.
+
+        Opening and classification layers belong to the first and the last share. Without layers here there are none.
+        """
+        opening, layers, classification = self.rows(a * b).values()
+        found = layers.reshape(parts, -1).sum(1) if parts else layers.new_empty(0)
+        if len(opening):
+            found[0] += opening.sum()
+        if len(classification):
+            found[-1] += classification.sum()
+        return found

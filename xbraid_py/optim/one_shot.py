@@ -107,7 +107,7 @@ class OneShot:
 
     def __init__(self, objective: Objective, options: OneShotOptions, x: Tensor):
         self.objective, self.options, self.x = objective, options, x
-        self.quasi_newton = QuasiNewton(options.method, objective.dot, options.memory, options.curvature_check)
+        self.quasi_newton = QuasiNewton(options.method, objective.dots, options.memory, options.curvature_check)
         self.number = 0
         self.gradient: Tensor | None = None
         self.evaluation: Evaluation | None = None
@@ -161,8 +161,7 @@ class OneShot:
                 self._evaluate(self.options.boost_iter, error=0.0)
                 self.gradient = self.objective.gradient(self.x, self.options.boost_iter, exact=True)
                 self._finite_norm()
-            direction = self.quasi_newton.direction(self.gradient)
-            slope = self.objective.dot(self.gradient, direction)
+            direction, slope = self.quasi_newton.direction(self.gradient)
             trial = self._search.search(
                 self.x,
                 self.evaluation.value,
@@ -180,7 +179,7 @@ class OneShot:
         self._require_finite(self.evaluation.value, "objective")
 
     def _finite_norm(self) -> float:
-        norm = sqrt(self.objective.dot(self.gradient, self.gradient))
+        norm = sqrt(self.quasi_newton.observe(self.gradient))
         self._require_finite(norm, "norm of the gradient")
         return norm
 

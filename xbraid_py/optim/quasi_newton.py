@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
+import torch
 from torch import Tensor
+
+Dots = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
 
 class QuasiNewton:
@@ -15,11 +19,14 @@ class QuasiNewton:
     all pairs with the H0 of the first one (their eq. 6.20): the matrix of the dense BFGS update, applied
     without storing it. Without pairs the direction is the gradient: steepest descent.
 
+    A direction is a combination of the pairs and the gradient, and its coefficients need nothing but the dot
+    products between these. So a new pair and a new gradient cost one message each, however many pairs there are.
+
     Parameters
     ----------
     method : {"lbfgs", "bfgs", "steepest"}
-    dot : callable
-        Dot product of two vectors over all ranks.
+    dots : callable
+        Dot products over all ranks of each of some vectors with each of others: a matrix, one message.
     memory : int
         Pairs that L-BFGS keeps.
     curvature_check : bool
@@ -32,59 +39,83 @@ class QuasiNewton:
         The pairs, oldest first.
     """
 
-    def __init__(
-        self,
-        method: str,
-        dot: Callable[[Tensor, Tensor], float],
-        memory: int = 10,
-        curvature_check: bool = True,
-    ):
-        self.method, self.dot, self.memory, self.curvature_check = method, dot, memory, curvature_check
-        self.s: list[Tensor] = []
-        self.y: list[Tensor] = []
-        self._rho: list[float] = []
-        self._h0: list[float] = []
+    def __init__(self, method: str, dots: Dots, memory: int = 10, curvature_check: bool = True):
+        self.method, self.dots, self.memory, self.curvature_check = method, dots, memory, curvature_check
+        self.clear()
 
     def clear(self) -> None:
         """Forget all pairs."""
-        for pairs in (self.s, self.y, self._rho, self._h0):
-            pairs.clear()
+        self.s: list[Tensor] = []
+        self.y: list[Tensor] = []
+        # Dot products of all s with all y, and of all y with all y.
+        self._sy = self._yy = np.empty((0, 0))
+        self._gradient: Tensor | None = None
 
     def add(self, s: Tensor, y: Tensor) -> None:
         """Take in the change s of the weights and y of the gradient of an update."""
         if self.method == "steepest":
             return
-        sy, yy = self.dot(s, y), self.dot(y, y)
-        if self.curvature_check and not sy > 1e-10 * (self.dot(s, s) * yy) ** 0.5:
+        found = _array(self.dots([s, y], [*self.s, *self.y, s, y]))
+        ss, (sy, yy) = found[0, -2], found[:, -1]
+        if self.curvature_check and not sy > 1e-10 * (ss * yy) ** 0.5:
             return
         if sy == 0.0 or yy == 0.0:
             return
-        if self.method == "lbfgs" and len(self.s) == self.memory:
-            for pairs in (self.s, self.y, self._rho, self._h0):
-                del pairs[0]
-        self._append(s, y, sy, yy)
-
-    def _append(self, s: Tensor, y: Tensor, sy: float, yy: float) -> None:
+        count = len(self.s)
+        self._sy = _bordered(self._sy, row=found[0, count:-2], column=found[1, :count], corner=sy)
+        self._yy = _bordered(self._yy, row=found[1, count:-2], column=found[1, count:-2], corner=yy)
         self.s.append(s)
         self.y.append(y)
-        self._rho.append(1.0 / sy)
-        self._h0.append(sy / yy)
+        self._gradient = None
+        if self.method == "lbfgs" and len(self.s) > self.memory:
+            del self.s[0], self.y[0]
+            self._sy, self._yy = self._sy[1:, 1:], self._yy[1:, 1:]
 
     def restore(self, s: list[Tensor], y: list[Tensor]) -> None:
         """Take over the pairs of an earlier run, oldest first."""
         self.clear()
-        for pair in zip(s, y, strict=True):
-            self._append(*pair, self.dot(*pair), self.dot(pair[1], pair[1]))
+        self.s, self.y = list(s), list(y)
+        if self.s:
+            found = _array(self.dots([*s, *y], y))
+            self._sy, self._yy = found[: len(s)], found[len(s) :]
 
-    def direction(self, gradient: Tensor) -> Tensor:
-        """H g, the direction to go against."""
-        q = gradient.clone()
-        alphas = []
-        for s, y, rho in zip(reversed(self.s), reversed(self.y), reversed(self._rho), strict=True):
-            alphas.append(rho * self.dot(s, q))
-            q.sub_(y, alpha=alphas[-1])
-        if self._h0:
-            q.mul_(self._h0[-1] if self.method == "lbfgs" else self._h0[0])
-        for s, y, rho, alpha in zip(self.s, self.y, self._rho, reversed(alphas), strict=True):
-            q.add_(s, alpha=alpha - rho * self.dot(y, q))
-        return q
+    def observe(self, gradient: Tensor) -> float:
+        """Take in the gradient that the next direction is for; its squared 2-norm."""
+        if gradient is not self._gradient:
+            found = _array(self.dots([gradient], [*self.s, *self.y, gradient]))[0]
+            self._gradient = gradient
+            self._sg, self._yg = found[: len(self.s)], found[len(self.s) : -1]
+            self._gg = float(found[-1])
+        return self._gg
+
+    def direction(self, gradient: Tensor) -> tuple[Tensor, float]:
+        """H g, the direction to go against, and its slope g'H g."""
+        self.observe(gradient)
+        count = len(self.s)
+        of_s, of_y, of_g = np.zeros(count), np.zeros(count), 1.0
+        alphas = np.zeros(count)
+        rho = 1.0 / self._sy.diagonal()
+        # The two loops of algorithm 7.4, on the coefficients of q and then r.
+        for i in reversed(range(count)):
+            alphas[i] = rho[i] * (of_g * self._sg[i] + self._sy[i] @ of_y)
+            of_y[i] -= alphas[i]
+        if count:
+            first = -1 if self.method == "lbfgs" else 0
+            h0 = self._sy[first, first] / self._yy[first, first]
+            of_y, of_g = h0 * of_y, h0 * of_g
+        for i in range(count):
+            beta = rho[i] * (of_g * self._yg[i] + self._yy[i] @ of_y + of_s @ self._sy[:, i])
+            of_s[i] += alphas[i] - beta
+        found = gradient * of_g
+        for part, coefficient in zip([*self.s, *self.y], [*of_s, *of_y], strict=True):
+            found.add_(part, alpha=float(coefficient))
+        return found, float(of_g * self._gg + self._sg @ of_s + self._yg @ of_y)
+
+
+def _array(products: Tensor) -> np.ndarray:
+    return products.to(torch.float64).numpy()
+
+
+def _bordered(matrix: np.ndarray, row: np.ndarray, column: np.ndarray, corner: float) -> np.ndarray:
+    """A matrix with one more row and column."""
+    return np.block([[matrix, column[:, None]], [row[None], np.array([[corner]])]])
