@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-CHUNK = 1 << 19
+from xbraid_py.planner import StepCost
 
 
 def owners_of(num_layers, cfactors, num_ranks):
@@ -29,70 +29,91 @@ def owners_of(num_layers, cfactors, num_ranks):
 
 
 class Rank:
-    """One rank's way through a solve, as generators of ("work", s), ("send", to, bytes), ("receive", from), ("meet", bytes)."""
+    """One rank's way through a solve, as generators.
+
+    They yield ("work", seconds), ("send", to, bytes), ("receive", from), ("meet", bytes).
+    """
 
     def __init__(self, me, plan, num_layers, num_ranks, costs, direction):
         self.me, self.plan, self.direction, self.costs = me, plan, direction, costs
         self.levels = owners_of(num_layers, plan.cfactors, num_ranks)
         self.steps = costs.states if direction > 0 else costs.adjoints
+        self.coarse, self.coarse_sweep = self.steps.coarse, self.steps.coarse_sweep
+        if plan.euler:
+            self.coarse, self.coarse_sweep = map(self.cheaper, (self.coarse, self.coarse_sweep))
         self.times = plan.iterations if direction > 0 else plan.adjoint_iterations
         self.num_ranks = num_ranks
+
+    def cheaper(self, step):
+        each = step.each - self.steps.relax.each
+        return StepCost(step.call, each if each > step.each / 2 else step.each / 2)
 
     def mine(self, level, induced=False):
         return [i for i, owner in enumerate(self.levels[level][0 if induced else 1]) if owner == self.me]
 
     def solve(self):
+        for _ in self.mine(0):
+            yield "work", self.steps.layer
         yield from self.make_levels()
         if self.plan.cycle == "serial":
-            yield from self.sweep(0, self.steps.record, 0)
-            yield from self.ends()
+            yield from self.sweep(0, self.steps.sweep)
+            yield from self.ends(0.0)
+            yield "meet", 16
         elif self.plan.cycle == "one-shot":
-            yield from self.coarse(1)
+            yield from self.lagged(1)
             for _ in range(self.times):
                 yield from self.relax(0, self.steps.record)
                 yield from self.vectors(2 * self.intervals(0))
-                yield from self.coarse(1)
-                yield from self.ends()
+                yield from self.lagged(1)
+                yield from self.vectors(3 * self.intervals(0))
+                if self.intervals(0):
+                    yield "work", self.steps.correct.call + self.intervals(0) * self.steps.correct.each
+                yield from self.ends(self.steps.check)
                 yield "meet", 16 * len(self.levels[1][0])
         else:
             yield from self.relax(0, self.steps.relax)
             for i in range(self.times):
                 yield from self.shift(0)
-                yield from self.vectors(3 * self.intervals(0))
+                yield from self.vectors(2 * self.intervals(0))
                 last = i == self.times - 1
                 yield from self.cycle(0, self.plan.cycle, True, self.steps.record if last else self.steps.relax)
             yield from self.shift(0)
-            yield from self.vectors(3 * self.intervals(0))
-            yield from self.ends()
+            yield from self.vectors(2 * self.intervals(0))
+            yield from self.ends(0.0)
             yield "meet", 16 * (self.times + 1) * len(self.levels[1][0])
 
-    def coarse(self, level):
+    def lagged(self, level):
         if level == len(self.plan.cfactors):
-            yield from self.sweep(level, self.steps.coarse, 2)
+            yield from self.sweep(level, self.coarse_sweep)
+            yield from self.vectors(len(self.mine(level)))
             return
         yield from self.hand_over(level, True)
-        yield from self.coarse(level + 1)
-        yield from self.relax(level, self.steps.coarse)
-        yield from self.vectors(2 * self.intervals(level))
+        yield from self.vectors(2 * len(self.mine(level)))
+        for _ in range(2):
+            yield from self.lagged(level + 1)
+            yield from self.relax(level, self.coarse)
+            yield from self.vectors(2 * self.intervals(level))
+        yield from self.vectors(len(self.mine(level)))
+        yield from self.hand_over(level, False)
         yield from self.hand_over(level, False)
 
     def cycle(self, level, kind, shifted, step):
         for i in range(self.plan.nrelax):
             if i > 0 or not shifted:
                 yield from self.shift(level)
-            yield from self.relax(level, self.steps.relax if level == 0 else self.steps.coarse)
+            yield from self.relax(level, self.steps.relax if level == 0 else self.coarse)
         if self.intervals(level):
-            yield "work", self.steps.coarse.call + self.intervals(level) * self.steps.coarse.each
+            yield "work", self.coarse.call + self.intervals(level) * self.coarse.each
         yield from self.vectors(self.intervals(level))
         if level + 1 == len(self.plan.cfactors):
-            yield from self.sweep(level + 1, self.steps.coarse, 2)
+            yield from self.sweep(level + 1, self.coarse_sweep)
         else:
             yield from self.hand_over(level + 1, True)
             yield from self.hand_over(level + 1, True)
-            yield from self.vectors(len(self.mine(level + 1)))
-            yield from self.relax(level + 1, self.steps.coarse)
+            yield from self.vectors(self.intervals(level + 1))
+            yield from self.relax(level + 1, self.coarse)
             for part in "FV" if kind == "F" else "V":
-                yield from self.cycle(level + 1, part, False, self.steps.coarse)
+                yield from self.cycle(level + 1, part, False, self.coarse)
             yield from self.hand_over(level + 1, False)
         yield from self.relax(level, step)
 
@@ -100,23 +121,19 @@ class Rank:
         for level in range(len(self.plan.cfactors)):
             for _ in self.mine(level):
                 yield "work", self.costs.coarsen
-        size = self.costs.row_bytes + (self.costs.state_bytes if self.direction < 0 else 0)
+        size = (1 if self.plan.euler else 2) * (
+            self.costs.row_bytes + (self.costs.state_bytes if self.direction < 0 else 0)
+        )
         for level in range(1, len(self.levels)):
             yield from self.hand_over(level, True, size)
 
     def relax(self, level, step):
-        c = self.plan.cfactors[level]
-        chunk = max(1, CHUNK // self.costs.state_bytes)
-        left = self.intervals(level)
-        while left > 0:
-            together = min(chunk, left)
-            for _ in range(c):
-                yield "work", step.call + together * step.each
-            left -= together
-        if level:
-            yield from self.vectors(2 * len(self.mine(level)))
+        if self.mine(level):
+            yield "work", step.call
+        for _ in self.mine(level):
+            yield "work", step.each
 
-    def sweep(self, level, step, vectors):
+    def sweep(self, level, step):
         rows = self.mine(level)[:: self.direction]
         if not rows:
             return
@@ -124,8 +141,9 @@ class Rank:
         before, after = rows[0] - self.direction, rows[-1] + self.direction
         if 0 <= before < len(owners):
             yield "receive", owners[before]
+        yield "work", step.call
         for _ in rows:
-            yield "work", step.call + step.each + vectors * self.costs.vector
+            yield "work", step.each
         if 0 <= after < len(owners):
             yield "send", owners[after], self.costs.state_bytes
 
@@ -157,9 +175,9 @@ class Rank:
             if inward[origin]:
                 yield "receive", origin
 
-    def ends(self):
+    def ends(self, check):
         if self.levels[0][1][-1] == self.me:
-            yield "work", self.steps.ends
+            yield "work", self.steps.ends + check
 
     def vectors(self, number):
         for _ in range(number):

@@ -11,7 +11,7 @@ from torch import Tensor
 from xbraid_py.mgrit.levels import Levels, Solution, squares
 
 # On a coarse level between the finest and the coarsest. One leaves an error that costs further fine relaxations.
-_COARSE_RELAXATIONS = 2
+COARSE_RELAXATIONS = 2
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class OneShotCycle(Levels):
                 self.tau[index].add_(change[j :: level.cfactor])
         self._added[index] = tau.clone() if tau is given else tau
         inputs = self.own[index].empty(len(tau))
-        for _ in range(_COARSE_RELAXATIONS):
+        for _ in range(COARSE_RELAXATIONS):
             coarse = self._coarse(index + 1)
             ends = self.relax(index, coarse.points, tau, inputs=inputs)
             self.tau[index].add_(ends).sub_(coarse.outputs)

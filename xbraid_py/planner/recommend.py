@@ -1,0 +1,99 @@
+"""What to do: the plan for a job of so many ranks, and advice in words on how many ranks to take."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from xbraid_py.comm import Communicator
+from xbraid_py.mgrit import MGRIT
+from xbraid_py.planner.machine import CLUSTER, Link, Machine
+from xbraid_py.planner.measure import Slowdowns, measure_costs
+from xbraid_py.planner.messages import measure_machine, probe_machine
+from xbraid_py.planner.predict import SERIAL, Planner, Prediction
+from xbraid_py.planner.probe import Workload
+
+_log = logging.getLogger(__name__)
+# Fewer ranks are as good as more of them within this.
+_MARGIN = 0.05
+
+
+def measured_planner(workload: Workload, comm: Communicator, network: Link = CLUSTER) -> Planner:
+    """A planner for the machine that this job runs on. Every rank must call it; it takes some seconds.
+
+    Parameters
+    ----------
+    workload : Workload
+    comm : Communicator
+        One rank starts a small job of its own for what messages cost, see `probe_machine`; several measure it.
+    network : Link
+        Between nodes, where it cannot be measured.
+
+    Returns
+    -------
+    Planner
+        The same on every rank.
+    """
+    costs, slowdowns = measure_costs(workload, comm)
+    measure = measure_machine if comm.size > 1 else _alone
+    return Planner(measure(workload, comm, slowdowns, network), costs, workload.optim.memory)
+
+
+def _alone(workload: Workload, comm: Communicator, slowdowns: Slowdowns, network: Link) -> Machine:
+    return probe_machine(workload, network)
+
+
+def recommend(workload: Workload, comm: Communicator, cycles: Sequence[str] = ("one-shot",)) -> MGRIT:
+    """The fastest solver for this job, with its number of ranks: serial propagation where nothing is faster.
+
+    Every rank must call it; it measures for some seconds, and rank 0 decides for all. What it found is in the log.
+
+    Parameters
+    ----------
+    workload : Workload
+    comm : Communicator
+    cycles : sequence of str
+        Cycles to choose from: one-shot, V, F. Serial propagation is always among them.
+
+    Returns
+    -------
+    MGRIT
+        Options of the state solves, the same on every rank; those of the adjoints follow from them.
+    """
+    planner = measured_planner(workload, comm)
+    best = comm.bcast(planner.best(workload.num_layers, comm.size, cycles) if comm.rank == 0 else None)
+    if comm.rank == 0:
+        serial = planner.predict(SERIAL, workload.num_layers, comm.size)
+        _log.info(
+            "plan for %d rank%s: %s; an update is predicted to take %.1f ms, with serial propagation %.1f ms",
+            *(comm.size, "s" * (comm.size > 1), best.plan.text(workload.num_layers)),
+            *(1e3 * best.seconds, 1e3 * serial.seconds),
+        )
+    return best.plan.options(workload.num_layers)
+
+
+def advice(predictions: Sequence[Prediction], num_layers: int) -> str:
+    """Which of some predictions to take, in a sentence or two.
+
+    Parameters
+    ----------
+    predictions : sequence of Prediction
+        The best plan for each number of ranks.
+    num_layers : int
+        Layers that they are for.
+    """
+    limit = min(each.seconds for each in predictions) * (1 + _MARGIN)
+    fastest = min((each for each in predictions if each.seconds <= limit), key=lambda each: each.num_ranks)
+    if fastest.plan.cycle == "serial":
+        return (
+            f"Serial propagation on one rank is fastest here: {1e3 * fastest.seconds:.3g} ms an update. "
+            f"More layers or more samples would be needed for more ranks to pay."
+        )
+    found = (
+        f"Fastest: {fastest.num_ranks} ranks with {fastest.plan.text(num_layers)}, {1e3 * fastest.seconds:.3g} ms an "
+        f"update, {fastest.speedup:.3g} times faster than serial propagation on one rank."
+    )
+    thrifty = [each for each in predictions if each.efficiency >= 0.5 and each.num_ranks > 1]
+    if thrifty and (most := max(thrifty, key=lambda each: each.num_ranks)).num_ranks < fastest.num_ranks:
+        found += f" Efficiency is at least 50 % up to {most.num_ranks} ranks ({most.speedup:.3g} times faster)."
+    return found
