@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,21 +22,23 @@ import torch
 
 from xbraid_py.comm import Communicator
 from xbraid_py.data import peaks
+from xbraid_py.data.dataset import Dataset
 from xbraid_py.io.launch import launch
 from xbraid_py.io.metrics import MetricsWriter
-from xbraid_py.io.options import to_dict
+from xbraid_py.io.options import from_dict, to_dict
 from xbraid_py.io.progress import Progress, setup_logging
-from xbraid_py.io.run_checkpoint import read_resumed
+from xbraid_py.io.run_checkpoint import read_resumed, resumed_configuration
 from xbraid_py.io.training import Training, prepare
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel import NestedIteration, NestedOptions
 from xbraid_py.network import InitialScales
 from xbraid_py.objective import Regularization
 from xbraid_py.optim import OneShotOptions
+from xbraid_py.planner import Workload, recommend
 from xbraid_py.problem import Architecture, Problem
 
 # What may differ between a run and its continuation: where it writes, and what it shows.
-FREE = ("out", "resume", "smoke", "compare", "checkpoint_every", "validate_every")
+FREE = ("out", "resume", "smoke", "compare", "checkpoint_every", "validate_every", "plan")
 MAP_SIZE = 200
 
 
@@ -86,6 +88,8 @@ class Options:
         Iterations of the adjoint solves; as mgrit.max_iter if not given.
     adjoint_tol
         Tolerance of the adjoint solves; as mgrit.tol, or the cycle's, if not given.
+    plan
+        Measure this machine first, and take the solver that is predicted to be fastest (auto) instead of mgrit's.
     """
 
     num_layers: int = 64
@@ -108,6 +112,7 @@ class Options:
     mgrit: MGRIT = MGRIT()
     adjoint_iter: int | None = None
     adjoint_tol: float | None = None
+    plan: Literal["auto"] | None = None
 
     def __post_init__(self):
         for name in ("checkpoint_every", "validate_every"):
@@ -142,9 +147,40 @@ def setup(options: Options, comm: Communicator) -> Callable[[], None]:
     setup_logging(comm)
     dtype = getattr(torch, options.dtype)
     if options.data_dir is None:
-        train, validation = peaks.generate(options.num_train, options.num_val, options.seed, dtype)
+        data = peaks.generate(options.num_train, options.num_val, options.seed, dtype)
     else:
-        train, validation = peaks.load(options.data_dir, dtype=dtype)
+        data = peaks.load(options.data_dir, dtype=dtype)
+    if options.plan is None:
+        return training_job(options, comm, *data)
+    written = resumed_configuration(options.resume, options.out)
+    if written is not None and "mgrit" in written:
+        # A job goes on as it was planned.
+        return training_job(replace(options, mgrit=from_dict(MGRIT, written["mgrit"])), comm, *data)
+    training_job(options, comm, *data)  # what else may be wrong is said before the machine is measured
+
+    def planned() -> None:
+        training_job(replace(options, mgrit=plan(options, data[0], comm)), comm, *data)()
+
+    return planned
+
+
+def plan(options: Options, train: Dataset, comm: Communicator) -> MGRIT:
+    """The solver that is predicted to be fastest on this machine."""
+    workload = Workload(
+        num_layers=options.num_layers,
+        batch=len(train.labels),
+        architecture=options.network,
+        dtype=getattr(torch, options.dtype),
+        num_features=len(train.features),
+        num_classes=train.num_classes,
+        optim=options.optim,
+    )
+    return recommend(workload, comm)
+
+
+def training_job(options: Options, comm: Communicator, train: Dataset, validation: Dataset) -> Callable[[], None]:
+    """Check everything, without a message; returns the run."""
+    dtype = getattr(torch, options.dtype)
     problem = Problem(
         features=train.features,
         labels=train.labels,

@@ -38,7 +38,8 @@ class Communicator(ABC):
     """What the library asks of a group of ranks.
 
     Sends never wait for the receiver (`isend` returns a function that waits until the buffer is free
-    again); everything else is blocking. Messages between two ranks arrive in the order of sending.
+    again), and `begin_shift` waits for nobody; everything else is blocking. Messages between two ranks arrive in
+    the order of sending.
     """
 
     rank: int
@@ -51,6 +52,10 @@ class Communicator(ABC):
     @abstractmethod
     def recv(self, out: torch.Tensor, source: int) -> torch.Tensor:
         """Receive into `out` and return it."""
+
+    def irecv(self, out: torch.Tensor, source: int) -> Callable[[], torch.Tensor]:
+        """Start receiving into `out`; the returned function waits until it is there, and returns it."""
+        return lambda: self.recv(out, source)
 
     @abstractmethod
     def bcast(self, value: Any, root: int = 0) -> Any:
@@ -103,15 +108,25 @@ class Communicator(ABC):
 
         Returns None on ranks without rows and at the end that nothing comes from.
         """
+        return self.begin_shift(edge, partition, direction)()
+
+    def begin_shift(
+        self, edge: torch.Tensor, partition: Partition, direction: int
+    ) -> Callable[[], torch.Tensor | None]:
+        """The same, but returns at once, with a function that waits for the edge from the other side."""
         if not partition.count(self.rank):
-            return None
+            return lambda: None
         ahead = partition.neighbour(self.rank, direction)
         behind = partition.neighbour(self.rank, -direction)
-        wait = self.isend(edge.contiguous(), ahead) if ahead is not None else None
-        received = self.recv(edge.new_empty(edge.shape), behind) if behind is not None else None
-        if wait is not None:
-            wait()
-        return received
+        received = self.irecv(edge.new_empty(edge.shape), behind) if behind is not None else lambda: None
+        sent = self.isend(edge.contiguous(), ahead) if ahead is not None else lambda: None
+
+        def finish() -> torch.Tensor | None:
+            found = received()
+            sent()
+            return found
+
+        return finish
 
     def first_error(self, message: str | None) -> tuple[int, str] | None:
         """Lowest rank that passes a message, with it, on every rank; None if no rank does."""
@@ -169,8 +184,16 @@ class MPICommunicator(Communicator):
         return lambda: self._wait(request)
 
     def recv(self, out, source):
-        self._wait(self.mpi.Irecv(out, source))
-        return out
+        return self.irecv(out, source)()
+
+    def irecv(self, out, source):
+        request = self.mpi.Irecv(out, source)
+
+        def finish():
+            self._wait(request)
+            return out
+
+        return finish
 
     def bcast(self, value, root=0):
         self._meet()

@@ -90,9 +90,13 @@ class Regularization:
 
         Opening and classification belong to the first and the last interval.
         """
-        layout, h = network.layout, network.grid.h
+        layout, h, comm, partition = network.layout, network.grid.h, network.comm, network.partition
         rows, gradient = layout.rows(x), torch.zeros_like(x)
         out = layout.rows(gradient)
+        theta = rows["layers"]
+        # The neighbours' weights travel while the terms without them are summed.
+        if self.ddt and len(theta):
+            edges = [comm.begin_shift(edge, partition, to) for edge, to in ((theta[-1:], +1), (theta[:1], -1))]
         factor = h if self.measure == "integral" else 1.0
         weights = {
             "opening": self.tikhonov,
@@ -103,11 +107,9 @@ class Regularization:
         for name, gamma in weights.items():
             sums[name] = gamma / 2 * rows[name].square().sum(1)
             out[name].add_(rows[name], alpha=gamma)
-        if self.ddt and len(rows["layers"]):
+        if self.ddt and len(theta):
             # theta_n - theta_{n-1} of the rows owned here, and of the first one behind them.
-            theta, comm, partition = rows["layers"], network.comm, network.partition
-            before = comm.shift(theta[-1:], partition, +1)
-            after = comm.shift(theta[:1], partition, -1)
+            before, after = (finish() for finish in edges)
             gamma = self.ddt * factor / h**2
             joined = torch.cat([part for part in (before, theta, after) if part is not None])
             jumps = joined.diff(dim=0)

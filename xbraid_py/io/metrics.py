@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from xbraid_py.comm import Communicator
 from xbraid_py.io.files import library_versions, publish
+from xbraid_py.kernels import BACKEND
 
 
 class MetricsWriter:
@@ -93,6 +94,7 @@ class MetricsWriter:
             "cpus": os.cpu_count(),
             "python": platform.python_version(),
             "mpi": self._mpi_library,
+            "kernels": BACKEND,
         }
         return {
             "configuration": self._header,

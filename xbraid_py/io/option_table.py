@@ -142,3 +142,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [plain(item) for item in value]
     return str(value) if isinstance(value, os.PathLike) else value
+
+
+def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
+    """The options that `to_dict` has made such a dict of, for a class without groups of options."""
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

@@ -21,13 +21,14 @@ from xbraid_py.io.option_table import (
     build,
     convert,
     example,
+    from_dict,
     members,
     option_table,
     text,
     to_dict,
 )
 
-__all__ = ["OptionError", "parse", "to_dict", "to_yaml"]
+__all__ = ["OptionError", "from_dict", "parse", "to_dict", "to_yaml"]
 
 T = TypeVar("T")
 

@@ -115,6 +115,15 @@ def read_resumed(
     return snapshots
 
 
+def resumed_configuration(resume: str | None, out: Path) -> dict | None:
+    """The configuration of the job that `--resume` goes on with; None if there is nothing to go on from."""
+    path = newest_good(checkpoint_folder(out, "nested")) if resume in ("auto", None) else Path(resume)
+    if resume is None or path is None:
+        return None
+    with load(path) as checkpoint:
+        return checkpoint.meta.get("configuration")
+
+
 def _read_meta(path: Path, configuration: Mapping, free: tuple[str, ...]) -> dict:
     """Meta data of a checkpoint, once its configuration is known to be that of this job."""
     with load(path) as checkpoint:

@@ -14,6 +14,7 @@ from xbraid_py.comm import Communicator
 from xbraid_py.io.metrics import MetricsWriter, truncate_after
 from xbraid_py.io.progress import Progress
 from xbraid_py.io.run_checkpoint import checkpoint_folder, save_run
+from xbraid_py.kernels import BACKEND
 from xbraid_py.multilevel import NestedIteration, Record, Snapshot
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ class Training:
 def prepare(out: Path, comm: Communicator, runs: Iterable[str], resumed: Mapping[str, Snapshot]) -> None:
     """Make room for a job in its folder: an earlier one there is set aside, a resumed one cut to where it goes on."""
     if comm.rank == 0:
+        log.info("kernels: %s", BACKEND)
         record = out / "metrics.jsonl"
         if resumed:
             for name in runs:

@@ -91,11 +91,12 @@ class Cycles(Levels):
         """C-relaxation: c_{k+1} <- e_k; the first C-point stays."""
         if not len(points):
             return points
+        finish = self.comm.begin_shift(ends[self.last], level.rows, self.direction)
         shifted = torch.empty_like(points)
         if self.direction > 0:
             shifted[1:] = ends[:-1]
         else:
             shifted[:-1] = ends[1:]
-        received = self.comm.shift(ends[self.last], level.rows, self.direction)
+        received = finish()
         shifted[self.first] = points[self.first] if received is None else received
         return shifted
