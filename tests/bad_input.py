@@ -18,8 +18,12 @@ BAD = {
         "unknown option mgrit.cfacter in FOLDER/bad.yaml; did you mean mgrit.cfactor?",
     ),
     "depth": ("--num_layers=9", 2, "num_layers=9 is not a multiple of 2^refinements=2; use 8 or 10"),
-    "cfactor": ("--mgrit.cfactor=3", 2, "num_layers=8 is not a multiple of cfactor * 2^refinements=6; use 6 or 12"),
-    "tol": ("--mgrit.tol=-0.1", 2, "tol=-0.1 must be at least 0; use 1e-6, or 0 for a fixed number of iterations"),
+    "cfactor": ("--mgrit.cfactor=3", 2, "num_layers=16 is not a multiple of cfactor * 2^refinements=6; use 12 or 18"),
+    "tol": (
+        "--mgrit.tol=-0.1",
+        2,
+        "tol=-0.1 must be at least 0 and finite; use 1e-6, or 0 for a fixed number of iterations",
+    ),
     "adjoint": (
         "--adjoint_tol=-0.1",
         2,
@@ -51,8 +55,8 @@ BAD = {
     "other": (
         "--resume=FOLDER/smoke_1/checkpoints/update_000005.h5",
         2,
-        "FOLDER/smoke_1/checkpoints/update_000005.h5 was written with mgrit.min_coarse=4, but this run has "
-        "mgrit.min_coarse=2; give --mgrit.min_coarse 4, or start without --resume",
+        "FOLDER/smoke_1/checkpoints/update_000005.h5 was written with mgrit.intervals=8, but this run has "
+        "mgrit.intervals=4; give --mgrit.intervals 8, or start without --resume",
     ),
     "row": (
         "--data_dir=FOLDER/row",

@@ -24,7 +24,8 @@ pytestmark = [pytest.mark.job, pytest.mark.timeout(400)]
 DRIVER = PROJECT / "drivers" / "peaks.py"
 CASES = Path(__file__).resolve().parent / "driver_cases.py"
 TINY = [
-    *("--num_layers=8", "--num_train=50", "--num_val=40", "--network.width=3", "--mgrit.min_coarse=2"),
+    *("--num_layers=16", "--num_train=50", "--num_val=40", "--network.width=3"),
+    *("--mgrit.min_coarse=2", "--mgrit.intervals=4"),  # 16 layers by the one-shot cycle, 8 one after the other
     *("--nested.refinements=1", "--nested.updates=4,16", "--optim.boost_updates=1"),
     *("--checkpoint_every=1", "--validate_every=2"),
 ]
@@ -235,7 +236,7 @@ def test_the_run_of_comparison_follows_and_is_recorded_once(folder):
         *(("nested", update) for update in range(6)),
         *(("non-nested", update) for update in range(5)),
     ]
-    assert {row["num_layers"] for row in rows[6:]} == {8} and rows[-1]["final"]
+    assert {row["num_layers"] for row in rows[6:]} == {16} and rows[-1]["final"]
     status, out, _ = case(folder, "again", 3)
     # In the file the runs may take turns.
     found = sorted(updates_of(folder / "again_3"), key=lambda row: (row["run"], row["update"]))

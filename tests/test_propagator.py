@@ -226,3 +226,45 @@ def test_steps_of_a_grid_reach_its_end():
     theta[:, C * C :] = 3.0
     end = propagate(ResidualSteps(block, theta, grid.h), torch.zeros(1, C, B, dtype=torch.float64))
     assert torch.allclose(end, torch.full_like(end, 7.5), rtol=1e-14)
+
+
+@pytest.mark.parametrize(("parts", "left"), [(1, 0.25), (2, 0.12), (4, 1e-12)])
+def test_correction_of_the_gradient(parts, left):
+    """First order in the change: exact for coarse steps that are the fine ones, close for smooth weights otherwise."""
+    n, cfactor = 32, 4
+    theta = ref.smooth_weights(n, BLOCK.num_parameters, 0.8, seed=3)
+    steps, states = ResidualSteps(BLOCK, theta, 1.0 / n), ref.random(n, C, B, seed=4)
+    states = states[:1] + 0.05 * torch.arange(n)[:, None, None] / n * states  # along a trajectory, nearly
+    points, change = ref.random(2, n // cfactor, C, B, seed=5)
+
+    def gradient(v):
+        adjoint = Adjoint(steps, states, torch.zeros(n, BLOCK.num_parameters, dtype=torch.float64))
+        adjoint.relax(v, cfactor, record=True)
+        return adjoint
+
+    before, exact = gradient(points), gradient(points + change).gradient
+    uncorrected = float((before.gradient - exact).norm())
+    before.correct(change, before.coarsen(cfactor, "average", "euler", parts))
+    corrected = float((before.gradient - exact).norm())
+    assert uncorrected > 0.5 * float(exact.norm())
+    assert corrected < left * uncorrected
+
+
+def test_a_coarse_step_of_as_many_parts_as_steps_is_exact():
+    steps = steps_of(8, 0.3, "euler")
+    u, states = ref.random(2, C, B, seed=7), ref.random(8, C, B, seed=8)
+    coarse = steps.coarsen(4, "average", "midpoint", 4)
+    assert coarse.parts == 4 and coarse.cost == 4.0
+    assert torch.equal(coarse.relax(u, 1, None, None), steps.relax(u, 4, None, None))
+    back = Adjoint(steps, states, None)
+    assert torch.equal(back.coarsen(4, "average", "midpoint", 4).step(u), back.relax(u, 4))
+
+
+def test_coarsening_twice_averages_over_all_layers():
+    steps = steps_of(16, 0.3, "euler")
+    twice = steps.coarsen(4, "average", "euler", 2).coarsen(2, "average", "euler", 2)
+    assert twice.parts == 2 and twice.h == pytest.approx(4 * steps.h)
+    assert torch.allclose(twice.theta, steps.theta.unflatten(0, (4, 4)).mean(1), rtol=1e-14, atol=1e-14)
+    adjoint = Adjoint(steps, ref.random(16, C, B, seed=8), None)
+    states = adjoint.coarsen(4, "average", "euler", 2).coarsen(2, "average", "euler", 2).states
+    assert torch.equal(states, adjoint.states[::4])

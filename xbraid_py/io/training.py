@@ -62,7 +62,8 @@ class Training:
             if record.num_layers != depth:
                 depth = record.num_layers
                 solver = run.objective.forward
-                self.progress.note(f"{name}: {depth} layers\n{solver.hierarchy.table(solver.options)}")
+                table = solver.hierarchy.table(solver.options)
+                self.progress.note(f"{name}: {depth} layers, kernels: {BACKEND}\n{table}")
             due = record.final or record.update % self.validate_every == 0
             accuracy = self.accuracy(run) if due else None
             row = _row(record, name, accuracy)
@@ -85,7 +86,6 @@ class Training:
 def prepare(out: Path, comm: Communicator, runs: Iterable[str], resumed: Mapping[str, Snapshot]) -> None:
     """Make room for a job in its folder: an earlier one there is set aside, a resumed one cut to where it goes on."""
     if comm.rank == 0:
-        log.info("kernels: %s", BACKEND)
         record = out / "metrics.jsonl"
         if resumed:
             for name in runs:
