@@ -33,7 +33,9 @@ def test_lbfgs_is_the_dense_matrix_of_its_pairs(count, memory):
     s, y = newest[-1]
     H = dense_inverse(newest, (s @ y) / (y @ y))
     gradient = numbers(6, seed=9)
-    torch.testing.assert_close(filled("lbfgs", given, memory).direction(gradient)[0], H @ gradient, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(
+        filled("lbfgs", given, memory).direction(gradient)[0], H @ gradient, rtol=1e-11, atol=1e-12
+    )
 
 
 def test_bfgs_is_the_dense_update_over_20_updates():

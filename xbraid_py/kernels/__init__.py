@@ -5,8 +5,9 @@ instruction sets of this processor (avx512, avx2, baseline). `BACKEND` says what
 
 Shape letters: `m` intervals or layers, `c` steps of an interval, `I` inputs, `O` outputs, `B` samples, `p` parameters
 of a layer. All functions take rows of weights theta (m, p) and states (m, I, B); a layer has `inputs`, `outputs`,
-`activation` and `bias`, as `networks.dense.DenseLayer` has. Arrays to be written may be those that are read, but must
-not overlap them in another way.
+`activation` and `bias`, as `networks.dense.DenseLayer` has. All arrays have the type of theta. One that is written may
+be one that is read where it says so, and must not overlap any in another way. What does not fit is refused before
+anything is written.
 """
 
 from __future__ import annotations
@@ -78,6 +79,11 @@ def step(
     -------
     (m, O, B) tensor
         `out`, or a new tensor.
+
+    Raises
+    ------
+    ValueError
+        If an array has not the shape or the type that fits; it is named.
     """
     checks.step(layer, theta, u, scheme, residual, add, out)
     return _kernels.step(layer, theta, u, h=h, scheme=scheme, residual=residual, add=add, out=out)
@@ -112,6 +118,11 @@ def adjoint(
     -------
     (m, I, B) tensor or None
         `out`, or a new tensor.
+
+    Raises
+    ------
+    ValueError
+        If an array has not the shape or the type that fits; it is named.
     """
     checks.adjoint(layer, theta, u, v, scheme, residual, add, out, gradient)
     options = {"h": h, "scheme": scheme, "residual": residual, "add": add}
@@ -153,6 +164,11 @@ def relax(
     -------
     (m, C, B) tensor
         The ends of the intervals.
+
+    Raises
+    ------
+    ValueError
+        If an array has not the shape or the type that fits; it is named.
     """
     checks.relax(layer, theta, points, cfactor, scheme, parts, tau, inputs, ends)
     options = {"h": h, "scheme": scheme, "parts": parts, "tau": tau, "inputs": inputs, "ends": ends}
@@ -191,6 +207,11 @@ def relax_adjoint(
     -------
     (m, C, B) tensor
         Adjoints before the first step of each interval.
+
+    Raises
+    ------
+    ValueError
+        If an array has not the shape or the type that fits; it is named.
     """
     checks.relax(layer, theta, points, cfactor, scheme, parts, tau, inputs, ends, states, gradient)
     options = {"h": h, "scheme": scheme, "parts": parts, "tau": tau, "inputs": inputs, "ends": ends}
@@ -207,6 +228,11 @@ def distances(a: Tensor, b: Tensor) -> Tensor:
     Returns
     -------
     (m, 2) tensor
+
+    Raises
+    ------
+    ValueError
+        If an array has not the shape or the type that fits; it is named.
     """
     checks.distances(a, b)
     return _kernels.distances(a, b)

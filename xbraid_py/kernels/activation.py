@@ -34,9 +34,10 @@ def _smooth_relu_slope(z: Tensor) -> Tensor:
 
 def _smooth_relu(z: Tensor) -> Tensor:
     # x^2/(4 eta) + x/2 + eta/4 = eta p^2 with p the slope; p is 0 or 1 outside of the corner, so that
-    # eta p^2 + relu(x - eta) is the function on all three pieces without a branch.
+    # eta p^2 + relu(x - eta) is the function on all three pieces without a branch. Not relu_, whose slope autograd
+    # takes from the result, which is added to in place.
     p = _smooth_relu_slope(z)
-    return torch.sub(z, _ETA).relu_().addcmul_(p, p, value=_ETA)
+    return torch.sub(z, _ETA).clamp_min_(0.0).addcmul_(p, p, value=_ETA)
 
 
 def _relu_slope(z: Tensor) -> Tensor:

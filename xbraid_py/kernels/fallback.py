@@ -19,8 +19,8 @@ def step(layer, theta, u, *, h=1.0, scheme="euler", residual=True, add=None, out
     """See `xbraid_py.kernels.step`."""
     middle = u
     if scheme == "midpoint":
-        middle = _value(layer, theta, u).mul_(h / 2).add_(u)
-    found = _value(layer, theta, middle).mul_(h)
+        middle = _scaled(_value(layer, theta, u), h / 2).add_(u)
+    found = _scaled(_value(layer, theta, middle), h)
     if residual:
         found += u
     if add is not None:
@@ -33,7 +33,7 @@ def adjoint(
 ) -> Tensor | None:
     """See `xbraid_py.kernels.adjoint`."""
     if scheme == "midpoint":
-        middle = _value(layer, theta, u).mul_(h / 2).add_(u)
+        middle = _scaled(_value(layer, theta, u), h / 2).add_(u)
         inner, first = _vjp(layer, theta, middle, v, h, gradient is not None, True)
         found, second = _vjp(layer, theta, u, inner, h / 2, gradient is not None, back)
         if back:
@@ -110,7 +110,8 @@ def _rows(first: int, count: int, length: int, row: int) -> slice:
 
 def distances(a: Tensor, b: Tensor) -> Tensor:
     """See `xbraid_py.kernels.distances`."""
-    return torch.stack([(a - b).square().flatten(1).sum(1), a.square().flatten(1).sum(1)], 1)
+    squares = (a - b).square(), a.square()
+    return torch.stack([each.unsqueeze(-1).flatten(1).sum(1) for each in squares], 1)
 
 
 def _chunks(points: Tensor):
@@ -133,6 +134,11 @@ def _affine(layer, theta: Tensor, u: Tensor) -> Tensor:
 
 def _value(layer, theta: Tensor, u: Tensor) -> Tensor:
     return activation(layer.activation).value(_affine(layer, theta, u))
+
+
+def _scaled(value: Tensor, factor: float) -> Tensor:
+    # In place, unless autograd needs the value as it is.
+    return value * factor if value.requires_grad else value.mul_(factor)
 
 
 def _vjp(layer, theta, u, v, h, with_gradient, back) -> tuple[Tensor | None, Tensor | None]:

@@ -1,4 +1,7 @@
-"""The native kernels behind the signatures of `fallback`: they take addresses and strides; torch does the rest."""
+"""The native kernels behind the signatures of `fallback`: they take addresses and strides; torch does the rest.
+
+Shapes and types are checked by then. Little happens here: on coarse grids this file can take longer than the kernels.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,10 @@ from xbraid_py.kernels.activation import ACTIVATIONS
 _NUMBERS = {name: number for number, name in enumerate(("smooth_relu", "relu", "tanh", "identity"))}
 assert _NUMBERS.keys() == ACTIVATIONS.keys(), "dense.hpp has the activations of activation.py"
 
-_NAMES = ("step", "adjoint", "relax", "relax_adjoint", "distances")
-_FUNCTIONS = {
-    dtype: {name: getattr(_native, f"{name}_{suffix}") for name in _NAMES}
-    for dtype, suffix in ((torch.float64, "float64"), (torch.float32, "float32"))
-}
+_STEP, _ADJOINT, _RELAX, _RELAX_ADJOINT, _DISTANCES = (
+    {torch.float64: getattr(_native, f"{name}_float64"), torch.float32: getattr(_native, f"{name}_float32")}
+    for name in ("step", "adjoint", "relax", "relax_adjoint", "distances")
+)
 _layers: dict[tuple, _native.Layer] = {}
 
 
@@ -35,48 +37,48 @@ def active() -> str:
     return _native.active()
 
 
+def max_width() -> int:
+    """The width of the layers up to which it is faster than torch."""
+    return _native.max_width()
+
+
 def step(layer, theta, u, *, h=1.0, scheme="euler", residual=True, add=None, out=None) -> Tensor:
     """See `xbraid_py.kernels.step`."""
-    function = _function("step", layer, theta, u, add, out)
-    if function is None:
-        return fallback.step(layer, theta, u, h=h, scheme=scheme, residual=residual, add=add, out=out)
     m, _, batch = u.shape
-    out = u.new_empty((m, layer.outputs, batch)) if out is None else out
-    shape = _layer(layer, scheme, residual)
-    function(shape, m, batch, h, *_place(theta), *_place(u), *_place(add), *_place(out))
-    return out
+    found = u.new_empty((m, layer.outputs, batch)) if out is None else out
+    numbers = _numbers(layer, (theta,), (u, add, found))
+    if numbers is None:
+        return fallback.step(layer, theta, u, h=h, scheme=scheme, residual=residual, add=add, out=out)
+    _STEP[theta.dtype](_layer(layer, scheme, residual), m, batch, h, *numbers)
+    return found
 
 
 def adjoint(
     layer, theta, u, v, *, h=1.0, scheme="euler", residual=True, add=None, out=None, gradient=None, back=True
 ) -> Tensor | None:
     """See `xbraid_py.kernels.adjoint`."""
-    function = _function("adjoint", layer, theta, u, v, add, out, rows=(gradient,))
-    if function is None:
+    m, _, batch = u.shape
+    found = None
+    if back:
+        found = u.new_empty((m, layer.inputs, batch)) if out is None else out
+    numbers = _numbers(layer, (theta, gradient), (u, v, add, found))
+    if numbers is None:
         options = {"h": h, "scheme": scheme, "residual": residual, "add": add}
         return fallback.adjoint(layer, theta, u, v, **options, out=out, gradient=gradient, back=back)
-    m, _, batch = u.shape
-    if back and out is None:
-        out = torch.empty_like(u)
-    out = out if back else None
-    shape = _layer(layer, scheme, residual)
-    places = (theta, u, v, add, out, gradient)
-    function(shape, m, batch, h, *(number for tensor in places for number in _place(tensor)))
-    return out
+    _ADJOINT[theta.dtype](_layer(layer, scheme, residual), m, batch, h, *numbers)
+    return found
 
 
 def relax(layer, theta, points, cfactor, *, h, scheme="euler", parts=1, tau=None, inputs=None, ends=None) -> Tensor:
     """See `xbraid_py.kernels.relax`."""
-    function = _function("relax", layer, theta, points, tau, inputs, ends)
-    if function is None:
+    m, _, batch = points.shape
+    found = points.new_empty((m, layer.inputs, batch)) if ends is None else ends
+    numbers = _numbers(layer, (theta,), (points, tau, inputs, found))
+    if numbers is None:
         options = {"h": h, "scheme": scheme, "parts": parts, "tau": tau, "inputs": inputs, "ends": ends}
         return fallback.relax(layer, theta, points, cfactor, **options)
-    m, _, batch = points.shape
-    ends = torch.empty(points.shape, dtype=points.dtype) if ends is None else ends
-    places = (theta, points, tau, inputs, ends)
-    shape = _layer(layer, scheme, True)
-    function(shape, m, cfactor, parts, batch, h, *(number for tensor in places for number in _place(tensor)))
-    return ends
+    _RELAX[theta.dtype](_layer(layer, scheme, True), m, cfactor, parts, batch, h, *numbers)
+    return found
 
 
 def relax_adjoint(
@@ -95,58 +97,68 @@ def relax_adjoint(
     gradient=None,
 ) -> Tensor:
     """See `xbraid_py.kernels.relax_adjoint`."""
-    function = _function("relax_adjoint", layer, theta, states, points, tau, inputs, ends, rows=(gradient,))
-    if function is None:
+    m, _, batch = points.shape
+    found = points.new_empty((m, layer.inputs, batch)) if ends is None else ends
+    numbers = _numbers(layer, (theta, gradient), (states, points, tau, inputs, found))
+    if numbers is None:
         options = {"h": h, "scheme": scheme, "parts": parts, "tau": tau, "inputs": inputs}
         options |= {"ends": ends, "gradient": gradient}
         return fallback.relax_adjoint(layer, theta, states, points, cfactor, **options)
-    m, _, batch = points.shape
-    ends = torch.empty(points.shape, dtype=points.dtype) if ends is None else ends
-    places = (theta, states, points, tau, inputs, ends, gradient)
-    shape = _layer(layer, scheme, True)
-    function(shape, m, cfactor, parts, batch, h, *(number for tensor in places for number in _place(tensor)))
-    return ends
+    _RELAX_ADJOINT[theta.dtype](_layer(layer, scheme, True), m, cfactor, parts, batch, h, *numbers)
+    return found
 
 
 def distances(a: Tensor, b: Tensor) -> Tensor:
     """See `xbraid_py.kernels.distances`."""
-    functions = _FUNCTIONS.get(a.dtype)
-    if functions is None or not all(_fits(each, a) and each[0].is_contiguous() for each in (a, b) if len(each)):
-        return fallback.distances(a, b)
-    sums = a.new_empty((len(a), 2))
-    functions["distances"](len(a), a[:1].numel(), *_place(a), *_place(b), sums.data_ptr())
+    m = a.shape[0]
+    numbers: list[int] = []
+    for tensor in (a, b):
+        # Rows at any distance, the numbers of each one after the other.
+        together = m > 0 and (tensor.is_contiguous() or tensor[0].is_contiguous())
+        if not together or not _plain(tensor) or a.dtype not in _DISTANCES:
+            return fallback.distances(a, b)
+        numbers += (tensor.data_ptr(), tensor.stride(0))
+    sums = a.new_empty((m, 2))
+    _DISTANCES[a.dtype](m, a.numel() // m, *numbers, sums.data_ptr())
     return sums
 
 
-def _function(name: str, layer, theta: Tensor, *states: Tensor | None, rows: tuple[Tensor | None, ...] = ()):
-    """The native function for these arguments; None if one of them is not for it."""
-    functions = _FUNCTIONS.get(theta.dtype)
-    if functions is None or max(layer.inputs, layer.outputs) > _native.MAX_WIDTH:
+def _numbers(layer, rows: tuple[Tensor | None, ...], states: tuple[Tensor | None, ...]) -> list[int] | None:
+    """Addresses and distances of the rows of all arrays; None if there is one that is not for native code."""
+    if rows[0].dtype not in _STEP or layer.inputs > _native.max_width() or layer.outputs > _native.max_width():
         return None
-    for tensor in (theta, *rows):
-        if tensor is not None and (tensor.stride(1) != 1 or not _fits(tensor, theta)):
+    numbers: list[int] = []
+    for tensor in rows:
+        if tensor is None:
+            numbers += (0, 0)
+            continue
+        row, number = tensor.stride()
+        if number != 1 or not _plain(tensor):
             return None
+        numbers += (tensor.data_ptr(), row)
     for tensor in states:
+        if tensor is None:
+            numbers += (0, 0)
+            continue
         # The samples of a feature one after the other, the features one after the other.
-        if tensor is not None and (tensor.stride()[1:] != (tensor.shape[2], 1) or not _fits(tensor, theta)):
+        row, feature, sample = tensor.stride()
+        if sample != 1 or feature != tensor.shape[2] or not _plain(tensor):
             return None
-    return functions[name]
+        numbers += (tensor.data_ptr(), row)
+    return numbers
 
 
-def _fits(tensor: Tensor, theta: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype == theta.dtype and not tensor.requires_grad
+def _plain(tensor: Tensor) -> bool:
+    return tensor.is_cpu and not (tensor.requires_grad and torch.is_grad_enabled())
 
 
 def _layer(layer, scheme: str, residual: bool) -> _native.Layer:
-    key = (layer, scheme, residual)
-    if key not in _layers:
+    # By its attributes: to hash a dataclass takes longer than a small kernel.
+    key = (layer.inputs, layer.outputs, layer.activation, layer.bias, scheme, residual)
+    found = _layers.get(key)
+    if found is None:
         number = _NUMBERS[layer.activation]
-        _layers[key] = _native.Layer(
+        found = _layers[key] = _native.Layer(
             layer.inputs, layer.outputs, number, layer.bias == "scalar", residual, scheme == "midpoint"
         )
-    return _layers[key]
-
-
-def _place(tensor: Tensor | None) -> tuple[int, int]:
-    """Address, and distance of the rows in numbers."""
-    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
+    return found

@@ -22,8 +22,6 @@ struct Layer {
 
 // Samples that go through a step together: their rows stay in the first cache.
 constexpr long BLOCK = 128;
-// Wider layers are better left to BLAS.
-constexpr int MAX_WIDTH = 64;
 
 // The functions for one type of numbers. `theta` holds W (outputs x inputs) and then b. `add` may be null; `out` may be
 // any of `u`, `v` and `add`, but must not overlap them in another way. `scratch` has `scratch_size(layer)` numbers.
@@ -42,6 +40,7 @@ struct Functions {
 
 struct Instructions {
   const char* name;
+  int max_width;  // wider layers are better left to BLAS
   Functions<double> f64;
   Functions<float> f32;
 };

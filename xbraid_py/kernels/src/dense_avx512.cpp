@@ -2,6 +2,7 @@
 
 #define XBRAID_TABLE avx512
 #define XBRAID_NAME "avx512"
+#define XBRAID_MAX_WIDTH 64
 #define XBRAID_BYTES 64
 #define XBRAID_ROWS 8
 #define XBRAID_COLUMNS 4

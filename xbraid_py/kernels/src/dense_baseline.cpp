@@ -2,6 +2,7 @@
 
 #define XBRAID_TABLE baseline
 #define XBRAID_NAME "baseline"
+#define XBRAID_MAX_WIDTH 16
 #define XBRAID_BYTES 16
 #define XBRAID_ROWS 4
 #define XBRAID_COLUMNS 2

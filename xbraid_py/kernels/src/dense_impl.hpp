@@ -1,5 +1,5 @@
 // The dense step and its adjoint, for whatever instruction set this is compiled. Defines `XBRAID_TABLE`, with vectors of
-// `XBRAID_BYTES` bytes and register tiles of `XBRAID_ROWS` (products) and `XBRAID_ROWS` / 2 by `XBRAID_COLUMNS` (gradients).
+// `XBRAID_BYTES` bytes and register tiles of `XBRAID_ROWS` rows (products) and 4 rows by `XBRAID_COLUMNS` (gradients).
 //
 // Shape letters: B samples of the batch, n of them in a block, I inputs, O outputs. A row is one feature of all samples.
 
@@ -328,6 +328,7 @@ void distance(long n, const T* a, const T* b, T* sums) {
 namespace xbraid {
 const Instructions XBRAID_TABLE = {
     XBRAID_NAME,
+    XBRAID_MAX_WIDTH,
     {step<double>, adjoint<double>, scratch_size<double>, distance<double>},
     {step<float>, adjoint<float>, scratch_size<float>, distance<float>},
 };

@@ -7,6 +7,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -51,7 +52,8 @@ std::vector<const Instructions*> usable() {
   return found;
 }
 
-const Instructions* active = usable().front();
+// Calls do not hold the interpreter's lock: each of them reads this once.
+std::atomic<const Instructions*> active{usable().front()};
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
@@ -72,18 +74,18 @@ template <class T>
 const Functions<T>& functions();
 template <>
 const Functions<double>& functions<double>() {
-  return active->f64;
+  return active.load()->f64;
 }
 template <>
 const Functions<float>& functions<float>() {
-  return active->f32;
+  return active.load()->f32;
 }
 
 // Room for a call, kept from one call to the next: it only ever grows.
 template <class T>
-T* scratch_for(const Layer& layer) {
+T* scratch_for(const Functions<T>& table, const Layer& layer) {
   thread_local std::vector<T> kept;
-  const std::size_t size = functions<T>().scratch_size(layer) + 64 / sizeof(T);
+  const std::size_t size = table.scratch_size(layer) + 64 / sizeof(T);
   if (kept.size() < size) kept.resize(size);
   const auto address = reinterpret_cast<std::uintptr_t>(kept.data());
   return reinterpret_cast<T*>((address + 63) / 64 * 64);
@@ -97,22 +99,24 @@ T* at(std::uintptr_t address) {
 template <class T>
 void step(Layer layer, long m, long B, double h, std::uintptr_t theta, long theta_stride, std::uintptr_t u,
           long u_stride, std::uintptr_t add, long add_stride, std::uintptr_t out, long out_stride) {
-  T* scratch = scratch_for<T>(layer);
+  const Functions<T>& table = functions<T>();
+  T* scratch = scratch_for(table, layer);
   for (long k = 0; k < m; k++)
-    functions<T>().step(layer, B, T(h), at<T>(theta) + k * theta_stride, at<T>(u) + k * u_stride,
-                        add ? at<T>(add) + k * add_stride : nullptr, at<T>(out) + k * out_stride, scratch);
+    table.step(layer, B, T(h), at<T>(theta) + k * theta_stride, at<T>(u) + k * u_stride,
+               add ? at<T>(add) + k * add_stride : nullptr, at<T>(out) + k * out_stride, scratch);
 }
 
 template <class T>
-void adjoint(Layer layer, long m, long B, double h, std::uintptr_t theta, long theta_stride, std::uintptr_t u,
-             long u_stride, std::uintptr_t v, long v_stride, std::uintptr_t add, long add_stride, std::uintptr_t out,
-             long out_stride, std::uintptr_t gradient, long gradient_stride) {
-  T* scratch = scratch_for<T>(layer);
+void adjoint(Layer layer, long m, long B, double h, std::uintptr_t theta, long theta_stride, std::uintptr_t gradient,
+             long gradient_stride, std::uintptr_t u, long u_stride, std::uintptr_t v, long v_stride, std::uintptr_t add,
+             long add_stride, std::uintptr_t out, long out_stride) {
+  const Functions<T>& table = functions<T>();
+  T* scratch = scratch_for(table, layer);
   for (long k = 0; k < m; k++)
-    functions<T>().adjoint(layer, B, T(h), at<T>(theta) + k * theta_stride, at<T>(u) + k * u_stride,
-                           at<T>(v) + k * v_stride, add ? at<T>(add) + k * add_stride : nullptr,
-                           out ? at<T>(out) + k * out_stride : nullptr,
-                           gradient ? at<T>(gradient) + k * gradient_stride : nullptr, scratch);
+    table.adjoint(layer, B, T(h), at<T>(theta) + k * theta_stride, at<T>(u) + k * u_stride,
+                  at<T>(v) + k * v_stride, add ? at<T>(add) + k * add_stride : nullptr,
+                  out ? at<T>(out) + k * out_stride : nullptr,
+                  gradient ? at<T>(gradient) + k * gradient_stride : nullptr, scratch);
 }
 
 // c steps from the beginning of each interval to its end, each of `parts` steps with rows of weights of their own.
@@ -121,7 +125,8 @@ template <class T>
 void relax(Layer layer, long m, long c, long parts, long B, double h, std::uintptr_t theta, long theta_stride,
            std::uintptr_t points, long points_stride, std::uintptr_t tau, long tau_stride, std::uintptr_t inputs,
            long inputs_stride, std::uintptr_t ends, long ends_stride) {
-  T* scratch = scratch_for<T>(layer);
+  const Functions<T>& table = functions<T>();
+  T* scratch = scratch_for(table, layer);
   const std::size_t bytes = std::size_t(layer.inputs) * B * sizeof(T);
   for (long k = 0; k < m; k++) {
     T* const end = at<T>(ends) + k * ends_stride;
@@ -136,8 +141,8 @@ void relax(Layer layer, long m, long c, long parts, long B, double h, std::uintp
       }
       for (long part = row * parts; part < (row + 1) * parts; part++) {
         const bool last = part + 1 == (row + 1) * parts;
-        functions<T>().step(layer, B, T(h), at<T>(theta) + part * theta_stride, x,
-                            tau && last ? at<T>(tau) + row * tau_stride : nullptr, target, scratch);
+        table.step(layer, B, T(h), at<T>(theta) + part * theta_stride, x,
+                   tau && last ? at<T>(tau) + row * tau_stride : nullptr, target, scratch);
         x = target;
       }
     }
@@ -147,10 +152,11 @@ void relax(Layer layer, long m, long c, long parts, long B, double h, std::uintp
 // The same backwards: adjoints from the end of each interval to its beginning. States and gradient have a row for each part.
 template <class T>
 void relax_adjoint(Layer layer, long m, long c, long parts, long B, double h, std::uintptr_t theta, long theta_stride,
-                   std::uintptr_t states, long states_stride, std::uintptr_t points, long points_stride,
-                   std::uintptr_t tau, long tau_stride, std::uintptr_t inputs, long inputs_stride, std::uintptr_t ends,
-                   long ends_stride, std::uintptr_t gradient, long gradient_stride) {
-  T* scratch = scratch_for<T>(layer);
+                   std::uintptr_t gradient, long gradient_stride, std::uintptr_t states, long states_stride,
+                   std::uintptr_t points, long points_stride, std::uintptr_t tau, long tau_stride,
+                   std::uintptr_t inputs, long inputs_stride, std::uintptr_t ends, long ends_stride) {
+  const Functions<T>& table = functions<T>();
+  T* scratch = scratch_for(table, layer);
   const std::size_t bytes = std::size_t(layer.inputs) * B * sizeof(T);
   for (long k = 0; k < m; k++) {
     T* const end = at<T>(ends) + k * ends_stride;
@@ -164,10 +170,10 @@ void relax_adjoint(Layer layer, long m, long c, long parts, long B, double h, st
         if (row > k * c) target = input - inputs_stride;
       }
       for (long part = (row + 1) * parts - 1; part >= row * parts; part--) {
-        functions<T>().adjoint(layer, B, T(h), at<T>(theta) + part * theta_stride,
-                               at<T>(states) + part * states_stride, v,
-                               tau && part == row * parts ? at<T>(tau) + row * tau_stride : nullptr, target,
-                               gradient ? at<T>(gradient) + part * gradient_stride : nullptr, scratch);
+        table.adjoint(layer, B, T(h), at<T>(theta) + part * theta_stride,
+                      at<T>(states) + part * states_stride, v,
+                      tau && part == row * parts ? at<T>(tau) + row * tau_stride : nullptr, target,
+                      gradient ? at<T>(gradient) + part * gradient_stride : nullptr, scratch);
         v = target;
       }
     }
@@ -176,8 +182,9 @@ void relax_adjoint(Layer layer, long m, long c, long parts, long B, double h, st
 
 template <class T>
 void distances(long m, long n, std::uintptr_t a, long a_stride, std::uintptr_t b, long b_stride, std::uintptr_t sums) {
+  const Functions<T>& table = functions<T>();
   for (long k = 0; k < m; k++)
-    functions<T>().distance(n, at<T>(a) + k * a_stride, at<T>(b) + k * b_stride, at<T>(sums) + 2 * k);
+    table.distance(n, at<T>(a) + k * a_stride, at<T>(b) + k * b_stride, at<T>(sums) + 2 * k);
 }
 
 template <class T>
@@ -193,12 +200,12 @@ void bind(nb::module_& m, const std::string& suffix) {
 }  // namespace
 
 NB_MODULE(_native, m) {
-  m.attr("MAX_WIDTH") = xbraid::MAX_WIDTH;
   nb::class_<Layer>(m, "Layer")
       .def(nb::init<int, int, int, int, int, int>(), nb::arg("inputs"), nb::arg("outputs"), nb::arg("activation"),
            nb::arg("scalar_bias"), nb::arg("residual"), nb::arg("midpoint"));
   m.def("instruction_sets", &instruction_sets);
-  m.def("active", [] { return std::string(active->name); });
+  m.def("active", [] { return std::string(active.load()->name); });
+  m.def("max_width", [] { return active.load()->max_width; });
   m.def("use", &use, nb::arg("name"));
   bind<double>(m, "float64");
   bind<float>(m, "float32");

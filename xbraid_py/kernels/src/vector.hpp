@@ -93,8 +93,8 @@ struct Exponential<double> {
   static constexpr double LN2_HIGH = 0x1.62e42fee00000p-1, LN2_LOW = 0x1.a39ef35793c76p-33;
   static constexpr double SATURATED = 44.0;  // 2 |x| from which on tanh(x) is 1
   static constexpr int DEGREE = 13, MANTISSA = 52;
-  static constexpr long long ONE = 0x3ff0000000000000LL;
-  typedef long long Integer;
+  static constexpr unsigned long long ONE = 0x3ff0000000000000;
+  typedef unsigned long long Integer;
 };
 
 template <>
@@ -103,8 +103,8 @@ struct Exponential<float> {
   static constexpr float LN2_HIGH = 0x1.62e400p-1f, LN2_LOW = 0x1.7f7d1cp-20f;
   static constexpr float SATURATED = 20.0f;
   static constexpr int DEGREE = 7, MANTISSA = 23;
-  static constexpr int ONE = 0x3f800000;
-  typedef int Integer;
+  static constexpr unsigned ONE = 0x3f800000;
+  typedef unsigned Integer;
 };
 
 template <class T>
