@@ -14,29 +14,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import common
+
 DRIVER = Path(__file__).resolve().parents[1] / "drivers" / "peaks.py"
-
-
-def mpirun() -> str:
-    """The launcher beside this Python, else the one on the path."""
-    beside = Path(sys.executable).with_name("mpirun")
-    found = str(beside) if beside.exists() else shutil.which("mpirun")
-    if found is None:
-        raise SystemExit("error: no mpirun beside this Python nor on the path; install the extra mpi")
-    return found
 
 
 def train(seed: int, ranks: int, options: list[str], folder: Path) -> dict[str, dict]:
     """Last rows of the nested and of the non-nested run of a seed."""
     out = folder / f"seed{seed}"
-    command = [mpirun(), "-n", str(ranks), sys.executable, str(DRIVER), f"--seed={seed}", f"--out={out}"]
+    command = [common.mpirun(), "-n", str(ranks), sys.executable, str(DRIVER), f"--seed={seed}", f"--out={out}"]
     command += ["--compare", "--checkpoint_every=100000", *options]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
     if done.returncode:

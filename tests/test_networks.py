@@ -183,7 +183,9 @@ def test_dots_in_shares_of_the_layers(parts, ends):
     layout = example_layout()
     a, b = ref.random(2, layout.size, seed=1)
     expected = [sum(a[i] * b[i] for i in range(*span)) for span in zip([0, *ends], ends, strict=False)]
-    assert torch.allclose(layout.dots(a, b, parts), torch.stack(expected), rtol=1e-13, atol=1e-13)
+    found = layout.dots(torch.stack([a, b]), b, parts)
+    assert found.shape == (2, parts)
+    assert torch.allclose(found[0], torch.stack(expected), rtol=1e-13, atol=1e-13)
 
 
 def network_on(comm, num_layers=6) -> ResidualNetwork:

@@ -244,7 +244,7 @@ def test_correction_of_the_gradient(parts, left):
 
     before, exact = gradient(points), gradient(points + change).gradient
     uncorrected = float((before.gradient - exact).norm())
-    before.correct(change, before.coarsen(cfactor, "average", "euler", parts))
+    before.correct(points, points + change, before.coarsen(cfactor, "average", "euler", parts))
     corrected = float((before.gradient - exact).norm())
     assert uncorrected > 0.5 * float(exact.norm())
     assert corrected < left * uncorrected

@@ -216,8 +216,10 @@ class NetworkObjective:
         # One summand for each interval: it has the same rows on any number of ranks.
         intervals = self.forward.hierarchy.intervals
         count = intervals.count(self.network.comm.rank)
-        sums = [self.network.layout.dots(left, right, count) for left in a for right in b]
-        return self.network.comm.ordered_sum(torch.stack(sums, 1), intervals.counts).view(len(a), len(b))
+        layout, left = self.network.layout, torch.stack(list(a))
+        sums = torch.stack([layout.dots(left, right, count) for right in b], 1)
+        rows = sums.permute(2, 0, 1).contiguous()
+        return self.network.comm.ordered_sum(rows, intervals.counts)
 
     def loss(self, logits: Tensor) -> Tensor:
         """Mean cross entropy of logits (classes, B); on the owner of the last layer.

@@ -45,8 +45,8 @@ class Propagator(Protocol):
         The input of each step is written to `inputs` (n, *S), if it is given. Returns a new tensor.
         """
 
-    def correct(self, change: Tensor, coarse: Propagator) -> None:
-        """Correct what was recorded, to first order, for C-points that have moved by `change` (n / c, *S) since.
+    def correct(self, before: Tensor, after: Tensor, coarse: Propagator) -> None:
+        """Correct what was recorded, to first order, for C-points (n / c, *S) that have been moved since.
 
         `coarse` makes one step for each interval.
         """
@@ -176,7 +176,7 @@ class Forward:
     def relax(self, points, cfactor, tau=None, record=False, inputs=None) -> Tensor:
         return self.steps.relax(points, cfactor, tau, self.states if record else inputs)
 
-    def correct(self, change: Tensor, coarse: Forward) -> None:
+    def correct(self, before: Tensor, after: Tensor, coarse: Forward) -> None:
         # The states stay as they are: to correct them would cost as much as another relaxation.
         pass
 
@@ -220,11 +220,11 @@ class Adjoint:
     def relax(self, points, cfactor, tau=None, record=False, inputs=None) -> Tensor:
         return self.steps.relax_adjoint(self.states, points, cfactor, tau, inputs, self.gradient if record else None)
 
-    def correct(self, change: Tensor, coarse: Adjoint) -> None:
+    def correct(self, before: Tensor, after: Tensor, coarse: Adjoint) -> None:
         # The gradient is linear in the adjoints: what the change adds to it, by coarse steps, goes in equal shares
         # to the layers that a part of a coarse step stands for.
         added = torch.empty_like(coarse.steps.theta)
-        coarse.steps.relax_adjoint(coarse.states, change, 1, None, None, added)
+        coarse.steps.relax_adjoint(coarse.states, after - before, 1, None, None, added)
         if len(added):
             length = len(self.gradient) // len(added)
             self.gradient.unflatten(0, (-1, length)).add_(added.div_(length)[:, None])

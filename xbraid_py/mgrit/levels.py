@@ -111,8 +111,8 @@ class Levels:
 
     def sequential(self) -> Solution:
         """The solution by one sweep: what there is to do with a single level."""
-        _, end = self.sweep(0, self.start, None, record=True)
-        end = end if self.finishes(self.levels[0]) else None
+        _, outputs = self.sweep(0, self.start, None, record=True)
+        end = outputs[self.last] if self.finishes(self.levels[0]) else None
         _, measured = self.reduce([], end, None)
         return Solution((), end, [], self.work, self.sweeps, measured)
 
@@ -126,23 +126,28 @@ class Levels:
     def sweep(self, index: int, start: Tensor | None, tau: Tensor | None, record: bool = False):
         """Step through a level one row after the other, rank after rank.
 
-        Returns the inputs (n, *S) of the steps, and the output (*S) of the last one on this rank, if it has any. With
-        `record`, on the finest level, the propagator keeps the states, and the inputs are not returned.
+        Returns the inputs and the outputs (n, *S) of the steps, which share memory. With `record`, on the finest level,
+        the propagator keeps the states, no input is returned, and of the outputs only the last.
         """
         level, propagator, rank = self.levels[index], self.own[index], self.comm.rank
         count = level.rows.count(rank)
-        inputs = propagator.empty(0 if record else count)
         self.work += level.num_steps * propagator.cost
         self.sweeps += index == 0
         if not count:
-            return inputs, None
+            return propagator.empty(0), propagator.empty(0)
         ahead = level.rows.neighbour(rank, self.direction)
         behind = level.rows.neighbour(rank, -self.direction)
         x = start[None] if behind is None else self.comm.recv(propagator.empty(1), behind)
+        # Each output but the last is the input of the next step.
+        states = propagator.empty(0 if record else count + 1)
+        inputs, outputs = (states[:-1], states[1:]) if self.direction > 0 else (states[1:], states[:-1])
         end = propagator.relax(x, count, tau, record, None if record else inputs)
         if ahead is not None:
             self.comm.isend(end, ahead)()
-        return inputs, end[0]
+        if record:
+            return inputs, end
+        outputs[self.last] = end[0]
+        return inputs, outputs
 
     def start_at(self, level: Level) -> Tensor | None:
         """The first state on the rank where a level begins, which may be another than on the finest level."""

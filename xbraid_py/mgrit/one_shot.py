@@ -50,7 +50,7 @@ class OneShotCycle(Levels):
             self.tau[0].add_(ends).sub_(coarse.outputs)
             before, coarse = coarse, self._coarse(1)
             # What was recorded belongs to the points before the correction.
-            self.own[0].correct(coarse.points - before.points, self.induced[1])
+            self.own[0].correct(before.points, coarse.points, self.induced[1])
             # How far the corrected points are from those that the fine states start from.
             change = squares(before.points, coarse.points)
             end = fine_end = None
@@ -68,9 +68,7 @@ class OneShotCycle(Levels):
         """Solve u_{k+1} = Phi_H(u_k) + tau_k on a coarse level: exactly on the coarsest, else by this very cycle."""
         level, given = self.levels[index], self.tau[index - 1]
         if level.cfactor is None:
-            inputs, out = self.sweep(index, self.start_at(level), given)
-            outputs = self._outputs(inputs, 1 if out is None else len(inputs), inputs if out is None else out[None])
-            return _Points(inputs, outputs)
+            return _Points(*self.sweep(index, self.start_at(level), given))
         tau = self.comm.redistribute(given, level.induced, level.rows)
         if self._added[index] is not None:
             # tau of the next level belongs to the old tau of this one. To first order it changes by as much.

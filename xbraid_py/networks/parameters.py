@@ -96,14 +96,18 @@ class Layout:
         }
 
     def dots(self, a: Tensor, b: Tensor, parts: int) -> Tensor:
-        """Dot product of two flat vectors, in `parts` summands: equal shares of the layers.
+        """Dot products of flat vectors a (i, size) with the flat vector b, in `parts` summands each: (i, parts).
 
-        Opening and classification layers belong to the first and the last share. Without layers here there are none.
+        A summand is an equal share of the layers; opening and classification layers belong to the first and the last
+        share. Without layers here there are none.
         """
-        opening, layers, classification = self.rows(a * b).values()
-        found = layers.reshape(parts, -1).sum(1) if parts else layers.new_empty(0)
-        if len(opening):
-            found[0] += opening.sum()
-        if len(classification):
-            found[-1] += classification.sum()
+        opening, layers, classification = (stack.count * stack.row_size for stack in self.stacks)
+        products = a * b
+        if not parts:
+            return products.new_empty((len(a), 0))
+        found = products[:, opening : opening + layers].unflatten(1, (parts, -1)).sum(2)
+        if opening:
+            found[:, 0] += products[:, :opening].sum(1)
+        if classification:
+            found[:, -1] += products[:, opening + layers :].sum(1)
         return found

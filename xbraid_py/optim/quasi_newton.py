@@ -55,15 +55,17 @@ class QuasiNewton:
         """Take in the change s of the weights and y of the gradient of an update."""
         if self.method == "steepest":
             return
-        found = _array(self.dots([s, y], [*self.s, *self.y, s, y]))
-        ss, (sy, yy) = found[0, -2], found[:, -1]
+        # y with all s, and both with all y. Of s with itself only the size is asked for.
+        found = _array(self.dots([s, y], [*self.s, s, *self.y, y]))
+        count = len(self.s)
+        ss, (sy, yy) = found[0, count], found[:, -1]
         if self.curvature_check and not sy > 1e-10 * (ss * yy) ** 0.5:
             return
         if sy == 0.0 or yy == 0.0:
             return
-        count = len(self.s)
-        self._sy = _bordered(self._sy, row=found[0, count:-2], column=found[1, :count], corner=sy)
-        self._yy = _bordered(self._yy, row=found[1, count:-2], column=found[1, count:-2], corner=yy)
+        with_y = found[:, count + 1 : -1]
+        self._sy = _bordered(self._sy, row=with_y[0], column=found[1, :count], corner=sy)
+        self._yy = _bordered(self._yy, row=with_y[1], column=with_y[1], corner=yy)
         self.s.append(s)
         self.y.append(y)
         self._gradient = None

@@ -149,7 +149,7 @@ class Probe:
             return timed(lambda: propagator.relax(states[: n // c], c, None, part != "relax"))
         coarse = propagator.coarsen(fine // n, *_how(fine // n))
         if part == "correct":
-            return timed(lambda: propagator.correct(states[:n], coarse))
+            return timed(lambda: propagator.correct(states[:n], states[-n:], coarse))
         return timed(lambda: coarse.relax(states[: n // c], c, self.tau[:n], False, torch.empty_like(states[:n])))
 
 

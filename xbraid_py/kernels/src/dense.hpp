@@ -21,7 +21,7 @@ struct Layer {
 };
 
 // Samples that go through a step together: their rows stay in the first cache.
-constexpr long BLOCK = 128;
+constexpr long BLOCK = 256;
 
 // The functions for one type of numbers. `theta` holds W (outputs x inputs) and then b. `add` may be null; `out` may be
 // any of `u`, `v` and `add`, but must not overlap them in another way. `scratch` has `scratch_size(layer)` numbers.

@@ -82,7 +82,8 @@ struct Matrix {
   int bias_stride;
 };
 
-template <int R, int S, class V, class T, class End>
+// With FAR, x is also asked for from memory a block further on.
+template <bool FAR, int R, int S, class V, class T, class End>
 inline void tile(const Matrix<T>& w, int row, const T* x, long stride, long at, const End& end) {
   constexpr int L = sizeof(V) / sizeof(T);
   V z[R][S];
@@ -91,7 +92,10 @@ inline void tile(const Matrix<T>& w, int row, const T* x, long stride, long at, 
   const T* first = w.data + row * w.row_stride;
   for (int i = 0; i < w.columns; i++) {
     V xs[S];
-    for (int s = 0; s < S; s++) xs[s] = load<V>(x + i * stride + at + s * L);
+    for (int s = 0; s < S; s++) {
+      xs[s] = load<V>(x + i * stride + at + s * L);
+      if (FAR) __builtin_prefetch(x + i * stride + at + s * L + BLOCK);
+    }
     for (int r = 0; r < R; r++) {
       const V weight = broadcast<V>(first[r * w.row_stride + i * w.column_stride]);
       for (int s = 0; s < S; s++) z[r][s] += weight * xs[s];
@@ -101,25 +105,25 @@ inline void tile(const Matrix<T>& w, int row, const T* x, long stride, long at, 
     for (int s = 0; s < S; s++) end(row + r, at + s * L, z[r][s]);
 }
 
-template <int R, class T, class End>
+template <bool FAR, int R, class T, class End>
 inline void tile_row(const Matrix<T>& w, int row, const T* x, long stride, long n, const End& end) {
   constexpr int L = XBRAID_BYTES / sizeof(T);
   typedef typename VectorOf<T, L>::type V;
   long at = 0;
-  for (; at + 2 * L <= n; at += 2 * L) tile<R, 2, V>(w, row, x, stride, at, end);
-  for (; at + L <= n; at += L) tile<R, 1, V>(w, row, x, stride, at, end);
-  for (; at < n; at++) tile<R, 1, T>(w, row, x, stride, at, end);
+  for (; at + 2 * L <= n; at += 2 * L) tile<FAR, R, 2, V>(w, row, x, stride, at, end);
+  for (; at + L <= n; at += L) tile<FAR, R, 1, V>(w, row, x, stride, at, end);
+  for (; at < n; at++) tile<false, R, 1, T>(w, row, x, stride, at, end);
 }
 
-template <class T, class End>
+template <bool FAR = false, class T, class End>
 void product(const Matrix<T>& w, const T* x, long stride, long n, const End& end) {
   int row = 0;
 #if XBRAID_ROWS >= 8
-  for (; row + 8 <= w.rows; row += 8) tile_row<8>(w, row, x, stride, n, end);
+  for (; row + 8 <= w.rows; row += 8) tile_row<FAR, 8>(w, row, x, stride, n, end);
 #endif
-  for (; row + 4 <= w.rows; row += 4) tile_row<4>(w, row, x, stride, n, end);
-  for (; row + 2 <= w.rows; row += 2) tile_row<2>(w, row, x, stride, n, end);
-  for (; row < w.rows; row++) tile_row<1>(w, row, x, stride, n, end);
+  for (; row + 4 <= w.rows; row += 4) tile_row<FAR, 4>(w, row, x, stride, n, end);
+  for (; row + 2 <= w.rows; row += 2) tile_row<FAR, 2>(w, row, x, stride, n, end);
+  for (; row < w.rows; row++) tile_row<FAR, 1>(w, row, x, stride, n, end);
 }
 
 // ---- The gradient d x^T, summed over samples. Every entry is a vector of partial sums in memory, reduced at the end.
@@ -261,7 +265,9 @@ void adjoint_as(const Layer& layer, long B, T h, const T* theta, const T* u, con
       back_stride = BLOCK;
       size = h / 2;
     }
-    product(w.forward, u + at, B, n, Slope<T, A>{size, back, back_stride, d, BLOCK});
+    // The states of a deep network come from memory, in runs too short for the processor to foresee the next one. An
+    // address behind the last sample is only a hint gone astray.
+    product<true>(w.forward, u + at, B, n, Slope<T, A>{size, back, back_stride, d, BLOCK});
     if (gradient) add_gradient(layer, d, u + at, B, n, sums);
     if (out) {
       const T* base = layer.residual ? v + at : nullptr;

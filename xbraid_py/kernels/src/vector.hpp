@@ -1,6 +1,10 @@
 // Vectors of numbers, and the activation functions on them. Included once by each instruction set; everything has
 // internal linkage, so that code for one processor cannot end up in another's table.
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 namespace {
 
 // L numbers of type T; a plain number for L = 1, which serves the last samples of a batch.
@@ -31,10 +35,40 @@ inline V broadcast(T x) {
   return x - V{};
 }
 
-// Comparisons are false for NaN: written so that it comes through.
+// a > b ? a : b and a < b ? a : b, which is b if either is NaN. The compiler does not make one instruction of this for
+// vectors, though there is one.
+template <class V>
+inline V greater(V a, V b) {
+  return a > b ? a : b;
+}
+template <class V>
+inline V smaller(V a, V b) {
+  return a < b ? a : b;
+}
+#define XBRAID_EXTREMES(T, BYTES, MAX, MIN)                                                        \
+  inline VectorOf<T, BYTES / sizeof(T)>::type greater(VectorOf<T, BYTES / sizeof(T)>::type a,      \
+                                                      VectorOf<T, BYTES / sizeof(T)>::type b) {    \
+    return MAX(a, b);                                                                              \
+  }                                                                                                \
+  inline VectorOf<T, BYTES / sizeof(T)>::type smaller(VectorOf<T, BYTES / sizeof(T)>::type a,      \
+                                                      VectorOf<T, BYTES / sizeof(T)>::type b) {    \
+    return MIN(a, b);                                                                              \
+  }
+#if defined(__AVX512F__)
+XBRAID_EXTREMES(double, 64, _mm512_max_pd, _mm512_min_pd)
+XBRAID_EXTREMES(float, 64, _mm512_max_ps, _mm512_min_ps)
+#elif defined(__AVX__)
+XBRAID_EXTREMES(double, 32, _mm256_max_pd, _mm256_min_pd)
+XBRAID_EXTREMES(float, 32, _mm256_max_ps, _mm256_min_ps)
+#elif defined(__SSE2__)
+XBRAID_EXTREMES(double, 16, _mm_max_pd, _mm_min_pd)
+XBRAID_EXTREMES(float, 16, _mm_max_ps, _mm_min_ps)
+#endif
+
+// NaN stays NaN.
 template <class V>
 inline V at_least_zero(V x) {
-  return x < 0 ? V{} : x;
+  return greater(V{}, x);
 }
 
 template <class T>
@@ -44,7 +78,7 @@ struct SmoothRelu {
   template <class V>
   static inline V corner(V z) {
     V p = at_least_zero(V(z * (T(0.5) / ETA) + T(0.5)));
-    return p > 1 ? broadcast<V>(T(1)) : p;
+    return smaller(broadcast<V>(T(1)), p);
   }
   template <class V>
   static inline V value(V z) {

@@ -1,0 +1,95 @@
+"""The benchmarks run: each with tiny settings, as a job of its own; their last line has the figures."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import PROJECT
+
+LEVELS = ("", "_32", "_64", "_iterative")
+CYCLES = ("one_shot", "V", "F", "published")
+SWEEPS = ("forward", "adjoint", "evaluations")
+
+# Options that make a script tiny, and its figures.
+SCRIPTS = {
+    "gradient": (
+        ["--num_layers=8", "--samples=60", "--rounds=2", "--widths=2,3"],
+        {"native_vs_autograd", "fallback_vs_autograd", "native_vs_stream"},
+    ),
+    "update": (
+        ["--depths=64", "--samples=50", "--updates=7"],
+        {"objective_deviation", "objective_change", "speedup_64", "speedup_evaluation_64"},
+    ),
+    "sweeps": (
+        ["--samples=50", "--updates=4,3"],
+        {f"{name}{end}{worst}" for name in SWEEPS for end in ("", "_iterative") for worst in ("", "_worst")},
+    ),
+    "gradient_error": (
+        ["--samples=50", "--updates=4,8", "--depths=32,64", "--scales=0.1,1"],
+        {f"{name}{level}" for name in ("median", "worst") for level in LEVELS}
+        | {f"random_{cycle}_{N}" for cycle in CYCLES for N in (32, 64)}
+        | {"random_scale"},
+    ),
+    "memory": (["--num_layers=64", "--samples=1000", "--updates=2"], {"ratio", "ratio_2"}),
+}
+
+
+def figures(run_job, name: str, *options: str) -> dict[str, float]:
+    """What a script prints on its last line."""
+    done = run_job([PROJECT / "benchmarks" / f"{name}.py", *options])
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.keys() == {"benchmark", "figures"} and found["benchmark"] == name
+    return found["figures"]
+
+
+@pytest.mark.job
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_benchmark_runs(run_job, name):
+    options, names = SCRIPTS[name]
+    if name == "gradient":
+        pytest.importorskip("xbraid_py.kernels._native", reason="no native kernels in this installation")
+    found = figures(run_job, name, "--quick", *options)
+    assert found.keys() == names
+    assert all(math.isfinite(value) for value in found.values()), found
+
+
+@pytest.fixture
+def benchmark_module(monkeypatch):
+    """`benchmark_module(name)` imports a script."""
+    monkeypatch.syspath_prepend(PROJECT / "benchmarks")
+    return importlib.import_module
+
+
+def test_sweeps_count_with_the_layers_of_their_level(benchmark_module):
+    def level(num_layers, evaluations, sweeps, gradients, adjoint_sweeps):
+        network = SimpleNamespace(grid=SimpleNamespace(num_layers=num_layers))
+        counts = dict(evaluations=evaluations, sweeps=sweeps, gradients=gradients, adjoint_sweeps=adjoint_sweeps)
+        return SimpleNamespace(network=network, **counts)
+
+    levels, exact = [level(10, 6, 6, 4, 8), level(30, 2, 4, 2, 2)], [level(10, 8, 8, 4, 4), level(30, 2, 2, 2, 2)]
+    found = benchmark_module("sweeps").ratios(levels, exact)
+    expected = {"forward": 180 / 120, "adjoint": 140 / 100, "evaluations": 8 / 10}
+    assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("wrong", [(1.0 + 1e-9, 0.0), (1.0, 1e-9)], ids=["value", "gradient"])
+def test_opponents_that_compute_something_else_are_refused(benchmark_module, wrong):
+    module = benchmark_module("gradient")
+    exact = 1.0, torch.ones(3)
+    module.check({"same": lambda: (1.0, (torch.ones(2), torch.ones(1)))}, exact)
+    with pytest.raises(SystemExit, match="^error: other: value and gradient are wrong by"):
+        module.check({"other": lambda: (wrong[0], torch.ones(3, dtype=torch.float64) + wrong[1])}, exact)
+
+
+def test_repeats_are_interleaved(benchmark_module):
+    common, calls = benchmark_module("common"), []
+    times = common.interleaved({name: lambda name=name: calls.append(name) for name in "ab"}, 2)
+    assert "".join(calls) == "aabb" + "bbaa"
+    assert [len(each) for each in times.values()] == [2, 2]
+    assert common.Spread.of_ratios([4.0, 9.0, 1.0], [2.0, 3.0, 1.0]) == common.Spread(2.0, 1.0, 3.0)
