@@ -10,9 +10,9 @@ round is another seed, for points and weights.
 
 Last line: for each depth `speedup_N`, the median over the updates of all rounds of the ratio of the times of two
 updates that follow each other; `objective_deviation`, the relative difference of the objectives after the last update,
-ours less the serial run's, as the median over seeds, and `objective_worst`, the largest. Sixty updates are chaotic:
-the table shows beside ours the deviations of serial runs whose initial weights are changed by 1e-6. They are taken on one
-rank, since every number is the same on any number of ranks, and for the first depth only.
+ours less the serial run's, as the median over seeds, and `objective_worst`, the largest. Sixty updates are
+chaotic: the table shows beside ours the deviations of serial runs whose initial weights are changed by 1e-6. They are
+taken on one rank, since every number is the same on any number of ranks, and for the first depth only.
 With --quick one round, fewer seeds.
 """
 

@@ -33,10 +33,9 @@ struct Value {
   }
 };
 
-// out = h sigma'(z) v
-template <class T, template <class> class A>
+// out = sigma'(z) v, or half of it
+template <class T, template <class> class A, bool HALF = false>
 struct Slope {
-  T h;
   const T* v;
   long v_stride;
   T* out;
@@ -44,13 +43,15 @@ struct Slope {
 
   template <class V>
   inline void operator()(int row, long at, V z) const {
-    store(out + row * out_stride + at, V(A<T>::slope(z) * (h * load<V>(v + row * v_stride + at))));
+    const V d = A<T>::slope(z) * load<V>(v + row * v_stride + at);
+    store(out + row * out_stride + at, HALF ? V(d * T(0.5)) : d);
   }
 };
 
-// out = base + add + more + z
+// out = base + add + more + h z
 template <class T>
 struct Sum {
+  T h;
   const T* base;
   long base_stride;
   const T* add;
@@ -62,10 +63,12 @@ struct Sum {
 
   template <class V>
   inline void operator()(int row, long at, V z) const {
-    if (more) z += load<V>(more + row * more_stride + at);
-    if (base) z += load<V>(base + row * base_stride + at);
-    if (add) z += load<V>(add + row * add_stride + at);
-    store(out + row * out_stride + at, z);
+    // All that is added first: one product and one sum are contracted alike wherever a sample is in its batch.
+    V sum = more ? load<V>(more + row * more_stride + at) : V{};
+    if (base) sum += load<V>(base + row * base_stride + at);
+    if (add) sum += load<V>(add + row * add_stride + at);
+    const V x = z * h + sum;
+    store(out + row * out_stride + at, x);
   }
 };
 
@@ -189,13 +192,13 @@ T reduced(const T* vector) {
 }
 
 template <class T>
-void write_gradient(const Layer& layer, const T* sums, T* gradient) {
+void write_gradient(const Layer& layer, T h, const T* sums, T* gradient) {
   constexpr int L = XBRAID_BYTES / sizeof(T);
   const int O = layer.outputs, split = O * layer.inputs;
-  for (int i = 0; i < split; i++) gradient[i] = reduced(sums + long(i) * L);
+  for (int i = 0; i < split; i++) gradient[i] = h * reduced(sums + long(i) * L);
   if (layer.scalar_bias) gradient[split] = 0;
   for (int o = 0; o < O; o++) {
-    const T sum = reduced(sums + long(split + o) * L);
+    const T sum = h * reduced(sums + long(split + o) * L);
     if (layer.scalar_bias)
       gradient[split] += sum;
     else
@@ -255,26 +258,28 @@ void adjoint_as(const Layer& layer, long B, T h, const T* theta, const T* u, con
     const T* back = v + at;
     const T* more = nullptr;
     long back_stride = B;
-    T size = h;
     if (layer.midpoint) {
       product(w.forward, u + at, B, n, Value<T, A>{h / 2, u + at, B, nullptr, 0, middle, BLOCK});
-      product(w.forward, middle, BLOCK, n, Slope<T, A>{h, v + at, B, d, BLOCK});
+      product(w.forward, middle, BLOCK, n, Slope<T, A>{v + at, B, d, BLOCK});
       if (gradient) add_gradient(layer, d, middle, BLOCK, n, sums);
-      product(w.transposed, d, BLOCK, n, Sum<T>{nullptr, 0, nullptr, 0, nullptr, 0, inner, BLOCK});
+      product(w.transposed, d, BLOCK, n, Sum<T>{h, nullptr, 0, nullptr, 0, nullptr, 0, inner, BLOCK});
       back = more = inner;
       back_stride = BLOCK;
-      size = h / 2;
     }
     // The states of a deep network come from memory, in runs too short for the processor to foresee the next one. An
     // address behind the last sample is only a hint gone astray.
-    product<true>(w.forward, u + at, B, n, Slope<T, A>{size, back, back_stride, d, BLOCK});
+    // Of the step to the middle it is half of it, so that all of the gradient is a multiple of h.
+    if (layer.midpoint)
+      product<true>(w.forward, u + at, B, n, Slope<T, A, true>{back, back_stride, d, BLOCK});
+    else
+      product<true>(w.forward, u + at, B, n, Slope<T, A>{back, back_stride, d, BLOCK});
     if (gradient) add_gradient(layer, d, u + at, B, n, sums);
     if (out) {
       const T* base = layer.residual ? v + at : nullptr;
-      product(w.transposed, d, BLOCK, n, Sum<T>{base, B, add ? add + at : nullptr, B, more, BLOCK, out + at, B});
+      product(w.transposed, d, BLOCK, n, Sum<T>{h, base, B, add ? add + at : nullptr, B, more, BLOCK, out + at, B});
     }
   }
-  if (gradient) write_gradient(layer, sums, gradient);
+  if (gradient) write_gradient(layer, h, sums, gradient);
 }
 
 template <class T>
