@@ -23,7 +23,7 @@ SCRIPTS = {
     ),
     "update": (
         ["--depths=64", "--samples=50", "--updates=7"],
-        {"objective_deviation", "objective_change", "speedup_64", "speedup_evaluation_64"},
+        {"objective_deviation", "objective_worst", "speedup_64"},
     ),
     "sweeps": (
         ["--samples=50", "--updates=4,3"],
