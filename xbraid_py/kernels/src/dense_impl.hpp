@@ -1,5 +1,6 @@
 // The dense step and its adjoint, for whatever instruction set this is compiled. Defines `XBRAID_TABLE`, with vectors of
-// `XBRAID_BYTES` bytes and register tiles of `XBRAID_ROWS` rows (products) and 4 rows by `XBRAID_COLUMNS` (gradients).
+// `XBRAID_BYTES` bytes and register tiles of `XBRAID_ROWS` rows by `XBRAID_VECTORS` (products) and 4 rows by
+// `XBRAID_COLUMNS` (gradients).
 //
 // Shape letters: B samples of the batch, n of them in a block, I inputs, O outputs. A row is one feature of all samples.
 
@@ -11,9 +12,10 @@ namespace {
 using xbraid::BLOCK;
 using xbraid::Layer;
 
-// ---- What becomes of a tile of products z = W x + b. `at` is the place of a sample in a row.
+// ---- What becomes of a tile of R rows by S vectors of products z = W x + b. `row` is its first row, `at` the place of
+// its first sample in a row.
 
-// out = base + add + h sigma(z)
+// out = base + add + h sigma(z), for z times the scale of the activation and moved by its shift
 template <class T, template <class> class A>
 struct Value {
   T h;
@@ -24,12 +26,21 @@ struct Value {
   T* out;
   long out_stride;
 
-  template <class V>
-  inline void operator()(int row, long at, V z) const {
-    V x = h * A<T>::value(z);
-    if (base) x = load<V>(base + row * base_stride + at) + x;
-    if (add) x += load<V>(add + row * add_stride + at);
-    store(out + row * out_stride + at, x);
+  template <int R, int S, class V>
+  inline void operator()(int row, long at, V (&z)[R][S]) const {
+    constexpr int L = sizeof(V) / sizeof(T);
+    const T factor = h * A<T>::FACTOR;
+    if (base) {
+      const T* from = base + row * base_stride + at;
+      XBRAID_UNROLL for (int r = 0; r < R; r++)
+        XBRAID_UNROLL for (int s = 0; s < S; s++)
+          z[r][s] = factor * A<T>::value(z[r][s]) + load<V>(from + r * base_stride + s * L);
+    } else {
+      XBRAID_UNROLL for (int r = 0; r < R; r++)
+        XBRAID_UNROLL for (int s = 0; s < S; s++) z[r][s] = factor * A<T>::value(z[r][s]);
+    }
+    if (add) add_to(z, add + row * add_stride + at, add_stride);
+    store_tile(z, out + row * out_stride + at, out_stride);
   }
 };
 
@@ -41,10 +52,16 @@ struct Slope {
   T* out;
   long out_stride;
 
-  template <class V>
-  inline void operator()(int row, long at, V z) const {
-    const V d = A<T>::slope(z) * load<V>(v + row * v_stride + at);
-    store(out + row * out_stride + at, HALF ? V(d * T(0.5)) : d);
+  template <int R, int S, class V>
+  inline void operator()(int row, long at, V (&z)[R][S]) const {
+    constexpr int L = sizeof(V) / sizeof(T);
+    const T* from = v + row * v_stride + at;
+    XBRAID_UNROLL for (int r = 0; r < R; r++)
+      XBRAID_UNROLL for (int s = 0; s < S; s++) {
+        const V d = A<T>::slope(z[r][s]) * load<V>(from + r * v_stride + s * L);
+        z[r][s] = HALF ? V(d * T(0.5)) : d;
+      }
+    store_tile(z, out + row * out_stride + at, out_stride);
   }
 };
 
@@ -61,72 +78,92 @@ struct Sum {
   T* out;
   long out_stride;
 
-  template <class V>
-  inline void operator()(int row, long at, V z) const {
+  template <int R, int S, class V>
+  inline void operator()(int row, long at, V (&z)[R][S]) const {
     // All that is added first: one product and one sum are contracted alike wherever a sample is in its batch.
-    V sum = more ? load<V>(more + row * more_stride + at) : V{};
-    if (base) sum += load<V>(base + row * base_stride + at);
-    if (add) sum += load<V>(add + row * add_stride + at);
-    const V x = z * h + sum;
-    store(out + row * out_stride + at, x);
+    V sum[R][S] = {};
+    if (more) add_to(sum, more + row * more_stride + at, more_stride);
+    if (base) add_to(sum, base + row * base_stride + at, base_stride);
+    if (add) add_to(sum, add + row * add_stride + at, add_stride);
+    XBRAID_UNROLL for (int r = 0; r < R; r++)
+      XBRAID_UNROLL for (int s = 0; s < S; s++) z[r][s] = z[r][s] * h + sum[r][s];
+    store_tile(z, out + row * out_stride + at, out_stride);
   }
 };
 
 // ---- z = W x + b for all samples of a block, tile by tile of rows.
 
+// Calls f with the number of rows of each tile, as a type, and its first row.
+template <class F>
+inline void for_tiles(int rows, const F& f) {
+  int row = 0;
+#if XBRAID_ROWS >= 8
+  for (; row + 8 <= rows; row += 8) f(Rows<8>(), row);
+#endif
+  for (; row + 4 <= rows; row += 4) f(Rows<4>(), row);
+  for (; row + 2 <= rows; row += 2) f(Rows<2>(), row);
+  for (; row < rows; row++) f(Rows<1>(), row);
+}
+
+// Weights in the order in which the tiles read them: for each tile its biases, then the entries of one column after the
+// other. `data` has rows x (columns + 1) numbers.
 template <class T>
-struct Matrix {
+struct Packed {
   const T* data;
-  long row_stride;
-  long column_stride;
   int rows;
   int columns;
-  const T* bias;  // null: none
-  int bias_stride;
 };
+
+// scale W and scale b + shift; the bias is 0 where b is null.
+template <class T>
+Packed<T> pack(const T* w, int rows, int columns, long row_stride, long column_stride, const T* b, int b_stride,
+               T scale, T shift, T* data) {
+  T* to = data;
+  for_tiles(rows, [&](auto tile, int row) {
+    for (int r = row; r < row + tile.count; r++) *to++ = b ? T(scale * b[r * b_stride] + shift) : T(0);
+    for (int i = 0; i < columns; i++)
+      for (int r = row; r < row + tile.count; r++) *to++ = scale * w[r * row_stride + i * column_stride];
+  });
+  return {data, rows, columns};
+}
 
 // With FAR, x is also asked for from memory a block further on.
 template <bool FAR, int R, int S, class V, class T, class End>
-inline void tile(const Matrix<T>& w, int row, const T* x, long stride, long at, const End& end) {
+inline void tile(const T* weights, int columns, int row, const T* x, long stride, long at, const End& end) {
   constexpr int L = sizeof(V) / sizeof(T);
   V z[R][S];
-  for (int r = 0; r < R; r++)
-    for (int s = 0; s < S; s++) z[r][s] = w.bias ? broadcast<V>(w.bias[(row + r) * w.bias_stride]) : V{};
-  const T* first = w.data + row * w.row_stride;
-  for (int i = 0; i < w.columns; i++) {
+  XBRAID_UNROLL for (int r = 0; r < R; r++)
+    XBRAID_UNROLL for (int s = 0; s < S; s++) z[r][s] = broadcast<V>(weights[r]);
+  x += at;
+  for (int i = 0; i < columns; i++) {
     V xs[S];
-    for (int s = 0; s < S; s++) {
-      xs[s] = load<V>(x + i * stride + at + s * L);
-      if (FAR) __builtin_prefetch(x + i * stride + at + s * L + BLOCK);
+    XBRAID_UNROLL for (int s = 0; s < S; s++) {
+      xs[s] = load<V>(x + s * L);
+      if (FAR) __builtin_prefetch(x + s * L + BLOCK);
     }
-    for (int r = 0; r < R; r++) {
-      const V weight = broadcast<V>(first[r * w.row_stride + i * w.column_stride]);
-      for (int s = 0; s < S; s++) z[r][s] += weight * xs[s];
+    x += stride;
+    weights += R;
+    XBRAID_UNROLL for (int r = 0; r < R; r++) {
+      const V weight = broadcast<V>(weights[r]);
+      XBRAID_UNROLL for (int s = 0; s < S; s++) z[r][s] += weight * xs[s];
     }
   }
-  for (int r = 0; r < R; r++)
-    for (int s = 0; s < S; s++) end(row + r, at + s * L, z[r][s]);
-}
-
-template <bool FAR, int R, class T, class End>
-inline void tile_row(const Matrix<T>& w, int row, const T* x, long stride, long n, const End& end) {
-  constexpr int L = XBRAID_BYTES / sizeof(T);
-  typedef typename VectorOf<T, L>::type V;
-  long at = 0;
-  for (; at + 2 * L <= n; at += 2 * L) tile<FAR, R, 2, V>(w, row, x, stride, at, end);
-  for (; at + L <= n; at += L) tile<FAR, R, 1, V>(w, row, x, stride, at, end);
-  for (; at < n; at++) tile<false, R, 1, T>(w, row, x, stride, at, end);
+  end(row, at, z);
 }
 
 template <bool FAR = false, class T, class End>
-void product(const Matrix<T>& w, const T* x, long stride, long n, const End& end) {
-  int row = 0;
-#if XBRAID_ROWS >= 8
-  for (; row + 8 <= w.rows; row += 8) tile_row<FAR, 8>(w, row, x, stride, n, end);
-#endif
-  for (; row + 4 <= w.rows; row += 4) tile_row<FAR, 4>(w, row, x, stride, n, end);
-  for (; row + 2 <= w.rows; row += 2) tile_row<FAR, 2>(w, row, x, stride, n, end);
-  for (; row < w.rows; row++) tile_row<FAR, 1>(w, row, x, stride, n, end);
+void product(const Packed<T>& w, const T* x, long stride, long n, const End& end) {
+  constexpr int L = XBRAID_BYTES / sizeof(T);
+  typedef typename VectorOf<T, L>::type V;
+  for_tiles(w.rows, [&](auto rows, int row) {
+    constexpr int R = decltype(rows)::count;
+    const T* weights = w.data + long(row) * (w.columns + 1);
+    long at = 0;
+    for (; at + XBRAID_VECTORS * L <= n; at += XBRAID_VECTORS * L)
+      tile<FAR, R, XBRAID_VECTORS, V>(weights, w.columns, row, x, stride, at, end);
+    for (; at + L <= n; at += L) tile<FAR, R, 1, V>(weights, w.columns, row, x, stride, at, end);
+    for (; at < n; at++) tile<false, R, 1, T>(weights, w.columns, row, x, stride, at, end);
+  });
 }
 
 // ---- The gradient d x^T, summed over samples. Every entry is a vector of partial sums in memory, reduced at the end.
@@ -136,19 +173,19 @@ inline void outer(const T* d, long d_stride, const T* x, long x_stride, long n, 
   constexpr int L = XBRAID_BYTES / sizeof(T);
   typedef typename VectorOf<T, L>::type V;
   V sum[R][C];
-  for (int r = 0; r < R; r++)
-    for (int c = 0; c < C; c++) sum[r][c] = load<V>(sums + r * sums_stride + c * L);
+  XBRAID_UNROLL for (int r = 0; r < R; r++)
+    XBRAID_UNROLL for (int c = 0; c < C; c++) sum[r][c] = load<V>(sums + r * sums_stride + c * L);
   long at = 0;
   for (; at + L <= n; at += L) {
     V xs[C];
-    for (int c = 0; c < C; c++) xs[c] = load<V>(x + c * x_stride + at);
-    for (int r = 0; r < R; r++) {
+    XBRAID_UNROLL for (int c = 0; c < C; c++) xs[c] = load<V>(x + c * x_stride + at);
+    XBRAID_UNROLL for (int r = 0; r < R; r++) {
       const V left = load<V>(d + r * d_stride + at);
-      for (int c = 0; c < C; c++) sum[r][c] += left * xs[c];
+      XBRAID_UNROLL for (int c = 0; c < C; c++) sum[r][c] += left * xs[c];
     }
   }
-  for (int r = 0; r < R; r++)
-    for (int c = 0; c < C; c++) {
+  XBRAID_UNROLL for (int r = 0; r < R; r++)
+    XBRAID_UNROLL for (int c = 0; c < C; c++) {
       T* place = sums + r * sums_stride + c * L;
       store(place, sum[r][c]);
       for (long rest = at; rest < n; rest++) place[0] += d[r * d_stride + rest] * x[c * x_stride + rest];
@@ -208,18 +245,16 @@ void write_gradient(const Layer& layer, T h, const T* sums, T* gradient) {
 
 // ---- Whole steps, block by block of samples.
 
-template <class T>
-struct Weights {
-  Matrix<T> forward;
-  Matrix<T> transposed;
-  Weights(const Layer& l, const T* theta)
-      : forward{theta, l.inputs, 1, l.outputs, l.inputs, theta + long(l.outputs) * l.inputs, l.scalar_bias ? 0 : 1},
-        transposed{theta, 1, l.inputs, l.inputs, l.outputs, nullptr, 0} {}
-};
+// W and b as the products of a step need them; the activation's scale and shift are in them.
+template <class T, template <class> class A>
+Packed<T> forward_weights(const Layer& l, const T* theta, T* data) {
+  const T* b = theta + long(l.outputs) * l.inputs;
+  return pack(theta, l.outputs, l.inputs, l.inputs, 1, b, l.scalar_bias ? 0 : 1, A<T>::SCALE, A<T>::SHIFT, data);
+}
 
 template <class T, template <class> class A>
 void step_as(const Layer& layer, long B, T h, const T* theta, const T* u, const T* add, T* out, T* scratch) {
-  const Matrix<T> w = Weights<T>(layer, theta).forward;
+  const Packed<T> w = forward_weights<T, A>(layer, theta, scratch + layer.outputs * BLOCK);
   // A second tile of rows would still read what the first has overwritten.
   const bool one_tile = w.rows <= XBRAID_ROWS && (w.rows & (w.rows - 1)) == 0;
   const bool staged = !layer.midpoint && out == u && !one_tile;
@@ -244,13 +279,16 @@ void step_as(const Layer& layer, long B, T h, const T* theta, const T* u, const 
 template <class T, template <class> class A>
 void adjoint_as(const Layer& layer, long B, T h, const T* theta, const T* u, const T* v, const T* add, T* out,
                 T* gradient, T* scratch) {
-  const Weights<T> w(layer, theta);
   constexpr int L = XBRAID_BYTES / sizeof(T);
   const int O = layer.outputs, I = layer.inputs;
   T* d = scratch;
   T* middle = d + O * BLOCK;
   T* inner = middle + (layer.midpoint ? I * BLOCK : 0);
   T* sums = inner + (layer.midpoint ? I * BLOCK : 0);
+  T* weights = sums + long(O) * (I + 1) * L;
+  const Packed<T> forward = forward_weights<T, A>(layer, theta, weights);
+  const Packed<T> transposed =
+      pack<T>(theta, I, O, 1, I, nullptr, 0, T(1), T(0), weights + long(O) * (I + 1));
   if (gradient)
     for (long i = 0; i < long(O) * (I + 1) * L; i++) sums[i] = 0;
   for (long at = 0; at < B; at += BLOCK) {
@@ -259,10 +297,10 @@ void adjoint_as(const Layer& layer, long B, T h, const T* theta, const T* u, con
     const T* more = nullptr;
     long back_stride = B;
     if (layer.midpoint) {
-      product(w.forward, u + at, B, n, Value<T, A>{h / 2, u + at, B, nullptr, 0, middle, BLOCK});
-      product(w.forward, middle, BLOCK, n, Slope<T, A>{v + at, B, d, BLOCK});
+      product(forward, u + at, B, n, Value<T, A>{h / 2, u + at, B, nullptr, 0, middle, BLOCK});
+      product(forward, middle, BLOCK, n, Slope<T, A>{v + at, B, d, BLOCK});
       if (gradient) add_gradient(layer, d, middle, BLOCK, n, sums);
-      product(w.transposed, d, BLOCK, n, Sum<T>{h, nullptr, 0, nullptr, 0, nullptr, 0, inner, BLOCK});
+      product(transposed, d, BLOCK, n, Sum<T>{h, nullptr, 0, nullptr, 0, nullptr, 0, inner, BLOCK});
       back = more = inner;
       back_stride = BLOCK;
     }
@@ -270,13 +308,13 @@ void adjoint_as(const Layer& layer, long B, T h, const T* theta, const T* u, con
     // address behind the last sample is only a hint gone astray.
     // Of the step to the middle it is half of it, so that all of the gradient is a multiple of h.
     if (layer.midpoint)
-      product<true>(w.forward, u + at, B, n, Slope<T, A, true>{back, back_stride, d, BLOCK});
+      product<true>(forward, u + at, B, n, Slope<T, A, true>{back, back_stride, d, BLOCK});
     else
-      product<true>(w.forward, u + at, B, n, Slope<T, A>{back, back_stride, d, BLOCK});
+      product<true>(forward, u + at, B, n, Slope<T, A>{back, back_stride, d, BLOCK});
     if (gradient) add_gradient(layer, d, u + at, B, n, sums);
     if (out) {
       const T* base = layer.residual ? v + at : nullptr;
-      product(w.transposed, d, BLOCK, n, Sum<T>{h, base, B, add ? add + at : nullptr, B, more, BLOCK, out + at, B});
+      product(transposed, d, BLOCK, n, Sum<T>{h, base, B, add ? add + at : nullptr, B, more, BLOCK, out + at, B});
     }
   }
   if (gradient) write_gradient(layer, h, sums, gradient);
@@ -306,7 +344,7 @@ void adjoint(const Layer& layer, long B, T h, const T* theta, const T* u, const 
 template <class T>
 long scratch_size(const Layer& layer) {
   const long L = XBRAID_BYTES / sizeof(T), O = layer.outputs, I = layer.inputs;
-  return (O + 2 * I) * BLOCK + O * (I + 1) * L;
+  return (O + 2 * I) * BLOCK + O * (I + 1) * (L + 1) + I * (O + 1);
 }
 
 template <class T>

@@ -5,6 +5,9 @@
 #include <immintrin.h>
 #endif
 
+// Loops over the vectors of a register tile: rolled up, the compiler would keep the tile in memory.
+#define XBRAID_UNROLL _Pragma("GCC unroll 8")
+
 namespace {
 
 // L numbers of type T; a plain number for L = 1, which serves the last samples of a batch.
@@ -27,6 +30,21 @@ inline V load(const T* p) {
 template <class V, class T>
 inline void store(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
+}
+
+// z += what is in memory, in rows
+template <int R, int S, class V, class T>
+inline void add_to(V (&z)[R][S], const T* from, long stride) {
+  constexpr int L = sizeof(V) / sizeof(T);
+  XBRAID_UNROLL for (int r = 0; r < R; r++)
+    XBRAID_UNROLL for (int s = 0; s < S; s++) z[r][s] += load<V>(from + r * stride + s * L);
+}
+
+template <int R, int S, class V, class T>
+inline void store_tile(const V (&z)[R][S], T* to, long stride) {
+  constexpr int L = sizeof(V) / sizeof(T);
+  XBRAID_UNROLL for (int r = 0; r < R; r++)
+    XBRAID_UNROLL for (int s = 0; s < S; s++) store(to + r * stride + s * L, z[r][s]);
 }
 
 // Subtracting zero keeps every number, minus zero included, and the compiler knows it.
@@ -65,35 +83,43 @@ XBRAID_EXTREMES(double, 16, _mm_max_pd, _mm_min_pd)
 XBRAID_EXTREMES(float, 16, _mm_max_ps, _mm_min_ps)
 #endif
 
+// A number of rows, as a type.
+template <int COUNT>
+struct Rows {
+  static constexpr int count = COUNT;
+};
+
 // NaN stays NaN.
 template <class V>
 inline V at_least_zero(V x) {
   return greater(V{}, x);
 }
 
+// An activation is FACTOR value(SCALE z + SHIFT), and its slope slope(SCALE z + SHIFT).
+template <class T>
+struct Plain {
+  static constexpr T SCALE = 1, SHIFT = 0, FACTOR = 1;
+};
+
+// With q = max(z / (2 eta) + 1/2, 0) and p = min(q, 1), the slope, it is eta (p^2 + 2 (q - p)) on all of its three
+// pieces. Where p is not q it is 1: p^2 + 2 (q - p) = p (2 q - p).
 template <class T>
 struct SmoothRelu {
-  static constexpr T ETA = T(0.1);
+  static constexpr T FACTOR = T(0.1), SCALE = T(0.5) / FACTOR, SHIFT = T(0.5);
 
   template <class V>
-  static inline V corner(V z) {
-    V p = at_least_zero(V(z * (T(0.5) / ETA) + T(0.5)));
-    return smaller(broadcast<V>(T(1)), p);
-  }
-  template <class V>
   static inline V value(V z) {
-    // eta p^2 + relu(z - eta) is the function on all of its three pieces.
-    V p = corner(z);
-    return at_least_zero(V(z - ETA)) + ETA * p * p;
+    const V q = at_least_zero(z), p = smaller(broadcast<V>(T(1)), q);
+    return p * (q + (q - p));
   }
   template <class V>
   static inline V slope(V z) {
-    return corner(z);
+    return smaller(broadcast<V>(T(1)), at_least_zero(z));
   }
 };
 
 template <class T>
-struct Relu {
+struct Relu : Plain<T> {
   template <class V>
   static inline V value(V z) {
     return at_least_zero(z);
@@ -106,7 +132,7 @@ struct Relu {
 };
 
 template <class T>
-struct Identity {
+struct Identity : Plain<T> {
   template <class V>
   static inline V value(V z) {
     return z;
@@ -142,7 +168,7 @@ struct Exponential<float> {
 };
 
 template <class T>
-struct Tanh {
+struct Tanh : Plain<T> {
   // (e^y - 1) / (e^y + 1) with y = 2 |x|, through e^y - 1, which keeps small arguments exact.
   template <class V>
   static inline V value(V x) {
