@@ -6,6 +6,7 @@ Shape letters: `N` layers, `n` of them owned here, `F` features, `C` width, `B` 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import numpy as np
@@ -83,7 +84,7 @@ class ResidualNetwork:
         """Owner of the last layer and of the classification layer."""
         return self.partition.owner(self.grid.num_layers - 1)
 
-    @property
+    @cached_property
     def layout(self) -> Layout:
         """How the weights owned here lie in one flat vector."""
         rank, N = self.comm.rank, self.grid.num_layers

@@ -91,11 +91,12 @@ class Regularization:
         Opening and classification belong to the first and the last interval.
         """
         layout, h, comm, partition = network.layout, network.grid.h, network.comm, network.partition
-        rows, gradient = layout.rows(x), torch.zeros_like(x)
+        rows, gradient = layout.rows(x), torch.empty_like(x)
         out = layout.rows(gradient)
         theta = rows["layers"]
+        smooth = bool(self.ddt) and len(theta) > 0
         # The neighbours' weights travel while the terms without them are summed.
-        if self.ddt and len(theta):
+        if smooth:
             edges = [comm.begin_shift(edge, partition, to) for edge, to in ((theta[-1:], +1), (theta[:1], -1))]
         factor = h if self.measure == "integral" else 1.0
         weights = {
@@ -103,26 +104,17 @@ class Regularization:
             "layers": self.tikhonov * factor,
             "classification": self.classification,
         }
-        sums = {}
         for name, gamma in weights.items():
-            sums[name] = gamma / 2 * rows[name].square().sum(1)
-            out[name].add_(rows[name], alpha=gamma)
-        if self.ddt and len(theta):
-            # theta_n - theta_{n-1} of the rows owned here, and of the first one behind them.
+            torch.mul(rows[name], gamma, out=out[name])
+        found = layout.dots(x[None], gradient, intervals)[0].div_(2)
+        if smooth:
             before, after = (finish() for finish in edges)
             gamma = self.ddt * factor / h**2
-            joined = torch.cat([part for part in (before, theta, after) if part is not None])
-            jumps = joined.diff(dim=0)
-            own = jumps if after is None else jumps[:-1]
-            first = 1 if before is None else 0
-            sums["layers"][first:] += gamma / 2 * own.square().sum(1)
-            out["layers"][first:].add_(own, alpha=gamma)
-            following = jumps if before is None else jumps[1:]
-            out["layers"][: len(following)].sub_(following, alpha=gamma)
-        found = sums["layers"].reshape(intervals, -1).sum(1) if intervals else sums["layers"]
-        for name, place in (("opening", 0), ("classification", -1)):
-            if len(sums[name]):
-                found[place] += sums[name][0]
+            # theta_n - theta_{n-1} of the rows owned here and of the one behind them; 0 at both ends of the network.
+            ends = (theta[:1] if before is None else before, theta, theta[-1:] if after is None else after)
+            jumps = torch.cat(ends).diff(dim=0)
+            found.add_(jumps[:-1].square().view(intervals, -1).sum(1), alpha=gamma / 2)
+            out["layers"].sub_(jumps.diff(dim=0), alpha=gamma)
         return found, gradient
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import torch
@@ -37,7 +38,7 @@ class Stack:
     first: int
     count: int
 
-    @property
+    @cached_property
     def row_size(self) -> int:
         """Parameters of one layer."""
         return sum(prod(shape) for shape in self.shapes.values())
@@ -63,10 +64,14 @@ class Layout:
     stacks: tuple[Stack, ...]
     dtype: torch.dtype = torch.float64
 
+    @cached_property
+    def _sizes(self) -> list[int]:
+        return [stack.count * stack.row_size for stack in self.stacks]
+
     @property
     def size(self) -> int:
         """Length of the flat vector on this rank."""
-        return sum(stack.count * stack.row_size for stack in self.stacks)
+        return sum(self._sizes)
 
     @property
     def num_parameters(self) -> int:
@@ -79,12 +84,10 @@ class Layout:
 
     def rows(self, flat: Tensor) -> dict[str, Tensor]:
         """Views (count, row_size) of the stacks in a flat vector, by name."""
-        views, start = {}, 0
-        for stack in self.stacks:
-            end = start + stack.count * stack.row_size
-            views[stack.name] = flat[start:end].view(stack.count, stack.row_size)
-            start = end
-        return views
+        parts = flat.split(self._sizes)
+        return {
+            stack.name: part.view(stack.count, stack.row_size) for stack, part in zip(self.stacks, parts, strict=True)
+        }
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
         """Views of all parameters in a flat vector: "layers.weight" (count, O, I) and so on."""
@@ -101,7 +104,7 @@ class Layout:
         A summand is an equal share of the layers; opening and classification layers belong to the first and the last
         share. Without layers here there are none.
         """
-        opening, layers, classification = (stack.count * stack.row_size for stack in self.stacks)
+        opening, layers, classification = self._sizes
         products = a * b
         if not parts:
             return products.new_empty((len(a), 0))
