@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
-from xbraid_py import comm as communication
 from xbraid_py.comm import MPICommunicator
+from xbraid_py.comm import mpi as communication
 from xbraid_py.grid import Partition
 
 

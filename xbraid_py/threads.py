@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
-from xbraid_py.comm import Communicator
+from xbraid_py.comm import Communicator, SerialCommunicator
+
+# Messages between two ranks and messages of all ranks do not mix, as with MPI.
+_TENSORS, _OF_ALL = "tensors", "of all"
 
 
 class ThreadCommunicator(Communicator):
@@ -21,14 +24,17 @@ class ThreadCommunicator(Communicator):
         self._shared = shared
 
     def isend(self, tensor, dest):
-        self._put(tensor.detach().clone(), dest)
+        self._put(tensor.detach().clone(), dest, _TENSORS)
         return lambda: None
 
     def recv(self, out, source):
-        sent = self._get(source)
-        if sent.shape != out.shape or sent.dtype != out.dtype:
-            raise ValueError(f"rank {self.rank} expects {out.shape} from rank {source}, got {sent.shape}")
-        return out.copy_(sent)
+        return self._write(self._get(source, _TENSORS), out, source)
+
+    def broadcast(self, tensor, root=0):
+        if self.rank != root:
+            return self._write(self._get(root), tensor, root)
+        self.bcast(tensor.detach().clone(), root)
+        return tensor
 
     def bcast(self, value, root=0):
         if self.rank != root:
@@ -50,18 +56,37 @@ class ThreadCommunicator(Communicator):
             return None
         return [value if peer == root else self._get(peer) for peer in range(self.size)]
 
+    def _split(self, color, key):
+        asked = self.gather((color, key))
+        groups: dict[int, tuple[_Shared, list[int]]] = {}
+        if asked is not None:
+            for chosen in {color for color, _ in asked}:
+                ranks = [rank for rank in range(self.size) if asked[rank][0] == chosen]
+                ranks.sort(key=lambda rank: asked[rank][1])
+                groups[chosen] = _Shared(len(ranks), self._shared.failed), ranks
+        shared, ranks = self.bcast(groups)[color]
+        if len(ranks) == 1:
+            return SerialCommunicator(end=self.abort)
+        return ThreadCommunicator(ranks.index(self.rank), shared)
+
     def abort(self, status):
         self._shared.failed.set()
         raise SystemExit(status)
 
-    def _put(self, value, dest):
-        self._shared.queues[self.rank, dest].put(value)
+    def _write(self, sent, out, source):
+        if sent.shape != out.shape or sent.dtype != out.dtype:
+            raise ValueError(f"rank {self.rank} expects {out.shape} from rank {source}, got {sent.shape}")
+        out.detach().copy_(sent)
+        return out
 
-    def _get(self, source):
+    def _put(self, value, dest, kind=_OF_ALL):
+        self._shared.queues[kind, self.rank, dest].put(value)
+
+    def _get(self, source, kind=_OF_ALL):
         # Polling, so that the failure of one thread ends the others as an abort ends MPI ranks.
         while not self._shared.failed.is_set():
             try:
-                return self._shared.queues[source, self.rank].get(timeout=0.05)
+                return self._shared.queues[kind, source, self.rank].get(timeout=0.05)
             except queue.Empty:
                 continue
         raise _PeerFailed
@@ -72,10 +97,12 @@ class _PeerFailed(Exception):
 
 
 class _Shared:
-    def __init__(self, size: int):
+    def __init__(self, size: int, failed: threading.Event):
         self.size = size
-        self.failed = threading.Event()
-        self.queues = {(a, b): queue.SimpleQueue() for a in range(size) for b in range(size)}
+        self.failed = failed  # of all groups: the failure of one thread ends every other one
+        self.queues = {
+            (kind, a, b): queue.SimpleQueue() for kind in (_TENSORS, _OF_ALL) for a in range(size) for b in range(size)
+        }
 
 
 def run_threads(size: int, body: Callable[[Communicator], Any]) -> list[Any]:
@@ -83,7 +110,7 @@ def run_threads(size: int, body: Callable[[Communicator], Any]) -> list[Any]:
 
     The first exception of a rank ends the others and is raised here.
     """
-    shared = _Shared(size)
+    shared = _Shared(size, threading.Event())
     results: list[Any] = [None] * size
     errors: list[BaseException] = []
 

@@ -1,0 +1,174 @@
+"""The ranks of MPI; the only file that imports mpi4py."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import time
+from functools import cache
+
+from xbraid_py.comm.base import Communicator, SerialCommunicator
+from xbraid_py.comm.launch import check_launcher
+from xbraid_py.comm.staging import Staging, cuda_aware
+
+# A rank that waits asks so many times in a row, and then sleeps so many seconds between two questions.
+_PATIENCE = 20
+_NAP = 1e-4
+
+
+class MPICommunicator(Communicator):
+    """The ranks of an `mpi4py.MPI.Comm`; tensors travel without packing or pickling.
+
+    Where more ranks than cores share a machine, a rank that waits sleeps, and leaves its core to the others.
+    Tensors on a device go through pinned host memory, or directly where MPI is CUDA-aware (`XBRAID_CUDA_AWARE`
+    set to 0 or 1 overrides what MPI says of itself).
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Comm
+        The ranks.
+    whole : MPICommunicator, optional
+        What `comm` was split from, if it was.
+    """
+
+    def __init__(self, comm, whole: MPICommunicator | None = None):
+        self.mpi = comm
+        self.rank = comm.Get_rank()
+        self.size = comm.Get_size()
+        self.staging = whole.staging if whole else Staging(cuda_aware(_mpi_reads_devices))
+        # The ranks of other groups are on the same cores, so a group cannot count for itself.
+        self.oversubscribed = whole.oversubscribed if whole else _oversubscribed(comm)
+
+    def isend(self, tensor, dest):
+        request = self.mpi.Isend(self.staging.outgoing(tensor), dest)
+        return lambda: self._wait(request)
+
+    def recv(self, out, source):
+        return self.irecv(out, source)()
+
+    def irecv(self, out, source):
+        buffer, filled = self.staging.incoming(out)
+        request = self.mpi.Irecv(buffer, source)
+
+        def finish():
+            self._wait(request)
+            return filled()
+
+        return finish
+
+    def bcast(self, value, root=0):
+        self._meet()
+        return self.mpi.bcast(value, root)
+
+    def broadcast(self, tensor, root=0):
+        if self.rank == root:
+            self._wait(self.mpi.Ibcast(self.staging.outgoing(tensor), root))
+            return tensor
+        buffer, filled = self.staging.incoming(tensor)
+        self._wait(self.mpi.Ibcast(buffer, root))
+        return filled()
+
+    def allgather(self, rows, counts):
+        width = math.prod(rows.shape[1:])
+        buffer, filled = self.staging.incoming(rows.new_empty((sum(counts), *rows.shape[1:])))
+        sizes = [count * width for count in counts]
+        self._wait(self.mpi.Iallgatherv(self.staging.outgoing(rows), [buffer, sizes]))
+        return filled()
+
+    def gather(self, value, root=0):
+        self._meet()
+        return self.mpi.gather(value, root)
+
+    def barrier(self):
+        self._wait(self.mpi.Ibarrier())
+
+    def abort(self, status):
+        _end_job(status)
+
+    def _split(self, color, key):
+        group = self.mpi.Split(color, key)
+        if group.Get_size() > 1:
+            return MPICommunicator(group, self)
+        group.Free()
+        return SerialCommunicator(end=_end_job)
+
+    def _wait(self, request) -> None:
+        if not self.oversubscribed:
+            request.Wait()
+            return
+        tests = 0
+        while not request.Test():
+            tests += 1
+            if tests < _PATIENCE:
+                os.sched_yield()
+            else:
+                time.sleep(_NAP)
+
+    def _meet(self) -> None:
+        # Messages of objects cannot be waited for asleep: they are only begun when all ranks are there.
+        if self.oversubscribed:
+            self.barrier()
+
+
+def _oversubscribed(comm) -> bool:
+    """Whether more ranks of `comm` than there are cores share this machine."""
+    from mpi4py import MPI
+
+    neighbours = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    # Ranks may be bound to cores of their own: all that are at hand is what counts.
+    cores = set().union(*neighbours.allgather(_own_cores()))
+    crowded = neighbours.Get_size() > len(cores)
+    neighbours.Free()
+    return crowded
+
+
+def _own_cores() -> set[int]:
+    """Cores that this process may use."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+@cache
+def _mpi_reads_devices() -> bool:
+    """What the MPI library says of buffers on CUDA devices; MPICH and Open MPI know the question."""
+    from mpi4py import MPI
+
+    try:
+        # Looks in the libraries that the extension is linked with, MPI among them.
+        return ctypes.CDLL(MPI.__file__).MPIX_Query_cuda_support() == 1
+    except (AttributeError, OSError):
+        return False
+
+
+def _end_job(status: int) -> None:
+    """End all processes of this job, those in no group of ours included."""
+    from mpi4py import MPI
+
+    # Abort of a smaller communicator need not end the others. Alone, there is nobody to end, and MPI would print.
+    if MPI.COMM_WORLD.Get_size() == 1:
+        os._exit(status)
+    MPI.COMM_WORLD.Abort(status)
+
+
+def world() -> Communicator:
+    """The communicator of all ranks of this job; serial where the job has one process.
+
+    Raises
+    ------
+    LaunchError
+        If the launcher started several processes that MPI does not join.
+    """
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    check_launcher(comm.Get_size())
+    return wrap(comm)
+
+
+def wrap(comm=None) -> Communicator:
+    """`comm` as a `Communicator`: a Communicator, an `mpi4py.MPI.Comm`, or None for a serial run."""
+    if isinstance(comm, Communicator):
+        return comm
+    if comm is None:
+        return SerialCommunicator()
+    return MPICommunicator(comm) if comm.Get_size() > 1 else SerialCommunicator(end=_end_job)
