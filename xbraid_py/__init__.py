@@ -17,13 +17,17 @@ from xbraid_py.allocation import keep_freed_memory
 from xbraid_py.comm import Communicator, LaunchError, wrap
 from xbraid_py.errors import RunError
 from xbraid_py.grid import LayerGrid, Partition
+from xbraid_py.layer_parallel import Accuracy, LayerParallel, SolveRecord, clip_grad_norm_, share_loss
 from xbraid_py.mgrit import MGRIT, Hierarchy, Solution, Solver
 from xbraid_py.multilevel import NestedIteration, NestedOptions, prolong_depth
 from xbraid_py.network import InitialScales, ResidualNetwork
 from xbraid_py.networks.dense import DenseLayer
+from xbraid_py.networks.dense_block import DenseBlock
+from xbraid_py.networks.dropout import Dropout
 from xbraid_py.objective import Evaluation, NetworkObjective, Objective, Regularization
 from xbraid_py.optim import Armijo, OneShot, OneShotOptions, QuasiNewton
 from xbraid_py.problem import Architecture, Problem
+from xbraid_py.process_grid import ProcessGrid, share
 from xbraid_py.propagator import Adjoint, Forward, Propagator, ResidualSteps
 from xbraid_py.threads import run_threads
 
@@ -31,17 +35,21 @@ keep_freed_memory()
 
 __all__ = [
     "MGRIT",
+    "Accuracy",
     "Adjoint",
     "Architecture",
     "Armijo",
     "Communicator",
+    "DenseBlock",
     "DenseLayer",
+    "Dropout",
     "Evaluation",
     "Forward",
     "Hierarchy",
     "InitialScales",
     "LaunchError",
     "LayerGrid",
+    "LayerParallel",
     "NestedIteration",
     "NestedOptions",
     "NetworkObjective",
@@ -50,6 +58,7 @@ __all__ = [
     "OneShotOptions",
     "Partition",
     "Problem",
+    "ProcessGrid",
     "Propagator",
     "QuasiNewton",
     "Regularization",
@@ -57,8 +66,12 @@ __all__ = [
     "ResidualSteps",
     "RunError",
     "Solution",
+    "SolveRecord",
     "Solver",
+    "clip_grad_norm_",
     "prolong_depth",
     "run_threads",
+    "share",
+    "share_loss",
     "wrap",
 ]

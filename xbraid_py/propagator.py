@@ -61,6 +61,24 @@ class Propagator(Protocol):
         """Uninitialised states (num_rows, *S)."""
 
 
+class Steps(Protocol):
+    """What propagators know of consecutive layers: `ResidualSteps` of dense ones, `ModuleSteps` of any others."""
+
+    theta: Tensor
+    parts: int
+
+    @property
+    def cost(self) -> float: ...
+
+    def relax(self, points, cfactor, tau, inputs, record=False) -> Tensor: ...
+
+    def relax_adjoint(self, states, points, cfactor, tau, inputs, gradient) -> Tensor: ...
+
+    def coarsen(self, cfactor, weights, scheme, parts=1) -> Steps: ...
+
+    def redistribute(self, comm, source, target) -> Steps: ...
+
+
 @dataclass(frozen=True)
 class ResidualSteps:
     """The steps u + h F(u, theta_i) of consecutive layers i.
@@ -100,8 +118,10 @@ class ResidualSteps:
         gradient = torch.empty_like(theta) if with_gradient else None
         return kernels.adjoint(self.block, theta, u, v, gradient=gradient, **self._how), gradient
 
-    def relax(self, points: Tensor, cfactor: int, tau: Tensor | None, inputs: Tensor | None) -> Tensor:
-        """`cfactor` steps from the beginning of each interval; see `kernels.relax`."""
+    def relax(
+        self, points: Tensor, cfactor: int, tau: Tensor | None, inputs: Tensor | None, record: bool = False
+    ) -> Tensor:
+        """`cfactor` steps from the beginning of each interval; see `kernels.relax`. `record` needs nothing done."""
         options = {"parts": self.parts, "tau": tau, "inputs": inputs, **self._how}
         return kernels.relax(self.block, self.theta, points, cfactor, **options)
 
@@ -153,15 +173,15 @@ class Forward:
 
     Parameters
     ----------
-    steps : ResidualSteps
+    steps : Steps
         The layers owned here.
-    states : (n, *S) tensor
-        Recorded states are written here: row i holds the input of layer i. May be None where nothing is recorded.
+    states : (n, *S) tensor or None
+        Recorded states are written here: row i holds the input of layer i. None where nobody asks for them.
     template : (*S) tensor
         Any tensor with the shape and type of a state.
     """
 
-    steps: ResidualSteps
+    steps: Steps
     states: Tensor | None
     template: Tensor
     direction = +1
@@ -174,7 +194,7 @@ class Forward:
         return self.steps.relax(x, 1, None, None)
 
     def relax(self, points, cfactor, tau=None, record=False, inputs=None) -> Tensor:
-        return self.steps.relax(points, cfactor, tau, self.states if record else inputs)
+        return self.steps.relax(points, cfactor, tau, self.states if record else inputs, record)
 
     def correct(self, before: Tensor, after: Tensor, coarse: Forward) -> None:
         # The states stay as they are: to correct them would cost as much as another relaxation.
@@ -196,7 +216,7 @@ class Adjoint:
 
     Parameters
     ----------
-    steps : ResidualSteps
+    steps : Steps
         The layers owned here.
     states : (n, *S) tensor
         Row i holds the input of layer i.
@@ -204,7 +224,7 @@ class Adjoint:
         A recorded relaxation writes the gradient of the weights here, a row for each layer.
     """
 
-    steps: ResidualSteps
+    steps: Steps
     states: Tensor
     gradient: Tensor | None
     direction = -1

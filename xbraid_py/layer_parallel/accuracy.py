@@ -1,0 +1,157 @@
+"""How good the gradients of a stack are, and what is done about it.
+
+Minibatch training starts every solve anew, on other samples, so errors of the solver are a bias of the gradient. What
+the solver knows are its residuals; what counts is the gradient. Every so often the gradient of one update is computed
+exactly as well: the ratio of its error to the residuals then turns the residuals of the following updates
+into estimates of the gradient's error.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+
+log = logging.getLogger(__name__)
+
+TIGHTER = 0.3  # tolerances after a tightening over those before
+_FLOOR = 1e-12  # residuals below this say nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """What is asked of the gradients of a stack's weights.
+
+    Parameters
+    ----------
+    gradient_error
+        Relative error (2-norm, of all weights of the stack) above which the solver is told to do more.
+    check
+        Updates between two exact gradients, to measure the error; the first update is one, and each after a change.
+        0: never, and the estimate is the sum of the residuals.
+    adapt
+        Do more when the estimate exceeds `gradient_error`; otherwise only say so.
+    max_level
+        Tightenings (one more iteration, tolerances times 0.3) before the stack propagates exactly, layer after layer.
+    """
+
+    gradient_error: float = 0.1
+    check: int = 100
+    adapt: bool = True
+    max_level: int = 4
+
+    def __post_init__(self):
+        if not 0.0 < self.gradient_error < float("inf"):
+            raise ValueError(f"gradient_error={self.gradient_error} must be positive and finite; use 0.1")
+        for name, least in (("check", 0), ("max_level", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}; use {least or 0}")
+
+
+@dataclass(frozen=True)
+class SolveRecord:
+    """What the last forward and backward solve of a stack did.
+
+    Attributes
+    ----------
+    update : int
+        Number of the backward solve, from 1.
+    mode : str
+        "mgrit", or "exact": layer after layer.
+    level : int
+        Tightenings in force.
+    iterations, adjoint_iterations : int
+        Relaxations of the fine level, forwards and backwards.
+    residual, adjoint_residual : float
+        Relative residuals at the end, or the change by the last correction.
+    gradient_error : float
+        Estimate of the relative error of the gradient of the stack's weights, for the given gradient of its output.
+    measured : bool
+        Whether it is no estimate, but the error measured against the exact gradient (which was then used).
+    event : str
+        What was changed after this update; empty if nothing was.
+    """
+
+    update: int
+    mode: str
+    level: int
+    iterations: int
+    adjoint_iterations: int
+    residual: float
+    adjoint_residual: float
+    gradient_error: float
+    measured: bool
+    event: str
+
+    def as_dict(self) -> dict:
+        """For a record of the run."""
+        return asdict(self)
+
+
+class Controller:
+    """Watches the error of the gradient and chooses how exactly the next update is solved.
+
+    All ranks see the same numbers and take the same decisions.
+    """
+
+    def __init__(self, accuracy: Accuracy, levels: bool):
+        self.accuracy = accuracy
+        self.update = 0
+        self.level = 0
+        # With a single level there is nothing but exact propagation.
+        self.exact = not levels
+        self._iterative = levels
+        # Error of the gradient for one unit of residual.
+        self._ratio = 1.0
+        self._changed = False
+
+    @property
+    def checks_now(self) -> bool:
+        """Whether the next update measures the error of its gradient: now and then, and after a change."""
+        check = self.accuracy.check
+        return self._iterative and check > 0 and (self._changed or self.update % check == 0)
+
+    def observe(self, residuals: float, measured: float | None) -> tuple[float, str]:
+        """Take in the residuals of an update and, where measured, the error of its gradient: estimate and event."""
+        self.update += 1
+        if measured is not None:
+            # NaN compares false: an error that is none changes nothing.
+            if measured >= 0.0:
+                self._ratio = measured / max(residuals, _FLOOR)
+            estimate = measured
+        else:
+            estimate = 0.0 if self.exact else self._ratio * residuals
+        level, exact = self.level, self.exact
+        event = self._decide(estimate, measured is not None)
+        self._changed = level != self.level or (exact and not self.exact)
+        return estimate, event
+
+    def _decide(self, estimate: float, measured: bool) -> str:
+        accuracy = self.accuracy
+        bound = accuracy.gradient_error
+        if self.exact:
+            if self._iterative and accuracy.adapt and measured and estimate <= bound / 2:
+                self.exact = False
+                return self._say(f"gradient error {estimate:.2g} by MGRIT: back to it")
+            return ""
+        if not estimate > bound:
+            return ""
+        if not accuracy.adapt:
+            return self._say(f"gradient error {estimate:.2g} above {bound:g}")
+        if self.level < accuracy.max_level:
+            self.level += 1
+            return self._say(f"gradient error {estimate:.2g} above {bound:g}: {self.level} tightening(s)")
+        self.exact = True
+        return self._say(f"gradient error {estimate:.2g} above {bound:g}: exact propagation")
+
+    def _say(self, event: str) -> str:
+        log.info("update %d: %s", self.update, event)
+        return event
+
+    def state(self) -> dict:
+        """What a checkpoint keeps."""
+        return {"update": self.update, "level": self.level, "exact": self.exact, "ratio": self._ratio}
+
+    def restore(self, state: dict) -> None:
+        """The opposite of `state`."""
+        self.update, self.level = int(state["update"]), int(state["level"])
+        self.exact, self._ratio = bool(state["exact"]) or not self._iterative, float(state["ratio"])

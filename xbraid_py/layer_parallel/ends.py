@@ -1,0 +1,67 @@
+"""Around a stack: a loss that one rank knows, and the norm of gradients that many ranks hold."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from xbraid_py.comm import Communicator
+from xbraid_py.layer_parallel.stack import LayerParallel
+
+
+class _ShareLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss: Tensor, comm: Communicator, root: int) -> Tensor:
+        ctx.own = comm.rank == root
+        return comm.broadcast(loss.detach().clone(), root)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient if ctx.own else torch.zeros_like(gradient), None, None
+
+
+def share_loss(loss: Tensor, comm: Communicator, root: int) -> Tensor:
+    """The loss of rank `root` on every rank; backwards, only what that rank computed counts.
+
+    For stacks with `output="last"`: elsewhere the output is zero, and what the head makes of it means nothing.
+    Every rank calls it, and `backward` on its result, so that all take part in the adjoint solve.
+
+    Parameters
+    ----------
+    loss : scalar tensor
+        Computed from the output of the stack on every rank.
+    comm : Communicator
+    root : int
+        `LayerParallel.last_rank`.
+    """
+    return _ShareLoss.apply(loss, comm, root)
+
+
+def clip_grad_norm_(model: nn.Module, max_norm: float) -> float:
+    """`torch.nn.utils.clip_grad_norm_` for a model with layer-parallel stacks: the 2-norm is that of the whole model.
+
+    Gradients of a stack are counted on all ranks, all others once (they are the same on every rank). Collective; the
+    same bits on any number of ranks.
+
+    Returns
+    -------
+    float
+        The norm before clipping.
+    """
+    square = 0.0
+    inside: set[int] = set()
+    for stack in (part for part in model.modules() if isinstance(part, LayerParallel)):
+        gradients = [p.grad for p in stack.parameters() if p.grad is not None]
+        inside.update(id(p) for p in stack.parameters())
+        if gradients:
+            # A summand for each layer, whoever owns it.
+            rows = torch.stack([g.flatten(1).square().sum(1) for g in gradients], 1).sum(1, keepdim=True)
+            square += float(stack.comm.ordered_sum(rows, stack.layers.partition.counts))
+    others = [p.grad for p in model.parameters() if p.grad is not None and id(p) not in inside]
+    square += sum(float(gradient.square().sum()) for gradient in others)
+    norm = square**0.5
+    if norm > max_norm:
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad.mul_(max_norm / norm)
+    return norm

@@ -1,0 +1,180 @@
+"""One propagation through a stack and its adjoint: which solvers, what is kept between them, how good the gradient is.
+
+Shape letters: `n` layers owned here, `S` shape of a state, `p` numbers of a row of weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from xbraid_py.comm import Communicator
+from xbraid_py.grid import LayerGrid
+from xbraid_py.layer_parallel.accuracy import TIGHTER, Controller, SolveRecord
+from xbraid_py.mgrit import MGRIT, Hierarchy, Solution, Solver
+from xbraid_py.mgrit.hierarchy import Level
+from xbraid_py.propagator import Adjoint, Forward, Steps
+
+# Makes the steps of the layers owned here; with True, of the kind that keeps the graphs of its layers.
+MakeSteps = Callable[[bool], Steps]
+
+
+class Solvers:
+    """The solvers of a stack: MGRIT with its options tightened as asked, and layer after layer.
+
+    Parameters
+    ----------
+    options, adjoint : MGRIT
+        Forwards and backwards; with the same levels.
+    grid : LayerGrid
+    comm : Communicator
+    """
+
+    def __init__(self, options: MGRIT, adjoint: MGRIT, grid: LayerGrid, comm: Communicator):
+        self.options, self.adjoint, self.comm = options, adjoint, comm
+        self.hierarchy = Hierarchy.plan(options, grid, comm.size)
+        backwards = Hierarchy.plan(adjoint, grid, comm.size)
+        if backwards.intervals != self.hierarchy.intervals and len(backwards.levels) > 1 < len(self.hierarchy.levels):
+            raise ValueError(
+                f"cfactor={adjoint.cfactor} of adjoint makes other intervals than cfactor={options.cfactor} of mgrit; "
+                f"the finest ones must agree: leave it out"
+            )
+        self.partition = self.hierarchy.partition
+        only = Level(0, grid, None, 0, self.partition, self.partition)
+        self.sequential = Solver(MGRIT(max_levels=1), Hierarchy((only,)), comm)
+        self._backwards = backwards if backwards.partition == self.partition else self.sequential.hierarchy
+        self.forward_at = lru_cache(lambda level: self._made(options, self.hierarchy, level))
+        self.adjoint_at = lru_cache(lambda level: self._made(adjoint, self._backwards, level))
+
+    @property
+    def are_iterative(self) -> bool:
+        """Whether there is a coarse level at all."""
+        return len(self.hierarchy.levels) > 1
+
+    def _made(self, options: MGRIT, hierarchy: Hierarchy, level: int) -> Solver:
+        own = replace(options, max_iter=options.iterations + level, tol=options.tolerance * TIGHTER**level)
+        return Solver(own, hierarchy, self.comm)
+
+
+def for_adjoint(adjoint: MGRIT | None, options: MGRIT) -> MGRIT:
+    """Options of the adjoints: those given, and where they are left at their default those of the states."""
+    if adjoint is None:
+        return options.for_adjoint()
+    given = {f.name: getattr(adjoint, f.name) for f in fields(MGRIT) if getattr(adjoint, f.name) != f.default}
+    own = replace(options, **given)
+    return own if "tol" in given else own.for_adjoint()
+
+
+@dataclass
+class _States:
+    """What a forward solve leaves for the adjoint: its steps with their graphs, the states, the outcome."""
+
+    steps: Steps
+    states: Tensor
+    solution: Solution
+
+
+class Propagation:
+    """One forward solve, and the adjoint solve that belongs to it.
+
+    Parameters
+    ----------
+    solvers : Solvers
+    controller : Controller
+        Says how exactly to solve.
+    make_steps : callable
+    num_rows : int
+        Layers owned here.
+    start : (*S) tensor
+        Input of the first layer; read on its owner, elsewhere only the shape counts.
+    keep : bool
+        Whether there will be an adjoint solve.
+
+    Attributes
+    ----------
+    end : (*S) tensor or None
+        Output of the last layer, on its owner.
+    """
+
+    def __init__(
+        self, solvers: Solvers, controller: Controller, make_steps: MakeSteps, num_rows: int, start: Tensor, keep: bool
+    ):
+        self.solvers, self.controller, self.make_steps = solvers, controller, make_steps
+        self.num_rows, self.start, self.keep = num_rows, start, keep
+        self.exact, self.level = controller.exact, controller.level
+        self.checks = keep and controller.checks_now
+        self._forward = self._propagate(self.exact, keep)
+        self.end = self._forward.solution.end
+
+    def _propagate(self, exact: bool, keep: bool) -> _States:
+        steps = self.make_steps(keep)
+        # Kept graphs hold the states; only coarse adjoints read them from elsewhere.
+        held = exact and getattr(steps, "tape", None) is not None
+        shape = (self.num_rows, *self.start.shape)
+        states = self.start.new_empty(()).expand(shape) if held or not keep else self.start.new_empty(shape)
+        recorded = states if keep and not held else None
+        solution = self._solver(exact, "forward").solve(Forward(steps, recorded, self.start), self.start)
+        return _States(steps, states, solution)
+
+    def _solver(self, exact: bool, direction: str) -> Solver:
+        if exact:
+            return self.solvers.sequential
+        which = self.solvers.forward_at if direction == "forward" else self.solvers.adjoint_at
+        return which(self.level)
+
+    def _adjoint(self, forward: _States, exact: bool, slope: Tensor | None) -> tuple[Tensor, Solution]:
+        gradient = torch.empty_like(forward.steps.theta)
+        propagator = Adjoint(forward.steps, forward.states, gradient)
+        return gradient, self._solver(exact, "adjoint").solve(propagator, slope)
+
+    def backward(self, slope: Tensor | None) -> tuple[Tensor, Tensor | None, SolveRecord]:
+        """The gradient of the weights (n, p), of the input (*S) on the owner of the first layer, and what was done.
+
+        Parameters
+        ----------
+        slope : (*S) tensor
+            Gradient of the output, on the owner of the last layer.
+        """
+        gradient, solution = self._adjoint(self._forward, self.exact, slope)
+        forward = self._forward.solution
+        measured = None
+        if self.checks:
+            # The same once more, the other way; the exact gradient is the one that is used.
+            other = self._propagate(not self.exact, True)
+            other_gradient, other_solution = self._adjoint(other, not self.exact, slope)
+            mgrit, exact = (other_gradient, gradient) if self.exact else (gradient, other_gradient)
+            measured = self._distance(mgrit, exact)
+            gradient = exact
+            if self.exact:
+                forward, solution_of_mgrit = other.solution, other_solution
+            else:
+                solution_of_mgrit, solution = solution, other_solution
+        else:
+            solution_of_mgrit = solution
+        residuals = forward.residual + solution_of_mgrit.residual
+        mode = "exact" if self.exact else "mgrit"
+        error, event = self.controller.observe(residuals, measured)
+        record = SolveRecord(
+            self.controller.update,
+            mode,
+            self.level,
+            forward.sweeps,
+            solution_of_mgrit.sweeps,
+            forward.residual,
+            solution_of_mgrit.residual,
+            error,
+            measured is not None,
+            event,
+        )
+        return gradient, solution.end, record
+
+    def _distance(self, a: Tensor, b: Tensor) -> float:
+        """|a - b| / |b| over all ranks."""
+        partition = self.solvers.partition
+        squares = torch.stack([(a - b).square().sum(1), b.square().sum(1)], 1)
+        difference, size = self.solvers.comm.ordered_sum(squares, partition.counts).tolist()
+        return (difference / size) ** 0.5 if size > 0.0 else 0.0

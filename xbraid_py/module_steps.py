@@ -1,0 +1,282 @@
+"""The steps u + h F(u, theta_i) of any torch module F: values, transposed Jacobians, and graphs that are kept.
+
+Shape letters: `n` rows (layers) owned here, `m` intervals of `c` rows, `S` shape of a state, `p` numbers of a row of
+weights.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from xbraid_py.grid import Partition
+from xbraid_py.networks.module_block import ModuleBlock
+
+_TRIALS = 3
+_FAR = 0.7
+
+
+@dataclass
+class _Graph:
+    """What autograd has kept of some rows: from `start` and the `weights` of each row to `end`."""
+
+    start: Tensor
+    weights: list[list[Tensor]]
+    end: Tensor
+
+
+@dataclass
+class Tape:
+    """Graphs of the last recorded relaxation, so that adjoints need not evaluate the layers again.
+
+    Attributes
+    ----------
+    graphs : dict of int to _Graph
+        By the first row they stand for; batched, by its place in an interval.
+    length : int
+        Rows of each graph.
+    """
+
+    graphs: dict[int, _Graph] = field(default_factory=dict)
+    length: int = 0
+
+    def clear(self, length: int) -> None:
+        """Forget all graphs, before those of so many rows are recorded."""
+        self.graphs.clear()
+        self.length = length
+
+
+@dataclass(frozen=True)
+class ModuleSteps:
+    """The steps of consecutive layers of one kind; the same interface as `ResidualSteps`.
+
+    Parameters
+    ----------
+    block : ModuleBlock
+        F.
+    theta : (n parts, p) tensor
+        Weights, a row for each part of each step.
+    h : float
+        Step size.
+    layers : tuple of int
+        Numbers of the layers the rows come from, which fix the masks of dropout.
+    draw : int
+        Number of the update, which fixes them too.
+    batched : bool
+        Evaluate all intervals in one call (`torch.func.vmap`), or one after the other.
+    tape : Tape, optional
+        Keeps the graphs of recorded relaxations.
+    scheme, parts
+        As of `ResidualSteps`.
+    """
+
+    block: ModuleBlock
+    theta: Tensor
+    h: float
+    layers: tuple[int, ...]
+    draw: int = 0
+    batched: bool = False
+    tape: Tape | None = None
+    scheme: str = "euler"
+    parts: int = 1
+
+    @property
+    def cost(self) -> float:
+        """Evaluations of F in one step."""
+        return self.parts * (1.0 if self.scheme == "euler" else 2.0)
+
+    def coarsen(self, cfactor: int, weights: str, scheme: str, parts: int = 1) -> ModuleSteps:
+        """See `ResidualSteps.coarsen`."""
+        length = cfactor * self.parts // parts
+        if length == 1:
+            return replace(self, parts=parts, tape=None)
+        coarse = self.theta[::length]
+        if weights == "average":
+            # One slice after the other: the order of summation must not depend on the number of rows.
+            coarse = coarse.clone()
+            for j in range(1, length):
+                coarse += self.theta[j::length]
+            coarse /= length
+        layers = self.layers[::length]
+        return replace(self, theta=coarse, layers=layers, h=length * self.h, scheme=scheme, parts=parts, tape=None)
+
+    def redistribute(self, comm, source: Partition, target: Partition) -> Self:
+        """The steps of the rows that `target` gives to this rank."""
+        source, target = source.refine(self.parts), target.refine(self.parts)
+        theta = comm.redistribute(self.theta.contiguous(), source, target)
+        numbers = torch.tensor(self.layers, dtype=torch.int64)
+        layers = tuple(comm.redistribute(numbers, source, target).tolist())
+        return replace(self, theta=theta, layers=layers, tape=None)
+
+    def relax(
+        self,
+        points: Tensor,
+        cfactor: int,
+        tau: Tensor | None = None,
+        inputs: Tensor | None = None,
+        record: bool = False,
+    ) -> Tensor:
+        """`cfactor` steps from the beginning of each interval (m, *S) to its end, tau (m c, *S) added to each.
+
+        The input of each step is written to `inputs` (m c, *S). With `record` the tape keeps the graphs.
+        """
+        length = cfactor * self.parts
+        tape = self.tape if record else None
+        if tape is not None:
+            tape.clear(length)
+        ends = torch.empty_like(points)
+        if not len(points):
+            return ends
+        rows = self._rows(self.theta)
+        with torch.set_grad_enabled(tape is not None):
+            # Batched, all intervals are one long state; else one interval after the other.
+            for k in [slice(None)] if self.batched else range(len(points)):
+                first = 0 if self.batched else k * length
+                x = start = points[k].detach().requires_grad_() if tape is not None else points[k]
+                used = []
+                for j in range(cfactor):
+                    step = slice(j, None, cfactor) if self.batched else k * cfactor + j
+                    if inputs is not None:
+                        inputs[step] = x.detach()
+                    for part in range(j * self.parts, (j + 1) * self.parts):
+                        row = slice(part, None, length) if self.batched else first + part
+                        weights = self._leaves(rows, row) if tape is not None else self._weights(rows, row)
+                        used.append(weights)
+                        x = x + self._increment(weights, x, row)
+                    if tau is not None:
+                        x = x + tau[step]
+                if tape is not None:
+                    tape.graphs[first] = _Graph(start, used, x)
+                ends[k] = x.detach()
+        return ends
+
+    def relax_adjoint(
+        self,
+        states: Tensor,
+        points: Tensor,
+        cfactor: int,
+        tau: Tensor | None = None,
+        inputs: Tensor | None = None,
+        gradient: Tensor | None = None,
+    ) -> Tensor:
+        """The same backwards, at the given states (m c parts, *S); see `kernels.relax_adjoint`."""
+        length = cfactor * self.parts
+        ends = torch.empty_like(points)
+        if not len(points):
+            return ends
+        rows = self._rows(self.theta)
+        columns = None if gradient is None else self.block.split(gradient)
+        taped = self._taped(length) if tau is None and inputs is None else 0
+        for k in [slice(None)] if self.batched else range(len(points)):
+            first = 0 if self.batched else k * length
+            v = points[k]
+            if taped:
+                for start in reversed(range(first, first + length, taped)):
+                    v = self._through(self.tape.graphs[start], v, columns, start, taped)
+                ends[k] = v
+                continue
+            for j in reversed(range(cfactor)):
+                step = slice(j, None, cfactor) if self.batched else k * cfactor + j
+                if inputs is not None:
+                    inputs[step] = v
+                for part in reversed(range(j * self.parts, (j + 1) * self.parts)):
+                    row = slice(part, None, length) if self.batched else first + part
+                    v = self._back(rows, row, states[row], v, columns)
+                if tau is not None:
+                    v = v + tau[step]
+            ends[k] = v
+        return ends
+
+    def _taped(self, length: int) -> int:
+        """Rows of each graph on the tape, if graphs make up intervals of that length; else 0."""
+        if self.tape is None or not self.tape.graphs or length % self.tape.length:
+            return 0
+        return self.tape.length if length == self.tape.length or not self.batched else 0
+
+    def _through(self, graph: _Graph, v: Tensor, columns: list[Tensor] | None, first: int, length: int) -> Tensor:
+        """v (*S) through the transposed Jacobian of a graph; the gradient of its rows goes to `columns`."""
+        wanted = [] if columns is None else [leaf for weights in graph.weights for leaf in weights]
+        # A solve comes back with other adjoints; the graph goes with the tape.
+        back, *found = torch.autograd.grad(
+            graph.end, (graph.start, *wanted), v, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        if columns is not None:
+            width = len(columns)
+            for number, column in enumerate(columns):
+                rows = torch.stack(found[number::width])  # (length, [m,] *shape)
+                if self.batched:
+                    column.unflatten(0, (-1, length)).copy_(rows.transpose(0, 1))
+                else:
+                    column[first : first + length] = rows
+        return back
+
+    def _back(self, rows, row: int | slice, u: Tensor, v: Tensor, columns: list[Tensor] | None) -> Tensor:
+        """v (*S) through the transposed Jacobian of one step at u (*S), evaluated anew."""
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            weights = self._weights(rows, row) if columns is None else self._leaves(rows, row)
+            change = self._increment(weights, u, row)
+        if not change.requires_grad:
+            return v
+        wanted = () if columns is None else weights
+        back, *found = torch.autograd.grad(change, (u, *wanted), v, allow_unused=True, materialize_grads=True)
+        if columns is not None:
+            for column, part in zip(columns, found, strict=True):
+                column[row] = part
+        return v + back
+
+    def _increment(self, weights: Sequence[Tensor], u: Tensor, row: int | slice) -> Tensor:
+        """What a step adds to u (*S): h F(u), or h F(u + h/2 F(u))."""
+
+        def field_of(x: Tensor) -> Tensor:
+            if self.batched:
+                return self.block.batched(weights, x)
+            return self.block(weights, x, self.draw, self.layers[row])
+
+        change = field_of(u)
+        if self.scheme == "midpoint":
+            change = field_of(u + self.h / 2 * change)
+        return self.h * change
+
+    def _rows(self, theta: Tensor) -> list:
+        """Columns of the rows: batched as (n, *shape), else unbound into one tensor for each row."""
+        columns = self.block.split(theta.detach())
+        return columns if self.batched else [column.unbind(0) for column in columns]
+
+    def _weights(self, rows, row: int | slice) -> list[Tensor]:
+        return [column[row] for column in rows]
+
+    def _leaves(self, rows, row: int | slice) -> list[Tensor]:
+        """The weights of a row as leaves of a graph of their own."""
+        return [column[row].detach().requires_grad_() for column in rows]
+
+
+def batched_is_faster(block: ModuleBlock, u: Tensor, count: int) -> bool:
+    """Whether so many intervals with states like u (*S) are evaluated faster in one call, forwards and backwards."""
+    theta = block.join([tensor[None] for tensor in block.tensors_of(block.module)]).repeat(count, 1)
+    points = torch.randn((count, *u.shape), dtype=u.dtype, generator=torch.Generator().manual_seed(0)).to(u.device)
+    gradient = torch.empty_like(theta)
+    seconds = []
+    for batched in (False, True):
+        steps = ModuleSteps(block, theta, 1e-3, tuple(range(count)), batched=batched, tape=Tape())
+        best = float("inf")
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # of operations that have no batched form, and are slow therefore
+            for _ in range(_TRIALS):
+                start = time.perf_counter()
+                steps.relax(points, 1, None, None, True)
+                steps.relax_adjoint(points, points, 1, None, None, gradient)
+                if u.is_cuda:
+                    torch.cuda.synchronize()
+                best = min(best, time.perf_counter() - start)
+        seconds.append(best)
+    # By far: what is nearly as fast would be chosen in one run and not in the next.
+    return seconds[1] < _FAR * seconds[0]
