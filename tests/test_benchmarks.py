@@ -35,13 +35,22 @@ SCRIPTS = {
         | {f"random_{cycle}_{N}" for cycle in CYCLES for N in (32, 64)}
         | {"random_scale"},
     ),
+    "layer_parallel": (
+        "--blocks=dense,encoder --layers=3 --rounds=2 --intervals=2,8 --num_layers=32 --ranks=2 --steps=1".split(),
+        {f"{kind}_{block}" for kind in ("overhead", "batched") for block in ("dense", "encoder")}
+        | {"speedup_encoder_2", "error_encoder_2"},
+    ),
+    "graph": (
+        ["--cpu", "--depths=32,64", "--rounds=2"],
+        {f"{name}_{num_layers}_8_32" for name in ("vs_eager", "error") for num_layers in (32, 64)},
+    ),
     "memory": (["--num_layers=64", "--samples=1000", "--updates=2"], {"ratio", "ratio_2"}),
 }
 
 
 def figures(run_job, name: str, *options: str) -> dict[str, float]:
     """What a script prints on its last line."""
-    done = run_job([PROJECT / "benchmarks" / f"{name}.py", *options])
+    done = run_job([PROJECT / "benchmarks" / f"{name}.py", *options], timeout=110)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found.keys() == {"benchmark", "figures"} and found["benchmark"] == name

@@ -27,6 +27,10 @@ LAYERS = (
     {"optim"},
     {"multilevel"},
     {"data", "io", "planner", "report"},
+    {"minibatch"},
+    {"export"},
+    {"cli"},
+    {"__main__"},
     {"drivers", "benchmarks"},
 )
 LAYER = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}

@@ -16,6 +16,7 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 from xbraid_py.allocation import keep_freed_memory
 from xbraid_py.comm import Communicator, LaunchError, wrap
 from xbraid_py.errors import RunError
+from xbraid_py.export import ResidualStep, to_sequential
 from xbraid_py.grid import LayerGrid, Partition
 from xbraid_py.layer_parallel import Accuracy, LayerParallel, SolveRecord, clip_grad_norm_, share_loss
 from xbraid_py.mgrit import MGRIT, Hierarchy, Solution, Solver
@@ -63,6 +64,7 @@ __all__ = [
     "QuasiNewton",
     "Regularization",
     "ResidualNetwork",
+    "ResidualStep",
     "ResidualSteps",
     "RunError",
     "Solution",
@@ -73,5 +75,6 @@ __all__ = [
     "run_threads",
     "share",
     "share_loss",
+    "to_sequential",
     "wrap",
 ]

@@ -24,10 +24,10 @@ _FAR = 0.7
 
 @dataclass
 class _Graph:
-    """What autograd has kept of some rows: from `start` and the `weights` of each row to `end`."""
+    """What autograd has kept of some rows: from `start` and the `weights` (columns of all rows) to `end`."""
 
     start: Tensor
-    weights: list[list[Tensor]]
+    weights: list[Tensor]
     end: Tensor
 
 
@@ -133,26 +133,24 @@ class ModuleSteps:
         ends = torch.empty_like(points)
         if not len(points):
             return ends
-        rows = self._rows(self.theta)
+        columns = self.block.split(self.theta.detach())
         with torch.set_grad_enabled(tape is not None):
             # Batched, all intervals are one long state; else one interval after the other.
             for k in [slice(None)] if self.batched else range(len(points)):
                 first = 0 if self.batched else k * length
                 x = start = points[k].detach().requires_grad_() if tape is not None else points[k]
-                used = []
+                leaves, weights = self._of_interval(columns, first, length, tape is not None)
                 for j in range(cfactor):
                     step = slice(j, None, cfactor) if self.batched else k * cfactor + j
                     if inputs is not None:
                         inputs[step] = x.detach()
                     for part in range(j * self.parts, (j + 1) * self.parts):
                         row = slice(part, None, length) if self.batched else first + part
-                        weights = self._leaves(rows, row) if tape is not None else self._weights(rows, row)
-                        used.append(weights)
-                        x = x + self._increment(weights, x, row)
+                        x = x + self._increment(weights[part], x, row)
                     if tau is not None:
                         x = x + tau[step]
                 if tape is not None:
-                    tape.graphs[first] = _Graph(start, used, x)
+                    tape.graphs[first] = _Graph(start, leaves, x)
                 ends[k] = x.detach()
         return ends
 
@@ -170,9 +168,9 @@ class ModuleSteps:
         ends = torch.empty_like(points)
         if not len(points):
             return ends
-        rows = self._rows(self.theta)
-        columns = None if gradient is None else self.block.split(gradient)
+        columns = None if gradient is None else self._differentiable(gradient)
         taped = self._taped(length) if tau is None and inputs is None else 0
+        rows = None if taped else self._rows(self.theta)
         for k in [slice(None)] if self.batched else range(len(points)):
             first = 0 if self.batched else k * length
             v = points[k]
@@ -201,19 +199,16 @@ class ModuleSteps:
 
     def _through(self, graph: _Graph, v: Tensor, columns: list[Tensor] | None, first: int, length: int) -> Tensor:
         """v (*S) through the transposed Jacobian of a graph; the gradient of its rows goes to `columns`."""
-        wanted = [] if columns is None else [leaf for weights in graph.weights for leaf in weights]
+        wanted = () if columns is None else [leaf for leaf in graph.weights if leaf.requires_grad]
         # A solve comes back with other adjoints; the graph goes with the tape.
         back, *found = torch.autograd.grad(
             graph.end, (graph.start, *wanted), v, retain_graph=True, allow_unused=True, materialize_grads=True
         )
-        if columns is not None:
-            width = len(columns)
-            for number, column in enumerate(columns):
-                rows = torch.stack(found[number::width])  # (length, [m,] *shape)
-                if self.batched:
-                    column.unflatten(0, (-1, length)).copy_(rows.transpose(0, 1))
-                else:
-                    column[first : first + length] = rows
+        for column, part in zip(columns or (), found, strict=True):
+            if self.batched:
+                column.unflatten(0, (-1, length)).copy_(part)
+            else:
+                column[first : first + length] = part
         return back
 
     def _back(self, rows, row: int | slice, u: Tensor, v: Tensor, columns: list[Tensor] | None) -> Tensor:
@@ -224,7 +219,7 @@ class ModuleSteps:
             change = self._increment(weights, u, row)
         if not change.requires_grad:
             return v
-        wanted = () if columns is None else weights
+        wanted = [leaf for leaf in weights if leaf.requires_grad]
         back, *found = torch.autograd.grad(change, (u, *wanted), v, allow_unused=True, materialize_grads=True)
         if columns is not None:
             for column, part in zip(columns, found, strict=True):
@@ -244,6 +239,15 @@ class ModuleSteps:
             change = field_of(u + self.h / 2 * change)
         return self.h * change
 
+    def _of_interval(self, columns: list[Tensor], first: int, length: int, graph: bool) -> tuple[list, list]:
+        """The columns of an interval (length, *shape), batched (m, length, *shape), and the weights of each row."""
+        # For a graph the columns are its leaves: a leaf for each row and column takes as long as a small block.
+        leaves = []
+        for column, kind in zip(columns, self.block.columns, strict=True):
+            part = column.unflatten(0, (-1, length)) if self.batched else column[first : first + length]
+            leaves.append(part.detach().requires_grad_(graph and kind.is_parameter))
+        return leaves, list(zip(*(leaf.unbind(int(self.batched)) for leaf in leaves), strict=True))
+
     def _rows(self, theta: Tensor) -> list:
         """Columns of the rows: batched as (n, *shape), else unbound into one tensor for each row."""
         columns = self.block.split(theta.detach())
@@ -254,7 +258,20 @@ class ModuleSteps:
 
     def _leaves(self, rows, row: int | slice) -> list[Tensor]:
         """The weights of a row as leaves of a graph of their own."""
-        return [column[row].detach().requires_grad_() for column in rows]
+        kinds = self.block.columns
+        return [
+            column[row].detach().requires_grad_(kind.is_parameter) for column, kind in zip(rows, kinds, strict=True)
+        ]
+
+    def _differentiable(self, gradient: Tensor) -> list[Tensor]:
+        """The columns of the parameters in a gradient (n, p); frozen statistics have none, theirs are set to 0."""
+        found = []
+        for column, kind in zip(self.block.split(gradient), self.block.columns, strict=True):
+            if kind.is_parameter:
+                found.append(column)
+            else:
+                column.zero_()
+        return found
 
 
 def batched_is_faster(block: ModuleBlock, u: Tensor, count: int) -> bool:
@@ -267,9 +284,8 @@ def batched_is_faster(block: ModuleBlock, u: Tensor, count: int) -> bool:
         steps = ModuleSteps(block, theta, 1e-3, tuple(range(count)), batched=batched, tape=Tape())
         best = float("inf")
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # of operations that have no batched form, and are slow therefore
+            # Of operations that have no batched form, and are slow therefore.
+            warnings.simplefilter("ignore", UserWarning)
             for _ in range(_TRIALS):
                 start = time.perf_counter()
                 steps.relax(points, 1, None, None, True)

@@ -116,7 +116,8 @@ def distances(a: Tensor, b: Tensor) -> Tensor:
 
 def _chunks(points: Tensor):
     """Some intervals at a time: the number of the first, and their points."""
-    size = max(1, _CHUNK_BYTES // max(1, points[:1].nbytes))
+    # On a GPU all of them at once: what counts there is the number of kernels in a row.
+    size = max(1, _CHUNK_BYTES // max(1, points[:1].nbytes) if points.is_cpu else len(points))
     for first in range(0, len(points), size):
         yield first, points[first : first + size]
 

@@ -149,9 +149,11 @@ class Controller:
 
     def state(self) -> dict:
         """What a checkpoint keeps."""
-        return {"update": self.update, "level": self.level, "exact": self.exact, "ratio": self._ratio}
+        kept = {"update": self.update, "level": self.level, "exact": self.exact}
+        return {**kept, "ratio": self._ratio, "changed": self._changed}
 
     def restore(self, state: dict) -> None:
         """The opposite of `state`."""
         self.update, self.level = int(state["update"]), int(state["level"])
         self.exact, self._ratio = bool(state["exact"]) or not self._iterative, float(state["ratio"])
+        self._changed = bool(state["changed"])

@@ -55,7 +55,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> float:
         inside.update(id(p) for p in stack.parameters())
         if gradients:
             # A summand for each layer, whoever owns it.
-            rows = torch.stack([g.flatten(1).square().sum(1) for g in gradients], 1).sum(1, keepdim=True)
+            rows = torch.stack([g[:, None].flatten(1).square().sum(1) for g in gradients], 1).sum(1, keepdim=True)
             square += float(stack.comm.ordered_sum(rows, stack.layers.partition.counts))
     others = [p.grad for p in model.parameters() if p.grad is not None and id(p) not in inside]
     square += sum(float(gradient.square().sum()) for gradient in others)

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from xbraid_py.comm import Communicator, wrap
 from xbraid_py.grid import LayerGrid
 from xbraid_py.layer_parallel.accuracy import Accuracy, Controller, SolveRecord
+from xbraid_py.layer_parallel.function import Propagate
 from xbraid_py.layer_parallel.ranks import agree, pipeline
 from xbraid_py.layer_parallel.solves import Propagation, Solvers, for_adjoint
 from xbraid_py.layer_parallel.weights import StackedWeights
@@ -151,7 +151,7 @@ class LayerParallel(nn.Module):
             return self._exact(u)
         if self.training:
             self._draws += 1
-        return _Propagate.apply(self, u, *self.layers.tensors())
+        return Propagate.apply(self, u, *self.layers.tensors())
 
     def extra_repr(self) -> str:
         own = self.own_layers
@@ -175,12 +175,18 @@ class LayerParallel(nn.Module):
     def _agree(self, u: Tensor) -> None:
         """Raise the same error on all ranks unless they all go on with such a state, and the block can."""
         dtype, device = self.layers.dtype, self.layers.device
-        message = None
+        message = call = None
         if not isinstance(u, Tensor) or u.dim() == 0:
             message = f"u={type(u).__name__} must be a tensor whose first axis is the samples"
         elif u.dtype != dtype or u.device != device:
             message = f"u is {u.dtype} on {u.device}, the weights are {dtype} on {device}; use u.to(...)"
-        key = (message, None if message else (tuple(u.shape), torch.is_grad_enabled(), self.training))
+        else:
+            # All ranks take part in the adjoint solve, and where the output is spread in that of the input's gradient.
+            differentiable = u.requires_grad or (
+                self.output == "last" and any(tensor.requires_grad for tensor in self.layers.tensors())
+            )
+            call = (tuple(u.shape), torch.is_grad_enabled(), self.training, differentiable)
+        key = (message, call)
         agree(self.comm, key, "shape and mode of the input")
         if message:
             raise ValueError(message)
@@ -200,14 +206,14 @@ class LayerParallel(nn.Module):
             return False
         return batched_is_faster(self._block, u, min(count, _MOST_MEASURED))
 
-    def _steps(self, theta: Tensor, u: Tensor, keep: bool) -> Steps:
+    def _steps(self, theta: Tensor, u: Tensor, keep: bool, draw: int) -> Steps:
         """The layers owned here, for states like u."""
         if self._is_dense:
             return ResidualSteps(self._block.module.layer, theta, self.grid.h)
         tape = Tape() if keep and not self.recompute else None
         batched = bool(self._batched) and not self._block.is_random
         layers = tuple(self.own_layers)
-        return ModuleSteps(self._block, theta, self.grid.h, layers, self._draws, batched, tape)
+        return ModuleSteps(self._block, theta, self.grid.h, layers, draw, batched, tape)
 
     @property
     def _is_dense(self) -> bool:
@@ -225,8 +231,10 @@ class LayerParallel(nn.Module):
     def _propagation(self, u: Tensor, tensors: tuple[Tensor, ...], keep: bool) -> Propagation:
         theta = self._block.join([tensor.detach() for tensor in tensors])
 
+        draw = self._draws  # an exact gradient may be asked for after further calls
+
         def make_steps(kept: bool) -> Steps:
-            return self._steps(theta, u, kept)
+            return self._steps(theta, u, kept, draw)
 
         return Propagation(self._solvers, self._controller, make_steps, len(theta), self._state(u), keep)
 
@@ -241,7 +249,7 @@ class LayerParallel(nn.Module):
     def _exact(self, u: Tensor) -> Tensor:
         """The output, layer after layer."""
         theta = self._block.join([tensor.detach() for tensor in self.layers.tensors()])
-        steps = self._steps(theta, u, False)
+        steps = self._steps(theta, u, False, self._draws)
 
         def through(portion: Tensor, receive: Callable[[Tensor], Tensor]) -> Tensor:
             return steps.relax(receive(self._state(portion))[None], len(theta), None, None)[0]
@@ -269,24 +277,3 @@ class LayerParallel(nn.Module):
         super().train(mode)
         self.layers.set_mode(mode)
         return self
-
-
-class _Propagate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, stack: LayerParallel, u: Tensor, *tensors: Tensor) -> Tensor:
-        keep = any(ctx.needs_input_grad)
-        run = stack._propagation(u, tensors, keep)
-        if keep:
-            ctx.stack, ctx.run, ctx.u = stack, run, u
-        return stack._spread(run.end, u, stack.last_rank)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, slope: Tensor):
-        stack, run = ctx.stack, ctx.run
-        own = stack.comm.rank == stack.last_rank
-        gradient, back, stack.record = run.backward(stack._state(slope) if own else None)
-        of_u = stack._spread(back, ctx.u, stack.first_rank) if ctx.needs_input_grad[1] else None
-        columns = stack._block.split(gradient)
-        wanted = ctx.needs_input_grad[2:]
-        return None, of_u, *(column if want else None for column, want in zip(columns, wanted, strict=True))

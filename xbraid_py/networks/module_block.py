@@ -5,6 +5,7 @@ Shape letters: `n` layers, `m` of them evaluated at once, `p` numbers of a row, 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from xbraid_py.networks.dropout import Dropout, at_position
 
 _BATCH_NORMS = nn.modules.batchnorm._NormBase
 _DROPOUTS = nn.modules.dropout._DropoutNd
+_RANDOM_NUMBERS = threading.RLock()  # ranks that are threads share one generator
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class ModuleBlock:
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
         """Rows (n, p) of columns (n, *shape)."""
-        return torch.cat([tensor.flatten(1) for tensor in tensors], 1)
+        return torch.cat([tensor[:, None].flatten(1) for tensor in tensors], 1)  # a parameter may be one number
 
     def tensors_of(self, module: nn.Module) -> list[Tensor]:
         """The columns of one layer as another module of the same kind has them."""
@@ -194,6 +196,7 @@ def _get(module: nn.Module, name: str) -> Tensor:
 @contextmanager
 def own_random_numbers(seed: int) -> Iterator[None]:
     """Random numbers within start from the seed, and those without go on as if nothing had happened."""
-    with torch.random.fork_rng(devices=[]):
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with _RANDOM_NUMBERS, torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
