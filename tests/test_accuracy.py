@@ -72,13 +72,28 @@ def test_tighter_and_tighter_then_exact_and_back():
     assert made.observe(0.01, 0.5) == (0.5, "gradient error 0.5 above 0.1: 1 tightening(s)")
     assert (made.level, made.exact) == (1, False) and made.checks_now, "what has changed is measured"
     assert made.observe(0.001, None) == (pytest.approx(0.05), "") and made.level == 1 and not made.checks_now
-    assert made.observe(0.01, None)[1].endswith("2 tightening(s)") and not made.exact
-    assert made.observe(0.01, None)[1] == "gradient error 0.5 above 0.1: exact propagation" and made.exact
-    assert not made.checks_now, "measured when its turn comes"
+    assert made.observe(0.01, None) == (pytest.approx(0.5), "") and made.level == 1 and made.checks_now, "an alarm"
+    assert made.observe(0.01, 0.02) == (0.02, "") and made.level == 1 and not made.checks_now, "a false one"
+    assert made.observe(0.01, 0.5)[1].endswith("2 tightening(s)") and not made.exact
+    assert made.observe(0.01, 0.5)[1] == "gradient error 0.5 above 0.1: exact propagation" and made.exact
     assert made.observe(0.0, None) == (0.0, "") and made.exact
     assert made.observe(0.01, 0.08) == (0.08, "") and made.exact, "not good enough to go back"
     assert made.observe(0.01, 0.04)[1] == "gradient error 0.04 by MGRIT: back to it"
-    assert not made.exact and made.level == 2 and made.update == 7 and made.checks_now
+    assert not made.exact and made.level == 2 and made.update == 9 and made.checks_now
+
+
+def test_solves_of_other_lengths_have_ratios_of_their_own():
+    made = controller(gradient_error=10.0)
+    made.observe(0.01, 0.05, (3, 2))
+    made.observe(0.01, 0.5, (2, 1))
+    assert made.observe(0.01, None, (3, 2))[0] == pytest.approx(0.05)
+    assert made.observe(0.01, None, (2, 1))[0] == pytest.approx(0.5)
+    assert made.observe(0.01, None, (9, 9))[0] == pytest.approx(0.5), "the last one measured"
+
+
+def test_without_measurements_estimates_decide():
+    made = controller(check=0)
+    assert made.observe(0.5, None) == (0.5, "gradient error 0.5 above 0.1: 1 tightening(s)") and not made.checks_now
 
 
 def test_without_adapting_it_only_says_so():
@@ -109,8 +124,8 @@ def test_an_error_that_is_no_number_changes_nothing():
 
 def test_state_of_a_checkpoint():
     made, other = controller(), controller()
-    for residuals, measured in [(0.01, 0.5), (0.02, None), (0.03, None), (0.01, 0.09)]:
-        made.observe(residuals, measured)
+    for residuals, measured in [(0.01, 0.5), (0.02, 0.5), (0.03, 0.5), (0.01, 0.09)]:
+        made.observe(residuals, measured, (3, 2))
     other.restore(made.state())
     assert other.state() == made.state() and other.exact and other.level == 2 and not other.checks_now
     early = controller()
@@ -229,7 +244,7 @@ def test_back_to_mgrit_when_it_has_become_good(spmd):
 
     def body(comm):
         stack = case.stack(comm, 16, 1.0, mgrit=ROUGH, accuracy=Accuracy(gradient_error=0.3, check=2))
-        stack._controller.restore({"update": 1, "level": 1, "exact": True, "ratio": 1.0, "changed": False})
+        stack._controller.restore({"update": 1, "level": 1, "exact": True, "ratio": 1.0, "ratios": [], "due": False})
         records = []
         for update in range(3):
             loss_of(stack(case.input(update))).backward()

@@ -19,6 +19,7 @@ from xbraid_py.io.options import to_dict
 from xbraid_py.io.run_checkpoint import save_run
 from xbraid_py.multilevel import NestedIteration, NestedOptions
 from xbraid_py.network import InitialScales
+from xbraid_py.networks.module_block import own_random_numbers
 from xbraid_py.optim import OneShotOptions
 from xbraid_py.problem import Architecture
 
@@ -125,7 +126,8 @@ class Model(nn.Module):
 
     def __init__(self, comm):
         super().__init__()
-        self.opening, self.head = nn.Linear(3, 4).double(), nn.Linear(4, 2).double()
+        with own_random_numbers(0):  # ranks that are threads share one generator
+            self.opening, self.head = nn.Linear(3, 4).double(), nn.Linear(4, 2).double()
         self.stages = nn.ModuleList([stack_of(mlp, comm), stack_of(lambda: DenseBlock(4), comm, seed=4)])
         self.again = self.stages[0]
 
@@ -139,7 +141,6 @@ class Model(nn.Module):
 @pytest.mark.ranks(1, 3)
 def test_a_model_with_stacks_comes_out_whole(spmd):
     def body(comm):
-        torch.manual_seed(0)
         model = Model(comm)
         model.head.requires_grad_(False)
         model.opening.eval()

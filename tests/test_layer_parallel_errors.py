@@ -294,3 +294,15 @@ def test_a_job_with_all_these_errors_ends(run_job):
     for number in range(len(MISMATCHES) + 1):
         lines = [line for line in found.stdout.splitlines() if line.startswith(f"call {number}: ValueError")]
         assert len(lines) == 3 and len(set(lines)) == 1, found.stdout
+
+
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize("wrong", [{"num_layers": 0}, {"output": "first"}, {"block": None}, {"T": -1.0}])
+def test_what_is_wrong_on_one_rank_is_said_on_all(spmd, wrong):
+    def body(comm):
+        given = {"block": lambda: nn.Linear(2, 2), "num_layers": 8, "T": 1.0}
+        return reduced(comm, lambda: LayerParallel(**(given | wrong if comm.rank == 1 else given), comm=comm))
+
+    (name,) = wrong
+    for message in spmd(body):
+        assert name in message

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from blocks import CASES, SOLVES, Case, distance, gradients, loop, loss_of, reduced, unstacked
+from blocks import CASES, SOLVES, C, Case, distance, gradients, linear, loop, loss_of, reduced, unstacked
 from torch import nn
 
-from xbraid_py import LayerParallel, run_threads
+from xbraid_py import LayerParallel, clip_grad_norm_, run_threads
 from xbraid_py.networks.module_block import own_random_numbers
 
 RANKS = pytest.mark.ranks(1, 2, 3, 4)
@@ -236,3 +236,21 @@ def test_a_stack_without_a_communicator_is_serial():
     assert stack.comm.size == 1 and list(stack.own_layers) == list(range(8))
     assert "num_layers=8" in repr(stack) and "own_layers=0..7" in repr(stack)
     assert "8" in stack.table()
+
+
+@RANKS
+def test_clipping_counts_every_weight_once(spmd):
+    case = CASES["tied"]
+
+    def body(comm):
+        model = nn.Sequential(linear(C, C, seed=1), case.stack(comm, 9, 2.0, "V"), linear(C, C, seed=2))
+        (10 * loss_of(model(case.input()))).backward()
+        others = [*model[0].parameters(), *model[2].parameters()]
+        before = [*(p.grad.clone() for p in others), *gradients(model[1]).values()]
+        norm = clip_grad_norm_(model, 0.5)
+        return before, norm, [*(p.grad for p in others), *gradients(model[1]).values()], clip_grad_norm_(model, 0.5)
+
+    for before, norm, after, norm_after in spmd(body):
+        exact = torch.cat([gradient.flatten() for gradient in before]).norm().item()
+        assert norm == pytest.approx(exact, rel=1e-12) and norm > 0.5 and norm_after == pytest.approx(0.5)
+        assert all(distance(b, a * (0.5 / norm)) < 1e-14 for b, a in zip(after, before, strict=True))

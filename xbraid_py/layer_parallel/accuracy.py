@@ -26,10 +26,10 @@ class Accuracy:
     gradient_error
         Relative error (2-norm, of all weights of the stack) above which the solver is told to do more.
     check
-        Updates between two exact gradients, to measure the error; the first update is one, and each after a change.
-        0: never, and the estimate is the sum of the residuals.
+        Updates between two exact gradients, to measure the error; the first update is one, and each after a change or
+        after an estimate above `gradient_error`. 0: never, and the estimate is the sum of the residuals.
     adapt
-        Do more when the estimate exceeds `gradient_error`; otherwise only say so.
+        Do more when the error exceeds `gradient_error`; otherwise only say so.
     max_level
         Tightenings (one more iteration, tolerances times 0.3) before the stack propagates exactly, layer after layer.
     """
@@ -100,29 +100,43 @@ class Controller:
         # With a single level there is nothing but exact propagation.
         self.exact = not levels
         self._iterative = levels
-        # Error of the gradient for one unit of residual.
+        # Error of the gradient for one unit of residual: of the last measurement, and by the sweeps of the solves.
+        # Solves that stop after fewer sweeps may leave a residual as small and an error ten times as large.
         self._ratio = 1.0
-        self._changed = False
+        self._ratios: dict[tuple[int, int], float] = {}
+        self._due = False
 
     @property
     def checks_now(self) -> bool:
-        """Whether the next update measures the error of its gradient: now and then, and after a change."""
+        """Whether the next update measures the error of its gradient: now and then, after a change, on an alarm."""
         check = self.accuracy.check
-        return self._iterative and check > 0 and (self._changed or self.update % check == 0)
+        return self._iterative and check > 0 and (self._due or self.update % check == 0)
 
-    def observe(self, residuals: float, measured: float | None) -> tuple[float, str]:
-        """Take in the residuals of an update and, where measured, the error of its gradient: estimate and event."""
+    def observe(self, residuals: float, measured: float | None, sweeps: tuple[int, int] = (0, 0)) -> tuple[float, str]:
+        """Take in the residuals of an update and, where measured, the error of its gradient: estimate and event.
+
+        `sweeps` are those of the two solves.
+        """
         self.update += 1
+        self._due = False
         if measured is not None:
             # NaN compares false: an error that is none changes nothing.
             if measured >= 0.0:
-                self._ratio = measured / max(residuals, _FLOOR)
+                self._ratio = self._ratios[sweeps] = measured / max(residuals, _FLOOR)
             estimate = measured
+        elif self.exact:
+            estimate = 0.0
         else:
-            estimate = 0.0 if self.exact else self._ratio * residuals
+            estimate = self._ratios.get(sweeps, self._ratio) * residuals
+            accuracy = self.accuracy
+            if accuracy.adapt and accuracy.check > 0 and estimate > accuracy.gradient_error:
+                # An estimate raises the alarm; a measurement decides.
+                self._due = True
+                return estimate, ""
         level, exact = self.level, self.exact
         event = self._decide(estimate, measured is not None)
-        self._changed = level != self.level or (exact and not self.exact)
+        if level != self.level or (exact and not self.exact):
+            self._due = True
         return estimate, event
 
     def _decide(self, estimate: float, measured: bool) -> str:
@@ -149,11 +163,13 @@ class Controller:
 
     def state(self) -> dict:
         """What a checkpoint keeps."""
-        kept = {"update": self.update, "level": self.level, "exact": self.exact}
-        return {**kept, "ratio": self._ratio, "changed": self._changed}
+        ratios = [[*sweeps, ratio] for sweeps, ratio in self._ratios.items()]
+        kept = {"update": self.update, "level": self.level, "exact": self.exact, "due": self._due}
+        return {**kept, "ratio": self._ratio, "ratios": ratios}
 
     def restore(self, state: dict) -> None:
         """The opposite of `state`."""
         self.update, self.level = int(state["update"]), int(state["level"])
         self.exact, self._ratio = bool(state["exact"]) or not self._iterative, float(state["ratio"])
-        self._changed = bool(state["changed"])
+        self._ratios = {(int(a), int(b)): float(ratio) for a, b, ratio in state["ratios"]}
+        self._due = bool(state["due"])

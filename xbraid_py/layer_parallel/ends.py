@@ -47,10 +47,17 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> float:
     -------
     float
         The norm before clipping.
+
+    Raises
+    ------
+    ValueError
+        If a stack has output="last": then the gradients around it differ from rank to rank.
     """
     square = 0.0
     inside: set[int] = set()
     for stack in (part for part in model.modules() if isinstance(part, LayerParallel)):
+        if stack.output == "last":
+            raise ValueError('output="last" leaves the gradients around a stack on some ranks alone; use output="all"')
         gradients = [p.grad for p in stack.parameters() if p.grad is not None]
         inside.update(id(p) for p in stack.parameters())
         if gradients:

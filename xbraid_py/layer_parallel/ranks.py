@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,24 @@ from xbraid_py.comm import Communicator
 from xbraid_py.grid import Partition
 
 _PORTIONS = 4  # of a batch; the more, the fewer ranks wait, and the smaller the matrices
+
+
+@contextmanager
+def together(comm: Communicator) -> Iterator[None]:
+    """What raises `ValueError` or `TypeError` on one rank within raises on all: the others must not wait for it.
+
+    Nothing within may send a message.
+    """
+    problem = None
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        problem = error
+    failed = comm.first_error(None if problem is None else f"{problem}")
+    if problem is not None:
+        raise problem
+    if failed is not None:
+        raise ValueError(failed[1])
 
 
 def agree(comm: Communicator, key: Any, what: str) -> None:

@@ -157,13 +157,13 @@ class Propagation:
             solution_of_mgrit = solution
         residuals = forward.residual + solution_of_mgrit.residual
         mode = "exact" if self.exact else "mgrit"
-        error, event = self.controller.observe(residuals, measured)
+        sweeps = (forward.sweeps, solution_of_mgrit.sweeps)
+        error, event = self.controller.observe(residuals, measured, sweeps)
         record = SolveRecord(
             self.controller.update,
             mode,
             self.level,
-            forward.sweeps,
-            solution_of_mgrit.sweeps,
+            *sweeps,
             forward.residual,
             solution_of_mgrit.residual,
             error,

@@ -15,7 +15,7 @@ from xbraid_py.comm import Communicator, wrap
 from xbraid_py.grid import LayerGrid
 from xbraid_py.layer_parallel.accuracy import Accuracy, Controller, SolveRecord
 from xbraid_py.layer_parallel.function import Propagate
-from xbraid_py.layer_parallel.ranks import agree, pipeline
+from xbraid_py.layer_parallel.ranks import agree, pipeline, together
 from xbraid_py.layer_parallel.solves import Propagation, Solvers, for_adjoint
 from xbraid_py.layer_parallel.weights import StackedWeights
 from xbraid_py.mgrit import MGRIT
@@ -96,20 +96,21 @@ class LayerParallel(nn.Module):
         recompute: bool = False,
     ):
         super().__init__()
-        if isinstance(block, nn.Module) or not callable(block):
-            raise TypeError(
-                f"block={type(block).__name__} must be a function that makes a block, one for each layer; "
-                f"use block=lambda: MyBlock(64)"
-            )
-        if output not in ("all", "last"):
-            raise ValueError(f"output={output!r} must be all or last; use all")
         self.comm: Communicator = wrap(comm)
-        self.grid = LayerGrid(num_layers, T)
-        options = mgrit or MGRIT()
         self.output, self.seed, self.recompute, self._batched = output, seed, recompute, batched
+        options = mgrit or MGRIT()
         backwards = for_adjoint(adjoint, options)
+        with together(self.comm):
+            if isinstance(block, nn.Module) or not callable(block):
+                raise TypeError(
+                    f"block={type(block).__name__} must be a function that makes a block, one for each layer; "
+                    f"use block=lambda: MyBlock(64)"
+                )
+            if output not in ("all", "last"):
+                raise ValueError(f"output={output!r} must be all or last; use all")
+            self.grid = LayerGrid(num_layers, T)
+            self._solvers = Solvers(options, backwards, self.grid, self.comm)
         self.comm.same((num_layers, T, options, backwards, accuracy, output, seed, batched, recompute), "arguments")
-        self._solvers = Solvers(options, backwards, self.grid, self.comm)
         self._controller = Controller(accuracy or Accuracy(), self._solvers.are_iterative)
         self.record: SolveRecord | None = None
         self._draws = 0

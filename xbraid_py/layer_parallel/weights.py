@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator
 from xbraid_py.grid import Partition
+from xbraid_py.layer_parallel.ranks import together
 from xbraid_py.networks.module_block import ModuleBlock, own_random_numbers
 
 
@@ -41,15 +42,8 @@ class StackedWeights(nn.Module):
         super().__init__()
         self.partition, self.comm = partition, comm
         first, count = partition.first(comm.rank), partition.count(comm.rank)
-        made, problem = None, None
-        try:
+        with together(comm):
             made, tensors = self._make(make, seed, range(first, first + count))
-        except (ValueError, TypeError) as error:
-            problem = f"{error}"
-        # A rank may own layers that cannot be made: the others must not wait for it.
-        failed = comm.first_error(problem)
-        if failed is not None:
-            raise ValueError(failed[1])
         self.block = made
         self._frozen = [part for part in made.module.modules() if isinstance(part, nn.modules.batchnorm._NormBase)]
         self._frozen = [part for part in self._frozen if not part.training]
