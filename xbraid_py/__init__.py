@@ -5,6 +5,7 @@ by multigrid in time (`MGRIT`), over the ranks of a `Communicator`. `NestedItera
 with it. See README.md, and `drivers/peaks.py` for a complete program.
 """
 
+import importlib
 import os
 
 __version__ = "0.1.0"
@@ -14,67 +15,41 @@ __version__ = "0.1.0"
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 from xbraid_py.allocation import keep_freed_memory
-from xbraid_py.comm import Communicator, LaunchError, wrap
-from xbraid_py.errors import RunError
-from xbraid_py.export import ResidualStep, to_sequential
-from xbraid_py.grid import LayerGrid, Partition
-from xbraid_py.layer_parallel import Accuracy, LayerParallel, SolveRecord, clip_grad_norm_, share_loss
-from xbraid_py.mgrit import MGRIT, Hierarchy, Solution, Solver
-from xbraid_py.multilevel import NestedIteration, NestedOptions, prolong_depth
-from xbraid_py.network import InitialScales, ResidualNetwork
-from xbraid_py.networks.dense import DenseLayer
-from xbraid_py.networks.dense_block import DenseBlock
-from xbraid_py.networks.dropout import Dropout
-from xbraid_py.objective import Evaluation, NetworkObjective, Objective, Regularization
-from xbraid_py.optim import Armijo, OneShot, OneShotOptions, QuasiNewton
-from xbraid_py.problem import Architecture, Problem
-from xbraid_py.process_grid import ProcessGrid, share
-from xbraid_py.propagator import Adjoint, Forward, Propagator, ResidualSteps
-from xbraid_py.threads import run_threads
 
 keep_freed_memory()
 
-__all__ = [
-    "MGRIT",
-    "Accuracy",
-    "Adjoint",
-    "Architecture",
-    "Armijo",
-    "Communicator",
-    "DenseBlock",
-    "DenseLayer",
-    "Dropout",
-    "Evaluation",
-    "Forward",
-    "Hierarchy",
-    "InitialScales",
-    "LaunchError",
-    "LayerGrid",
-    "LayerParallel",
-    "NestedIteration",
-    "NestedOptions",
-    "NetworkObjective",
-    "Objective",
-    "OneShot",
-    "OneShotOptions",
-    "Partition",
-    "Problem",
-    "ProcessGrid",
-    "Propagator",
-    "QuasiNewton",
-    "Regularization",
-    "ResidualNetwork",
-    "ResidualStep",
-    "ResidualSteps",
-    "RunError",
-    "Solution",
-    "SolveRecord",
-    "Solver",
-    "clip_grad_norm_",
-    "prolong_depth",
-    "run_threads",
-    "share",
-    "share_loss",
-    "to_sequential",
-    "wrap",
-]
+# The public names and their modules. A name is loaded when it is first asked for: what looks at a run from outside
+# needs no torch.
+_HOMES = {
+    "comm": ("Communicator", "LaunchError", "wrap"),
+    "errors": ("RunError",),
+    "export": ("ResidualStep", "to_sequential"),
+    "grid": ("LayerGrid", "Partition"),
+    "layer_parallel": ("Accuracy", "LayerParallel", "SolveRecord", "clip_grad_norm_", "share_loss"),
+    "mgrit": ("MGRIT", "Hierarchy", "Solution", "Solver"),
+    "multilevel": ("NestedIteration", "NestedOptions", "prolong_depth"),
+    "network": ("InitialScales", "ResidualNetwork"),
+    "networks.dense": ("DenseLayer",),
+    "networks.dense_block": ("DenseBlock",),
+    "networks.dropout": ("Dropout",),
+    "objective": ("Evaluation", "NetworkObjective", "Objective", "Regularization"),
+    "optim": ("Armijo", "OneShot", "OneShotOptions", "QuasiNewton"),
+    "problem": ("Architecture", "Problem"),
+    "process_grid": ("ProcessGrid", "share"),
+    "propagator": ("Adjoint", "Forward", "Propagator", "ResidualSteps"),
+    "threads": ("run_threads",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'xbraid_py' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"xbraid_py.{_HOME[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,90 @@
+"""The command line `xbraid-py`: looks at runs, reports on them, continues and exports them, and plans new ones.
+
+Each command is a module of its own that is loaded only when it is asked for, and what takes long to load (torch,
+matplotlib, HDF5) is loaded inside the functions that need it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+# Each has a module of its name with a function main(words) that returns the exit status.
+COMMANDS = {
+    "status": "what runs are doing, a line each; the exit status says it to scripts",
+    "watch": "a run while it goes on: a live table and curves in the terminal",
+    "report": "one HTML page with the pictures and tables of a run, or a comparison of several",
+    "resume": "continue a run, with the same options, on any number of ranks",
+    "export": "the network of a checkpoint as a plain torch module",
+    "events": "the record of a run as TensorBoard event files",
+    "plan": "how long a weight update takes on how many ranks, and which cycle is best",
+}
+BAD_INPUT, INTERRUPTED, READER_GONE = 2, 130, 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        The command and its words; those of this process by default.
+
+    Returns
+    -------
+    int
+        Exit status: that of the command; 2 for what it cannot do as asked, after one message; 130 after Ctrl-C; 1 if
+        the reader of the output has gone.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors="replace")  # what a terminal has no letters for is no reason to fail
+    try:
+        status = _run(words)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        with open(os.devnull, "w") as sink:
+            os.dup2(sink.fileno(), sys.stdout.fileno())  # what is left in the buffer has somewhere to go
+        return READER_GONE
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    return status
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if words else BAD_INPUT
+    if words[0] == "--version":
+        print(f"xbraid_py {importlib.import_module('xbraid_py').__version__}")
+        return 0
+    if words[0] not in COMMANDS:
+        close = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(COMMANDS)}"
+        raise ValueError(f"unknown command {words[0]!r}; {hint}")
+    return importlib.import_module(f"xbraid_py.cli.{words[0]}").main(words[1:])
+
+
+def _help() -> str:
+    lines = [f"  {name:<8}  {does}" for name, does in COMMANDS.items()]
+    return "\n".join(
+        (
+            "usage: xbraid-py COMMAND [...]",
+            "",
+            "Runs of layer-parallel training: see what they do, and what became of them.",
+            "",
+            *lines,
+            "",
+            "xbraid-py COMMAND --help says more of each; --version prints the version.",
+        )
+    )

@@ -1,0 +1,227 @@
+"""What is in the folder of a run: read as far as it is there, since the run may be under way or have been killed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from xbraid_py.io.tensorboard import number, scalars
+
+STATUS, RECORD, CONFIGURATION, CHECKPOINTS, FIGURES, LOG = (
+    "status.json",
+    "metrics.jsonl",
+    "config.yaml",
+    "checkpoints",
+    "figures",
+    "log.txt",
+)
+# Points (update, value) of one quantity.
+Points = list[tuple[float, float]]
+# Parsers of JSON and YAML give up on nesting by a RecursionError; yaml has dates that raise a ValueError.
+_NOT_READABLE = (ValueError, RecursionError, yaml.YAMLError)
+
+
+class NoRun(ValueError):
+    """A folder that holds no run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run, as far as its folder tells.
+
+    Attributes
+    ----------
+    path : Path
+    status : dict
+        `status.json`; empty if there is none.
+    status_time, record_time : float or None
+        When it and the record were last written, in seconds since 1970 by the clock of the file system.
+    header : dict
+        The first line of `metrics.jsonl`; empty if there is none.
+    resumes : list of dict
+        What the record says of continuations.
+    rows : list of dict
+        All other lines of the record.
+    columns : dict of str to dict of str to dict of float to float
+        The numbers of the rows by their names; for each of the runs in the record ("" where rows name none) the values
+        by updates. Rows without a number of an update count from 0. Of several values for one update the last holds.
+    configuration : dict
+        Options of the run: `config.yaml`, or else those in the header.
+    figures, checkpoints : list of Path
+        Files, sorted by name.
+    flaws : list of str
+        What is missing or damaged, a short sentence each.
+    """
+
+    path: Path
+    status: dict[str, Any] = field(default_factory=dict)
+    status_time: float | None = None
+    record_time: float | None = None
+    header: dict[str, Any] = field(default_factory=dict)
+    resumes: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    columns: dict[str, dict[str, dict[float, float]]] = field(default_factory=dict)
+    configuration: dict[str, Any] = field(default_factory=dict)
+    figures: list[Path] = field(default_factory=list)
+    checkpoints: list[Path] = field(default_factory=list)
+    flaws: list[str] = field(default_factory=list)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the newest header or continuation says of ranks, versions and host."""
+        return self.resumes[-1] if self.resumes else self.header
+
+    def curves(self, column: str) -> dict[str, Points]:
+        """Points of a column for each of the runs in the record, by updates."""
+        return {name: sorted(values.items()) for name, values in self.columns.get(column, {}).items()}
+
+
+def read_run(folder: str | os.PathLike) -> Run:
+    """Read a folder once.
+
+    Raises
+    ------
+    NoRun
+        If it does not exist, or nothing in it is of a run.
+    """
+    return RunReader(folder).read()
+
+
+class RunReader:
+    """Reads a folder again and again; of the record only what is new.
+
+    Parameters
+    ----------
+    folder : path-like
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.path = Path(folder)
+        self._record = _RecordReader(self.path / RECORD)
+
+    def read(self) -> Run:
+        """The folder as it is now; raises `NoRun` if it does not exist, or nothing in it is of a run."""
+        use = "give the --out folder of a run, such as runs/peaks"
+        if not self.path.is_dir():
+            what = "is a file, not a folder" if self.path.exists() else "does not exist"
+            raise NoRun(f"{self.path} {what}; {use}")
+        if not any((self.path / name).exists() for name in (STATUS, RECORD, CONFIGURATION, CHECKPOINTS)):
+            raise NoRun(f"{self.path} holds no run: no {STATUS}, {RECORD}, {CONFIGURATION} or {CHECKPOINTS}; {use}")
+        flaws: list[str] = []
+        status = self._mapping(STATUS, json.loads, flaws)
+        record = self._record
+        flaws += record.read()
+        configuration = self._mapping(CONFIGURATION, yaml.safe_load, flaws)
+        written = record.header.get("configuration")
+        figures = self._files(FIGURES, ".png", flaws)
+        return Run(
+            path=self.path,
+            status=status,
+            status_time=_changed(self.path / STATUS),
+            record_time=_changed(self.path / RECORD),
+            header=record.header,
+            resumes=record.resumes,
+            rows=record.rows,
+            columns=record.columns,
+            configuration=configuration or (written if isinstance(written, dict) else {}),
+            figures=figures,
+            checkpoints=self._files(CHECKPOINTS, ".h5", flaws),
+            flaws=flaws,
+        )
+
+    def _mapping(self, name: str, load, flaws: list[str]) -> dict[str, Any]:
+        """Content of a file that holds names and values; empty, with a flaw noted, if it is not to be had."""
+        try:
+            content = load((self.path / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            flaws.append(f"no {name}")
+        except OSError as error:
+            flaws.append(f"{name} cannot be read: {error.strerror}")
+        except _NOT_READABLE:
+            flaws.append(f"{name} is damaged or half-written")
+        else:
+            if isinstance(content, Mapping):
+                return {str(key): value for key, value in content.items()}
+            flaws.append(f"{name} is damaged or half-written")
+        return {}
+
+    def _files(self, folder: str, suffix: str, flaws: list[str]) -> list[Path]:
+        found: list[Path] = []
+        with contextlib.suppress(OSError):
+            found = sorted(path for path in (self.path / folder).iterdir() if path.suffix == suffix and path.is_file())
+        if not found:
+            flaws.append(f"no {folder}")
+        return found
+
+
+class _RecordReader:
+    """The lines of a record that grows, and that a resumed run may replace by a shorter one."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._reset(None)
+
+    def _reset(self, file: int | None) -> None:
+        self._file, self._offset, self._damaged = file, 0, 0
+        self.header: dict[str, Any] = {}
+        self.resumes: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = []
+        self.columns: dict[str, dict[str, dict[float, float]]] = {}
+
+    def read(self) -> list[str]:
+        """Take in what is new; what is missing or damaged."""
+        try:
+            with open(self.path, "rb") as stream:
+                info = os.fstat(stream.fileno())
+                if info.st_ino != self._file or info.st_size < self._offset:
+                    self._reset(info.st_ino)
+                stream.seek(self._offset)
+                new = stream.read()
+        except FileNotFoundError:
+            self._reset(None)
+            return [f"no {RECORD}"]
+        except OSError as error:
+            return [f"{RECORD} cannot be read: {error.strerror}"]
+        end = new.rfind(b"\n") + 1  # a line that breaks off may yet be completed
+        for line in new[:end].splitlines():
+            self._take(line)
+        self._offset += end
+        flaws = []
+        if not self.header:
+            flaws.append(f"{RECORD} has no header")
+        if self._damaged:
+            flaws.append(f"{RECORD}: {self._damaged} damaged {'line' if self._damaged == 1 else 'lines'} left out")
+        return flaws
+
+    def _take(self, line: bytes) -> None:
+        try:
+            row = json.loads(line)
+        except _NOT_READABLE:
+            row = None
+        if not isinstance(row, dict):
+            self._damaged += 1
+        elif row.get("kind") == "header":
+            self.header = row
+        elif row.get("kind") == "resume":
+            self.resumes.append(row)
+        else:
+            update = number(row.get("update"))
+            at = len(self.rows) if update is None else update
+            name = row["run"] if isinstance(row.get("run"), str) else ""
+            for column, value in scalars(row).items():
+                self.columns.setdefault(column, {}).setdefault(name, {})[at] = value
+            self.rows.append(row)
+
+
+def _changed(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None

@@ -1,0 +1,187 @@
+"""`xbraid-py report DIR...`: one HTML page with the pictures and tables of a run, or a comparison of several."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from xbraid_py.cli.arguments import command_parser, parse
+from xbraid_py.cli.reader import LOG, Run, read_run
+from xbraid_py.cli.summary import printable, progress, shown, summarize
+from xbraid_py.io.option_table import text
+from xbraid_py.io.tensorboard import number, scalars
+
+_ROWS = 40  # of the record in the page; the first and the last are among them
+_LOG_BYTES, _LOG_LINES = 20_000, 60
+_PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+
+
+def main(words: Sequence[str]) -> int:
+    """Write the page, and say where it is."""
+    usage = "DIR... [--out FILE.html]"
+    parser = command_parser("report", usage, "One HTML page of a run, or a comparison of several.")
+    parser.add_argument("DIR", nargs="+", type=Path, help="Folders of runs.")
+    parser.add_argument(
+        "--out", type=Path, help="The page; report.html in the folder of one run, comparison.html here for several."
+    )
+    options = parse(parser, words)
+    folders = list({folder.resolve(): folder for folder in options.DIR}.values())
+    runs = [read_run(folder) for folder in folders]
+    out = options.out or (folders[0] / "report.html" if len(runs) == 1 else Path("comparison.html"))
+    if out.suffix not in (".html", ".htm"):
+        # Whatever else it is, it may be a file of the run.
+        raise ValueError(f"out={out} must be the name of a page; use --out={out.with_suffix('.html')}")
+    write_text(out, page(runs))
+    print(f"{out} ({out.stat().st_size / 1e3:.0f} kB)")
+    return 0
+
+
+def write_text(path: Path, content: str) -> None:
+    """Replace a file at once, so that a reader never sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The page as text.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+        One, or several to be compared.
+    """
+    from xbraid_py.cli import plots  # matplotlib and jinja2 take their time to load
+    from xbraid_py.cli.page import render
+
+    labels = _labels(runs)
+    names = plots.quantities(runs)
+    curves = [{"title": printable(name), "content": plots.draw(runs, labels, name)} for name in names[: plots.MOST]]
+    several = len(runs) > 1
+    return render(
+        title=f"Comparison of {len(runs)} runs" if several else f"Run {labels[0]}",
+        runs=[_about(run, label) for run, label in zip(runs, labels, strict=True)],
+        curves=curves,
+        left_out=[printable(name) for name in names[plots.MOST :]],
+        values=_final_values(runs, labels) if several else _values(runs[0]),
+        differences=_differences(runs) if several else None,
+        date=f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
+    )
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """The shortest ends of the paths that tell the runs apart."""
+    parts = [run.path.resolve().parts for run in runs]
+    longest = max(map(len, parts))
+    ends = ([printable("/".join(each[-length:])) for each in parts] for length in range(1, longest + 1))
+    return next((names for names in ends if len(set(names)) == len(names)), [printable(run.path) for run in runs])
+
+
+def _about(run: Run, label: str) -> dict[str, Any]:
+    summary = summarize(run)
+    figures, flaws = [], list(run.flaws)
+    for path in run.figures:
+        content = _bytes(path)
+        if content.startswith(_PNG) and content.endswith(_PNG_END):
+            figures.append({"title": printable(path.stem), "content": content})
+        else:
+            flaws.append(f"figures/{printable(path.name)} is damaged or half-written")
+    step = max(1, -(-len(run.rows) // _ROWS))
+    about = {name: run.about.get(name) for name in ("versions", "ranks", "host", "date", "driver")}
+    return {
+        "label": label,
+        "state": summary.state,
+        "update": progress(summary),
+        "objective": shown(summary.objective),
+        "accuracy": shown(summary.accuracy, percent=True),
+        "ranks": shown(summary.ranks),
+        "host": summary.host,
+        "started": printable(run.status.get("started") or run.header.get("date") or ""),
+        "says": summary.message,
+        "flaws": flaws,
+        "figures": figures,
+        "last_rows": _row_table(
+            [run.rows[index] for index in sorted({0, *range(len(run.rows) - 1, -1, -step)} if run.rows else ())]
+        ),
+        "thinned": f"every {step}th of {len(run.rows)}" if step > 1 else "",
+        "options": list(flat(run.configuration)),
+        "about": [(name, value) for name, value in flat(about) if value != "null"],
+        "checkpoints": [(printable(path.name), _kilobytes(path)) for path in run.checkpoints],
+        "log": _log(run.path / LOG),
+    }
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # it may be removed at any time
+        return b""
+
+
+def _kilobytes(path: Path) -> str:
+    try:
+        return f"{path.stat().st_size / 1e3:.1f}"
+    except OSError:
+        return "-"
+
+
+def _log(path: Path) -> str:
+    lines = _bytes(path)[-_LOG_BYTES:].decode(errors="replace").splitlines()
+    return "\n".join(map(printable, lines[-_LOG_LINES:]))
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Options by their full names, as they are written on a command line."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield printable(f"{prefix}{name}"), printable(text(value))
+
+
+def _row_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    values = [scalars(row) | {"update": number(row.get("update"))} for row in rows]
+    words = [name for name in ("kind", "run", "note") if any(row.get(name) for row in rows)]
+    names = ["update", *dict.fromkeys(name for each in values for name in each if name != "update")]
+    lines = [
+        [printable(row.get(word) or "") for word in words] + [shown(each.get(name)) for name in names]
+        for row, each in zip(rows, values, strict=True)
+    ]
+    return {"titles": [*words, *map(printable, names)], "rows": lines, "words": len(words)}
+
+
+def _values(run: Run) -> dict[str, Any]:
+    """First, last, smallest and largest value of every column."""
+    rows = []
+    for column in run.columns:
+        for name, points in run.curves(column).items():
+            values = [value for _, value in points]
+            title = f"{name}: {column}" if name and len(run.columns[column]) > 1 else column
+            rows.append([printable(title), *map(shown, (values[0], values[-1], min(values), max(values)))])
+    return {"titles": ["quantity", "first", "last", "smallest", "largest"], "rows": rows}
+
+
+def _final_values(runs: Sequence[Run], labels: Sequence[str]) -> dict[str, Any]:
+    """The last value of every column of every run, at its last update."""
+    keys = dict.fromkeys((column, name) for run in runs for column in run.columns for name in run.columns[column])
+    several = len({name for _, name in keys}) > 1
+    rows = []
+    for column, name in keys:
+        points = [run.curves(column).get(name) for run in runs]
+        title = f"{name}: {column}" if name and several else column
+        rows.append([printable(title), *(shown(each[-1][1] if each else None) for each in points)])
+    return {"titles": ["quantity", *labels], "rows": rows}
+
+
+def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
+    """Options with their values in all runs, and whether they differ; those that do come first."""
+    options = [dict(flat(run.configuration)) for run in runs]
+    names = dict.fromkeys(name for each in options for name in each)
+    rows = [(name, [each.get(name, "-") for each in options]) for name in names]
+    return sorted(((name, cells, len(set(cells)) > 1) for name, cells in rows), key=lambda row: not row[2])

@@ -1,0 +1,174 @@
+"""TensorBoard: the numbers of a record as event files, written while a run is under way or afterwards."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from xbraid_py.comm import Communicator
+
+# What says of a row which one it is, and so is no quantity of its own.
+_PLACES = ("kind", "run", "update")
+
+
+def number(value: Any) -> float | None:
+    """`value` as a float, or None unless it is a finite number (and no truth value)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        found = float(value)
+    except OverflowError:  # an int of hundreds of digits
+        return None
+    return found if math.isfinite(found) else None
+
+
+def scalars(row: Mapping[str, Any]) -> dict[str, float]:
+    """The quantities of a row of a record that are finite numbers.
+
+    Parameters
+    ----------
+    row : mapping
+        With groups of quantities in it, or lists of groups: `{"stacks": [{"residual": 0.1}]}` holds
+        "stacks.0.residual".
+
+    Returns
+    -------
+    dict of str to float
+        Without "update", which says where the row belongs.
+    """
+    return dict(_scalars(row, "", 0))
+
+
+def _scalars(row: Mapping[str, Any], prefix: str, depth: int) -> Iterator[tuple[str, float]]:
+    for name, value in row.items():
+        groups = {f"{name}": value}
+        if isinstance(value, list):
+            groups = {f"{name}.{index}": item for index, item in enumerate(value) if isinstance(item, Mapping)}
+        for key, item in groups.items():
+            if isinstance(item, Mapping) and depth < 3:
+                yield from _scalars(item, f"{prefix}{key}.", depth + 1)
+            elif (prefix or name not in _PLACES) and (found := number(item)) is not None:
+                yield f"{prefix}{key}", found
+
+
+def require_tensorboard() -> None:
+    """Raise a ValueError that says how to install TensorBoard, if it is missing; loads nothing."""
+    try:
+        found = importlib.util.find_spec("tensorboard") is not None
+    except ValueError:  # blocked, or half loaded
+        found = False
+    if not found:
+        raise ValueError(
+            "event files need the package tensorboard, which is not installed; use pip install 'xbraid_py[tensorboard]'"
+        )
+
+
+class EventWriter:
+    """Writes rows as event files on rank 0; on other ranks it does nothing, and it never sends a message.
+
+    A context manager with the `write` of `MetricsWriter`. Each quantity is drawn over the updates, under its own name,
+    or under RUN/NAME where rows say which run they are of.
+
+    Parameters
+    ----------
+    folder : path-like
+        Of the event files; made if there is none.
+    comm : Communicator, optional
+        The ranks of the job; without them this process writes.
+    configuration : mapping, optional
+        JSON-able; shown as text.
+    resumed_at : int, optional
+        A run that goes on here: TensorBoard drops what earlier files say of this update and later ones.
+
+    Raises
+    ------
+    ValueError
+        If TensorBoard is not installed; on every rank.
+    OSError
+        On rank 0, if the files cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        comm: Communicator | None = None,
+        configuration: Mapping[str, Any] | None = None,
+        resumed_at: int | None = None,
+    ):
+        require_tensorboard()
+        self.folder = Path(folder)
+        self._is_writer = comm is None or comm.rank == 0
+        self._configuration, self._resumed_at = configuration, resumed_at
+        self._writer = None
+        self._rows = 0
+
+    def __enter__(self) -> Self:
+        if self._is_writer:
+            from torch.utils.tensorboard import SummaryWriter  # takes seconds to load: on one rank only
+
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._writer = SummaryWriter(str(self.folder), purge_step=self._resumed_at)
+            if self._configuration:
+                text = json.dumps(self._configuration, indent=1, default=str)
+                # Four spaces make a block of it: nothing in it is read as markup.
+                self._writer.add_text("configuration", "\n".join(f"    {line}" for line in text.splitlines()))
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Add the numbers of a row at its "update", or at the number of the row if it has none."""
+        if not self._is_writer:
+            return
+        if self._writer is None:
+            raise ValueError(f"the folder {self.folder} is not open; write inside `with EventWriter(...) as events:`")
+        update = number(row.get("update"))
+        step = self._rows if update is None else int(update)
+        prefix = f"{row['run']}/" if isinstance(row.get("run"), str) else ""
+        for name, value in scalars(row).items():
+            self._writer.add_scalar(prefix + name, value, step)
+        self._rows += 1
+
+
+def write_events(record: str | os.PathLike | Sequence[Mapping[str, Any]], folder: str | os.PathLike) -> int:
+    """Write a whole record as event files.
+
+    Parameters
+    ----------
+    record : path-like or sequence of mapping
+        A `metrics.jsonl`, or rows like its own: a header may be the first of them.
+    folder : path-like
+        Of the event files; what earlier files there say is dropped by TensorBoard.
+
+    Returns
+    -------
+    int
+        Rows written.
+
+    Raises
+    ------
+    ValueError
+        If TensorBoard is not installed, or the file is no record.
+    OSError
+        If the record cannot be read or the files cannot be written.
+    """
+    require_tensorboard()
+    if isinstance(record, str | os.PathLike):
+        from xbraid_py.io.metrics import read  # needs torch, which rows do not
+
+        record = read(record)
+    header = next((row for row in record if row.get("kind") == "header"), {})
+    rows = [row for row in record if row.get("kind") not in ("header", "resume")]
+    with EventWriter(folder, configuration=header.get("configuration"), resumed_at=0) as events:
+        for row in rows:
+            events.write(row)
+    return len(rows)
