@@ -41,10 +41,13 @@ class Tape:
         By the first row they stand for; batched, by its place in an interval.
     length : int
         Rows of each graph.
+    keep : bool
+        Whether adjoints may come through a graph more than once.
     """
 
     graphs: dict[int, _Graph] = field(default_factory=dict)
     length: int = 0
+    keep: bool = True
 
     def clear(self, length: int) -> None:
         """Forget all graphs, before those of so many rows are recorded."""
@@ -200,10 +203,9 @@ class ModuleSteps:
     def _through(self, graph: _Graph, v: Tensor, columns: list[Tensor] | None, first: int, length: int) -> Tensor:
         """v (*S) through the transposed Jacobian of a graph; the gradient of its rows goes to `columns`."""
         wanted = () if columns is None else [leaf for leaf in graph.weights if leaf.requires_grad]
-        # A solve comes back with other adjoints; the graph goes with the tape.
-        back, *found = torch.autograd.grad(
-            graph.end, (graph.start, *wanted), v, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
+        # A solve comes back with other adjoints. Where none does, memory is given back on the way.
+        options = {"retain_graph": self.tape.keep, "allow_unused": True, "materialize_grads": True}
+        back, *found = torch.autograd.grad(graph.end, (graph.start, *wanted), v, **options)
         for column, part in zip(columns or (), found, strict=True):
             if self.batched:
                 column.unflatten(0, (-1, length)).copy_(part)

@@ -37,9 +37,10 @@ class Propagate(torch.autograd.Function):
                 "backward(retain_graph=True) the first time"
             )
         own = stack.comm.rank == stack.last_rank
-        gradient, back, stack.record = run.backward(stack._state(slope) if own else None)
+        keep = _graph_is_kept()
+        gradient, back, stack.record = run.backward(stack._state(slope) if own else None, keep)
         of_u = stack._spread(back, ctx.u, stack.first_rank) if ctx.needs_input_grad[1] else None
-        if not _graph_is_kept():
+        if not keep:
             # A loss that is still around would otherwise hold all states during the next forward pass.
             ctx.run = None
         columns = stack._block.split(gradient)

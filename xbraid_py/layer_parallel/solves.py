@@ -126,26 +126,30 @@ class Propagation:
         which = self.solvers.forward_at if direction == "forward" else self.solvers.adjoint_at
         return which(self.level)
 
-    def _adjoint(self, forward: _States, exact: bool, slope: Tensor | None) -> tuple[Tensor, Solution]:
+    def _adjoint(self, forward: _States, exact: bool, slope: Tensor | None, keep: bool) -> tuple[Tensor, Solution]:
+        if getattr(forward.steps, "tape", None) is not None:
+            forward.steps.tape.keep = keep or not exact
         gradient = torch.empty_like(forward.steps.theta)
         propagator = Adjoint(forward.steps, forward.states, gradient)
         return gradient, self._solver(exact, "adjoint").solve(propagator, slope)
 
-    def backward(self, slope: Tensor | None) -> tuple[Tensor, Tensor | None, SolveRecord]:
+    def backward(self, slope: Tensor | None, keep: bool) -> tuple[Tensor, Tensor | None, SolveRecord]:
         """The gradient of the weights (n, p), of the input (*S) on the owner of the first layer, and what was done.
 
         Parameters
         ----------
         slope : (*S) tensor
             Gradient of the output, on the owner of the last layer.
+        keep : bool
+            Whether this may be called again.
         """
-        gradient, solution = self._adjoint(self._forward, self.exact, slope)
+        gradient, solution = self._adjoint(self._forward, self.exact, slope, keep)
         forward = self._forward.solution
         measured = None
         if self.checks:
             # The same once more, the other way; the exact gradient is the one that is used.
             other = self._propagate(not self.exact, True)
-            other_gradient, other_solution = self._adjoint(other, not self.exact, slope)
+            other_gradient, other_solution = self._adjoint(other, not self.exact, slope, False)
             mgrit, exact = (other_gradient, gradient) if self.exact else (gradient, other_gradient)
             measured = self._distance(mgrit, exact)
             gradient = exact
