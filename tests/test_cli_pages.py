@@ -96,7 +96,7 @@ def test_watch_on_a_terminal(tmp_path):
     folder = make_run(tmp_path / "run", nested_rows(3), said=status())
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "xbraid_py", "watch", str(folder), "--every=0.2"]
-    env = job_environment({"TERM": "xterm", "COLUMNS": "90", "LINES": "60", "PYTHONUTF8": "1"})
+    env = job_environment({"TERM": "xterm", "COLUMNS": "200", "LINES": "60", "PYTHONUTF8": "1"})
     job = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env, cwd=PROJECT)
     os.close(theirs)
     try:

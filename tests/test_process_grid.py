@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from xbraid_py import run_threads
+from xbraid_py.networks.module_block import own_random_numbers
 from xbraid_py.process_grid import ProcessGrid, grid, share
 
 Batch = namedtuple("Batch", "images labels")
@@ -112,8 +113,8 @@ def test_batches_that_cannot_be_shared_out(spmd):
 
 
 def network(dtype=torch.float64) -> torch.nn.Sequential:
-    torch.manual_seed(3)
-    layers = [torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3)]
+    with own_random_numbers(3):  # ranks that are threads share one generator
+        layers = [torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3)]
     return torch.nn.Sequential(*layers).to(dtype)
 
 
@@ -259,8 +260,8 @@ def test_all_replicas_start_alike(spmd):
         found = []
         for replicas in divisors(comm.size):
             made = ProcessGrid(comm, replicas)
-            torch.manual_seed(comm.rank)
-            module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+            with own_random_numbers(comm.rank):
+                module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
             module[1].num_batches_tracked += comm.rank
             made.broadcast_parameters(module)
             found.append((made.layers.rank, {name: value.clone() for name, value in module.state_dict().items()}))

@@ -7,14 +7,15 @@ import torch
 from torch import nn
 
 from xbraid_py import MGRIT, LayerParallel
+from xbraid_py.networks.module_block import own_random_numbers
 from xbraid_py.networks.transformer import CausalSelfAttention, DecoderBlock, TokenEmbedding, TokenHead, generate
 
 WIDTH, HEADS, LENGTH, TOKENS = 12, 3, 7, 5
 
 
 def make_block(seed=0, **options):
-    torch.manual_seed(seed)
-    return DecoderBlock(WIDTH, HEADS, **options).double()
+    with own_random_numbers(seed):  # ranks that are threads share one generator
+        return DecoderBlock(WIDTH, HEADS, **options).double()
 
 
 def states(batch=2, seed=1):
