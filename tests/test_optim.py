@@ -7,6 +7,7 @@ import torch
 from objectives import Valleys, dense_inverse, evaluation, numbers, plain_dots
 
 from xbraid_py.comm import SerialCommunicator
+from xbraid_py.networks.parameters import Layout, Stack
 from xbraid_py.optim import Armijo, FixedStep, OneShot, OneShotOptions, QuasiNewton
 
 
@@ -277,3 +278,21 @@ def test_the_same_path_on_any_number_of_ranks(spmd, method):
     expected = path(SerialCommunicator())
     assert len(expected) == 25
     assert all(found == expected for found in spmd(path))
+
+
+def test_restored_pairs_have_the_same_products():
+    """Bit by bit, by the sums of a real network: a resumed run is the uninterrupted one."""
+    shapes = {"weight": (8, 8), "bias": (8,)}
+    layout = Layout(tuple(Stack(name, shapes, n, 0, n) for name, n in (("opening", 1), ("layers", 32), ("end", 1))))
+
+    def dots(a, b):
+        left = torch.stack(list(a))
+        sums = torch.stack([layout.dots(left, right, 32) for right in b], 1)
+        return sums.permute(2, 0, 1).contiguous().sum(0)
+
+    draw = torch.Generator().manual_seed(0)
+    run, resumed = (QuasiNewton("lbfgs", dots, curvature_check=False) for _ in range(2))
+    for _ in range(7):
+        run.add(*torch.randn(2, layout.size, generator=draw, dtype=torch.float64))
+    resumed.restore(run.s, run.y)
+    assert (resumed._sy == run._sy).all() and (resumed._yy == run._yy).all()

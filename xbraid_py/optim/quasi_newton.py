@@ -55,19 +55,14 @@ class QuasiNewton:
         """Take in the change s of the weights and y of the gradient of an update."""
         if self.method == "steepest":
             return
-        # y with all s, and both with all y. Of s with itself only the size is asked for.
-        found = _array(self.dots([s, y], [*self.s, s, *self.y, y]))
+        found = self._products(s, y)
         count = len(self.s)
         ss, (sy, yy) = found[0, count], found[:, -1]
         if self.curvature_check and not sy > 1e-10 * (ss * yy) ** 0.5:
             return
         if sy == 0.0 or yy == 0.0:
             return
-        with_y = found[:, count + 1 : -1]
-        self._sy = _bordered(self._sy, row=with_y[0], column=found[1, :count], corner=sy)
-        self._yy = _bordered(self._yy, row=with_y[1], column=with_y[1], corner=yy)
-        self.s.append(s)
-        self.y.append(y)
+        self._append(s, y, found)
         self._gradient = None
         if self.method == "lbfgs" and len(self.s) > self.memory:
             del self.s[0], self.y[0]
@@ -76,10 +71,21 @@ class QuasiNewton:
     def restore(self, s: list[Tensor], y: list[Tensor]) -> None:
         """Take over the pairs of an earlier run, oldest first."""
         self.clear()
-        self.s, self.y = list(s), list(y)
-        if self.s:
-            found = _array(self.dots([*s, *y], y))
-            self._sy, self._yy = found[: len(s)], found[len(s) :]
+        # Pair by pair, as they came: many products at once may differ from these in their last bit.
+        for pair in zip(s, y, strict=True):
+            self._append(*pair, self._products(*pair))
+
+    def _products(self, s: Tensor, y: Tensor) -> np.ndarray:
+        """Dot products (2, 2 k + 2) of a new pair with all s, its own, all y, its own."""
+        return _array(self.dots([s, y], [*self.s, s, *self.y, y]))
+
+    def _append(self, s: Tensor, y: Tensor, products: np.ndarray) -> None:
+        count = len(self.s)
+        (sy, yy), with_y = products[:, -1], products[:, count + 1 : -1]
+        self._sy = _bordered(self._sy, row=with_y[0], column=products[1, :count], corner=sy)
+        self._yy = _bordered(self._yy, row=with_y[1], column=with_y[1], corner=yy)
+        self.s.append(s)
+        self.y.append(y)
 
     def observe(self, gradient: Tensor) -> float:
         """Take in the gradient that the next direction is for; its squared 2-norm."""
