@@ -24,11 +24,11 @@ from xbraid_py.comm import Communicator
 from xbraid_py.data import peaks
 from xbraid_py.data.dataset import Dataset
 from xbraid_py.io.launch import launch
-from xbraid_py.io.metrics import MetricsWriter
 from xbraid_py.io.options import from_dict, to_dict
 from xbraid_py.io.progress import Progress, setup_logging
 from xbraid_py.io.run_checkpoint import read_resumed, resumed_configuration
-from xbraid_py.io.training import Training, prepare
+from xbraid_py.io.run_folder import RunFolder, claim
+from xbraid_py.io.training import Training, finished_accuracy, prepare
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel import NestedIteration, NestedOptions
 from xbraid_py.network import InitialScales
@@ -38,7 +38,7 @@ from xbraid_py.planner import Workload, recommend
 from xbraid_py.problem import Architecture, Problem
 
 # What may differ between a run and its continuation: where it writes, and what it shows.
-FREE = ("out", "resume", "smoke", "compare", "checkpoint_every", "validate_every", "plan")
+FREE = ("out", "resume", "convert_dtype", "smoke", "compare", "checkpoint_every", "keep", "validate_every", "plan")
 MAP_SIZE = 200
 
 
@@ -64,8 +64,12 @@ class Options:
         Folder of the record, the checkpoints and the pictures.
     resume
         Checkpoint to go on from, or auto for the newest good one in the out folder (if there is one).
+    convert_dtype
+        Go on from a checkpoint of the other dtype as well.
     checkpoint_every
         Updates between two checkpoints.
+    keep
+        Newest checkpoints to keep, besides the best.
     validate_every
         Updates between two validations.
     compare
@@ -100,7 +104,9 @@ class Options:
     dtype: Literal["float64", "float32"] = "float64"
     out: Path = Path("runs/peaks")
     resume: str | None = None
+    convert_dtype: bool = False
     checkpoint_every: int = 20
+    keep: int = 3
     validate_every: int = 5
     compare: bool = False
     smoke: bool = False
@@ -115,7 +121,7 @@ class Options:
     plan: Literal["auto"] | None = None
 
     def __post_init__(self):
-        for name in ("checkpoint_every", "validate_every"):
+        for name in ("checkpoint_every", "keep", "validate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1; use 5")
         for name, good in (("adjoint_iter", "1"), ("adjoint_tol", "1e-6, or 0 for a fixed number of iterations")):
@@ -145,21 +151,22 @@ class SmokeOptions(Options):
 def setup(options: Options, comm: Communicator) -> Callable[[], None]:
     """Read and check everything, without a message; returns the run."""
     setup_logging(comm)
+    folder = claim(options.out, comm)
     dtype = getattr(torch, options.dtype)
     if options.data_dir is None:
         data = peaks.generate(options.num_train, options.num_val, options.seed, dtype)
     else:
         data = peaks.load(options.data_dir, dtype=dtype)
     if options.plan is None:
-        return training_job(options, comm, *data)
+        return training_job(options, folder, *data)
     written = resumed_configuration(options.resume, options.out)
     if written is not None and "mgrit" in written:
         # A job goes on as it was planned.
-        return training_job(replace(options, mgrit=from_dict(MGRIT, written["mgrit"])), comm, *data)
-    training_job(options, comm, *data)  # what else may be wrong is said before the machine is measured
+        return training_job(replace(options, mgrit=from_dict(MGRIT, written["mgrit"])), folder, *data)
+    training_job(options, folder, *data)  # what else may be wrong is said before the machine is measured
 
     def planned() -> None:
-        training_job(replace(options, mgrit=plan(options, data[0], comm)), comm, *data)()
+        training_job(replace(options, mgrit=plan(options, data[0], comm)), folder, *data)()
 
     return planned
 
@@ -178,8 +185,9 @@ def plan(options: Options, train: Dataset, comm: Communicator) -> MGRIT:
     return recommend(workload, comm)
 
 
-def training_job(options: Options, comm: Communicator, train: Dataset, validation: Dataset) -> Callable[[], None]:
+def training_job(options: Options, folder: RunFolder, train: Dataset, validation: Dataset) -> Callable[[], None]:
     """Check everything, without a message; returns the run."""
+    comm = folder.comm
     dtype = getattr(torch, options.dtype)
     problem = Problem(
         features=train.features,
@@ -200,32 +208,45 @@ def training_job(options: Options, comm: Communicator, train: Dataset, validatio
         for name, nested in schedules.items()
     }
     configuration = to_dict(options)
-    resumed = read_resumed(options.resume, options.out, runs, configuration, FREE)
+    resumed = read_resumed(options.resume, options.out, runs, configuration, FREE, options.convert_dtype)
 
     def run() -> None:
+        if resumed.keys() == runs.keys() and all(snapshot.is_final for snapshot in resumed.values()):
+            if comm.rank == 0:
+                print(f"the run in {options.out} is finished; to train again, start without --resume")
+                print_accuracy(finished_accuracy(options.out))
+            return
         prepare(options.out, comm, runs, resumed)
-        total = sum(sum(nested.updates) + 1 for nested in schedules.values())  # the end is shown as well
+        updates = [sum(nested.updates) for nested in schedules.values()]
         done = sum(snapshot.next_record for snapshot in resumed.values())
         with (
-            MetricsWriter(options.out / "metrics.jsonl", comm, configuration, append=bool(resumed)) as record,
-            Progress(comm, total, done=done) as progress,
+            folder.open(configuration, sum(updates), max(0, done - 1), append=bool(resumed)),
+            Progress(comm, sum(updates) + len(updates), done=done) as progress,  # the ends are shown as well
         ):
             training = Training(
-                record=record,
+                folder=folder,
                 progress=progress,
                 validation=(validation.features, validation.labels),
                 configuration=configuration,
                 checkpoint_every=options.checkpoint_every,
                 validate_every=options.validate_every,
+                keep=options.keep,
             )
-            accuracy = training.run_all(runs, options.out, resumed)
-        nested = runs["nested"]
-        classes = nested.network.predict(nested.one_shot.x, peaks.mesh(MAP_SIZE, dtype))
+            accuracy = training.run_all(runs, resumed)
+            nested = runs["nested"]
+            classes = nested.network.predict(nested.one_shot.x, peaks.mesh(MAP_SIZE, dtype))
+            if comm.rank == 0:
+                draw(options.out, classes.reshape(MAP_SIZE, MAP_SIZE))
         if comm.rank == 0:
-            draw(options.out, classes.reshape(MAP_SIZE, MAP_SIZE))
-            print(f"final validation accuracy: {100 * accuracy:.2f} %", flush=True)
+            print_accuracy(accuracy)
 
     return run
+
+
+def print_accuracy(accuracy: float | None) -> None:
+    """The last line of a run."""
+    if accuracy is not None:
+        print(f"final validation accuracy: {100 * accuracy:.2f} %", flush=True)
 
 
 def draw(out: Path, classes: torch.Tensor) -> None:

@@ -53,9 +53,9 @@ BAD = {
         "FOLDER/no_run.h5 holds no state of a training run; give one of a run's checkpoints folder",
     ),
     "other": (
-        "--resume=FOLDER/smoke_1/checkpoints/update_000005.h5",
+        "--resume=FOLDER/smoke_1/checkpoints/update_000010.h5",
         2,
-        "FOLDER/smoke_1/checkpoints/update_000005.h5 was written with mgrit.intervals=8, but this run has "
+        "FOLDER/smoke_1/checkpoints/update_000010.h5 was written with mgrit.intervals=8, but this run has "
         "mgrit.intervals=4; give --mgrit.intervals 8, or start without --resume",
     ),
     "row": (

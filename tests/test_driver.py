@@ -1,5 +1,6 @@
 """The peaks driver from the outside: what a run leaves, how bad input ends, and how killed runs go on."""
 
+import importlib
 import json
 import math
 import os
@@ -12,11 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from bad_input import BAD, make_inputs
 from conftest import PROJECT, end_job, finish_job, start_job
 
-from xbraid_py.io.checkpoint import newest_good
+from xbraid_py.io.checkpoint import load, newest_good
 from xbraid_py.io.metrics import read
+from xbraid_py.io.options import parse, to_dict
 
 # The jobs of all tests are started by the first one.
 pytestmark = [pytest.mark.job, pytest.mark.timeout(400)]
@@ -27,7 +30,7 @@ TINY = [
     *("--num_layers=16", "--num_train=50", "--num_val=40", "--network.width=3"),
     *("--mgrit.min_coarse=2", "--mgrit.intervals=4"),  # 16 layers by the one-shot cycle, 8 one after the other
     *("--nested.refinements=1", "--nested.updates=4,16", "--optim.boost_updates=1"),
-    *("--checkpoint_every=1", "--validate_every=2"),
+    *("--checkpoint_every=1", "--keep=99", "--validate_every=2"),
 ]
 SHORT = "--nested.updates=3,2"
 KILLED_AT = (2, 6)  # updates, one on each level
@@ -160,9 +163,36 @@ def test_validations_and_checkpoints_are_made_as_often_as_asked_for(folder):
     right = [40 * row["val_accuracy"] for row in rows if row["val_accuracy"] is not None]
     assert right == pytest.approx([round(count) for count in right], abs=1e-9)
     assert any(50 * row["val_accuracy"] % 1 > 0.01 for row in rows[::2])
-    for name, every in (("full_1", 1), ("smoke_1", 5)):
+    for name, updates in (("full_1", range(21)), ("smoke_1", (10, 15, 20))):
         found = sorted(path.name for path in (folder / name / "checkpoints").iterdir())
-        assert found == [f"update_{update:06d}.h5" for update in range(0, 21, every)]
+        assert found == ["best.h5", *(f"update_{update:06d}.h5" for update in updates)]
+        checkpointed = [row for row in rows if row["val_accuracy"] is not None]
+        if name == "full_1":
+            best = max(checkpointed, key=lambda row: (row["val_accuracy"], -row["objective"]))
+            with load(folder / name / "checkpoints" / "best.h5") as file:
+                assert file.meta["update"] == best["update"]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_run_leaves_its_configuration_log_and_status(folder, monkeypatch, size):
+    left = folder / f"smoke_{size}"
+    configuration = yaml.safe_load((left / "config.yaml").read_text())
+    assert configuration == read(left / "metrics.jsonl")[0]["configuration"]
+    monkeypatch.syspath_prepend(DRIVER.parent)
+    options = parse(importlib.import_module("peaks").Options, [f"--config={left / 'config.yaml'}"])
+    assert to_dict(options) == configuration
+    assert (left / "log.txt").read_text().splitlines()[-1].endswith("finished")
+    status = json.loads((left / "status.json").read_text())
+    last = updates_of(left)[-1]
+    assert (status["state"], status["update"], status["total"], status["ranks"]) == ("finished", 20, 20, size)
+    assert (status["objective"], status["accuracy"]) == (last["objective"], last["val_accuracy"])
+
+
+def test_a_killed_run_is_left_running_and_goes_on_to_be_finished(folder):
+    at = KILLED_AT[0]
+    left = json.loads((folder / f"killed{at}" / "status.json").read_text())
+    assert left["state"] in ("starting", "running") and left["total"] == 20
+    assert json.loads((folder / f"after{at}_2" / "status.json").read_text())["state"] == "finished"
 
 
 def test_a_smoke_run_is_the_same_on_3_ranks(folder):
@@ -227,7 +257,10 @@ def test_a_run_that_is_over_can_be_resumed(folder):
     expected = [row for row in updates_of(folder / "compare_1") if row["run"] == "nested"]
     found = [row for row in updates_of(folder / "finished_3") if row["run"] == "nested"]
     assert status == 0 and agree(found, expected)
-    assert out.splitlines()[-1] == case(folder, "compare", 1)[1].splitlines()[-1]
+    assert out.splitlines() == [
+        f"the run in {folder}/finished_3 is finished; to train again, start without --resume",
+        case(folder, "compare", 1)[1].splitlines()[-1],
+    ]
 
 
 def test_the_run_of_comparison_follows_and_is_recorded_once(folder):

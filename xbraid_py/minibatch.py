@@ -20,6 +20,7 @@ from xbraid_py.comm import Communicator
 from xbraid_py.errors import RunError
 from xbraid_py.io.metrics import MetricsWriter, read
 from xbraid_py.io.progress import Progress
+from xbraid_py.io.signals import stop_agreed
 from xbraid_py.io.training import prepare
 from xbraid_py.layer_parallel import SolveRecord, clip_grad_norm_
 from xbraid_py.process_grid import ProcessGrid
@@ -192,6 +193,8 @@ def follow(
     ------
     ValueError
         If there is no update.
+    RunError
+        If a signal asks for an end (SIGTERM or SIGUSR1, to any rank); after the update under way.
     """
     prepare(out, comm, (), {})
     tested: dict = {}
@@ -209,6 +212,8 @@ def follow(
                 tested = {"kind": "test", "update": number, "seconds": row["seconds"], **test()}
                 record.write(tested)
             screen.update(_shown(row, tested if due else {}))
+            if stop_agreed(comm, None) and not is_last:
+                raise RunError(f"stopped by a signal after update {number}; a run on minibatches keeps no checkpoint")
     if not tested:
         raise ValueError("rows is empty; use at least one batch")
     if comm.rank == 0:

@@ -1,4 +1,4 @@
-"""Checkpoints: HDF5 files of global arrays, written by one rank for all and read by each for itself.
+"""Checkpoints: HDF5 files of global arrays, written by all ranks or by one for all, and read by each for itself.
 
 No rank appears in a file, so any number of ranks reads what any other number wrote. Every array carries
 checksums, and a file appears under its name only when it is complete. Nothing in it is ever unpickled.
@@ -29,6 +29,7 @@ from xbraid_py.io.checkpoint_read import (
 )
 from xbraid_py.io.files import library_versions
 from xbraid_py.io.hdf5_writer import HDF5Writer
+from xbraid_py.io.parallel_writer import ParallelWriter, writes_together
 
 __all__ = ["Checkpoint", "CheckpointError", "Shard", "file_name", "load", "newest_good", "save", "verify"]
 
@@ -88,8 +89,8 @@ def save(path: str | os.PathLike, comm: Communicator, shards: Mapping[str, Shard
     path : path-like
         Where the complete file appears; a file of that name is replaced, durably and at once.
     comm : Communicator
-        All its ranks call. Slabs travel to rank 0 in pieces of at most 32 MiB (or one row, if that is more), and
-        it holds one piece at a time.
+        All its ranks call. Where h5py is built for parallel HDF5 each writes its own rows, all together. Otherwise
+        slabs travel to rank 0 in pieces of at most 8 MiB (or one row, if that is more), and it holds two at a time.
     shards : mapping of str to Shard
         Under names such as "weights/layers.weight". Every row of an array belongs to exactly one rank; a rank
         without rows of an array passes an empty shard or leaves the name out.
@@ -116,7 +117,10 @@ def save(path: str | os.PathLike, comm: Communicator, shards: Mapping[str, Shard
         except (ValueError, TypeError) as error:
             problem = error
     _raise_on_all(comm, problem)
-    if comm.rank == 0:
+    if writes_together(comm):
+        arrays, text = comm.bcast((arrays, text))
+        problem = _write_together(path, comm, shards, arrays, text)
+    elif comm.rank == 0:
         problem = _write(path, comm, shards, arrays, text)
     else:
         _send(comm, shards)
@@ -176,18 +180,51 @@ def _send(comm: Communicator, shards: Mapping[str, Shard]) -> None:
 
 
 def _blocks(comm: Communicator, shards, arrays) -> Iterator[tuple[str, int, torch.Tensor]]:
-    """Name, first row and rows of every piece of every rank, own ones included, in the order they are sent."""
+    """Name, first row and rows of every piece of every rank, own ones included, in the order they are sent.
+
+    While one piece is with the caller the next one is on its way, into the other of two buffers.
+    """
+    tasks = list(_tasks(arrays))
+    largest = max((task.count * _row_bytes(task.array.trailing, task.array.dtype) for task in tasks), default=0)
+    buffers = [torch.empty(largest if comm.size > 1 else 0, dtype=torch.uint8) for _ in range(2)]
+    own: dict[str, torch.Tensor] = {}
+
+    def begin(index: int):
+        task = tasks[index]
+        if task.rank == comm.rank:
+            if task.name not in own:
+                own.clear()
+                own[task.name] = shards[task.name].rows.detach().cpu().contiguous()
+            start = task.first - shards[task.name].first
+            rows = own[task.name][start : start + task.count]
+            return lambda: rows
+        size = task.count * _row_bytes(task.array.trailing, task.array.dtype)
+        received = comm.irecv(buffers[index % 2][:size], task.rank)
+        return lambda: received().view(task.array.dtype).reshape(-1, *task.array.trailing)
+
+    ready = begin(0) if tasks else None
+    for index, task in enumerate(tasks):
+        block = ready()
+        ready = begin(index + 1) if index + 1 < len(tasks) else None
+        yield task.name, task.first, block
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A piece of a global array: `count` rows from `first` on, which `rank` owns."""
+
+    name: str
+    array: _Array
+    first: int
+    count: int
+    rank: int
+
+
+def _tasks(arrays: dict[str, _Array]) -> Iterator[_Task]:
     for name, array in arrays.items():
-        row_bytes = _row_bytes(array.trailing, array.dtype)
         for first, count, rank in array.spans:
-            own = shards[name].rows.detach().cpu().contiguous() if rank == comm.rank else None
-            for part in pieces(count, row_bytes):
-                if own is not None:
-                    block = own[part]
-                else:
-                    received = comm.recv(torch.empty((part.stop - part.start) * row_bytes, dtype=torch.uint8), rank)
-                    block = received.view(array.dtype).reshape(-1, *array.trailing)
-                yield name, first + part.start, block
+            for part in pieces(count, _row_bytes(array.trailing, array.dtype)):
+                yield _Task(name, array, first + part.start, part.stop - part.start, rank)
 
 
 def _write(path: Path, comm: Communicator, shards, arrays: dict[str, _Array], text: str) -> OSError | None:
@@ -203,9 +240,26 @@ def _write(path: Path, comm: Communicator, shards, arrays: dict[str, _Array], te
         writer.finish()
     finally:
         writer.discard()
-    if writer.failure is None:
-        return None
-    number = writer.failure.errno
-    reason = os.strerror(number) if number else str(writer.failure)
+    return writer.failure and _explained(path, writer.failure)
+
+
+def _write_together(path: Path, comm: Communicator, shards, arrays: dict[str, _Array], text: str) -> OSError | None:
+    """Every rank's part of `save` with parallel HDF5; on rank 0 the error that stopped them, if one did."""
+    writer = ParallelWriter(path, comm)
+    try:
+        writer.open(text, sum(array.total * _row_bytes(array.trailing, array.dtype) for array in arrays.values()))
+        for name, array in arrays.items():
+            shard = shards.get(name)
+            rows = torch.empty(0, *array.trailing, dtype=array.dtype) if shard is None else shard.rows.detach().cpu()
+            writer.put(name, array.total, 0 if shard is None else shard.first, rows.contiguous().numpy())
+        writer.finish()
+    finally:
+        writer.discard()
+    return writer.failure and _explained(path, writer.failure)
+
+
+def _explained(path: Path, failure: OSError) -> OSError:
+    number = failure.errno
+    reason = os.strerror(number) if number else str(failure)
     message = f"checkpoint {path} not written: {reason}; earlier ones are intact; free the disk or use another folder"
     return OSError(number, message) if number else OSError(message)

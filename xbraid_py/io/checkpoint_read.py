@@ -18,6 +18,7 @@ import torch
 FORMAT = "xbraid_py checkpoint"
 FORMAT_NUMBER = 1
 META = "meta"
+BEST = "best.h5"
 DTYPES = {
     torch.float64: np.dtype(np.float64),
     torch.float32: np.dtype(np.float32),
@@ -25,7 +26,7 @@ DTYPES = {
     torch.uint8: np.dtype(np.uint8),
     torch.bool: np.dtype(np.bool_),
 }
-PIECE_BYTES = 32 * 2**20  # moved at a time: bounds the memory of a writing rank and of `verify`
+PIECE_BYTES = 8 * 2**20  # moved at a time: bounds the memory of a writing rank and of `verify`
 # What h5py raises for a damaged file depends on the byte that is damaged.
 _UNREADABLE = (OSError, KeyError, ValueError, TypeError, RuntimeError)
 _FILE_NAME = re.compile(r"update_(\d{6,})\.h5")
@@ -34,11 +35,22 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, truncated, damaged, foreign, or does not hold what is asked of it."""
+    """A checkpoint is missing, truncated, damaged, foreign, or does not hold what is asked of it.
+
+    Attributes
+    ----------
+    reason : str
+        File and reason, without what to do.
+    """
+
+    def __init__(self, message: str, reason: str | None = None):
+        super().__init__(message)
+        self.reason = reason or message
 
 
 def _error(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"checkpoint {path}: {what}; give another file, or `--resume auto` for the newest good one")
+    reason = f"checkpoint {path}: {what}"
+    return CheckpointError(f"{reason}; give another file, or `--resume auto` for the newest good one", reason)
 
 
 @contextlib.contextmanager
@@ -83,6 +95,8 @@ class Checkpoint:
             raise _error(path, f"no {FORMAT}: its format is {kind!r}")
         if number != FORMAT_NUMBER:
             raise _error(path, f"its format_number={number} is not {FORMAT_NUMBER}, the one this version reads")
+        if not file[META].fletcher32:
+            raise _error(path, "damaged: its meta data have no checksum")
         document = json.loads(file[META][0])
         self.meta: dict[str, Any] = document["meta"]
         self.versions: dict[str, str | None] = document["versions"]
@@ -177,23 +191,32 @@ def file_name(update: int) -> str:
     return f"update_{update:06d}.h5"
 
 
-def newest_good(folder: str | os.PathLike) -> Path | None:
-    """The checkpoint of the highest update number in a folder that `verify` accepts; None if there is none.
-
-    Damaged ones are skipped with a warning in the log; files under other names than `file_name` gives are none.
-    It reads whole files: call it on one rank and broadcast the answer.
-    """
+def numbered(folder: str | os.PathLike) -> list[tuple[int, Path]]:
+    """Update numbers and paths of the files in a folder that are named as `file_name` names them, the newest first."""
     folder = Path(folder)
-    numbered = []
+    found = []
     for path in folder.iterdir() if folder.is_dir() else ():
         match = _FILE_NAME.fullmatch(path.name)
         if match:
-            numbered.append((int(match[1]), path))
-    for _, path in sorted(numbered, reverse=True):
+            found.append((int(match[1]), path))
+    return sorted(found, reverse=True)
+
+
+def newest_good(folder: str | os.PathLike) -> Path | None:
+    """The checkpoint of the highest update number in a folder that `verify` accepts; None if there is none.
+
+    Damaged ones are skipped with a warning in the log that names file and reason. Files under other names than
+    `file_name` gives are none; only where all of them are damaged, a good `best.h5` is taken. It reads whole files.
+    """
+    paths = [path for _, path in numbered(folder)]
+    best = Path(folder) / BEST
+    for path in [*paths, *([best] if best.exists() else [])]:
         try:
             verify(path)
         except CheckpointError as error:
-            log.warning("skipped: %s", error)
+            log.warning("damaged, so the one before is taken: %s", error.reason)
         else:
             return path
+    if paths:
+        log.warning("no checkpoint in %s is good", folder)
     return None

@@ -15,6 +15,7 @@ from xbraid_py.io.checkpoint_read import FORMAT, FORMAT_NUMBER, META
 from xbraid_py.io.files import publish
 
 CHUNK_BYTES = 2**18  # the unit of a checksum, and of reading
+_AHEAD_BYTES = 2**23  # after which the disk is told to begin
 
 
 class _Disk:
@@ -27,6 +28,7 @@ class _Disk:
     def __init__(self, path: Path):
         self.failure: OSError | None = None
         self._raw = open(path, "w+b", buffering=0)
+        self._waiting = 0
 
     def _attempt(self, action, *args):
         if self.failure is None:
@@ -37,8 +39,14 @@ class _Disk:
         return 0
 
     def _write_all(self, view: memoryview) -> None:
+        self._waiting += len(view)
         while view:
             view = view[self._raw.write(view) :]
+        if self._waiting >= _AHEAD_BYTES and hasattr(os, "posix_fadvise"):
+            # Linux then begins to write without waiting for it, so that less is left for the sync at the end.
+            end = self._raw.tell()
+            os.posix_fadvise(self._raw.fileno(), max(0, end - self._waiting), self._waiting, os.POSIX_FADV_DONTNEED)
+            self._waiting = 0
 
     # What HDF5 calls; it wants `read` or `readinto`, and h5py knows a file by its `read`.
     def read(self, size: int = -1) -> bytes:
@@ -70,6 +78,33 @@ class _Disk:
             self.failure = self.failure or error
 
 
+def checked(shape: tuple[int, ...], dtype: np.dtype) -> dict:
+    """Chunks and checksums of an array, as `create_dataset` wants them; none for an array without elements."""
+    if not math.prod(shape):
+        return {}
+    rows = max(1, min(shape[0], CHUNK_BYTES // (math.prod(shape[1:]) * dtype.itemsize)))
+    return {"chunks": (rows, *shape[1:]), "fletcher32": True}
+
+
+def write_head(file: h5py.File, text: str) -> tuple[h5py.Dataset, np.ndarray]:
+    """Write the format into a new file, and add the array for the JSON text `text` (ASCII); the array, and its content.
+
+    Fixed-length strings: others lie in a heap without checksums, where one wrong bit makes HDF5 loop for ever.
+    """
+    file.attrs["format"] = np.bytes_(FORMAT)
+    file.attrs["format_number"] = FORMAT_NUMBER
+    content = np.array([text.encode("ascii")])
+    return file.create_dataset(META, content.shape, content.dtype, chunks=(1,), fletcher32=True), content
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; `OSError` if something of that name is no folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from error
+
+
 class HDF5Writer:
     """Writes `path` through a temporary file beside it; used by one rank.
 
@@ -93,11 +128,7 @@ class HDF5Writer:
 
     def add(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
         """Add an array, to be filled by `put`."""
-        checked = {}
-        if math.prod(shape):
-            rows = max(1, min(shape[0], CHUNK_BYTES // (math.prod(shape[1:]) * dtype.itemsize)))
-            checked = {"chunks": (rows, *shape[1:]), "fletcher32": True}
-        self._attempt(lambda: self._file.create_dataset(name, shape, dtype, **checked))
+        self._attempt(lambda: self._file.create_dataset(name, shape, dtype, **checked(shape, dtype)))
 
     def put(self, name: str, first: int, block: np.ndarray) -> None:
         """Write rows `first` and following of an array."""
@@ -125,17 +156,12 @@ class HDF5Writer:
                 self.failure = error
 
     def _open(self, text: str) -> None:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except FileExistsError as error:
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from error
+        make_folder(self.path.parent)
         self._disk = _Disk(self._temporary)
         # The newer file layout has checksums in its own tables too.
         self._file = h5py.File(self._disk, "w", libver=("v110", "v110"))
-        # Fixed-length strings: others lie in a heap without checksums, where one wrong bit makes HDF5 loop for ever.
-        self._file.attrs["format"] = np.bytes_(FORMAT)
-        self._file.attrs["format_number"] = FORMAT_NUMBER
-        self._file.create_dataset(META, data=np.array([text.encode("ascii")]), chunks=(1,), fletcher32=True)
+        head, content = write_head(self._file, text)
+        head[...] = content
 
     def _close(self) -> None:
         if self._file is not None:

@@ -20,11 +20,15 @@ import torch
 
 from xbraid_py.comm import Communicator, launcher_rank, world
 from xbraid_py.errors import RunError
+from xbraid_py.io import signals
 from xbraid_py.io.options import OptionError, parse
+from xbraid_py.io.run_folder import last_words
 
 T = TypeVar("T")
 
 BAD_INPUT, RUN_FAILED, INTERRUPTED = 2, 1, 128 + signal.SIGINT
+
+_TWICE = 0.2  # seconds within which two SIGTERM are one
 
 _log = logging.getLogger(__name__)
 
@@ -50,11 +54,20 @@ def launch(
     ValueError, TypeError, OSError in set-up    one message, rank 0                         2
     `RunError`, raised by all ranks             one message, rank 0                         1
     any other exception, on any rank or thread  its traceback and its rank; ends all ranks  1
+    SIGTERM or SIGUSR1, see below               where it goes on, rank 0                    75
+    a second SIGTERM                            `terminated`, rank 0; ends all ranks        143
     Ctrl-C                                      `interrupted`, rank 0; ends all ranks       130
     reader of the output gone (`| head`)        nothing; ends all ranks                     1
     ==========================================  ==========================================  ======
 
     `SystemExit` passes through; all ranks must raise it, or none.
+
+    SIGTERM and SIGUSR1, to any rank or to all, are noted. During the set-up they end all ranks after it, before the
+    run. During the run it is the run that asks for them after each update (`RunFolder.update`), writes a checkpoint
+    and raises `Stopped` on all ranks. After its last update a run ends as if nothing had been sent. Before `launch`
+    is called, while a program is still being loaded, they end the process as they end any other (143 and 138).
+    A second SIGTERM ends the job at once, at any time; two within a fifth of a second are one, which a launcher and a
+    batch system have both passed on.
 
     Parameters
     ----------
@@ -104,11 +117,15 @@ def launch(
             problem = str(error) or type(error).__name__
     job.agree(problem)
     try:
+        if signals.stop_agreed(comm):
+            raise signals.Stopped("stopped before the run has begun; start again")
         run()
         # Here a lost reader is still met by the hook; at the exit of the interpreter it no longer is.
         sys.stdout.flush()
     except RunError as error:
         job.fail(RUN_FAILED, str(error))
+    except signals.Stopped as stop:
+        job.end(signals.STOPPED, str(stop))
 
 
 class _Job:
@@ -129,6 +146,7 @@ class _Job:
         sys.excepthook = self._uncaught
         threading.excepthook = lambda failed: self._uncaught(failed.exc_type, failed.exc_value, failed.exc_traceback)
         signal.signal(signal.SIGINT, _interrupt_once)
+        signals.install()
         # Python runs its signal handlers between two instructions of the main thread, which may wait in
         # MPI for ever. The number of the signal is written to this socket at once.
         reader, writer = socket.socketpair()
@@ -137,9 +155,13 @@ class _Job:
         threading.Thread(target=self._await_signal, args=(reader, writer), daemon=True).start()
 
     def fail(self, status: int, message: str) -> NoReturn:
+        """End in order, all ranks together: rank 0 prints what was wrong."""
+        self.end(status, f"error: {message}")
+
+    def end(self, status: int, message: str) -> NoReturn:
         """End in order, all ranks together: rank 0 prints the message."""
         if self.rank == 0:
-            _say(f"error: {message}")
+            _say(message)
         # A rank that fails alone, against the rules, would wait for the others for ever.
         signal.alarm(20)
         raise SystemExit(status)
@@ -160,20 +182,32 @@ class _Job:
         if issubclass(kind, BrokenPipeError):
             self._end(RUN_FAILED, "")
         text = "".join(traceback.format_exception(kind, error, trace))
+        last_words(f"rank {self.rank}: {kind.__name__}: {error}")
         # Where all ranks fail alike, rank 0 ends the others before they repeat the same traceback.
         time.sleep(min(1.0 + 0.2 * self.rank, 3.0) if self.rank else 0.0)
         self._end(RUN_FAILED, f"rank {self.rank} of {self.comm.size}:\n{text}" if self.comm else text)
 
     def _interrupted(self) -> NoReturn:
+        self._end_by_signal(INTERRUPTED, "interrupted", patience=2.0)
+
+    def _end_by_signal(self, status: int, word: str, patience: float) -> NoReturn:
+        last_words(word, state="stopped")
         # Rank 0 speaks for all: the others leave it the time to do so.
-        time.sleep(0.0 if self.rank == 0 else 2.0)
-        self._end(INTERRUPTED, "interrupted" if self.rank == 0 else "")
+        time.sleep(0.0 if self.rank == 0 else patience)
+        self._end(status, word if self.rank == 0 else "")
 
     def _await_signal(self, reader: socket.socket, writer: socket.socket) -> None:
-        while signal.SIGINT not in reader.recv(1):
-            continue
-        time.sleep(1.0)  # for the main thread to unwind, if it can
-        self._interrupted()
+        asked_at = None
+        while True:
+            number = reader.recv(1)[0]
+            if number == signal.SIGINT:
+                time.sleep(1.0)  # for the main thread to unwind, if it can
+                self._interrupted()
+            if number == signal.SIGTERM:
+                now = time.monotonic()
+                asked_at = now if asked_at is None else asked_at
+                if now - asked_at > _TWICE:
+                    self._end_by_signal(signals.TERMINATED, "terminated", patience=0.5)
 
     def _end(self, status: int, text: str) -> NoReturn:
         """End the whole job at once; the first thread to come here does it."""

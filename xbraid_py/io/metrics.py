@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -23,7 +24,7 @@ class MetricsWriter:
     A context manager. Each line goes to the operating system whole and at once, so that a killed run leaves at most
     one incomplete line. Numbers that JSON lacks (NaN, infinities) become null.
 
-    The first line is a header: `{"kind": "header", "configuration": ..., "versions": ..., "ranks": ...,
+    The first line is a header: `{"kind": "header", "driver": ..., "configuration": ..., "versions": ..., "ranks": ...,
     "host": ..., "date": ...}`. Where lines are appended to a record that has one, a line of the same content and the
     kind "resume" says that the run went on, on which ranks and versions.
 
@@ -84,6 +85,9 @@ class MetricsWriter:
         if self._file is None:
             raise ValueError(f"the record {self.path} is not open; write inside `with MetricsWriter(...) as record:`")
         line = json.dumps(_plain(row), allow_nan=False).encode("ascii") + b"\n"
+        if os.fstat(self._file.fileno()).st_nlink == 0:
+            # Every further line would go into a file that nobody can open any more.
+            raise FileNotFoundError(errno.ENOENT, f"the record {self.path} has been removed under the run")
         if self._file.write(line) != len(line):
             raise OSError(errno.ENOSPC, f"record {self.path} not written: {os.strerror(errno.ENOSPC)}")
 
@@ -97,6 +101,7 @@ class MetricsWriter:
             "kernels": BACKEND,
         }
         return {
+            "driver": sys.argv[0],
             "configuration": self._header,
             "versions": library_versions(),
             "ranks": self._ranks,

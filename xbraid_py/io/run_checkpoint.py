@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from xbraid_py.errors import RunError
-from xbraid_py.io.checkpoint import CheckpointError, Shard, file_name, load, newest_good, save
+from xbraid_py.io.checkpoint import CheckpointError, Shard, load, newest_good
+from xbraid_py.io.checkpoint_store import CheckpointStore, Score
 from xbraid_py.multilevel import NestedIteration, Snapshot
 from xbraid_py.networks.parameters import Layout, Stack
 
@@ -18,12 +19,20 @@ _GROUPS = {"weights": "weights", "gradient": "gradient", "s": "optimizer/s", "y"
 _SEVERAL = ("s", "y")
 
 
-def save_run(folder: Path, run: NestedIteration, update: int, name: str, configuration: Mapping) -> Path:
-    """Write the present state of a run to `folder`; collective.
+def save_run(
+    store: CheckpointStore | Path,
+    run: NestedIteration,
+    update: int,
+    name: str,
+    configuration: Mapping,
+    score: Score | None = None,
+) -> Path:
+    """Write the present state of a run; collective.
 
     Parameters
     ----------
-    folder : Path
+    store : CheckpointStore or Path
+        A folder alone keeps every file.
     run : NestedIteration
         At one of its records.
     update : int
@@ -32,6 +41,8 @@ def save_run(folder: Path, run: NestedIteration, update: int, name: str, configu
         "nested" or "non-nested".
     configuration : mapping
         JSON-able; compared when the run is resumed.
+    score : Score, optional
+        How good the run is now.
 
     Raises
     ------
@@ -52,14 +63,9 @@ def save_run(folder: Path, run: NestedIteration, update: int, name: str, configu
     random = torch.get_rng_state()
     shards["random_state"] = Shard(random if comm.rank == 0 else random[:0], 0, len(random))
     meta = {"run": name, "update": update, "snapshot": snapshot.numbers, "configuration": dict(configuration)}
-    path = folder / file_name(update)
-    try:
-        save(path, comm, shards, meta)
-    except OSError as error:
-        raise RunError(
-            f"the checkpoint {path} could not be written: {error}; make room, or give another --out"
-        ) from error
-    return path
+    if not isinstance(store, CheckpointStore):
+        store = CheckpointStore(store, keep=sys.maxsize)
+    return store.save(comm, update, shards, meta, score)
 
 
 def checkpoint_folder(out: Path, name: str) -> Path:
@@ -68,7 +74,12 @@ def checkpoint_folder(out: Path, name: str) -> Path:
 
 
 def read_resumed(
-    resume: str | None, out: Path, runs: Mapping[str, NestedIteration], configuration: Mapping, free: tuple[str, ...]
+    resume: str | None,
+    out: Path,
+    runs: Mapping[str, NestedIteration],
+    configuration: Mapping,
+    free: tuple[str, ...],
+    convert_dtype: bool = False,
 ) -> dict[str, Snapshot]:
     """What the option `--resume` asks for; sends no message.
 
@@ -83,6 +94,8 @@ def read_resumed(
         Of this job, JSON-able.
     free : tuple of str
         Names of options that may differ from those of the checkpoint.
+    convert_dtype : bool
+        Go on from a checkpoint of the other floating-point type, whose numbers are converted.
 
     Returns
     -------
@@ -95,6 +108,7 @@ def read_resumed(
         If a file is damaged, no checkpoint of such a run, or one of another configuration.
     """
     snapshots: dict[str, Snapshot] = {}
+    free = (*free, "dtype") if convert_dtype else free
     if resume is None:
         return snapshots
     given = None
@@ -107,7 +121,7 @@ def read_resumed(
         if path is not None:
             if name != given:
                 _read_meta(path, configuration, free)
-            snapshots[name] = _read_snapshot(path, run)
+            snapshots[name] = _read_snapshot(path, run, convert_dtype)
         if name == given or name not in snapshots or not snapshots[name].is_final:
             break
     if given is not None and given not in snapshots:
@@ -133,15 +147,24 @@ def _read_meta(path: Path, configuration: Mapping, free: tuple[str, ...]) -> dic
     theirs, ours = _flat(meta["configuration"]), _flat(configuration)
     for name in sorted(theirs.keys() | ours.keys()):
         if name.split(".")[0] not in free and theirs.get(name) != ours.get(name):
+            also = ", or --convert_dtype" if name == "dtype" else ""
             raise CheckpointError(
                 f"{path} was written with {name}={theirs.get(name)}, but this run has {name}={ours.get(name)}; "
-                f"give --{name} {theirs.get(name)}, or start without --resume"
+                f"give --{name} {theirs.get(name)}{also}, or start without --resume"
             )
     return meta
 
 
-def _read_snapshot(path: Path, run: NestedIteration) -> Snapshot:
+def _read_snapshot(path: Path, run: NestedIteration, convert_dtype: bool) -> Snapshot:
     """A rank's part of a snapshot, on any number of ranks. Random state is taken over as well."""
+    dtype = run.problem.dtype
+
+    def rows_of(*which) -> torch.Tensor:
+        rows = checkpoint.rows(*which)
+        if rows.dtype != dtype and not convert_dtype:
+            raise CheckpointError(f"{path} holds {rows.dtype}, but this run has {dtype}; give --convert_dtype")
+        return rows.to(dtype)
+
     with load(path) as checkpoint:
         numbers = checkpoint.meta["snapshot"]
         layout = run.problem.network(numbers["num_layers"]).layout
@@ -153,7 +176,7 @@ def _read_snapshot(path: Path, run: NestedIteration) -> Snapshot:
             key = next((key for key in _GROUPS if _GROUPS[key] == group), None)
             if key is not None:
                 stack = _parameters(layout)[parameter]
-                rows = checkpoint.rows(name, stack.first if stack.count else 0, stack.count)
+                rows = rows_of(name, stack.first if stack.count else 0, stack.count)
                 views = rows.unbind(1) if key in _SEVERAL else (rows,)
                 vectors[key] = vectors[key] or [layout.zeros() for _ in views]
                 for flat, view in zip(vectors[key], views, strict=True):
@@ -161,7 +184,7 @@ def _read_snapshot(path: Path, run: NestedIteration) -> Snapshot:
             elif group == "warm":
                 solve, _, index = parameter.partition("_")
                 intervals, rank = hierarchies[solve].intervals_of(int(index)), run.problem.comm.rank
-                rows = checkpoint.rows(name, intervals.first(rank), intervals.count(rank))
+                rows = rows_of(name, intervals.first(rank), intervals.count(rank))
                 warm[solve] = (*warm.get(solve, ()), rows)  # the names come in their order
         torch.set_rng_state(checkpoint.rows("random_state"))
     return Snapshot(numbers, vectors, warm)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 
 from torch import Tensor
 
 from xbraid_py.comm import Communicator
-from xbraid_py.io.metrics import MetricsWriter, truncate_after
+from xbraid_py.errors import RunError
+from xbraid_py.io.checkpoint_read import numbered
+from xbraid_py.io.checkpoint_store import CheckpointStore, Score, clear_rest
+from xbraid_py.io.metrics import read, truncate_after
 from xbraid_py.io.progress import Progress
 from xbraid_py.io.run_checkpoint import checkpoint_folder, save_run
+from xbraid_py.io.run_folder import CHECKPOINTS, METRICS, RunFolder, set_aside
 from xbraid_py.kernels import BACKEND
 from xbraid_py.multilevel import NestedIteration, Record, Snapshot
 
@@ -26,7 +29,8 @@ class Training:
 
     Parameters
     ----------
-    record : MetricsWriter
+    folder : RunFolder
+        Open.
     progress : Progress
     validation : tuple of (F, B) tensor and (B,) int64 tensor
         Features and labels of the validation points.
@@ -34,48 +38,67 @@ class Training:
         JSON-able; goes into the checkpoints.
     checkpoint_every, validate_every : int
         Updates between two checkpoints, and between two validations.
+    keep : int
+        Newest checkpoints of a run that are kept, besides the best.
     """
 
-    record: MetricsWriter
+    folder: RunFolder
     progress: Progress
     validation: tuple[Tensor, Tensor]
     configuration: Mapping
     checkpoint_every: int
     validate_every: int
+    keep: int = 3
 
-    def run_all(self, runs: Mapping[str, NestedIteration], out: Path, resumed: Mapping[str, Snapshot]) -> float:
+    def run_all(self, runs: Mapping[str, NestedIteration], resumed: Mapping[str, Snapshot]) -> float:
         """Train one run after the other, each from its snapshot if it has one; collective.
 
         Returns
         -------
         float
             Validation accuracy at the end of the first run.
+
+        Raises
+        ------
+        Stopped
+            On all ranks, if a signal has asked for it; a checkpoint of the last update is there.
         """
-        accuracies = [
-            self._run(run, name, checkpoint_folder(out, name), resumed.get(name)) for name, run in runs.items()
-        ]
+        accuracies, before, last = [], 0, list(runs)[-1]
+        for name, run in runs.items():
+            accuracies.append(self._run(run, name, before, resumed.get(name), name == last))
+            before += sum(run.options.updates)
         return accuracies[0]
 
-    def _run(self, run: NestedIteration, name: str, folder: Path, snapshot: Snapshot | None) -> float:
+    def _run(self, run: NestedIteration, name: str, before: int, snapshot: Snapshot | None, is_last: bool) -> float:
+        store = CheckpointStore(checkpoint_folder(self.folder.path, name), self.keep)
         accuracy, depth = None, None
         for record in run.run(snapshot):
             if record.num_layers != depth:
                 depth = record.num_layers
                 solver = run.objective.forward
                 table = solver.hierarchy.table(solver.options)
-                self.progress.note(f"{name}: {depth} layers, kernels: {BACKEND}\n{table}")
+                self._note(f"{name}: {depth} layers, kernels: {BACKEND}\n{table}")
             due = record.final or record.update % self.validate_every == 0
             accuracy = self.accuracy(run) if due else None
             row = _row(record, name, accuracy)
             self.progress.update(row)
             if record.note:
-                self.progress.note(record.note)
+                self._note(record.note)
             if snapshot is not None and snapshot.is_final:
                 continue  # a run that is over has its record and its checkpoint already
-            self.record.write(row)
-            if record.final or record.update % self.checkpoint_every == 0:
-                save_run(folder, run, record.update, name, self.configuration)
+            self.folder.write(row)
+            stop = self.folder.update(before + record.update, record.evaluation.value, accuracy)
+            if stop or record.final or record.update % self.checkpoint_every == 0:
+                score = Score(accuracy=accuracy, objective=record.evaluation.value)
+                path = save_run(store, run, record.update, name, self.configuration, score)
+                # At the end of a run that no other one follows there is nothing left to stop.
+                if stop and not (record.final and is_last):
+                    raise self.folder.stopped(path)
         return accuracy
+
+    def _note(self, text: str) -> None:
+        self.progress.note(text)
+        self.folder.log(text)
 
     def accuracy(self, run: NestedIteration) -> float:
         """Share of the validation points that the network classifies rightly at present."""
@@ -84,20 +107,55 @@ class Training:
 
 
 def prepare(out: Path, comm: Communicator, runs: Iterable[str], resumed: Mapping[str, Snapshot]) -> None:
-    """Make room for a job in its folder: an earlier one there is set aside, a resumed one cut to where it goes on."""
+    """Make room for a job in its folder: an earlier one there is set aside, a resumed one cut to where it goes on.
+
+    Checkpoints of later updates than the one that a run goes on from are set aside as well. Collective.
+
+    Raises
+    ------
+    RunError
+        On all ranks, if they go on from different checkpoints, or the folder cannot be changed.
+    """
+    goes_on = {name: snapshot.next_record for name, snapshot in resumed.items()}
+    try:
+        comm.same(goes_on, "resume")
+    except ValueError as error:
+        raise RunError(f"{error}; the checkpoints have changed meanwhile, or not all ranks can see them") from error
+    problem = None
     if comm.rank == 0:
-        record = out / "metrics.jsonl"
-        if resumed:
-            for name in runs:
-                truncate_after(record, resumed[name].next_record if name in resumed else 0, name)
-        elif record.exists():
-            aside = next(path for n in count(1) if not (path := out / f"earlier-{n}").exists())
-            aside.mkdir()
-            for name in ("metrics.jsonl", "checkpoints", "figures"):
-                if (out / name).exists():
-                    (out / name).rename(aside / name)
+        try:
+            _make_room(out, runs, goes_on)
+        except (OSError, ValueError) as error:
+            problem = str(error)
+    problem = comm.bcast(problem)
+    if problem is not None:
+        raise RunError(problem)
+
+
+def _make_room(out: Path, runs: Iterable[str], goes_on: Mapping[str, int]) -> None:
+    if not goes_on:
+        aside = set_aside(out)
+        if aside is not None:
             log.info("the earlier run in %s is now in %s", out, aside)
-    comm.barrier()
+        return
+    for name in runs:
+        first = goes_on.get(name, 0)
+        truncate_after(out / METRICS, first, name)
+        folder = checkpoint_folder(out, name)
+        clear_rest(folder)
+        later = [path for number, path in numbered(folder) if number >= first]
+        aside = set_aside(out, tuple(str(path.relative_to(out)) for path in later))
+        if aside is not None:
+            log.info("checkpoints of later updates, which this run makes again, are now in %s", aside / CHECKPOINTS)
+
+
+def finished_accuracy(out: Path, run: str = "nested") -> float | None:
+    """Validation accuracy at the end of a run, as its record says; None if that is not known. Sends no message."""
+    try:
+        rows = read(out / METRICS)
+    except (OSError, ValueError):
+        return None
+    return next((row.get("val_accuracy") for row in reversed(rows) if row.get("final") and row.get("run") == run), None)
 
 
 def _row(record: Record, name: str, accuracy: float | None) -> dict[str, object]:
