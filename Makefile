@@ -24,7 +24,7 @@ export OMP_NUM_THREADS = 1
 export OMPI_MCA_rmaps_base_oversubscribe = 1
 export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 
-.PHONY: peaks test lint clean env
+.PHONY: peaks test slurm lint clean env
 
 peaks: env
 	$(MPIRUN) -n $(RANKS) $(PY) drivers/peaks.py $(ARGS)
@@ -38,6 +38,11 @@ test: env
 	  echo "$(MPIRUN) -n $$ranks $(PY) -m mpi4py -m pytest -q --only-mpi"; \
 	  $(MPIRUN) -n $$ranks $(PY) -m mpi4py -m pytest -q --only-mpi -p no:cacheprovider; \
 	done
+
+# The batch scripts on a SLURM of one node, brought up for it on loopback: needs root, and Debian's slurm-wlm and munge, which
+# XBRAID_SLURM_INSTALL=1 installs.
+slurm: env
+	$(PY) -m pytest -q -p no:cacheprovider --timeout 900 tests/slurm/slurm_cases.py
 
 lint: env
 	$(PY) -m ruff check .
