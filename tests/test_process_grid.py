@@ -69,7 +69,7 @@ def test_ranks_with_other_replicas_are_met(spmd):
 
 
 @pytest.mark.ranks(1, 2, 3, 4)
-@pytest.mark.parametrize("samples", [4, 7, 12])
+@pytest.mark.parametrize("samples", [5, 7, 12])
 def test_shares_join_to_the_batch(spmd, samples):
     images, labels = torch.arange(samples * 6.0).reshape(samples, 2, 3), torch.arange(samples)
 
