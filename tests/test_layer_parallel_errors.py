@@ -163,7 +163,7 @@ def test_a_block_that_fails_for_the_layers_of_one_rank(spmd):
         def make():
             return nn.Linear(C, C if comm.rank < comm.size - 1 or next(number) == 0 else C + 1)
 
-        return reduced(comm, lambda: LayerParallel(make, 9, 1.0, comm, mgrit=SOLVES["V"]))
+        return reduced(comm, lambda: LayerParallel(make, 9 * comm.size, 1.0, comm, mgrit=SOLVES["V"]))
 
     messages = spmd(body)
     assert len(set(messages)) == 1 and "made other weights for layer" in messages[0]
