@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from xbraid_py import report
+from xbraid_py.report import style
 
 HEADER = {"kind": "header", "num_layers": 64}
 
@@ -137,7 +138,7 @@ def test_accuracy_over_work(tmp_path, nested, non_nested, figures):
     assert lines["64 layers"][0] == pytest.approx([0.125, 0.75, 1.25])
     assert lines_of(counted)["64 layers"][0] == pytest.approx([0.5, 1.5, 2.0])
     colours = [line.get_color() for line in wall.lines]
-    assert colours[2] == report._RED
+    assert colours[2] == style.RED
     assert len({tuple(np.atleast_1d(colour)) for colour in colours}) == 3
 
 

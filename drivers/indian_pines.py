@@ -1,0 +1,118 @@
+"""Indian Pines: land cover from spectra, by a wide residual network trained in parallel over its layers.
+
+    u_0 = s(W_in y + b_in),   u_{n+1} = u_n + h s(W_n u_n + b_n),  n = 0 .. N-1,  h = T/N,
+    J = mean cross entropy(W_out u_N + b_out) + regularisation,
+
+y the 200 bands of a pixel, 16 classes, width 220, nested iteration over 32, 64, 128 layers (paper 001, section 3.2; its
+scene has 220 bands, the public one 200: those in which water vapour absorbs the light are left out). Try
+
+    mpirun -n 4 python drivers/indian_pines.py
+    mpirun -n 4 python drivers/indian_pines.py --nested.updates 200,200,200 --compare --resume auto
+    python drivers/indian_pines.py --smoke --out /tmp/pines
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from xbraid_py.classification import ClassificationOptions, prepare_job
+from xbraid_py.comm import Communicator
+from xbraid_py.data import indian_pines
+from xbraid_py.data.dataset import Dataset
+from xbraid_py.io.launch import launch
+from xbraid_py.io.run_folder import RunFolder
+from xbraid_py.multilevel import NestedIteration, NestedOptions
+from xbraid_py.network import InitialScales
+from xbraid_py.problem import Architecture
+from xbraid_py.scores import Scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(ClassificationOptions):
+    """The Indian Pines job.
+
+    Parameters
+    ----------
+    data_dir
+        Folder of the files; by default indian_pines in the folder that XBRAID_DATA names, or in ../shared/data.
+    source
+        Read the files, the copy in the package tensorly, or whichever is there.
+    split
+        Of the labelled pixels: num_train at random, class by class, or the published one of 4,000 and 2,000.
+    num_train
+        Training pixels of the random split; all others are for validation.
+    """
+
+    data_dir: Path | None = None
+    source: Literal["auto", "files", "tensorly"] = "auto"
+    split: Literal["random", "published"] = "random"
+    num_train: int = 1000
+    num_layers: int = 128
+    out: Path = Path("runs/indian_pines")
+    validate_every: int = 10
+    network: Architecture = Architecture(width=220)
+    initial: InitialScales = InitialScales(opening=0.05, layers=1e-3, classification=1e-2)
+    nested: NestedOptions = NestedOptions(updates=(200, 100, 50))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmokeOptions(Options):
+    """The Indian Pines job in seconds."""
+
+    num_layers: int = 16
+    num_train: int = 160
+    checkpoint_every: int = 5
+    validate_every: int = 5
+    network: Architecture = Architecture(width=20)
+    nested: NestedOptions = NestedOptions(refinements=1, updates=(12, 8))
+
+
+def setup(options: Options, comm: Communicator) -> Callable[[], None]:
+    """Read and check everything, without a message; returns the run."""
+    found: list[indian_pines.Scene] = []
+
+    def load() -> tuple[Dataset, Dataset]:
+        scene = indian_pines.load(
+            options.data_dir,
+            source=options.source,
+            split=options.split,
+            num_train=options.num_train,
+            seed=options.seed,
+            dtype=options.torch_dtype,
+        )
+        found.append(scene)
+        return scene.train, scene.validation
+
+    return prepare_job(options, comm, load, lambda run, folder: finish(run, folder, found[0]))
+
+
+def finish(run: NestedIteration, folder: RunFolder, scene: indian_pines.Scene) -> dict:
+    """Accuracies on the validation pixels, and the pictures of a run."""
+    labels = scene.validation.labels
+    predicted = run.network.predict(run.one_shot.x, scene.validation.features)
+    classes = run.network.predict(run.one_shot.x, scene.pixels).reshape(scene.truth.shape)
+    if folder.comm.rank:
+        return {}
+    from xbraid_py import report  # matplotlib takes its time to load: on one rank only
+
+    names = indian_pines.names(scene.train.num_classes)
+    _, rows = report.read_metrics(folder.metrics)
+    report.accuracy_over_work(rows, folder.figures / "accuracy.png")
+    report.convergence(rows, folder.figures / "convergence.png")
+    report.scene_map(classes, scene.truth, names, folder.figures / "classes.png")
+    scores = Scores.of(predicted, labels, scene.train.num_classes)
+    for name, share, count in zip(names, scores.per_class, torch.bincount(labels, minlength=len(names)), strict=True):
+        print(f"{name:30s} {'-' if share is None else f'{100 * share:6.1f} %'} of {int(count)}")
+    print(f"overall {100 * scores.overall:.2f} %, average {100 * scores.average:.2f} %, kappa {scores.kappa:.4f}")
+    return scores.as_dict()
+
+
+if __name__ == "__main__":
+    smoke = any(word.split("=")[0] == "--smoke" for word in sys.argv[1:])
+    launch(SmokeOptions if smoke else Options, setup, description=__doc__.splitlines()[0])
