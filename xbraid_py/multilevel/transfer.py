@@ -45,11 +45,11 @@ def prolong_depth(coarse: ResidualNetwork, fine: ResidualNetwork, x: Tensor, int
     target["layers"].copy_(comm.redistribute(both, coarse.partition.refine(2), fine.partition))
     # The last layer, and with it the classification layer, may have another owner; the opening layer never has.
     target["opening"].copy_(rows["opening"])
-    _hand_over(comm, rows["classification"], target["classification"], coarse.last_rank, fine.last_rank)
+    hand_over(comm, rows["classification"], target["classification"], coarse.last_rank, fine.last_rank)
     return out
 
 
-def _hand_over(comm, row: Tensor, target: Tensor, source: int, dest: int) -> None:
+def hand_over(comm, row: Tensor, target: Tensor, source: int, dest: int) -> None:
     if comm.rank == source == dest:
         target.copy_(row)
     elif comm.rank == source:

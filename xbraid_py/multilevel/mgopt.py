@@ -1,0 +1,171 @@
+"""MG/OPT in depth: the hierarchy of networks of halved depth, and a run of cycles with its record."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import isfinite
+
+from torch import Tensor
+
+from xbraid_py.errors import RunError
+from xbraid_py.grid import require_multiple
+from xbraid_py.multilevel.depth import DepthTransfer
+from xbraid_py.multilevel.level_optim import Point
+from xbraid_py.multilevel.mgopt_options import MGOptOptions
+from xbraid_py.multilevel.vcycle import VCycle
+from xbraid_py.network import ResidualNetwork
+from xbraid_py.objective import Evaluation, Regularization
+from xbraid_py.optim import Armijo
+from xbraid_py.problem import Problem
+
+
+def coarsened(regularization: Regularization, factor: int) -> Regularization:
+    """The regularisation of a level that has fewer layers by a factor (paper 000, section 4: beta 2^(L-l)).
+
+    Plain sums are multiplied by the factor, so that those over the layers stay multiples of the same time integral;
+    time integrals are that already.
+    """
+    if regularization.measure == "integral":
+        return regularization
+    weights = {name: factor * getattr(regularization, name) for name in ("tikhonov", "ddt", "classification")}
+    return replace(regularization, **weights)
+
+
+def level_scale(network: ResidualNetwork, metric: str, moves: str) -> Tensor | None:
+    """The diagonal D of the optimisers (`GradientDescent`) for a network; None where it is 1."""
+    if metric == "euclidean" and moves == "all":
+        return None
+    scale = network.layout.zeros()
+    for name, rows in network.layout.rows(scale).items():
+        if moves in ("all", "layers" if name == "layers" else "ends"):
+            rows.fill_(1.0 / network.grid.h if metric == "L2" and name == "layers" else 1.0)
+    return scale
+
+
+@dataclass(frozen=True)
+class CycleRecord:
+    """The state of a run after a cycle; what it cost does not include this record.
+
+    Attributes
+    ----------
+    cycle : int
+        Cycles so far, a full-multigrid start included as one.
+    evaluation : Evaluation
+        The objective of the finest level.
+    work : float
+        Work units so far by eq. 10, one being a gradient on the finest level.
+    counted : float
+        The same by counting evaluations of a layer on all levels and ranks, those of line searches included; of the
+        solvers the work is counted as it is, where eq. 10 takes a gradient for a gradient.
+    gradients : tuple of int
+        Gradients so far on each level, the finest first.
+    seconds : float
+        Time so far.
+    """
+
+    cycle: int
+    evaluation: Evaluation
+    work: float
+    counted: float
+    gradients: tuple[int, ...]
+    seconds: float
+
+
+class MGOpt:
+    """A run of MG/OPT in depth.
+
+    Parameters
+    ----------
+    problem : Problem
+    num_layers : int
+        Of the finest network, a multiple of 2^(levels - 1).
+    options : MGOptOptions
+
+    Attributes
+    ----------
+    x : Tensor
+        Weights of the finest network, to be set before `run`; zeros at first.
+    objectives : list of NetworkObjective
+        The finest first.
+    cycle : VCycle
+
+    Raises
+    ------
+    ValueError
+        If the depth does not fit the number of levels.
+    """
+
+    def __init__(self, problem: Problem, num_layers: int, options: MGOptOptions):
+        schedule = options.steps()
+        require_multiple("num_layers", num_layers, 2 ** (schedule.levels - 1), "2^(levels - 1)")
+        self.options, self.schedule = options, schedule
+        factors = [2**level for level in range(schedule.levels)]
+        self.objectives = [
+            replace(problem, regularization=coarsened(problem.regularization, factor)).objective(num_layers // factor)
+            for factor in factors
+        ]
+        networks = [objective.network for objective in self.objectives]
+        moves = [options.fine_moves] + [options.coarse_moves] * (schedule.levels - 1)
+        smoothers = [
+            options.optim.build(level, objective, level_scale(objective.network, options.metric, moves[level]))
+            for level, objective in enumerate(self.objectives)
+        ]
+        self.cycle = VCycle(
+            self.objectives,
+            self._transfers(networks),
+            smoothers,
+            schedule.pre,
+            schedule.post,
+            schedule.coarse,
+            cycle=options.cycle,
+            line_search=Armijo() if options.line_search else None,
+        )
+        self._unit = problem.work_unit(num_layers)
+        self.x = networks[0].layout.zeros()
+
+    def _transfers(self, networks: Sequence[ResidualNetwork]) -> list[DepthTransfer]:
+        how = self.options.interpolation, self.options.restriction
+        return [DepthTransfer(coarse, fine, *how) for fine, coarse in zip(networks, networks[1:], strict=False)]
+
+    @property
+    def network(self) -> ResidualNetwork:
+        """The finest network."""
+        return self.objectives[0].network
+
+    def run(self, max_cycles: int) -> Iterator[CycleRecord]:
+        """Make cycles; yields a record before the first and after each, when `x` are the weights it is of.
+
+        Raises
+        ------
+        RunError
+            If the objective is not finite.
+        """
+        objective, schedule, options = self.objectives[0], self.schedule, self.options
+        work, seconds, point = 0.0, 0.0, Point(self.x)
+        for cycle in range(max_cycles + 1):
+            counted = sum(each.work for each in self.objectives) / self._unit
+            gradients = tuple(each.gradients for each in self.objectives)
+            clock = time.perf_counter()
+            # The next cycle begins with this very evaluation.
+            if point.evaluation is None:
+                point = Point(point.x, objective.evaluate(point.x))
+            evaluated = time.perf_counter() - clock
+            if not isfinite(point.evaluation.value):
+                raise RunError(
+                    f"the objective is {point.evaluation.value} after {cycle} cycles: it must be finite; use a smaller "
+                    f"step size (optim.learning_rate={options.optim.learning_rate[0] / 10:g})"
+                )
+            self.x = point.x
+            yield CycleRecord(cycle, point.evaluation, work, counted, gradients, seconds)
+            if cycle == max_cycles:
+                return
+            clock = time.perf_counter()
+            if cycle == 0 and options.full_multigrid:
+                point = self.cycle.full_multigrid(point.x, options.full_multigrid)
+                work += schedule.full_multigrid_work(options.full_multigrid, options.cycle)
+            else:
+                point = self.cycle.run(point)
+                work += schedule.work(options.cycle)
+            seconds += evaluated + time.perf_counter() - clock

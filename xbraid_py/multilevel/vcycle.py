@@ -1,0 +1,152 @@
+"""MG/OPT: cycles over a hierarchy of objectives, each coarse one coupled to the next finer (paper 000, algorithm 1).
+
+Shape letters: `L` levels. Lists over the levels begin with the finest, level 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from xbraid_py.multilevel.level_optim import LevelOptimiser, Point
+from xbraid_py.multilevel.schedule import CYCLES, Schedule
+from xbraid_py.multilevel.shifted import ShiftedObjective
+from xbraid_py.objective import Objective
+from xbraid_py.optim import Armijo
+
+
+class Transfer(Protocol):
+    """What a cycle knows of two neighbouring levels."""
+
+    def prolong(self, x: Tensor) -> Tensor:
+        """I x: a correction, or weights, of the coarse level on the fine one."""
+
+    def restrict(self, x: Tensor) -> Tensor:
+        """Weights of the fine level on the coarse one."""
+
+    def restrict_gradient(self, gradient: Tensor) -> Tensor:
+        """R g with R = I^T: a gradient of the fine level on the coarse one."""
+
+
+class VCycle:
+    """Cycles of MG/OPT on any objectives and transfers.
+
+    On level l the cycle makes steps on H^l (eq. 9), restricts weights and gradient, and minimises
+
+        H^{l-1}(x) = L^{l-1}(x) + <dg, x>,   dg = R grad H^l(x^l) - grad L^{l-1}(x^{l-1,0}),
+
+    on the coarser level (in the paper's numbers, where the coarsest level is 1), so that the gradient there begins as
+    the restricted one. What the coarse weights have changed by is prolonged and added.
+
+    Parameters
+    ----------
+    objectives : sequence of L Objective
+    transfers : sequence of L - 1 Transfer
+        The l-th between the levels l and l + 1.
+    smoothers : sequence of L LevelOptimiser
+    pre, post : sequence of L - 1 int
+        Steps on the way down and up.
+    coarse : int
+        Steps on the coarsest level.
+    cycle : {"V", "W"}
+        Visits to the next coarser level: one, or two one after the other (one to the coarsest).
+    line_search : Armijo, optional
+        How far to go along the prolonged correction; not at all where that is no descent. Without it the correction
+        is added as it is.
+
+    Raises
+    ------
+    ValueError
+        If the lists do not fit each other.
+    """
+
+    def __init__(
+        self,
+        objectives: Sequence[Objective],
+        transfers: Sequence[Transfer],
+        smoothers: Sequence[LevelOptimiser],
+        pre: Sequence[int],
+        post: Sequence[int],
+        coarse: int,
+        *,
+        cycle: str = "V",
+        line_search: Armijo | None = None,
+    ):
+        self.schedule = Schedule(tuple(pre), tuple(post), coarse)
+        levels = len(objectives)
+        for name, given, wanted in (
+            ("transfers", len(transfers), levels - 1),
+            ("smoothers", len(smoothers), levels),
+            ("pre", len(pre), levels - 1),
+        ):
+            if given != wanted:
+                raise ValueError(f"len({name})={given} must be {wanted} for {levels} levels; use {wanted}")
+        if cycle not in CYCLES:
+            raise ValueError(f"cycle={cycle!r} must be {' or '.join(CYCLES)}; use V")
+        self.objectives, self.transfers, self.smoothers = tuple(objectives), tuple(transfers), tuple(smoothers)
+        self.cycle, self.line_search = cycle, line_search
+
+    @property
+    def levels(self) -> int:
+        """L."""
+        return len(self.objectives)
+
+    def run(self, point: Point) -> Point:
+        """One cycle from weights of the finest level.
+
+        The finest objective's `evaluate` is not called at the new weights, unless a line search has.
+        """
+        return self._cycle(0, None, point)
+
+    def full_multigrid(self, x: Tensor, cycles: int = 1) -> Point:
+        """A full-multigrid start: nested iteration with so many cycles on each level before it is refined.
+
+        `x`, weights of the finest level, are restricted to the coarsest one; from there the weights are prolonged
+        (paper 001, algorithm 1), and every level is cycled over with the levels below it.
+        """
+        for transfer in self.transfers:
+            x = transfer.restrict(x)
+        point = self._cycle(self.levels - 1, None, Point(x))
+        for level in reversed(range(self.levels - 1)):
+            point = Point(self.transfers[level].prolong(point.x))
+            for _ in range(cycles):
+                point = self._cycle(level, None, point)
+        return point
+
+    def coupled(self, level: int, point: Point) -> tuple[ShiftedObjective, Point]:
+        """The objective of the level below a complete point of `level`, and where it starts, complete as well."""
+        transfer, coarse = self.transfers[level], self.objectives[level + 1]
+        restricted = transfer.restrict_gradient(point.gradient)
+        start = Point(transfer.restrict(point.x)).complete(coarse)
+        objective = ShiftedObjective(coarse, restricted - start.gradient)  # eq. 9
+        # grad H there is the restricted gradient: the first step costs none.
+        return objective, Point(start.x, objective.shifted(start.x, start.evaluation), restricted)
+
+    def _cycle(self, level: int, objective: Objective | None, point: Point) -> Point:
+        """Algorithm 1 on a level, for its own objective or the given coupled one."""
+        objective = self.objectives[level] if objective is None else objective
+        smoother, schedule = self.smoothers[level], self.schedule
+        if level == self.levels - 1:
+            return smoother.minimise(objective, point, schedule.coarse)
+        point = smoother.minimise(objective, point, schedule.pre[level]).complete(objective)
+        below, start = self.coupled(level, point)
+        end = start
+        for _ in range(1 if level + 1 == self.levels - 1 else CYCLES[self.cycle]):
+            end = self._cycle(level + 1, below, end)
+        point = self._corrected(objective, point, self.transfers[level].prolong(end.x - start.x))
+        return smoother.minimise(objective, point, schedule.post[level])
+
+    def _corrected(self, objective: Objective, point: Point, correction: Tensor) -> Point:
+        if self.line_search is None:
+            return Point(point.x + correction)
+        slope = -float(objective.dots([point.gradient], [correction])[0, 0])
+        trial = self.line_search.search(
+            point.x,
+            point.evaluation.value,
+            -correction,
+            slope,
+            lambda x, error: objective.evaluate(x, None, error),
+        )
+        return point if trial is None else Point(trial.x, trial.evaluation)
