@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,19 +25,25 @@ _PREDICT_CHUNK = 1024  # samples that travel through the ranks together
 
 @dataclass(frozen=True)
 class InitialScales:
-    """Standard deviations of the initial weights (matrices); all biases start at zero.
+    """Size of the initial weights.
 
     Parameters
     ----------
     opening, layers, classification
         Of the three stacks; 0 starts a stack at zero.
+    distribution
+        Normal: matrices with this standard deviation, biases zero. Uniform and positive: matrices and biases uniform
+        between minus and plus this, or between 0 and this.
     """
 
     opening: float = 1.0
     layers: float = 1e-1
     classification: float = 5e-2
+    distribution: Literal["normal", "uniform", "positive"] = "normal"
 
     def __post_init__(self):
+        if self.distribution not in ("normal", "uniform", "positive"):
+            raise ValueError(f"distribution={self.distribution!r} must be normal, uniform or positive; use normal")
         for name in ("opening", "layers", "classification"):
             value = getattr(self, name)
             if not 0.0 <= value < float("inf"):
@@ -107,7 +114,11 @@ class ResidualNetwork:
             size = prod(stack.shapes["weight"])
             for i in range(stack.count):
                 rng = np.random.default_rng([seed, number, stack.first + i])
-                rows[stack.name][i, :size] = torch.from_numpy(scale * rng.standard_normal(size))
+                if scales.distribution == "normal":
+                    rows[stack.name][i, :size] = torch.from_numpy(scale * rng.standard_normal(size))
+                else:
+                    row, least = rows[stack.name][i], 0.0 if scales.distribution == "positive" else -1.0
+                    row.copy_(torch.from_numpy(scale * rng.uniform(least, 1.0, len(row))))
         return flat
 
     def steps(self, x: Tensor) -> ResidualSteps:

@@ -1,0 +1,278 @@
+"""Tables and pictures of the study of nested iteration (paper 001, figures 3 and 4), from the rows of its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from xbraid_py.report.curves import accuracy_over_work
+from xbraid_py.report.statistics import Summary, deviation_ratio
+from xbraid_py.report.style import RED, STATE, clean, save
+
+Row = dict[str, Any]
+PAGE = "study.md"
+# The paper's figure 3: mean, median, largest, least, standard deviation, in per cent.
+PAPER = {
+    (5, "nested"): (86.7, 88.0, 97.0, 66.0, 7.69),
+    (5, "non-nested"): (85.0, 88.5, 95.0, 20.0, 11.7),
+    (8, "nested"): (92.3, 94.0, 99.0, 72.5, 5.18),
+    (8, "non-nested"): (90.7, 91.8, 96.5, 57.0, 6.08),
+}
+_RUNS = ("nested", "non-nested")
+_UNITS = (25, 50, 75, 100, 125, 150, 175)
+_GOALS = (0.8, 0.9, 0.95)
+_CURVE = ("level", "num_layers", "update", "work", "seconds", "val_accuracy")
+
+
+def write(rows: Sequence[Row], out: Path) -> None:
+    """Write `study.md` and the pictures in `figures` of what there is among the runs.
+
+    Parameters
+    ----------
+    rows : sequence of dict
+        Of `xbraid_py.study.Study.run`; failed runs are counted and left out.
+    out : Path
+    """
+    good = [row for row in rows if "result" in row]
+    parts = [f"{len(good)} runs, {len(rows) - len(good)} failed."]
+    basic = [row for row in good if "change" not in row["settings"] and row["settings"]["layers"] < 1e-2]
+    figures = out / "figures"
+    groups = sorted({(row["settings"]["regime"], row["settings"]["width"]) for row in basic}, reverse=True)
+    for regime, width in groups:
+        chosen = _where(basic, regime=regime, width=width)
+        parts += [f"## Width {width}, {_regime(regime)}", _figure3(chosen, width), _over_work(chosen)]
+        accuracy_over_work(_best(chosen), figures / f"best_{regime}_{width}.png")
+    if groups:
+        _boxes(basic, groups, figures / "accuracies.png")
+        _means(basic, groups, figures / "mean_over_work.png")
+    parts += _changes(good)
+    if flown := [row for row in good if row["settings"].get("change") in ("every", "no boost")]:
+        _refinements(flown, figures / "after_refinement.png")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / PAGE).write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+def _regime(name: str) -> str:
+    return {"paper": "the paper's regime", "ours": "our regime"}.get(name, name)
+
+
+def _where(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    return [row for row in rows if all(row["settings"].get(name) == value for name, value in wanted.items())]
+
+
+def _accuracies(rows: Iterable[Row]) -> list[float]:
+    return [100 * row["result"]["val_accuracy"] for row in rows]
+
+
+def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [head, ["---"] + ["---:"] * (len(head) - 1), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _paired(rows: Sequence[Row], value: Callable[[Row], float]) -> list[float]:
+    """Nested less non-nested of the same settings, seed by seed."""
+
+    def of(run: str) -> dict:
+        chosen = _where(rows, run=run)
+        return {tuple((n, str(v)) for n, v in sorted(r["settings"].items()) if n != "run"): value(r) for r in chosen}
+
+    nested, other = of("nested"), of("non-nested")
+    return [nested[name] - other[name] for name in nested if name in other]
+
+
+def _figure3(rows: Sequence[Row], width: int) -> str:
+    samples = {run: _accuracies(_where(rows, run=run)) for run in _RUNS}
+    if not all(samples.values()):
+        return ""
+    found = {run: Summary.of(values) for run, values in samples.items()}
+    names = ("mean", "median", "largest", "least", "deviation")
+    lines = []
+    for index, name in enumerate(names):
+        ours = [f"{getattr(found[run], name):.2f} %" for run in _RUNS]
+        theirs = [f"{PAPER[width, run][index]:g} %" if (width, run) in PAPER else "" for run in _RUNS]
+        lines.append([name, *ours, *theirs])
+    table = _table(["", "nested", "non-nested", "paper: nested", "paper: non-nested"], lines)
+    pairs = _paired(rows, lambda row: 100 * row["result"]["val_accuracy"])
+    gain = Summary.of(pairs)
+    ratio, low, high = deviation_ratio(samples["nested"], samples["non-nested"])
+    wins = sum(pair > 0 for pair in pairs)
+    said = (
+        f"{len(pairs)} pairs. Nested less non-nested: {gain.mean:+.2f} points in the mean "
+        f"(95 %: {gain.low:+.2f} to {gain.high:+.2f}), nested ahead in {wins}. "
+        f"Ratio of the standard deviations: {ratio:.2f} (95 %: {low:.2f} to {high:.2f}). "
+        f"A nested run makes {_ratio(rows, 'work'):.2f} times the layer steps of the non-nested one, "
+        f"in {_ratio(rows, 'seconds'):.2f} times its seconds."
+    )
+    return f"{table}\n\n{said}"
+
+
+def _ratio(rows: Sequence[Row], field: str) -> float:
+    sums = [sum(row["result"][field] for row in _where(rows, run=run)) for run in _RUNS]
+    return sums[0] / sums[1]
+
+
+def _unit(rows: Sequence[Row]) -> float:
+    """Seconds of a work unit: mean time of a non-nested update (paper 001, section 3)."""
+    chosen = _where(rows, run="non-nested")
+    return sum(row["result"]["seconds"] for row in chosen) / max(1, sum(row["result"]["updates"] for row in chosen))
+
+
+def _at(row: Row, units: float, unit: float) -> float:
+    """Accuracy in per cent that a run has after so many work units."""
+    reached = [point for point in row["result"]["curve"] if point[4] / unit <= units]
+    return 100 * reached[-1][5] if reached else 0.0
+
+
+def _over_work(rows: Sequence[Row]) -> str:
+    unit = _unit(rows)
+    if not unit or not all(_where(rows, run=run) for run in _RUNS):
+        return ""
+    lines = []
+    for units in _UNITS:
+        cells = [Summary.of([_at(row, units, unit) for row in _where(rows, run=run)]) for run in _RUNS]
+        gain = Summary.of(_paired(rows, lambda row, units=units: _at(row, units, unit)))
+        means = [f"{cell.mean:.1f} %" for cell in cells]
+        lines.append([f"after {units} work units", *means, f"{gain.mean:+.1f} ± {gain.half_width:.1f}"])
+    for goal in _GOALS:
+        cells = []
+        for run in _RUNS:
+            chosen = _where(rows, run=run)
+            times = [next((p[4] / unit for p in row["result"]["curve"] if p[5] >= goal), np.inf) for row in chosen]
+            reached = sum(time < np.inf for time in times)
+            median = np.median(times)
+            said = f"{median:.0f} units" if median < np.inf else "-"
+            cells.append(f"{said} ({reached} of {len(times)})")
+        lines.append([f"{100 * goal:.0f} % reached after (median; runs that do)", *cells, ""])
+    return _table(["mean accuracy", "nested", "non-nested", "difference"], lines)
+
+
+def _best(rows: Sequence[Row]) -> list[Row]:
+    """The best run of either kind as records of updates."""
+    found = []
+    for run in _RUNS:
+        chosen = _where(rows, run=run)
+        if chosen:
+            best = max(chosen, key=lambda row: row["result"]["val_accuracy"])
+            found += [
+                {"kind": "update", "run": run, **dict(zip(_CURVE, p, strict=True))} for p in best["result"]["curve"]
+            ]
+    return found
+
+
+def _boxes(rows: Sequence[Row], groups: Sequence[tuple[str, int]], path: Path) -> None:
+    figure = Figure(figsize=(1.9 * len(groups) + 1.6, 4.0), layout="constrained")
+    axes = figure.subplots()
+    rng = np.random.default_rng(0)
+    for place, (regime, width) in enumerate(groups):
+        for shift, run, colour in ((-0.18, "nested", STATE), (0.18, "non-nested", RED)):
+            values = _accuracies(_where(rows, regime=regime, width=width, run=run))
+            if not values:
+                continue
+            look = {"color": colour, "linewidth": 1.2}
+            axes.boxplot(
+                values,
+                positions=[place + shift],
+                widths=0.28,
+                showfliers=False,
+                boxprops=look,
+                whiskerprops=look,
+                capprops=look,
+                medianprops=look,
+            )
+            jitter = rng.uniform(-0.07, 0.07, len(values))
+            label = run if place == 0 else None
+            axes.plot(place + shift + jitter, values, ".", color=colour, alpha=0.45, markersize=4, label=label)
+    clean(axes, "")
+    axes.set_xticks(range(len(groups)), [f"{_regime(regime)},\nwidth {width}" for regime, width in groups])
+    axes.set_ylabel("validation accuracy (%)")
+    axes.legend(loc="lower right", frameon=False)
+    save(figure, path)
+
+
+def _means(rows: Sequence[Row], groups: Sequence[tuple[str, int]], path: Path) -> None:
+    """Mean accuracy over work units, with the middle half of the runs shaded."""
+    figure = Figure(figsize=(3.4 * len(groups) + 0.4, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    units = np.arange(1.0, 201.0, 2.0)
+    for axes, (regime, width) in zip(panels, groups, strict=True):
+        chosen = _where(rows, regime=regime, width=width)
+        unit = _unit(chosen)
+        for run, colour in (("nested", STATE), ("non-nested", RED)) if unit else ():
+            curves = np.array([[_at(row, u, unit) for u in units] for row in _where(chosen, run=run)])
+            if not len(curves):
+                continue
+            low, high = np.quantile(curves, (0.25, 0.75), axis=0)
+            axes.fill_between(units, low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.plot(units, curves.mean(0), color=colour, linewidth=1.6, label=run)
+        clean(axes, "work units, wall-clock time")
+        axes.set_title(f"{_regime(regime)}, width {width}", fontsize="medium")
+    panels[0].set(ylabel="validation accuracy (%)", ylim=(20, 100))
+    if panels[0].lines:
+        panels[0].legend(loc="lower right", frameon=False)
+    save(figure, path)
+
+
+def _changes(rows: Sequence[Row]) -> list[str]:
+    """Tables of the runs with one choice made in another way, beside those without."""
+    kinds: dict[tuple, list[Row]] = {}
+    for row in rows:
+        settings = row["settings"]
+        base = settings["width"] == 8 and settings["layers"] == 1e-6 and settings["tikhonov"] == 1e-5
+        if "change" in settings or settings["layers"] >= 1e-2 or base:
+            name = (settings["regime"], settings.get("change", ""), settings["layers"])
+            kinds.setdefault(name, []).append(row)
+    if len(kinds) < 2:
+        return []
+    lines = []
+    for (regime, change, layers), chosen in sorted(
+        kinds.items(), key=lambda item: (item[0][0], item[0][2], item[0][1])
+    ):
+        cells = []
+        for run in _RUNS:
+            values = _accuracies(_where(chosen, run=run))
+            found = Summary.of(values) if values else None
+            cells.append(f"{found.mean:.2f} ± {found.deviation:.2f} % ({found.count})" if found else "")
+        pairs = _paired(chosen, lambda row: 100 * row["result"]["val_accuracy"])
+        gain = Summary.of(pairs) if pairs else None
+        cells.append(f"{gain.mean:+.2f} ± {gain.half_width:.2f}" if gain else "")
+        lines.append([_regime(regime), change or "as above", f"{layers:g}", *cells])
+    head = [
+        "regime",
+        "choice",
+        "initial magnitude",
+        "nested: mean ± deviation (runs)",
+        "non-nested",
+        "difference ± 95 %",
+    ]
+    return ["## One choice made in another way", "Width 8, Tikhonov 1e-5.", _table(head, lines)]
+
+
+def _refinements(rows: Sequence[Row], path: Path) -> None:
+    """Mean accuracy in the first updates after every refinement."""
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for change, colour, label in (
+        ("every", STATE, "10 iterations for 3 updates"),
+        ("no boost", RED, "always 2 iterations"),
+    ):
+        curves = []
+        for row in _where(rows, change=change):
+            accuracy = {point[2]: 100 * point[5] for point in row["result"]["curve"]}
+            first = row["settings"]["updates"][0]
+            second = first + row["settings"]["updates"][1]
+            for at in (first, second):
+                if at + 12 in accuracy and at - 3 in accuracy:
+                    curves.append([accuracy[at + k] - accuracy[at - 1] for k in range(-3, 13)])
+        if curves:
+            low, high = np.quantile(curves, (0.1, 0.9), axis=0)
+            axes.fill_between(range(-3, 13), low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.plot(range(-3, 13), np.mean(curves, 0), color=colour, marker=".", label=label)
+    clean(axes, "updates after a refinement")
+    axes.set_ylabel("change of the accuracy (points)")
+    if axes.lines:
+        axes.legend(loc="lower right", frameon=False)
+    save(figure, path)
