@@ -5,6 +5,7 @@
 F a 3x3 convolution behind GroupNorm and ReLU, or a dense layer. Adam, and a gradient error that is watched. Try
 
     mpirun -n 4 python drivers/mnist.py
+    mpirun -n 4 python drivers/mnist.py --resume auto
     mpirun -n 4 python drivers/mnist.py --variant dense --replicas 2
     python drivers/mnist.py --smoke --exact
 """
@@ -26,9 +27,16 @@ from xbraid_py.data import mnist
 from xbraid_py.io.launch import launch
 from xbraid_py.io.options import to_dict
 from xbraid_py.io.progress import setup_logging
-from xbraid_py.minibatch import evaluate, follow, train
+from xbraid_py.io.run_folder import claim
+from xbraid_py.io.tensorboard import require_tensorboard
+from xbraid_py.minibatch import Trained, evaluate, follow, read_resumed
 from xbraid_py.process_grid import ProcessGrid
 
+# What may differ between a run and its continuation: where things are, how often it looks, how ranks are shared out.
+FREE = (
+    *("out", "resume", "smoke", "data_dir", "record_every", "test_every", "checkpoint_every", "keep", "tensorboard"),
+    "replicas",
+)
 PIXELS = 28 * 28
 TEST_BATCH = 500
 
@@ -75,8 +83,16 @@ class Options:
         Updates between two rows of the record.
     test_every
         Updates between two tests, the last of which ends the run.
+    checkpoint_every
+        Updates between two checkpoints.
+    keep
+        Newest checkpoints to keep, besides the best.
     out
-        Folder of the record, the configuration and the picture.
+        Folder of the record, the checkpoints and the picture.
+    resume
+        Checkpoint to go on from, or auto for the newest good one in the out folder (if there is one).
+    tensorboard
+        Write event files for TensorBoard as well.
     smoke
         A run of seconds: other defaults, each of which may still be given.
     mgrit
@@ -105,7 +121,11 @@ class Options:
     exact: bool = False
     record_every: int = 10
     test_every: int = 300
+    checkpoint_every: int = 100
+    keep: int = 3
     out: Path = Path("runs/mnist")
+    resume: str | None = None
+    tensorboard: bool = False
     smoke: bool = False
     mgrit: MGRIT = MGRIT()
     adjoint: MGRIT = MGRIT()
@@ -113,7 +133,7 @@ class Options:
 
     def __post_init__(self):
         sizes = ("width", "batch_size", "num_train", "num_test", "replicas")
-        for name in (*sizes, "epochs", "max_updates", "record_every", "test_every"):
+        for name in (*sizes, "epochs", "max_updates", "record_every", "test_every", "checkpoint_every", "keep"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1; use 10")
         for name, good in (("learning_rate", "0.005"), ("clip", "1.0")):
@@ -133,6 +153,7 @@ class SmokeOptions(Options):
     num_train: int | None = 200
     num_test: int | None = 100
     record_every: int = 1
+    checkpoint_every: int = 4
     mgrit: MGRIT = MGRIT(cfactor=2, coarse_parts=1, min_coarse=2)
 
 
@@ -141,7 +162,9 @@ def setup(options: Options, comm: Communicator) -> Callable[[], None]:
     setup_logging(comm)
     if comm.size % options.replicas:
         raise ValueError(f"replicas={options.replicas} does not divide the {comm.size} rank(s); use 1")
-    build(options, None)  # a network without ranks sends no message, and refuses what one with ranks would refuse
+    alone = build(options, None)  # without ranks it sends no message, and refuses what others would refuse
+    if options.tensorboard:
+        require_tensorboard()
     data = mnist.load(options.data_dir)
     train_images, train_labels = data.train_images[: options.num_train], data.train_labels[: options.num_train]
     test_images, test_labels = data.test_images[: options.num_test], data.test_labels[: options.num_test]
@@ -149,10 +172,12 @@ def setup(options: Options, comm: Communicator) -> Callable[[], None]:
     if options.batch_size < options.replicas:
         raise ValueError(f"batch_size={options.batch_size} is too small for replicas={options.replicas}; use 100")
     num_updates = min(options.epochs * len(order), options.max_updates or sys.maxsize)
-    options.out.mkdir(parents=True, exist_ok=True)
+    folder = claim(options.out, comm)
+    start = read_resumed(options.resume, options.out, to_dict(options), FREE, alone)
 
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for number in range(num_updates):
+    def batches(done: int) -> Iterator[tuple[Tensor, Tensor]]:
+        minibatches = order.epoch(done // len(order))
+        for number in range(done, num_updates):
             epoch, place = divmod(number, len(order))
             if place == 0:
                 minibatches = order.epoch(epoch)
@@ -166,24 +191,24 @@ def setup(options: Options, comm: Communicator) -> Callable[[], None]:
         grid = ProcessGrid(comm, options.replicas)
         model = build(options, grid.layers)
         optimiser = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
-        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, num_updates)
+        cosine = None
+        if options.schedule == "cosine":
+            cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, num_updates)
         tested = follow(
-            train(
-                model,
-                batches(),
-                nn.functional.cross_entropy,
-                optimiser,
-                scheduler=cosine if options.schedule == "cosine" else None,
-                clip=options.clip,
-                grid=grid,
-            ),
+            Trained(model=model, optimiser=optimiser, scheduler=cosine, grid=grid),
+            batches,
+            nn.functional.cross_entropy,
             lambda: {"test_accuracy": evaluate(model, tests(), share_of_right_ones, grid)},
-            out=options.out,
-            comm=comm,
+            folder=folder,
             configuration=to_dict(options),
             num_updates=num_updates,
             record_every=options.record_every,
             test_every=options.test_every,
+            checkpoint_every=options.checkpoint_every,
+            keep=options.keep,
+            clip=options.clip,
+            start=start,
+            tensorboard=options.tensorboard,
         )
         if comm.rank == 0:
             accuracy, seconds = 100 * tested["test_accuracy"], tested["seconds"]

@@ -5,6 +5,7 @@
 where u + F(u) is a pre-norm decoder block of causal self-attention and a perceptron. AdamW. Try
 
     mpirun -n 4 python drivers/transformer.py
+    mpirun -n 4 python drivers/transformer.py --resume auto
     mpirun -n 4 python drivers/transformer.py --source generated --replicas 2
     python drivers/transformer.py --smoke --exact
 """
@@ -26,10 +27,17 @@ from xbraid_py.data import text
 from xbraid_py.io.launch import launch
 from xbraid_py.io.options import to_dict
 from xbraid_py.io.progress import setup_logging
-from xbraid_py.minibatch import evaluate, follow, train
+from xbraid_py.io.run_folder import claim
+from xbraid_py.io.tensorboard import require_tensorboard
+from xbraid_py.minibatch import Trained, evaluate, follow, read_resumed
 from xbraid_py.networks.transformer import DecoderBlock, TokenEmbedding, TokenHead, generate
 from xbraid_py.process_grid import ProcessGrid
 
+# What may differ between a run and its continuation: where things are, how often it looks, how ranks are shared out.
+FREE = (
+    *("out", "resume", "smoke", "record_every", "validate_every", "validation_batches", "checkpoint_every", "keep"),
+    *("sample", "tensorboard", "replicas"),
+)
 VALIDATION_BATCH = 64
 
 
@@ -82,8 +90,16 @@ class Options:
         Of 64 stretches, in a validation.
     sample
         Characters that the trained model writes at the end.
+    checkpoint_every
+        Updates between two checkpoints.
+    keep
+        Newest checkpoints to keep, besides the best.
     out
-        Folder of the record, the configuration, the picture and the sample.
+        Folder of the record, the checkpoints, the picture and the sample.
+    resume
+        Checkpoint to go on from, or auto for the newest good one in the out folder (if there is one).
+    tensorboard
+        Write event files for TensorBoard as well.
     smoke
         A run of seconds: other defaults, each of which may still be given.
     mgrit
@@ -115,7 +131,11 @@ class Options:
     validate_every: int = 50
     validation_batches: int = 8
     sample: int = 300
+    checkpoint_every: int = 50
+    keep: int = 3
     out: Path = Path("runs/transformer")
+    resume: str | None = None
+    tensorboard: bool = False
     smoke: bool = False
     mgrit: MGRIT = MGRIT(coarse_parts=1)
     adjoint: MGRIT = MGRIT()
@@ -123,7 +143,8 @@ class Options:
 
     def __post_init__(self):
         least = {"context": 1, "updates": 1, "batch_size": 1, "warmup": 0, "replicas": 1, "record_every": 1}
-        for name, bound in {**least, "validate_every": 1, "validation_batches": 1, "sample": 0}.items():
+        least |= {"validate_every": 1, "validation_batches": 1, "sample": 0, "checkpoint_every": 1, "keep": 1}
+        for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {bound}; use 10")
         for name, good in (("learning_rate", "0.003"), ("clip", "1.0")):
@@ -152,6 +173,7 @@ class SmokeOptions(Options):
     validate_every: int = 4
     validation_batches: int = 1
     sample: int = 20
+    checkpoint_every: int = 4
     mgrit: MGRIT = MGRIT(cfactor=4)
 
 
@@ -163,43 +185,50 @@ def setup(options: Options, comm: Communicator) -> Callable[[], None]:
     corpus = text.load(options.source, options.num_characters, options.seed)
     training, validation = corpus.split()
     stretches(validation, options, 1, 0)  # too short a text is refused here
-    build(options, len(corpus.characters), None)  # without ranks it sends no message, and refuses what others would
-    options.out.mkdir(parents=True, exist_ok=True)
+    num_tokens = len(corpus.characters)
+    alone = build(options, None, num_tokens)  # without ranks it sends no message, and refuses what others would refuse
+    if options.tensorboard:
+        require_tensorboard()
+    folder = claim(options.out, comm)
+    start = read_resumed(options.resume, options.out, to_dict(options), FREE, alone)
+    sample = options.out / "sample.txt"
 
     def run() -> None:
         grid = ProcessGrid(comm, options.replicas)
-        model = build(options, len(corpus.characters), grid.layers)
+        model = build(options, grid.layers, num_tokens)
         optimiser = torch.optim.AdamW(model.parameters(), options.learning_rate, weight_decay=options.weight_decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda update: rate(options, update))
+
+        def validate() -> dict[str, float]:
+            batches = (stretches(validation, options, VALIDATION_BATCH, k) for k in range(options.validation_batches))
+            return {"validation_loss": evaluate(model, batches, loss, grid)}
+
+        def write_sample() -> None:
+            first = validation[: options.context]
+            written = corpus.decode(generate(model, first, options.sample, options.context, options.seed))
+            if comm.rank == 0:
+                sample.write_text(written, encoding="utf-8")
+
         tested = follow(
-            train(
-                model,
-                (stretches(training, options, options.batch_size, update) for update in range(options.updates)),
-                loss,
-                optimiser,
-                scheduler=torch.optim.lr_scheduler.LambdaLR(optimiser, lambda update: rate(options, update)),
-                clip=options.clip,
-                grid=grid,
-            ),
-            lambda: {
-                "validation_loss": evaluate(
-                    model,
-                    (stretches(validation, options, VALIDATION_BATCH, k) for k in range(options.validation_batches)),
-                    loss,
-                    grid,
-                )
-            },
-            out=options.out,
-            comm=comm,
+            Trained(model=model, optimiser=optimiser, scheduler=schedule, grid=grid),
+            lambda done: (stretches(training, options, options.batch_size, k) for k in range(done, options.updates)),
+            loss,
+            validate,
+            folder=folder,
             configuration=to_dict(options),
             num_updates=options.updates,
             record_every=options.record_every,
             test_every=options.validate_every,
-        )
-        written = corpus.decode(
-            generate(model, validation[: options.context], options.sample, options.context, options.seed)
+            checkpoint_every=options.checkpoint_every,
+            keep=options.keep,
+            clip=options.clip,
+            start=start,
+            finish=write_sample,
+            sizes={"num_tokens": num_tokens},
+            tensorboard=options.tensorboard,
         )
         if comm.rank == 0:
-            (options.out / "sample.txt").write_text(written, encoding="utf-8")
+            written = sample.read_text(encoding="utf-8") if sample.exists() else ""
             print(f"\n{written[: options.context]}|{written[options.context :]}\n")
             known = "" if corpus.entropy_rate is None else f" (entropy rate {corpus.entropy_rate:.4f})"
             reached = f"validation loss: {tested['validation_loss']:.4f} nats per character{known}"
@@ -208,7 +237,7 @@ def setup(options: Options, comm: Communicator) -> Callable[[], None]:
     return run
 
 
-def build(options: Options, num_tokens: int, comm: Communicator | None) -> nn.Sequential:
+def build(options: Options, comm: Communicator | None, num_tokens: int) -> nn.Sequential:
     """The network: embedding, layers, head; what lies around the layers is the same on every rank."""
     torch.manual_seed(options.seed)
     stack = LayerParallel(

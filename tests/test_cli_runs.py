@@ -14,12 +14,18 @@ from conftest import PROJECT, job_environment, run_job
 from runs_on_disk import CONFIGURATION, make_run, status, write_record
 from small_runs import nested
 
+from xbraid_py import MGRIT, LayerParallel
 from xbraid_py.cli import main
+from xbraid_py.cli.export import module_of
 from xbraid_py.comm import SerialCommunicator
+from xbraid_py.io.checkpoint_store import CheckpointStore, Score
+from xbraid_py.io.options import to_dict
 from xbraid_py.io.run_checkpoint import save_run
+from xbraid_py.minibatch import Position, Trained
+from xbraid_py.minibatch.resume import save_trained
 
 PEAKS = PROJECT / "drivers" / "peaks.py"
-PEAKS_OPTIONS = {"num_layers": 16, "nested": {"refinements": 1, "updates": [3, 4]}, "compare": False, "data_dir": None}
+PEAKS_OPTIONS = {"num_layers": 16, "nested": {"refinements": 1, "updates": [3, 4]}, "num_val": 50, "data_dir": None}
 
 
 def command(capsys, *words) -> list[str]:
@@ -191,6 +197,59 @@ def test_the_best_and_the_newest_good_checkpoint(tmp_path, capsys, caplog, train
     assert main(["export", str(empty), str(tmp_path / "c.pt")]) == 2
     assert "holds no good checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "c.pt").exists()
+
+
+@pytest.fixture
+def on_minibatches(tmp_path, monkeypatch):
+    """A checkpoint as `drivers/mnist.py` writes it, and the network that is in it."""
+    program = module_of(PROJECT / "drivers" / "mnist.py")
+    options = program.SmokeOptions(variant="dense", mgrit=MGRIT(cfactor=4), seed=3)
+    model = program.build(options, None)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    trained = Trained(model=model, optimiser=torch.optim.Adam(model.parameters()))
+    monkeypatch.setattr(sys, "argv", ["somewhere/mnist.py"])
+    folder = make_run(tmp_path / "digits")
+    (folder / "checkpoints" / "update_000010.h5").unlink()
+    store = CheckpointStore(folder / "checkpoints")
+    save_trained(store, SerialCommunicator(), trained, Position(update=5), to_dict(options), Score(objective=1.0), {})
+    return folder, model
+
+
+def test_a_network_trained_on_minibatches(tmp_path, capsys, on_minibatches):
+    folder, model = on_minibatches
+    out, images = tmp_path / "net.pt", torch.rand(5, 1, 28, 28)
+    assert main(["export", str(folder), str(out), "--best"]) == 0
+    assert "8 layers" in capsys.readouterr().out
+    found = torch.load(out, weights_only=False)
+    assert not found.training and not any(isinstance(part, LayerParallel) for part in found.modules())
+    with torch.no_grad():
+        assert torch.allclose(found(images), model.eval()(images), rtol=1e-6, atol=1e-6)
+
+
+def test_the_driver_of_a_network_trained_on_minibatches(tmp_path, capsys, on_minibatches):
+    folder, _ = on_minibatches
+    (path,) = (folder / "checkpoints").glob("update*")
+    out, driver = tmp_path / "net.pt", tmp_path / "mine.py"
+    text = (PROJECT / "drivers" / "mnist.py").read_text()
+    driver.write_text(text)
+    assert main(["export", str(path), str(out), f"--driver={driver}"]) == 0
+    assert out.exists() and capsys.readouterr().err == ""
+    own = text.replace("nn.Linear(PIXELS", "Opening(PIXELS").replace(
+        "def norm(", "class Opening(nn.Linear):\n    pass\n\n\ndef norm("
+    )
+    for program, message in (
+        ("x = 1", "has no Options and build; use --driver="),
+        (own, "defines parts of the network, Opening; put them into a module"),
+        (text.replace("width: int = 16", "wide: int = 16"), "width"),
+        (text.replace("nn.Linear(width, mnist.NUM_CLASSES)", "nn.Linear(width, 7)"), "holds another network"),
+    ):
+        driver.write_text(program)
+        assert main(["export", str(path), str(out), "--force", f"--driver={driver}"]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["export", str(path), str(out), "--force", f"--driver={tmp_path / 'none.py'}"]) == 2
+    assert "none.py is no file; use --driver=FILE" in capsys.readouterr().err
 
 
 # ---- events, plan

@@ -1,14 +1,17 @@
 """Training on minibatches: against a literal loop, over ranks and replicas, what a run leaves, and a loss of NaN."""
 
+import json
 import math
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from xbraid_py import MGRIT, Accuracy, DenseBlock, LayerParallel, RunError
 from xbraid_py.io.metrics import read
-from xbraid_py.minibatch import evaluate, follow, solve_records, train
+from xbraid_py.io.run_folder import claim
+from xbraid_py.minibatch import Trained, evaluate, follow, solve_records, train
 from xbraid_py.process_grid import ProcessGrid
 
 CONVERGED = MGRIT(cycle="V", cfactor=2, max_iter=8, min_coarse=2)
@@ -154,24 +157,31 @@ def test_what_a_run_leaves(spmd, shared_tmp_path):
 
     def body(comm):
         model = model_on(comm, mgrit=MGRIT(cycle="V", cfactor=2, max_iter=1), accuracy=accuracy)
-        optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
-        rows = train(model, batches(7), nn.functional.cross_entropy, optimiser)
         tested = follow(
-            rows,
+            Trained(model=model, optimiser=torch.optim.SGD(model.parameters(), lr=0.1)),
+            lambda done: batches(7)[done:],
+            nn.functional.cross_entropy,
             lambda: {"test_accuracy": evaluate(model, batches(1), accuracy_of)},
-            out=out,
-            comm=comm,
+            folder=claim(out, comm),
             configuration={"num_layers": 8},
             num_updates=7,
             record_every=3,
             test_every=4,
+            checkpoint_every=3,
+            keep=2,
         )
         return tested, [record.update for record in solve_records(model)]
 
     for _ in range(2):
         results = spmd(body)
     header, *rows = read(out / "metrics.jsonl")
-    assert header["configuration"] == {"num_layers": 8} and (out / "config.yaml").read_text() == "num_layers: 8\n"
+    assert header["configuration"] == {"num_layers": 8}
+    assert yaml.safe_load((out / "config.yaml").read_text()) == {"num_layers": 8}
+    found = json.loads((out / "status.json").read_text())
+    assert (found["state"], found["update"], found["total"]) == ("finished", 7, 7)
+    assert found["accuracy"] == results[0][0]["test_accuracy"] and "levels of a stack" in (out / "log.txt").read_text()
+    names = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert names == ["best.h5", "update_000006.h5", "update_000007.h5"]
     updates = [row["update"] for row in rows if row["kind"] == "update"]
     assert updates == [1, 2, 3, 5, 6, 7], "1: the first, a change; 2, 5: measured; 3, 6: every third; 7: the last"
     stacks = [row["stacks"][0] for row in rows if row["kind"] == "update"]

@@ -1,5 +1,6 @@
 """The MNIST driver from the outside, on small files of random images: ranks, replicas, and how bad input ends."""
 
+import json
 import os
 import signal
 import struct
@@ -91,6 +92,8 @@ BAD = [
     ("--varant=conv", "unknown option --varant; did you mean --variant?", ""),
     ("--learning_rate=0", "learning_rate=0.0 must be positive and finite; use 0.005", ""),
     ("--epochs=0", "epochs=0 must be at least 1; use 10", ""),
+    ("--keep=0", "keep=0 must be at least 1; use 10", ""),
+    ("--resume=/nowhere.h5", "checkpoint /nowhere.h5: No such file or directory", "--resume auto"),
     ("--batch_size=500", "batch_size=500 is more than num_samples=200", ""),
 ]
 
@@ -102,6 +105,55 @@ def test_bad_input_is_one_message(digits, tmp_path, word, message, use):
     assert job.returncode == 2 and job.stdout == "", job.stderr
     errors = [line for line in job.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0] and use in errors[0] and "Traceback" not in job.stderr
+
+
+def updates_in(out) -> int:
+    """Number of the last update in a record that is being written."""
+    try:
+        return max(row.get("update", 0) for row in read(out / "metrics.jsonl"))
+    except (OSError, ValueError):
+        return 0
+
+
+def test_killed_and_stopped_on_any_number_of_ranks(digits, tmp_path):
+    """Killed on 3 ranks, stopped on 2, killed on 1, and to the end on 2: the undisturbed run."""
+    words = ["--variant=dense", "--max_updates=240", "--epochs=24", "--test_every=60", "--checkpoint_every=10"]
+    undisturbed, expected = smoke(digits, tmp_path / "undisturbed", 1, *words)
+    out = tmp_path / "run"
+    for ranks, what, when in ((3, "kill", 35), (2, "usr1", 75), (1, "kill", 115)):
+        job = start_job([DRIVER, "--smoke", f"--data_dir={digits}", f"--out={out}", "--resume=auto", *words], ranks)
+        try:
+            for _ in range(20_000):
+                if job.poll() is not None or updates_in(out) >= when:
+                    break
+                time.sleep(0.005)
+            status = json.loads((out / "status.json").read_text())
+            assert status["state"] == "running" and status["ranks"] == ranks
+            if what == "kill":
+                os.kill(status["pid"], signal.SIGKILL)
+            else:
+                os.kill(job.pid, signal.SIGUSR1)
+            ended = finish_job(job, timeout=60)
+        finally:
+            if job.poll() is None:
+                end_job(job)
+        newest = max((out / "checkpoints").glob("update_*.h5"))
+        if what == "kill":
+            assert ended.returncode not in (0, 75) and "Traceback" not in ended.stderr
+            assert updates_in(out) - int(newest.stem[7:]) <= 10, "no more is lost than there is between two checkpoints"
+        else:
+            last = updates_in(out)
+            assert ended.returncode == 75, ended.stderr
+            assert f"after update {last}; --resume auto goes on from {newest}" in ended.stderr
+            assert int(newest.stem[7:]) == last < 240
+    last = run_job(["-m", "xbraid_py", "resume", out, "--ranks=2"], timeout=200)
+    assert last.returncode == 0, last.stderr
+    header, *rows = read(out / "metrics.jsonl")
+    assert [row["ranks"] for row in rows if row["kind"] == "resume"] == [2, 1, 2] and header["ranks"] == 3
+    told = [{key: row[key] for key in row if key != "seconds"} for row in rows if row["kind"] != "resume"]
+    agree(told, expected)
+    ends = [job.stdout.splitlines()[-1].split(",")[0] for job in (undisturbed, last)]
+    assert ends[0] == ends[1] and ends[0].startswith("test accuracy: ")
 
 
 def test_an_interrupted_run_keeps_its_record(digits, tmp_path):

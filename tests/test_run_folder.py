@@ -316,7 +316,7 @@ def test_an_earlier_run_is_set_aside(tmp_path):
         (tmp_path / "checkpoints" / "non-nested").mkdir(parents=True)
         assert set_aside(tmp_path) == tmp_path / f"earlier-{n}"
         left = {path.name for path in (tmp_path / f"earlier-{n}").iterdir()}
-        assert left == set(LEFT) - {"figures"}
+        assert left == set(LEFT) - {"figures", "tensorboard"}
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "a.h5").write_text("a")
     (tmp_path / "checkpoints" / "b.h5").write_text("b")

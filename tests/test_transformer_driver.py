@@ -6,13 +6,17 @@ import importlib.util
 import json
 import math
 import re
+import shutil
 import sys
 
 import pytest
+import torch
 import yaml
 from conftest import PROJECT, run_job
 
+from xbraid_py.cli import main
 from xbraid_py.comm import SerialCommunicator
+from xbraid_py.data import text
 from xbraid_py.io.metrics import read
 from xbraid_py.io.options import OptionError, parse
 
@@ -40,7 +44,12 @@ def driver():
 def smoke(tmp_path_factory):
     """Folders and last lines of smoke runs: on one rank, on 3, on 2 replicas, and exact."""
     folder = tmp_path_factory.mktemp("text")
-    cases = {"one": (1, []), "three": (3, []), "replicas": (2, ["--replicas=2"]), "exact": (1, ["--exact"])}
+    cases = {
+        "one": (1, []),
+        "three": (3, ["--tensorboard"]),
+        "replicas": (2, ["--replicas=2"]),
+        "exact": (1, ["--exact"]),
+    }
     found = {}
     for name, (ranks, words) in cases.items():
         job = run_job([DRIVER, "--smoke", f"--out={folder / name}", *words], ranks=ranks, timeout=200)
@@ -86,6 +95,44 @@ def test_a_smoke_run_is_the_same_on_more_ranks(smoke, name):
 
 
 @pytest.mark.job
+def test_event_files_beside_the_record(smoke):
+    pytest.importorskip("tensorboard", reason="needs tensorboard: pip install 'xbraid_py[tensorboard]'")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(smoke["three"][0] / "tensorboard"))
+    events.Reload()
+    for kind, name in (("update", "loss"), ("test", "validation_loss")):
+        expected = [(row["update"], pytest.approx(row[name], rel=1e-6)) for row in rows_of(smoke, "three", kind)]
+        assert [(event.step, event.value) for event in events.Scalars(name)] == expected
+    assert not (smoke["one"][0] / "tensorboard").exists()
+
+
+@pytest.mark.job
+def test_a_run_goes_on_and_is_exported(smoke, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(smoke["three"][0], out)
+    for path in (out / "checkpoints").glob("*.h5"):
+        if path.name != "update_000004.h5":
+            path.unlink()
+    for name in ("status.json", "sample.txt"):
+        (out / name).unlink()
+    job = run_job(["-m", "xbraid_py", "resume", out, "--ranks=2"], timeout=200)
+    assert job.returncode == 0, job.stderr
+    assert job.stdout.splitlines()[-1].split(",")[0] == smoke["one"][1].split(",")[0]
+    losses = [row["loss"] for row in read(out / "metrics.jsonl") if row["kind"] == "update"]
+    assert losses == pytest.approx([row["loss"] for row in rows_of(smoke, "one", "update")], rel=2e-4)
+    assert (out / "sample.txt").read_text() == (smoke["one"][0] / "sample.txt").read_text()
+    assert main(["export", str(out), str(tmp_path / "net.pt")]) == 0
+    model = torch.load(tmp_path / "net.pt", weights_only=False)
+    tokens = text.load("generated", 5000, 0).split()[1]
+    inputs, targets = text.windows(tokens, 16, 64, 0, 0)
+    with torch.no_grad():
+        found = torch.nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+    tested = [row for row in read(out / "metrics.jsonl") if row["kind"] == "test"][-1]
+    assert float(found) == pytest.approx(tested["validation_loss"], rel=1e-5)
+
+
+@pytest.mark.job
 def test_mgrit_and_exact_propagation_have_the_same_losses(smoke):
     ours = [row["loss"] for row in rows_of(smoke, "one", "update")]
     exact = [row["loss"] for row in rows_of(smoke, "exact", "update")]
@@ -104,6 +151,7 @@ def test_bad_input_is_one_message_on_all_ranks(tmp_path):
     ("words", "message"),
     [
         (["--num_layer=8"], "unknown option --num_layer; did you mean --num_layers?"),
+        (["--checkpoint_every=0"], "checkpoint_every=0 must be at least 1; use 10"),
         (["--updates=0"], "updates=0 must be at least 1; use 10"),
         (["--warmup=-1"], "warmup=-1 must be at least 0; use 10"),
         (["--learning_rate=-1"], "learning_rate=-1.0 must be positive and finite; use 0.003"),
@@ -131,6 +179,13 @@ def test_bad_input_is_found_before_anything_is_written(driver, tmp_path, changes
     options = driver.SmokeOptions(out=tmp_path / "out", **changes)
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
         driver.setup(options, SerialCommunicator())
+    assert not (tmp_path / "out").exists()
+
+
+def test_event_files_need_their_package(driver, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'xbraid_py\[tensorboard\]'"):
+        driver.setup(driver.SmokeOptions(out=tmp_path / "out", tensorboard=True), SerialCommunicator())
     assert not (tmp_path / "out").exists()
 
 

@@ -19,6 +19,7 @@ from xbraid_py.io.options import from_dict, to_dict
 from xbraid_py.io.progress import Progress, setup_logging
 from xbraid_py.io.run_checkpoint import read_resumed, resumed_configuration
 from xbraid_py.io.run_folder import RunFolder, claim
+from xbraid_py.io.tensorboard import require_tensorboard, with_events
 from xbraid_py.io.training import Training, finished_accuracy, prepare
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel import NestedIteration, NestedOptions
@@ -29,7 +30,8 @@ from xbraid_py.planner import Workload, recommend
 from xbraid_py.problem import Architecture, Problem
 
 # What may differ between a run and its continuation: where it writes, and what it shows.
-_FREE = ("out", "resume", "convert_dtype", "smoke", "compare", "checkpoint_every", "keep", "validate_every", "plan")
+_FREE = ("out", "resume", "convert_dtype", "smoke", "compare", "plan")
+_FREE += ("checkpoint_every", "keep", "validate_every", "tensorboard")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,8 @@ class ClassificationOptions:
         Iterations of the adjoint solves; as mgrit.max_iter if not given.
     adjoint_tol
         Tolerance of the adjoint solves; as mgrit.tol, or the cycle's, if not given.
+    tensorboard
+        Write event files for TensorBoard as well, into the folder tensorboard of the out folder.
     plan
         Measure this machine first, and take the solver that is predicted to be fastest (auto) instead of mgrit's.
     """
@@ -99,6 +103,7 @@ class ClassificationOptions:
     mgrit: MGRIT = MGRIT()
     adjoint_iter: int | None = None
     adjoint_tol: float | None = None
+    tensorboard: bool = False
     plan: Literal["auto"] | None = None
 
     def __post_init__(self):
@@ -163,6 +168,8 @@ def prepare_job(
         Whatever is wrong with options, data or folder; on every rank, or on rank 0 alone.
     """
     setup_logging(comm)
+    if options.tensorboard:
+        require_tensorboard()
     folder = claim(options.out, comm)
     train, validation = load()
     if options.plan is None:
@@ -214,12 +221,15 @@ def _training(options, folder: RunFolder, train: Dataset, validation: Dataset, f
         prepare(options.out, comm, runs, resumed)
         updates = [sum(nested.updates) for nested in schedules.values()]
         done = sum(snapshot.next_record for snapshot in resumed.values())
+        # TensorBoard drops what follows an update in the curves of all runs: those that are over come to an end there.
+        goes_on = min((snapshot.next_record for snapshot in resumed.values()), default=0)
         with (
             folder.open(configuration, sum(updates), max(0, done - 1), append=bool(resumed)),
+            with_events(folder, options.tensorboard, configuration, goes_on) as record,
             Progress(comm, sum(updates) + len(updates), done=done) as progress,  # the ends are shown as well
         ):
             training = Training(
-                folder=folder,
+                folder=record,
                 progress=progress,
                 validation=(validation.features, validation.labels),
                 configuration=configuration,
@@ -230,7 +240,7 @@ def _training(options, folder: RunFolder, train: Dataset, validation: Dataset, f
             accuracy = training.run_all(runs, resumed)
             summary = finish(runs["nested"], folder)
             if summary:
-                folder.write({"kind": "summary", **summary})
+                record.write({"kind": "summary", **summary})
         if comm.rank == 0:
             _print_accuracy(accuracy)
 

@@ -28,6 +28,8 @@ class Scores:
         ------
         ValueError
             If the shapes differ, there is no sample, or a class is out of range.
+        TypeError
+            If one of them is not int64.
         """
         if predicted.shape != labels.shape or labels.ndim != 1 or not len(labels):
             raise ValueError(
@@ -35,15 +37,18 @@ class Scores:
                 f"(B,), B at least 1; use (100,)"
             )
         for name, classes in (("predicted", predicted), ("labels", labels)):
-            if int(classes.min()) < 0 or int(classes.max()) >= num_classes:
-                raise ValueError(f"{name} must lie in 0 .. {num_classes - 1}; use num_classes={int(classes.max()) + 1}")
+            if classes.dtype != torch.int64:
+                raise TypeError(f"{name} is {classes.dtype}, must be int64; use {name}.long()")
+            low, high = int(classes.min()), int(classes.max())
+            if low < 0 or high >= num_classes:
+                raise ValueError(f"{name} holds {low} .. {high}, must lie in 0 .. num_classes - 1 = {num_classes - 1}")
         pairs = labels * num_classes + predicted
         return cls(torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes))
 
     @property
     def overall(self) -> float:
         """Share of all samples that are classified rightly."""
-        return float(self.confusion.diagonal().sum() / self.confusion.sum())
+        return int(self.confusion.diagonal().sum()) / int(self.confusion.sum())
 
     @property
     def per_class(self) -> list[float | None]:

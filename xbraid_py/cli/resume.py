@@ -16,7 +16,7 @@ from xbraid_py.cli.reader import CONFIGURATION, Run, read_run
 from xbraid_py.cli.summary import printable, progress, summarize
 from xbraid_py.io.option_table import text
 
-_DRIVERS = Path(__file__).resolve().parents[2] / "drivers"
+DRIVERS = Path(__file__).resolve().parents[2] / "drivers"
 _EPILOG = (
     "What follows -- goes to the driver as it is. The run goes on from its newest good checkpoint; on this process's "
     "terminal, with the driver's exit status."
@@ -111,10 +111,10 @@ def find_driver(run: Run) -> Path:
     """
     named = run.about.get("driver") or run.header.get("driver")
     if isinstance(named, str) and named:
-        places = (Path(named), _DRIVERS / Path(named).name)
+        places = (Path(named), DRIVERS / Path(named).name)
         return next((path for path in places if path.is_file()), places[0])
     names = set(run.configuration)
-    found = [path for path in sorted(_DRIVERS.glob("*.py")) if names and names <= _options_of(path)]
+    found = [path for path in sorted(DRIVERS.glob("*.py")) if names and names <= _options_of(path)]
     if len(found) != 1:
         known = ", ".join(path.name for path in found)
         what = f"may have been made by {known}" if found else "does not say which program it was made by"
@@ -122,13 +122,25 @@ def find_driver(run: Run) -> Path:
     return found[0]
 
 
-def _options_of(path: Path) -> set[str]:
-    """Names of the options of a driver, from the text of its class `Options`."""
+def _options_of(path: Path, name: str = "Options") -> set[str]:
+    """Names of the options of a driver, from the text of its class `Options` and of those that it is derived from."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, SyntaxError):
         return set()
-    fields = (
-        item for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Options" for item in node.body
-    )
-    return {item.target.id for item in fields if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)}
+    found = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), None)
+    if found is None:
+        return set()
+    fields = {
+        item.target.id for item in found.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+    }
+    homes = {
+        alias.asname or alias.name: (DRIVERS.parent / Path(*node.module.split(".")).with_suffix(".py"), alias.name)
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("xbraid_py.") and not node.level
+        for alias in node.names
+    }
+    for base in found.bases:
+        if isinstance(base, ast.Name) and base.id != name:
+            fields |= _options_of(*homes.get(base.id, (path, base.id)))
+    return fields

@@ -21,7 +21,7 @@ from xbraid_py.io.tensorboard import number, scalars
 # What is looked at first, by the ends of the names; three of them are drawn.
 _CURVES = (
     ("objective", "loss"),
-    ("val_accuracy", "test_accuracy", "test_loss", "accuracy"),
+    ("val_accuracy", "test_accuracy", "validation_loss", "test_loss", "accuracy"),
     ("gradient_error", "grad_norm", "state_residual", "residual"),
 )
 _TABLE = (

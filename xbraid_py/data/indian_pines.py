@@ -34,7 +34,13 @@ SPLIT_FILES = {
     SPLIT_VALIDATION: "f5f240ebc9e5b4bfbb8917fc59d12eb65ab9718c350e1440fad29e3031389453",
     SPLIT_PLACES: "5656c906c24fd315ec4d8635f06184b118eb240ce5389746c7705fbca56e6dee",
 }
-ORIGIN = "https://doi.org/10.4231/R7RX991C (the corrected scene; the Python package tensorly holds it as well)"
+ORIGIN = (
+    f"https://doi.org/10.4231/R7RX991C (the corrected scene, {CUBE} and {TRUTH}; the Python package tensorly holds it "
+    f"as well: install it, and give --source tensorly)"
+)
+SPLIT_ORIGIN = (
+    f"the authors of a published split of the scene ({', '.join(SPLIT_FILES)}); --split random needs no files"
+)
 NAMES = (
     "Alfalfa",
     "Corn-notill",
@@ -53,6 +59,7 @@ NAMES = (
     "Buildings-grass-trees-drives",
     "Stone-steel-towers",
 )
+_SOURCES, _SPLITS = ("auto", "files", "tensorly"), ("random", "published")
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,9 +118,15 @@ def load(
         If a file is missing, with the ways to get it.
     ValueError
         For a file without the array, arrays that are no scene, cube and ground truth of different sizes, a class with
-        too few pixels, or a split that does not fit the scene.
+        too few pixels, a split that does not fit the scene, an option that is not one of those above, or the source
+        tensorly where it is not installed.
+    TypeError
+        If `num_train` or `seed` is no integer.
     """
-    num_train = whole_number("num_train", num_train, 1, 1000)
+    num_train, seed = whole_number("num_train", num_train, 1, 1000), whole_number("seed", seed, 0, 0)
+    for name, value, choices in (("source", source, _SOURCES), ("split", split, _SPLITS)):
+        if value not in choices:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}; use {choices[0]}")
     cube, truth, where = _read(folder, source)
     rows, columns, bands = cube.shape
     spectra = cube.reshape(rows * columns, bands).astype(np.float64)
@@ -122,12 +135,7 @@ def load(
         train, validation = _published(folder, truth)
     else:
         train, validation = stratified(classes, num_train, seed)
-    mean, scale = spectra[train].mean(0), spectra[train].std(0)
-    if not np.all(scale > 0):
-        band = int(np.argmin(scale))
-        raise ValueError(f"{where}: band {band} is the same at all {len(train)} training pixels; use more (num_train)")
-    # Outermost the bands, as in the states (C, B).
-    pixels = torch.from_numpy(np.ascontiguousarray(((spectra - mean) / scale).T)).to(dtype)
+    pixels = torch.from_numpy(_standardised(spectra, train, where)).to(dtype)
     num_classes = int(classes.max()) + 1
 
     def part(places: np.ndarray) -> Dataset:
@@ -141,6 +149,24 @@ def load(
 def names(num_classes: int) -> list[str]:
     """Names of the classes; plain numbers where there are others than the scene's 16."""
     return list(NAMES) if num_classes == len(NAMES) else [f"class {k + 1}" for k in range(num_classes)]
+
+
+def _standardised(spectra: np.ndarray, train: np.ndarray, where: str) -> np.ndarray:
+    """All spectra (P, F) by the statistics of the training pixels, (F, P): outermost the bands, as in the states."""
+    chosen = spectra[train]
+    # Not by the deviation, which rounding may keep from 0.
+    same = chosen.min(0) == chosen.max(0)
+    if same.any():
+        raise ValueError(
+            f"{where}: band {int(np.argmax(same)) + 1} of {len(same)} is the same at all {len(train)} training pixels; "
+            f"leave such bands out, or use more pixels (num_train)"
+        )
+    with np.errstate(all="ignore"):
+        scale = chosen.std(0)
+        pixels = (spectra - chosen.mean(0)) / scale
+    if not (np.all(np.isfinite(scale)) and np.all(np.isfinite(pixels))):
+        raise ValueError(f"{where} holds numbers too large or too small to be standardised; use 1e-100 to 1e100")
+    return np.ascontiguousarray(pixels.T)
 
 
 def stratified(classes: np.ndarray, num_train: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -205,8 +231,10 @@ def _read(folder, source: str) -> tuple[np.ndarray, np.ndarray, str]:
     """Cube (rows, columns, F), ground truth (rows, columns) with 0 for no label, and what to call them in messages."""
     there = all((data_folder("indian_pines", folder) / name).is_file() for name in FILES)
     if source == "tensorly" or (source == "auto" and folder is None and not there and _has_tensorly()):
-        from tensorly.datasets import load_indian_pines
-
+        try:
+            from tensorly.datasets import load_indian_pines
+        except ImportError as error:
+            raise ValueError(f"source=tensorly: {error}; install tensorly (pip install), or use files") from error
         found = load_indian_pines()
         cube, truth, where = np.asarray(found.tensor), np.asarray(found.ticks[0]), "the scene in tensorly"
     else:
@@ -239,7 +267,7 @@ def _has_tensorly() -> bool:
 
 
 def _published(folder, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    paths = find_files("indian_pines", SPLIT_FILES, "the published split of the scene", folder)
+    paths = find_files("indian_pines", SPLIT_FILES, SPLIT_ORIGIN, folder)
     labelled = np.flatnonzero(truth.reshape(-1, order="F")) + 1
     train, validation, places = (_numbers(path) for path in paths)
     if not np.array_equal(np.sort(places), labelled):

@@ -20,9 +20,9 @@ from scipy.io import loadmat
 
 _HEADER = 128
 _INT8, _INT32, _UINT32, _MATRIX, _COMPRESSED = 1, 5, 6, 14, 15
-# Bytes of a value by the type of an element: integers of 1, 2, 4 bytes, float32, float64, integers of 8 bytes.
-_SIZES = {1: 1, 2: 1, 3: 2, 4: 2, 5: 4, 6: 4, 7: 4, 9: 8, 12: 8, 13: 8}
-_NUMBERS = range(6, 16)  # classes of arrays: float64, float32, integers of 1 to 8 bytes
+# Values by the type of an element, and by the class of an array, which may be written in a smaller type.
+_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
+_CLASSES = {6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2", 12: "i4", 13: "u4", 14: "i8", 15: "u8"}
 _COMPLEX = 0x0800
 _LARGEST = 2**31
 
@@ -41,7 +41,10 @@ def read_array(path: str | os.PathLike, name: str) -> np.ndarray:
     try:
         found = list(_arrays(raw))
     except (struct.error, zlib.error, _Damaged) as error:
-        raise ValueError(f"{path} is no MAT file of version 5, or damaged ({error}); get it anew") from error
+        raise ValueError(
+            f"{path} is no MAT file of version 5 with arrays of real numbers, or damaged: {error}; get it anew, or "
+            f"save it with -v7 or by scipy.io.savemat"
+        ) from error
     if found.count(name) != 1:
         raise ValueError(f"{path} holds the arrays {found[:5]}; one must be {name}")
     return loadmat(io.BytesIO(raw), variable_names=[name])[name]
@@ -53,9 +56,15 @@ class _Damaged(Exception):
 
 def _arrays(raw: bytes) -> Iterator[str]:
     """Names of all arrays, each of which is sound."""
+    if len(raw) < 4 or 0 in raw[:4]:
+        raise _Damaged("no text at the beginning, as in version 4")
     order = {b"IM": "<", b"MI": ">"}.get(raw[126:_HEADER])
-    if order is None or raw[:4] == b"\0\0\0\0":
+    if order is None:
         raise _Damaged("no header")
+    (version,) = struct.unpack_from(f"{order}H", raw, 124)
+    if version >> 8 != 1:
+        raise _Damaged("version 7.3, which is HDF5" if version >> 8 == 2 else f"version {version >> 8}")
+    # Nothing is padded between the arrays of a file: within one, the parts are.
     for kind, data in _elements(raw[_HEADER:], order, padded=False):
         if kind == _COMPRESSED:
             inner = zlib.decompressobj()
@@ -72,7 +81,7 @@ def _arrays(raw: bytes) -> Iterator[str]:
 
 
 def _elements(raw: bytes, order: str, padded: bool = True) -> Iterator[tuple[int, bytes]]:
-    """Types and data of the elements; compressed ones, in a file, are not padded."""
+    """Types and data of the elements."""
     at = 0
     while at < len(raw):
         (word,) = struct.unpack_from(f"{order}I", raw, at)
@@ -83,7 +92,7 @@ def _elements(raw: bytes, order: str, padded: bool = True) -> Iterator[tuple[int
             after = at + 8
         else:
             kind, (size,), start = word, struct.unpack_from(f"{order}I", raw, at + 4), at + 8
-            after = start + size + (-size % 8 if padded or kind != _COMPRESSED else 0)
+            after = start + size + (-size % 8 if padded else 0)
         if start + size > len(raw):
             raise _Damaged("an element is longer than the file")
         yield kind, raw[start : start + size]
@@ -93,14 +102,17 @@ def _elements(raw: bytes, order: str, padded: bool = True) -> Iterator[tuple[int
 def _name_of(parts: list[tuple[int, bytes]], order: str) -> str:
     """Name of an array of real numbers, if its parts fit each other."""
     kinds = [kind for kind, _ in parts]
-    if len(parts) != 4 or kinds[:3] != [_UINT32, _INT32, _INT8] or kinds[3] not in _SIZES:
+    if len(parts) != 4 or kinds[:3] != [_UINT32, _INT32, _INT8] or kinds[3] not in _TYPES:
         raise _Damaged("an array that is not of real numbers")
-    (flags, _), (axes, values) = struct.unpack(f"{order}2I", parts[0][1]), (parts[1][1], parts[3])
-    if flags & 0xFF not in _NUMBERS or flags & _COMPLEX:
+    (flags, _), (axes, values) = struct.unpack(f"{order}2I", parts[0][1]), (parts[1][1], parts[3][1])
+    if flags & 0xFF not in _CLASSES or flags & _COMPLEX:
         raise _Damaged("an array that is not of real numbers")
+    own, written = np.dtype(_CLASSES[flags & 0xFF]), np.dtype(_TYPES[kinds[3]])
+    if not (written == own or (written.itemsize < own.itemsize and np.can_cast(written, own))):
+        raise _Damaged(f"an array of {own} written as {written}")
     if len(axes) % 4 or not 8 <= len(axes) <= 128:
         raise _Damaged("an array with a wrong number of axes")
     lengths = struct.unpack(f"{order}{len(axes) // 4}i", axes)
-    if min(lengths) < 0 or math.prod(lengths) * _SIZES[values[0]] != len(values[1]):
+    if min(lengths) < 0 or math.prod(lengths) * written.itemsize != len(values):
         raise _Damaged(f"an array whose values do not fill its axes {lengths}")
     return parts[2][1].decode("ascii", errors="replace")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -74,6 +75,21 @@ def pieces(count: int, row_bytes: int) -> Iterator[slice]:
             yield slice(first, min(first + step, count))
 
 
+def _is_checked(array: h5py.Dataset) -> bool:
+    """Whether an array lies in this file, all of it, with checksums and no other filter.
+
+    Virtual arrays and arrays in other files have none. What is not stored would read as zeros, and other filters may
+    be code from elsewhere, which HDF5 loads when it is asked for the data.
+    """
+    made = array.id.get_create_plist()
+    if made.get_layout() != h5py.h5d.CHUNKED or made.get_nfilters() != 1:
+        return False
+    if made.get_filter(0)[0] != h5py.h5z.FILTER_FLETCHER32:
+        return False
+    chunks = math.prod(-(-size // step) for size, step in zip(array.shape, array.chunks, strict=True))
+    return array.id.get_num_chunks() == chunks
+
+
 class Checkpoint:
     """An open checkpoint; made by `load`, used on each rank for itself, without messages.
 
@@ -95,17 +111,26 @@ class Checkpoint:
             raise _error(path, f"no {FORMAT}: its format is {kind!r}")
         if number != FORMAT_NUMBER:
             raise _error(path, f"its format_number={number} is not {FORMAT_NUMBER}, the one this version reads")
-        if not file[META].fletcher32:
+        self._add("/", file)
+        file.visititems(self._add)
+        head = file[META]
+        if head.dtype.kind != "S" or head.shape != (1,) or not _is_checked(head):
             raise _error(path, "damaged: its meta data have no checksum")
-        document = json.loads(file[META][0])
+        document = json.loads(head[0])
         self.meta: dict[str, Any] = document["meta"]
         self.versions: dict[str, str | None] = document["versions"]
-        file.visititems(self._add)
+        if not isinstance(self.meta, dict) or not isinstance(self.versions, dict):
+            raise _error(path, "damaged: its meta data are no names and values")
 
     def _add(self, name: str, item: h5py.Dataset | h5py.Group) -> None:
-        if isinstance(item, h5py.Dataset) and name != META:
-            # Without checksums it is none of ours; a virtual array reads fill values where its source is missing.
-            if item.dtype not in DTYPES.values() or not item.shape or (item.size and not item.fletcher32):
+        if isinstance(item, h5py.Group):
+            # Links of other kinds lead into other files, or nowhere.
+            strange = [key for key in item if not isinstance(item.get(key, getlink=True), h5py.HardLink)]
+            if strange:
+                raise _error(self.path, f"{strange[0]!r} in it is a link, which this format has not")
+        elif name != META:
+            known = isinstance(item, h5py.Dataset) and item.dtype in DTYPES.values() and item.shape
+            if not known or (item.size and not _is_checked(item)):
                 raise _error(self.path, f"{name!r} is not an array of this format ({item.dtype}, no checksum)")
             self._datasets[name] = item
 

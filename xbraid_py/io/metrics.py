@@ -145,7 +145,7 @@ def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter for deep nesting
             row = None
         if not isinstance(row, dict):
             raise ValueError(f"record {path}: line {number} is no JSON object; remove the line, or give another file")
@@ -194,4 +194,5 @@ def truncate_after(path: str | os.PathLike, update: int, run: str | None = None)
 
 
 def _is_repeated(row: Mapping[str, Any], update: int, run: str | None) -> bool:
-    return row.get("update", -1) >= update and (run is None or row.get("run") == run)
+    number = row.get("update")
+    return isinstance(number, int | float) and number >= update and (run is None or row.get("run") == run)

@@ -188,7 +188,8 @@ def _read(path: str, word: str) -> dict[str, Any]:
 def _load(content: str, source: str) -> Any:
     try:
         return yaml.safe_load(content)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # Beside its own errors YAML raises these for dates and numbers that are none, and for deep nesting.
         reason = " ".join(str(error).split())
         raise OptionError(f"{source} is not YAML: {reason}; use `name: value` lines") from error
 

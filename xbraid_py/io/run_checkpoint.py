@@ -10,6 +10,8 @@ import torch
 
 from xbraid_py.io.checkpoint import CheckpointError, Shard, load, newest_good
 from xbraid_py.io.checkpoint_store import CheckpointStore, Score
+from xbraid_py.io.same_configuration import check_configuration
+from xbraid_py.io.snapshot_checks import check_numbers, check_total, no_state, restoring
 from xbraid_py.multilevel import NestedIteration, Snapshot
 from xbraid_py.networks.parameters import Layout, Stack
 
@@ -135,7 +137,10 @@ def resumed_configuration(resume: str | None, out: Path) -> dict | None:
     if resume is None or path is None:
         return None
     with load(path) as checkpoint:
-        return checkpoint.meta.get("configuration")
+        found = checkpoint.meta.get("configuration")
+    if not isinstance(found, dict | None):
+        raise no_state(path)
+    return found
 
 
 def _read_meta(path: Path, configuration: Mapping, free: tuple[str, ...]) -> dict:
@@ -143,15 +148,11 @@ def _read_meta(path: Path, configuration: Mapping, free: tuple[str, ...]) -> dic
     with load(path) as checkpoint:
         meta = checkpoint.meta
     if not {"run", "update", "snapshot", "configuration"} <= meta.keys():
-        raise CheckpointError(f"{path} holds no state of a training run; give one of a run's checkpoints folder")
-    theirs, ours = _flat(meta["configuration"]), _flat(configuration)
-    for name in sorted(theirs.keys() | ours.keys()):
-        if name.split(".")[0] not in free and theirs.get(name) != ours.get(name):
-            also = ", or --convert_dtype" if name == "dtype" else ""
-            raise CheckpointError(
-                f"{path} was written with {name}={theirs.get(name)}, but this run has {name}={ours.get(name)}; "
-                f"give --{name} {theirs.get(name)}{also}, or start without --resume"
-            )
+        raise no_state(path)
+    if not (isinstance(meta["run"], str) and isinstance(meta["configuration"], dict)):
+        raise no_state(path)
+    also = {"dtype": "--convert_dtype"}
+    check_configuration(path, meta["configuration"], configuration, free, also)
     return meta
 
 
@@ -165,27 +166,38 @@ def _read_snapshot(path: Path, run: NestedIteration, convert_dtype: bool) -> Sna
             raise CheckpointError(f"{path} holds {rows.dtype}, but this run has {dtype}; give --convert_dtype")
         return rows.to(dtype)
 
-    with load(path) as checkpoint:
+    with load(path) as checkpoint, restoring(path):
         numbers = checkpoint.meta["snapshot"]
+        check_numbers(path, numbers, run)
         layout = run.problem.network(numbers["num_layers"]).layout
         hierarchies = dict(zip(("state", "adjoint"), run.problem.hierarchies(numbers["num_layers"]), strict=True))
+        parameters = _parameters(layout)
         vectors: dict[str, list[torch.Tensor]] = {key: [] for key in _GROUPS}
+        missing = {key: set(parameters) for key in _GROUPS}
         warm: dict[str, tuple[torch.Tensor, ...]] = {}
-        for name in checkpoint.names():
+        for name in sorted(checkpoint.names(), key=lambda name: (len(name), name)):
             group, _, parameter = name.rpartition("/")
             key = next((key for key in _GROUPS if _GROUPS[key] == group), None)
             if key is not None:
-                stack = _parameters(layout)[parameter]
+                stack = parameters[parameter]
+                check_total(path, checkpoint.total(name), stack.total)
                 rows = rows_of(name, stack.first if stack.count else 0, stack.count)
                 views = rows.unbind(1) if key in _SEVERAL else (rows,)
                 vectors[key] = vectors[key] or [layout.zeros() for _ in views]
                 for flat, view in zip(vectors[key], views, strict=True):
-                    layout.named(flat)[parameter].copy_(view)
+                    own = layout.named(flat)[parameter]
+                    own.copy_(view.reshape(own.shape))
+                missing[key].discard(parameter)
             elif group == "warm":
                 solve, _, index = parameter.partition("_")
                 intervals, rank = hierarchies[solve].intervals_of(int(index)), run.problem.comm.rank
+                check_total(path, checkpoint.total(name), intervals.num_rows)
                 rows = rows_of(name, intervals.first(rank), intervals.count(rank))
                 warm[solve] = (*warm.get(solve, ()), rows)  # the names come in their order
+                check_total(path, int(index) + 1, len(warm[solve]))
+        if any(missing[key] for key in _GROUPS if vectors[key]) or not vectors["weights"]:
+            raise no_state(path, "a part of the weights or of the optimiser is missing")
+        check_total(path, len(vectors["s"]), len(vectors["y"]))
         torch.set_rng_state(checkpoint.rows("random_state"))
     return Snapshot(numbers, vectors, warm)
 
@@ -193,13 +205,3 @@ def _read_snapshot(path: Path, run: NestedIteration, convert_dtype: bool) -> Sna
 def _parameters(layout: Layout) -> dict[str, Stack]:
     """Names of all parameters, as in `Layout.named`, with their stacks."""
     return {f"{stack.name}.{name}": stack for stack in layout.stacks for name in stack.shapes}
-
-
-def _flat(configuration: Mapping, prefix: str = "") -> dict[str, object]:
-    flat = {}
-    for name, value in configuration.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat

@@ -24,7 +24,7 @@ from xbraid_py.io.signals import Stopped, stop_agreed
 
 # What a run leaves in its folder, and what makes room for the next one.
 CONFIG, METRICS, LOG, CHECKPOINTS = "config.yaml", "metrics.jsonl", "log.txt", "checkpoints"
-LEFT = (CONFIG, METRICS, LOG, "status.json", CHECKPOINTS, "figures")
+LEFT = (CONFIG, METRICS, LOG, "status.json", CHECKPOINTS, "figures", "tensorboard")
 _FAILED = 255  # beyond the numbers of signals
 
 _log = logging.getLogger(__name__)

@@ -79,5 +79,5 @@ def _holder(handle: int) -> str:
     try:
         said = json.loads(os.pread(handle, 1000, 0))
         return f" (process {int(said['pid'])}, since {said['since']})"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return ""

@@ -115,7 +115,7 @@ def mark_ended(folder: Path, state: str, message: str) -> None:
     As far as possible: what cannot be read or written is left alone.
     """
     path = Path(folder) / STATUS
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         fields = json.loads(path.read_bytes())
         if isinstance(fields, dict) and fields.get("state") not in OVER:
             fields |= {"state": state, "message": message, "updated": _now(), "seconds_left": None}

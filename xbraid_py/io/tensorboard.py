@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -12,7 +13,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from xbraid_py.comm import Communicator
+    from xbraid_py.io.run_folder import RunFolder
 
+EVENTS = "tensorboard"  # the folder of the event files in that of a run
 # What says of a row which one it is, and so is no quantity of its own.
 _PLACES = ("kind", "run", "update")
 
@@ -137,6 +140,71 @@ class EventWriter:
         for name, value in scalars(row).items():
             self._writer.add_scalar(prefix + name, value, step)
         self._rows += 1
+
+
+class FolderWithEvents:
+    """A run folder whose `write` adds the rows to event files as well; in all else it is the folder itself.
+
+    Parameters
+    ----------
+    folder : RunFolder
+        Open.
+    events : EventWriter
+        Open.
+    """
+
+    def __init__(self, folder: RunFolder, events: EventWriter):
+        self._folder, self._events = folder, events
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._folder, name)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append a row to the record and to the event files; what fails is said by the next `update`. No message."""
+        self._folder.write(row)
+        with self._folder.guarded():
+            self._events.write(row)
+
+
+@contextlib.contextmanager
+def with_events(
+    folder: RunFolder, wanted: bool, configuration: Mapping[str, Any] | None = None, resumed_at: int = 0
+) -> Iterator[RunFolder | FolderWithEvents]:
+    """The folder of a run whose rows become event files in its folder `tensorboard` as well, if that is wanted.
+
+    Sends no message. A driver calls `require_tensorboard` in its set-up, and then::
+
+        with folder.open(...), with_events(folder, options.tensorboard, configuration, resumed_at) as folder:
+
+    Parameters
+    ----------
+    folder : RunFolder
+        Open.
+    wanted : bool
+        If not, this gives the folder as it is.
+    configuration : mapping, optional
+        JSON-able; shown as text.
+    resumed_at : int
+        TensorBoard drops what earlier files say of this update and later ones.
+
+    Raises
+    ------
+    ValueError
+        If TensorBoard is not installed.
+    """
+    if not wanted:
+        yield folder
+        return
+    events = EventWriter(folder.path / EVENTS, folder.comm, configuration, resumed_at)
+    is_open = False
+    with folder.guarded():
+        events.__enter__()
+        is_open = True
+    try:
+        yield FolderWithEvents(folder, events) if is_open else folder
+    finally:
+        with folder.guarded():
+            events.__exit__()
 
 
 def write_events(record: str | os.PathLike | Sequence[Mapping[str, Any]], folder: str | os.PathLike) -> int:

@@ -164,12 +164,14 @@ class LayerParallel(nn.Module):
 
     def solver_state(self) -> dict:
         """What a checkpoint keeps beside `state_dict()`: counts of updates, and how exactly solves are made."""
-        return {"draws": self._draws, "accuracy": self._controller.state()}
+        return {"draws": self._draws, "accuracy": self._controller.state(), "batched": self._batched}
 
     def load_solver_state(self, state: dict) -> None:
         """The opposite of `solver_state`."""
         self._draws = int(state["draws"])
         self._controller.restore(state["accuracy"])
+        # Looped and batched differ in their last bits: a resumed run does as it did, and does not measure again.
+        self._batched = state["batched"]
 
     # ---- How it goes
 

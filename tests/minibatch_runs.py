@@ -1,0 +1,94 @@
+"""Small runs on minibatches in folders of their own, for tests: two classes of points, a stack of dense layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from xbraid_py import MGRIT, Accuracy, Dropout, LayerParallel
+from xbraid_py.comm import Communicator
+from xbraid_py.io.run_folder import claim
+from xbraid_py.minibatch import Trained, evaluate, follow, read_resumed
+from xbraid_py.process_grid import ProcessGrid
+
+UPDATES = 8
+CONFIGURATION = {"num_layers": 8, "replicas": 1, "out": "here", "mgrit": {"cfactor": 2}}
+FREE = ("out", "replicas")
+
+
+def batch(number: int, samples: int = 12):
+    """Inputs (samples, 3) and classes 0 .. 1."""
+    random = torch.Generator().manual_seed(100 + number)
+    inputs = torch.randn(samples, 3, generator=random, dtype=torch.float64)
+    return inputs, (inputs.sum(1) > 0).long()
+
+
+def accuracy_of(logits, labels):
+    """Share of right ones."""
+    return (logits.argmax(1) == labels).double().mean()
+
+
+def build(comm: Communicator | None, converged: bool = False, dropout: float = 0.2) -> nn.Sequential:
+    """Batch statistics in front, masks in the layers; coarse solves that are tightened under way, or exact ones."""
+    mgrit = MGRIT(cycle="V", cfactor=2, max_iter=9 if converged else 1, min_coarse=2)
+    stack = LayerParallel(
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), Dropout(dropout)),
+        8,
+        2.0,
+        comm,
+        mgrit=mgrit,
+        accuracy=Accuracy(gradient_error=3e-3, check=4, max_level=3),
+        seed=5,
+        batched=False,
+    )
+    norm = nn.LayerNorm(4) if converged else nn.BatchNorm1d(4)  # replicas have statistics of their own
+    model = nn.Sequential(nn.Linear(3, 4), norm, stack, nn.Linear(4, 2))
+    # Ranks that are threads share torch's own generator.
+    random = torch.Generator().manual_seed(2)
+    for p in (*model[0].parameters(), *model[3].parameters()):
+        nn.init.normal_(p, std=0.5, generator=random)
+    return model.double()
+
+
+def run(comm: Communicator, out: Path, resume: str | Path | None = None, **changes):
+    """A run to its end: its last test, and its weights. Calls `changes["at"](number)` in the middle of an update."""
+    replicas = changes.pop("replicas", 1)
+    network = {name: changes.pop(name) for name in ("converged", "dropout") if name in changes}
+    at = changes.pop("at", lambda number: None)
+    make = changes.pop("optimiser", lambda parameters: torch.optim.Adam(parameters, lr=0.05))
+    schedule = changes.pop("schedule", lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, UPDATES))
+    grid = ProcessGrid(comm, replicas)
+    folder = claim(out, comm)
+    configuration = CONFIGURATION | {"replicas": replicas}
+    resume = None if resume is None else str(resume)
+    start = read_resumed(resume, out, configuration, FREE, build(None, **network))
+    model = build(grid.layers, **network)
+    optimiser = make(model.parameters())
+    seen = [start.update]
+
+    def loss(logits, labels):
+        seen[0] += 1
+        at(seen[0])
+        return nn.functional.cross_entropy(logits, labels)
+
+    tested = follow(
+        Trained(model=model, optimiser=optimiser, scheduler=schedule(optimiser), grid=grid),
+        lambda done: (batch(number) for number in range(done, UPDATES)),
+        loss,
+        lambda: {"test_accuracy": evaluate(model, [batch(-1, 50)], accuracy_of, grid)},
+        **{
+            "folder": folder,
+            "configuration": configuration,
+            "num_updates": UPDATES,
+            "record_every": 1,
+            "test_every": 4,
+            "checkpoint_every": 1,
+            "keep": 100,
+            "clip": 1.0,
+            "start": start,
+            **changes,
+        },
+    )
+    return tested, {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
