@@ -24,7 +24,7 @@ export OMP_NUM_THREADS = 1
 export OMPI_MCA_rmaps_base_oversubscribe = 1
 export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 
-.PHONY: peaks test slurm lint clean env
+.PHONY: peaks test slurm faults lint clean env
 
 peaks: env
 	$(MPIRUN) -n $(RANKS) $(PY) drivers/peaks.py $(ARGS)
@@ -43,6 +43,11 @@ test: env
 # XBRAID_SLURM_INSTALL=1 installs.
 slurm: env
 	$(PY) -m pytest -q -p no:cacheprovider --timeout 900 tests/slurm/slurm_cases.py
+
+# Jobs that are killed, stopped and damaged at random, and random input to all readers; the last line has the counts.
+# Some minutes. As root a disk is really full. make faults ARGS="--seed 1 --kills 100"
+faults: env
+	@$(PY) tests/faults/run.py $(ARGS)
 
 lint: env
 	$(PY) -m ruff check .

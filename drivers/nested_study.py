@@ -37,7 +37,7 @@ from xbraid_py.study import RUNS, Settings, Study
 # regularisation.
 PAPER = ClassificationOptions(
     network=Architecture(width=8),
-    initial=InitialScales(opening=1e-3, layers=1e-6, classification=1e-3, distribution="uniform"),
+    initial=InitialScales(opening=1e-3, layers=1e-6, classification=1e-3),
     regularization=Regularization(tikhonov=1e-5, ddt=1e-5, classification=1e-7, measure="sum"),
     optim=OneShotOptions(curvature_check=False),
     mgrit=MGRIT(cycle="V", cfactor=4, max_levels=2, max_iter=2, coarse_weights="inject", coarse_step="euler"),
@@ -118,7 +118,7 @@ def figure3(options: Options) -> Iterator[Settings]:
 
 def open_choices(options: Options) -> Iterator[Settings]:
     """What the paper does not say: one of our choices changed at a time."""
-    for change, run in product(("bias", "positive", "integral", "pairs"), ("nested", "non-nested")):
+    for change, run in product(("bias", "uniform", "positive", "integral", "pairs"), ("nested", "non-nested")):
         yield {"regime": "paper", "width": 8, "layers": 1e-6, "tikhonov": 1e-5, "run": run, "change": change}
 
 
@@ -174,8 +174,8 @@ def changed(options: ClassificationOptions, change: str | None) -> Classificatio
     match change:
         case "bias":
             return replace(options, network=replace(options.network, bias="scalar"))
-        case "positive":
-            return replace(options, initial=replace(options.initial, distribution="positive"))
+        case "uniform" | "positive":
+            return replace(options, initial=replace(options.initial, distribution=change))
         case "integral":
             return replace(options, regularization=replace(options.regularization, measure="integral"))
         case "pairs":

@@ -44,6 +44,7 @@ SCRIPTS = {
         ["--cpu", "--depths=32,64", "--rounds=2"],
         {f"{name}_{num_layers}_8_32" for name in ("vs_eager", "error") for num_layers in (32, 64)},
     ),
+    "wide_layers": (["--width=80", "--samples=20", "--num_layers=2", "--rounds=2"], {"forward_share", "adjoint_share"}),
     "memory": (["--num_layers=64", "--samples=1000", "--updates=2"], {"ratio", "ratio_2"}),
 }
 

@@ -27,7 +27,7 @@ LAYERS = (
     {"optim"},
     {"multilevel"},
     {"data", "io", "planner", "report", "scores"},
-    {"classification", "minibatch"},
+    {"classification", "minibatch", "study"},
     {"export"},
     {"cli"},
     {"__main__"},

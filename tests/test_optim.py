@@ -83,6 +83,24 @@ def test_without_pairs_the_direction_is_the_gradient():
     assert torch.equal(forgetful.direction(gradient)[0], gradient)
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_restart_keeps_the_length_of_steps(sign):
+    """Along a straight line of curvature 4 or -4 the next step without pairs is a quarter of the gradient."""
+    found = QuasiNewton("lbfgs", plain_dots, curvature_check=False)
+    gradient = torch.randn(6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found.add(gradient, sign * 4.0 * gradient)
+    found.restart()
+    assert not found.s and found.scale == pytest.approx(0.25, rel=1e-14)
+    direction, slope = found.direction(gradient)
+    assert torch.allclose(direction, gradient / 4, rtol=1e-14) and slope == pytest.approx(
+        float(gradient @ gradient) / 4
+    )
+    found.restart()
+    assert found.scale == pytest.approx(0.25, rel=1e-14), "twice in a row"
+    found.clear()
+    assert found.direction(gradient)[1] == pytest.approx(float(gradient @ gradient))
+
+
 def test_a_direction_leaves_gradient_and_pairs_alone():
     given = pairs(4)
     gradient = numbers(6, seed=3)
@@ -291,7 +309,7 @@ def test_restored_pairs_have_the_same_products():
         return sums.permute(2, 0, 1).contiguous().sum(0)
 
     draw = torch.Generator().manual_seed(0)
-    run, resumed = (QuasiNewton("lbfgs", dots, curvature_check=False) for _ in range(2))
+    run, resumed = (QuasiNewton("lbfgs", plain_dots, curvature_check=False) for _ in range(2))
     for _ in range(7):
         run.add(*torch.randn(2, layout.size, generator=draw, dtype=torch.float64))
     resumed.restore(run.s, run.y)

@@ -208,3 +208,63 @@ def test_class_map(tmp_path, figures):
 def test_class_map_refuses(tmp_path, predicted, error, message):
     with pytest.raises(error, match=message):
         report.class_map(predicted, np.zeros((3, 3), dtype=int), "abcde", tmp_path / "none.png")
+
+
+def test_scene_map(tmp_path, figures):
+    true = np.arange(600).reshape(20, 30) // 200
+    true[:, 25:] = -1
+    predicted = np.maximum(true, 0)
+    predicted[:2, :25] = 2
+    path = tmp_path / "figures" / "classes.png"
+    report.scene_map(predicted, true, "abc", path)
+    assert_picture(path)
+    left, right = figures[0].axes
+    drawn = left.images[0].get_array()
+    # Pixels without a label are left out on the left, and do not count.
+    assert np.array_equal(drawn.mask, true < 0) and np.array_equal(drawn.compressed(), true[true >= 0])
+    assert np.array_equal(right.images[0].get_array(), predicted)
+    assert right.get_title() == "learned: 90.0 % of the labelled pixels agree"
+    # Rows from the top, as in the file; the same colour for a class on both sides and in the legend.
+    assert left.images[0].origin == "upper"
+    for image in (left.images[0], right.images[0]):
+        assert (image.norm.vmin, image.norm.vmax) == (-0.5, 2.5)
+    legend = figures[0].legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == list("abc")
+    for number, patch in enumerate(legend.get_patches()):
+        assert patch.get_facecolor() == pytest.approx(right.images[0].to_rgba(np.array([[number]]))[0, 0].tolist())
+
+
+def test_scene_map_of_20_classes_has_as_many_colours(tmp_path, figures):
+    true = np.arange(20).reshape(4, 5)
+    report.scene_map(true, true, [f"class {k}" for k in range(20)], tmp_path / "map.png")
+    assert len({patch.get_facecolor() for patch in figures[0].legends[0].get_patches()}) == 20
+
+
+MAP = np.zeros((3, 4), dtype=int)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "true", "count", "error", "message"),
+    [
+        (MAP + 0.0, MAP, 5, TypeError, r"predicted is of type float64, must hold integers 0 \.\. 4"),
+        (MAP, MAP > 0, 5, TypeError, r"true is of type bool, must hold integers -1 \.\. 4"),
+        (
+            MAP,
+            MAP.T,
+            5,
+            ValueError,
+            r"true.shape=\(4, 3\) must be \(rows, columns\), the same for both; use \(145, 145",
+        ),
+        (MAP[0], MAP[0], 5, ValueError, r"predicted.shape=\(4,\) must be \(rows, columns\)"),
+        (MAP[:0], MAP[:0], 5, ValueError, r"predicted.shape=\(0, 4\) must be \(rows, columns\)"),
+        (MAP - 1, MAP, 5, ValueError, r"predicted holds -1 \.\. -1, must lie in 0 \.\. 4, the names"),
+        (MAP + 5, MAP, 5, ValueError, r"predicted holds 5 \.\. 5, must lie in 0 \.\. 4, the names"),
+        (MAP, MAP - 2, 5, ValueError, r"true holds -2 \.\. -2, must lie in -1 \.\. 4, the names"),
+        (MAP, MAP + 5, 5, ValueError, r"true holds 5 \.\. 5, must lie in -1 \.\. 4, the names"),
+        (MAP, MAP, 21, ValueError, r"names has 21 classes, more than colours; use at most 20"),
+    ],
+)
+def test_scene_map_refuses(tmp_path, predicted, true, count, error, message):
+    with pytest.raises(error, match=message):
+        report.scene_map(predicted, true, ["a"] * count, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()

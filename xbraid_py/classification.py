@@ -19,6 +19,7 @@ from xbraid_py.io.options import from_dict, to_dict
 from xbraid_py.io.progress import Progress, setup_logging
 from xbraid_py.io.run_checkpoint import read_resumed, resumed_configuration
 from xbraid_py.io.run_folder import RunFolder, claim
+from xbraid_py.io.run_status import mark_ended
 from xbraid_py.io.tensorboard import require_tensorboard, with_events
 from xbraid_py.io.training import Training, finished_accuracy, prepare
 from xbraid_py.mgrit import MGRIT
@@ -215,6 +216,7 @@ def _training(options, folder: RunFolder, train: Dataset, validation: Dataset, f
     def run() -> None:
         if resumed.keys() == runs.keys() and all(snapshot.is_final for snapshot in resumed.values()):
             if comm.rank == 0:
+                mark_ended(options.out, "finished", "")  # unless it was killed in its last moments, it has said so
                 print(f"the run in {options.out} is finished; to train again, start without --resume")
                 _print_accuracy(finished_accuracy(options.out))
             return

@@ -103,7 +103,9 @@ class Communicator(ABC):
 
         Bitwise the same on any number of ranks: the summands are those of the rows, not of the ranks.
         """
-        return self.allgather(rows, counts).sum(0)
+        # Not `sum`: how that adds up a column depends on how many columns stand beside it.
+        found = self.allgather(rows, counts)
+        return found.cumsum(0)[-1] if len(found) else found.sum(0)
 
     def redistribute(self, rows: torch.Tensor, source: Partition, target: Partition) -> torch.Tensor:
         """Rows owned as in `source`, handed to their owners in `target`; no message if these agree."""

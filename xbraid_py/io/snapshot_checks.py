@@ -14,7 +14,7 @@ from xbraid_py.objective import Evaluation
 # What a snapshot counts, and of which type; integers will do for floats.
 _NUMBERS = {
     **dict.fromkeys(("index", "num_layers", "number", "backtracks", "evaluations"), int),
-    **{"step": float, "work": float, "adjoint_residual": float | None, "is_final": bool},
+    **{"step": float, "scale": float, "work": float, "adjoint_residual": float | None, "is_final": bool},
 }
 _BEFORE = {"records": int, "work": float, "evaluations": int, "seconds": float}
 

@@ -206,6 +206,7 @@ class NestedIteration:
                 "num_layers": self.depth,
                 "number": one_shot.number,
                 "step": one_shot.step,
+                "scale": one_shot.quasi_newton.scale,
                 "backtracks": one_shot.backtracks,
                 "evaluation": asdict(one_shot.evaluation),
                 "adjoint_residual": objective.adjoint_residual,
@@ -232,6 +233,7 @@ class NestedIteration:
         one_shot.evaluation = Evaluation(**numbers["evaluation"])
         one_shot.gradient = vectors["gradient"][0] if vectors["gradient"] else None
         one_shot.quasi_newton.restore(vectors["s"], vectors["y"])
+        one_shot.quasi_newton.scale = numbers["scale"]
         objective.warm, objective.adjoint_warm = (snapshot.warm.get(name) or None for name in ("state", "adjoint"))
         objective.adjoint_residual = numbers["adjoint_residual"]
         objective.work, objective.evaluations = numbers["work"], numbers["evaluations"]

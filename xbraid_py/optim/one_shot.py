@@ -157,7 +157,7 @@ class OneShot:
             if is_second:
                 # The direction may be bad because the pairs are, or because the solves were too inexact.
                 self.note = f"update {self.number}: no descent along the direction; the line search starts again"
-                self.quasi_newton.clear()
+                self.quasi_newton.restart()
                 self._evaluate(self.options.boost_iter, error=0.0)
                 self.gradient = self.objective.gradient(self.x, self.options.boost_iter, exact=True)
                 self._finite_norm()

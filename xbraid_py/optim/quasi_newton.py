@@ -37,14 +37,27 @@ class QuasiNewton:
     ----------
     s, y : list of Tensor
         The pairs, oldest first.
+    scale : float
+        Length of a direction without pairs, over that of the gradient.
     """
 
     def __init__(self, method: str, dots: Dots, memory: int = 10, curvature_check: bool = True):
         self.method, self.dots, self.memory, self.curvature_check = method, dots, memory, curvature_check
         self.clear()
 
+    def restart(self) -> None:
+        """Forget all pairs but the scale |s'y| / y'y of the newest one.
+
+        Where the curvature is negative no product of pairs is a descent, but the next step along the gradient should
+        still be as long as the change of the gradient in the last one allows.
+        """
+        scale = abs(float(self._sy[-1, -1] / self._yy[-1, -1])) if self.s else self.scale
+        self.clear()
+        self.scale = scale
+
     def clear(self) -> None:
-        """Forget all pairs."""
+        """Forget all pairs, and the scale."""
+        self.scale = 1.0
         self.s: list[Tensor] = []
         self.y: list[Tensor] = []
         # Dot products of all s with all y, and of all y with all y.
@@ -100,7 +113,7 @@ class QuasiNewton:
         """H g, the direction to go against, and its slope g'H g."""
         self.observe(gradient)
         count = len(self.s)
-        of_s, of_y, of_g = np.zeros(count), np.zeros(count), 1.0
+        of_s, of_y, of_g = np.zeros(count), np.zeros(count), 1.0 if count else self.scale
         alphas = np.zeros(count)
         rho = 1.0 / self._sy.diagonal()
         # The two loops of algorithm 7.4, on the coefficients of q and then r.

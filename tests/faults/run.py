@@ -1,0 +1,132 @@
+"""Fault injection: the peaks job is killed, stopped, its checkpoints damaged, its disk filled, its clock set wrong.
+
+    python tests/faults/run.py [--quick] [--seed 0] [--kills 30] [--signals 10] [--truncations 60] [--flips 300] ...
+
+Every fault is followed by a job that goes on by `--resume auto`, and every run has to end as the undisturbed one does,
+bit by bit. The last line is one JSON object: how many faults there were, and how often a job has hung, an end or an
+accepted checkpoint was wrong, more work was lost than one checkpoint interval, or a reader met an input with another
+error than the documented ones. The status is 0 if none of that ever happened.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import random
+import selectors
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import cases
+from chain import Bench
+from disturbed import PATIENCE, PROJECT, Hang, Lost, Wrong, job_environment, newest
+
+FAULTS = ("kills", "signals", "truncations", "bit_flips", "disk_full", "clock_jumps", "fuzz_inputs")
+FAILURES = ("hangs", "wrong", "lost", "crashes")
+
+
+def damage(bench: Bench, truncations: int, flips: int) -> None:
+    """Damaged copies of a checkpoint, read in a process of their own: a bad file might crash or block HDF5."""
+    script = Path(__file__).resolve().parent / "damage.py"
+    words = [newest(bench.folder / "undisturbed"), bench.random.randrange(1000), truncations, flips]
+    command = [sys.executable, script, *map(str, words)]
+    verdicts: Counter = Counter()
+    with subprocess.Popen(command, env=job_environment(), stdout=subprocess.PIPE, text=True) as process:
+        lines = selectors.DefaultSelector()
+        lines.register(process.stdout, selectors.EVENT_READ)
+        try:
+            # The first line comes once torch is loaded.
+            while lines.select(PATIENCE if verdicts else 90.0):
+                line = process.stdout.readline()
+                if not line:
+                    break
+                verdicts[line.split()[0]] += 1
+                bench.counts["truncations" if "cut" in line else "bit_flips"] += 1
+                if line.startswith("wrong"):
+                    bench.counts["wrong"] += 1
+                    bench.say(f"WRONG: {line.strip()} is accepted")
+            else:
+                raise Hang("the loader has not come back from a damaged checkpoint")
+        finally:
+            process.kill()
+    if sum(verdicts.values()) != truncations + flips:
+        raise Wrong(f"the loader has crashed at a damaged checkpoint, after {sum(verdicts.values())}")
+    bench.say(f"damaged copies: {dict(verdicts)}")
+
+
+def fuzz(bench: Bench, inputs: int) -> None:
+    """Random input to all readers, `tests/test_fuzz.py` and `tests/test_fuzz_runs.py`, about so many in all."""
+    count = bench.folder / "fuzz_inputs"
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", "--timeout=600"]
+    command += [f"--hypothesis-seed={bench.random.randrange(1000)}", "tests/test_fuzz.py", "tests/test_fuzz_runs.py"]
+    variables = {"XBRAID_FUZZ_INPUTS": str(inputs), "XBRAID_FUZZ_COUNT": str(count)}
+    done = subprocess.run(command, env=job_environment(variables), cwd=PROJECT, text=True, capture_output=True)
+    if count.exists():
+        bench.counts["fuzz_inputs"] += sum(map(int, count.read_text().split()))
+    bench.say(done.stdout.strip().splitlines()[-1] if done.stdout else done.stderr)
+    if done.returncode:
+        bench.counts["crashes"] += 1
+        bench.say(done.stdout[-5000:] + done.stderr[-2000:])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--quick", action="store_true", help="a few of each, in half a minute; numbers below are left out"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--signals", type=int, default=10)
+    parser.add_argument("--second", type=int, default=2, help="second SIGTERMs")
+    parser.add_argument("--damaged", type=int, default=2, help="truncations and bit flips each that a job meets")
+    parser.add_argument("--truncations", type=int, default=60, help="those that the loader meets")
+    parser.add_argument("--flips", type=int, default=300)
+    parser.add_argument("--full", type=int, default=1, help="full disks of each kind")
+    parser.add_argument("--clock", type=int, default=2, help="jobs with a clock that jumps")
+    parser.add_argument("--fuzz", type=int, default=10_500, help="random inputs; 0 leaves them out")
+    parser.add_argument("--keep", type=Path, help="folder to work in, which stays")
+    given = parser.parse_args()
+    logging.getLogger("xbraid_py").setLevel(logging.ERROR)  # of damage that is looked at here
+    plan = [
+        ("kills", lambda: cases.kills(bench, given.kills)),
+        ("signals", lambda: cases.signals(bench, given.signals)),
+        ("second SIGTERM", lambda: cases.second_sigterm(bench, given.second)),
+        ("damaged", lambda: cases.damaged(bench, given.damaged)),
+        ("damaged copies", lambda: damage(bench, given.truncations, given.flips)),
+        ("disk full", lambda: cases.disk_full(bench, given.full)),
+        ("clock jumps", lambda: cases.clock_jumps(bench, given.clock)),
+    ]
+    if given.fuzz:
+        plan.append(("fuzzing", lambda: fuzz(bench, given.fuzz)))
+    if given.quick:
+        plan = [("kills", lambda: cases.kills(bench, 2)), ("damaged copies", lambda: damage(bench, 5, 10))]
+    counts = Counter(dict.fromkeys((*FAULTS, *FAILURES), 0))
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        if given.keep:
+            given.keep.mkdir(parents=True)
+        bench = Bench((given.keep or Path(folder)).resolve(), random.Random(given.seed), counts)
+        for name, case in [("undisturbed", lambda: cases.undisturbed(bench)), *plan]:
+            start = time.monotonic()
+            try:
+                case()
+            except (Hang, Wrong, Lost) as failure:
+                kind = {Hang: "hangs", Wrong: "wrong", Lost: "lost"}[type(failure)]
+                counts[kind] += 1
+                bench.say(f"{kind.upper()}: {failure}")
+                if name == "undisturbed":
+                    break
+            bench.say(f"-- {name}: {time.monotonic() - start:.0f} s")
+    bench.say(f"{time.monotonic() - began:.0f} s in all, load {os.getloadavg()[0]:.1f}, seed {given.seed}")
+    print(json.dumps({name: counts[name] for name in (*FAULTS, *FAILURES)}), flush=True)
+    return 1 if any(counts[name] for name in FAILURES) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
