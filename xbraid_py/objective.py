@@ -62,7 +62,7 @@ class Regularization:
     Parameters
     ----------
     tikhonov
-        gamma_tik, of the opening and the residual layers.
+        gamma_tik, of the residual layers, and of the opening layer if nothing else is given for it.
     ddt
         gamma_ddt, smoothness of the residual layers' weights in depth.
     classification
@@ -70,17 +70,20 @@ class Regularization:
     measure
         "sum": plain sums over the layers; "integral": a factor h in front of the residual layers' terms,
         which makes the functional independent of the depth.
+    opening
+        gamma of the opening layer's Tikhonov term; as tikhonov if not given.
     """
 
     tikhonov: float = 1e-5
     ddt: float = 1e-5
     classification: float = 1e-5
     measure: str = "integral"
+    opening: float | None = None
 
     def __post_init__(self):
-        for name in ("tikhonov", "ddt", "classification"):
+        for name in ("tikhonov", "ddt", "classification", "opening"):
             value = getattr(self, name)
-            if not 0.0 <= value < float("inf"):
+            if value is not None and not 0.0 <= value < float("inf"):
                 raise ValueError(f"{name}={value} must be at least 0 and finite; use 1e-6")
         if self.measure not in ("sum", "integral"):
             raise ValueError(f"measure={self.measure!r} must be sum or integral; use integral")
@@ -100,7 +103,7 @@ class Regularization:
             edges = [comm.begin_shift(edge, partition, to) for edge, to in ((theta[-1:], +1), (theta[:1], -1))]
         factor = h if self.measure == "integral" else 1.0
         weights = {
-            "opening": self.tikhonov,
+            "opening": self.tikhonov if self.opening is None else self.opening,
             "layers": self.tikhonov * factor,
             "classification": self.classification,
         }
