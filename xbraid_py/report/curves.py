@@ -118,5 +118,10 @@ def _draw_positive(axes: Axes, entries: list[dict], field: str, colour, label: s
 def _coloured(run: str, entries: list[dict]):
     """The sections of a run with a colour each: darker the deeper, and red for the non-nested run."""
     sections = list(sections_of(entries))
-    shades = colormaps["YlGnBu"](np.linspace(0.45, 0.95, len(sections)) if len(sections) > 1 else [0.85])
-    return zip(sections, [RED] * len(sections) if run == "non-nested" else shades, strict=True)
+    colours = [RED] * len(sections) if run == "non-nested" else depth_colours(len(sections))
+    return zip(sections, colours, strict=True)
+
+
+def depth_colours(count: int) -> np.ndarray:
+    """Colours of so many depths, darker the deeper."""
+    return colormaps["YlGnBu"](np.linspace(0.45, 0.95, count) if count > 1 else [0.85])

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from xbraid_py.report.curves import accuracy_over_work
 from xbraid_py.report.statistics import Summary, deviation_ratio
+from xbraid_py.report.study_rows import Row, accuracies, accuracy_at, paired, table, where, work_unit
 from xbraid_py.report.style import RED, STATE, clean, save
 
-Row = dict[str, Any]
 PAGE = "study.md"
 # The paper's figure 3: mean, median, largest, least, standard deviation, in per cent.
 PAPER = {
@@ -43,7 +42,7 @@ def write(rows: Sequence[Row], out: Path) -> None:
     figures = out / "figures"
     groups = sorted({(row["settings"]["regime"], row["settings"]["width"]) for row in basic}, reverse=True)
     for regime, width in groups:
-        chosen = _where(basic, regime=regime, width=width)
+        chosen = where(basic, regime=regime, width=width)
         parts += [f"## Width {width}, {_regime(regime)}", _figure3(chosen, width), _over_work(chosen)]
         accuracy_over_work(_best(chosen), figures / f"best_{regime}_{width}.png")
     if groups:
@@ -60,32 +59,8 @@ def _regime(name: str) -> str:
     return {"paper": "the paper's regime", "ours": "our regime"}.get(name, name)
 
 
-def _where(rows: Iterable[Row], **wanted: Any) -> list[Row]:
-    return [row for row in rows if all(row["settings"].get(name) == value for name, value in wanted.items())]
-
-
-def _accuracies(rows: Iterable[Row]) -> list[float]:
-    return [100 * row["result"]["val_accuracy"] for row in rows]
-
-
-def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = [head, ["---"] + ["---:"] * (len(head) - 1), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def _paired(rows: Sequence[Row], value: Callable[[Row], float]) -> list[float]:
-    """Nested less non-nested of the same settings, seed by seed."""
-
-    def of(run: str) -> dict:
-        chosen = _where(rows, run=run)
-        return {tuple((n, str(v)) for n, v in sorted(r["settings"].items()) if n != "run"): value(r) for r in chosen}
-
-    nested, other = of("nested"), of("non-nested")
-    return [nested[name] - other[name] for name in nested if name in other]
-
-
 def _figure3(rows: Sequence[Row], width: int) -> str:
-    samples = {run: _accuracies(_where(rows, run=run)) for run in _RUNS}
+    samples = {run: accuracies(where(rows, run=run)) for run in _RUNS}
     if not all(samples.values()):
         return ""
     found = {run: Summary.of(values) for run, values in samples.items()}
@@ -95,8 +70,8 @@ def _figure3(rows: Sequence[Row], width: int) -> str:
         ours = [f"{getattr(found[run], name):.2f} %" for run in _RUNS]
         theirs = [f"{PAPER[width, run][index]:g} %" if (width, run) in PAPER else "" for run in _RUNS]
         lines.append([name, *ours, *theirs])
-    table = _table(["", "nested", "non-nested", "paper: nested", "paper: non-nested"], lines)
-    pairs = _paired(rows, lambda row: 100 * row["result"]["val_accuracy"])
+    said_by_both = table(["", "nested", "non-nested", "paper: nested", "paper: non-nested"], lines)
+    pairs = paired(rows, lambda row: 100 * row["result"]["val_accuracy"])
     gain = Summary.of(pairs)
     ratio, low, high = deviation_ratio(samples["nested"], samples["non-nested"])
     wins = sum(pair > 0 for pair in pairs)
@@ -107,54 +82,42 @@ def _figure3(rows: Sequence[Row], width: int) -> str:
         f"A nested run makes {_ratio(rows, 'work'):.2f} times the layer steps of the non-nested one, "
         f"in {_ratio(rows, 'seconds'):.2f} times its seconds."
     )
-    return f"{table}\n\n{said}"
+    return f"{said_by_both}\n\n{said}"
 
 
 def _ratio(rows: Sequence[Row], field: str) -> float:
-    sums = [sum(row["result"][field] for row in _where(rows, run=run)) for run in _RUNS]
+    sums = [sum(row["result"][field] for row in where(rows, run=run)) for run in _RUNS]
     return sums[0] / sums[1]
 
 
-def _unit(rows: Sequence[Row]) -> float:
-    """Seconds of a work unit: mean time of a non-nested update (paper 001, section 3)."""
-    chosen = _where(rows, run="non-nested")
-    return sum(row["result"]["seconds"] for row in chosen) / max(1, sum(row["result"]["updates"] for row in chosen))
-
-
-def _at(row: Row, units: float, unit: float) -> float:
-    """Accuracy in per cent that a run has after so many work units."""
-    reached = [point for point in row["result"]["curve"] if point[4] / unit <= units]
-    return 100 * reached[-1][5] if reached else 0.0
-
-
 def _over_work(rows: Sequence[Row]) -> str:
-    unit = _unit(rows)
-    if not unit or not all(_where(rows, run=run) for run in _RUNS):
+    unit = work_unit(rows)
+    if not unit or not all(where(rows, run=run) for run in _RUNS):
         return ""
     lines = []
     for units in _UNITS:
-        cells = [Summary.of([_at(row, units, unit) for row in _where(rows, run=run)]) for run in _RUNS]
-        gain = Summary.of(_paired(rows, lambda row, units=units: _at(row, units, unit)))
+        cells = [Summary.of([accuracy_at(row, units, unit) for row in where(rows, run=run)]) for run in _RUNS]
+        gain = Summary.of(paired(rows, lambda row, units=units: accuracy_at(row, units, unit)))
         means = [f"{cell.mean:.1f} %" for cell in cells]
         lines.append([f"after {units} work units", *means, f"{gain.mean:+.1f} ± {gain.half_width:.1f}"])
     for goal in _GOALS:
         cells = []
         for run in _RUNS:
-            chosen = _where(rows, run=run)
+            chosen = where(rows, run=run)
             times = [next((p[4] / unit for p in row["result"]["curve"] if p[5] >= goal), np.inf) for row in chosen]
             reached = sum(time < np.inf for time in times)
             median = np.median(times)
             said = f"{median:.0f} units" if median < np.inf else "-"
             cells.append(f"{said} ({reached} of {len(times)})")
         lines.append([f"{100 * goal:.0f} % reached after (median; runs that do)", *cells, ""])
-    return _table(["mean accuracy", "nested", "non-nested", "difference"], lines)
+    return table(["mean accuracy", "nested", "non-nested", "difference"], lines)
 
 
 def _best(rows: Sequence[Row]) -> list[Row]:
     """The best run of either kind as records of updates."""
     found = []
     for run in _RUNS:
-        chosen = _where(rows, run=run)
+        chosen = where(rows, run=run)
         if chosen:
             best = max(chosen, key=lambda row: row["result"]["val_accuracy"])
             found += [
@@ -169,7 +132,7 @@ def _boxes(rows: Sequence[Row], groups: Sequence[tuple[str, int]], path: Path) -
     rng = np.random.default_rng(0)
     for place, (regime, width) in enumerate(groups):
         for shift, run, colour in ((-0.18, "nested", STATE), (0.18, "non-nested", RED)):
-            values = _accuracies(_where(rows, regime=regime, width=width, run=run))
+            values = accuracies(where(rows, regime=regime, width=width, run=run))
             if not values:
                 continue
             look = {"color": colour, "linewidth": 1.2}
@@ -199,10 +162,10 @@ def _means(rows: Sequence[Row], groups: Sequence[tuple[str, int]], path: Path) -
     panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     units = np.arange(1.0, 201.0, 2.0)
     for axes, (regime, width) in zip(panels, groups, strict=True):
-        chosen = _where(rows, regime=regime, width=width)
-        unit = _unit(chosen)
+        chosen = where(rows, regime=regime, width=width)
+        unit = work_unit(chosen)
         for run, colour in (("nested", STATE), ("non-nested", RED)) if unit else ():
-            curves = np.array([[_at(row, u, unit) for u in units] for row in _where(chosen, run=run)])
+            curves = np.array([[accuracy_at(row, u, unit) for u in units] for row in where(chosen, run=run)])
             if not len(curves):
                 continue
             low, high = np.quantile(curves, (0.25, 0.75), axis=0)
@@ -233,10 +196,10 @@ def _changes(rows: Sequence[Row]) -> list[str]:
     ):
         cells = []
         for run in _RUNS:
-            values = _accuracies(_where(chosen, run=run))
+            values = accuracies(where(chosen, run=run))
             found = Summary.of(values) if values else None
             cells.append(f"{found.mean:.2f} ± {found.deviation:.2f} % ({found.count})" if found else "")
-        pairs = _paired(chosen, lambda row: 100 * row["result"]["val_accuracy"])
+        pairs = paired(chosen, lambda row: 100 * row["result"]["val_accuracy"])
         gain = Summary.of(pairs) if pairs else None
         cells.append(f"{gain.mean:+.2f} ± {gain.half_width:.2f}" if gain else "")
         lines.append([_regime(regime), change or "as above", f"{layers:g}", *cells])
@@ -248,7 +211,7 @@ def _changes(rows: Sequence[Row]) -> list[str]:
         "non-nested",
         "difference ± 95 %",
     ]
-    return ["## One choice made in another way", "Width 8, Tikhonov 1e-5.", _table(head, lines)]
+    return ["## One choice made in another way", "Width 8, Tikhonov 1e-5.", table(head, lines)]
 
 
 def _refinements(rows: Sequence[Row], path: Path) -> None:
@@ -260,7 +223,7 @@ def _refinements(rows: Sequence[Row], path: Path) -> None:
         ("no boost", RED, "always 2 iterations"),
     ):
         curves = []
-        for row in _where(rows, change=change):
+        for row in where(rows, change=change):
             accuracy = {point[2]: 100 * point[5] for point in row["result"]["curve"]}
             first = row["settings"]["updates"][0]
             second = first + row["settings"]["updates"][1]

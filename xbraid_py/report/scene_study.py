@@ -1,0 +1,133 @@
+"""Table and pictures of the study of nested iteration on a scene (paper 001, figure 5), from the rows of its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from xbraid_py.report.curves import depth_colours
+from xbraid_py.report.maps import scene_map
+from xbraid_py.report.statistics import Summary
+from xbraid_py.report.study_rows import Row, accuracy_at, table, where, work_unit
+from xbraid_py.report.style import RED, clean, save
+
+PAGE = "study.md"
+_UNITS = (10, 25, 50, 75, 100, 150, 200, 250, 300, 350)
+
+
+def write(rows: Sequence[Row], out: Path, names: Sequence[str], truth: np.ndarray) -> None:
+    """Write `study.md`, and the pictures in `figures`.
+
+    Parameters
+    ----------
+    rows : sequence of dict
+        Of `xbraid_py.study.Study.run`; failed runs are counted and left out.
+    out : Path
+    names : sequence of str
+        Of the classes.
+    truth : (rows, columns) int array
+        Ground truth, -1 where there is none.
+    """
+    good = [row for row in rows if "result" in row]
+    single = where(good, run="non-nested")
+    schedules = sorted({tuple(row["settings"]["updates"]) for row in where(good, run="nested")})
+    kinds = {f"nested {_said(updates)}": where(good, run="nested", updates=list(updates)) for updates in schedules}
+    kinds |= {"non-nested": single} if single else {}
+    parts = [f"{len(good)} runs, {len(rows) - len(good)} failed."]
+    if kinds:
+        parts += ["## At the end", _ends(kinds), "## By class", _classes(kinds, names)]
+    unit = work_unit(good)
+    if single and schedules:
+        parts += ["## Over work units", _over_work(kinds, unit)]
+        _curves(schedules, kinds, unit, out / "figures" / "accuracy_over_work.png")
+    for name, chosen in kinds.items():
+        drawn = next((row for row in chosen if row["result"]["classes"]), None)
+        if drawn:
+            classes = np.array(drawn["result"]["classes"]).reshape(truth.shape)
+            scene_map(
+                classes, truth, names, out / "figures" / f"classes_{name.replace(' ', '_').replace('/', '-')}.png"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / PAGE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _said(updates: Sequence[int]) -> str:
+    return "/".join(map(str, updates))
+
+
+def _mean(values: Sequence[float], factor: float = 100.0, digits: int = 2) -> str:
+    found = Summary.of([factor * value for value in values])
+    return f"{found.mean:.{digits}f} ± {found.deviation:.{digits}f}"
+
+
+def _ends(kinds: dict[str, list[Row]]) -> str:
+    lines = []
+    for name, chosen in kinds.items():
+        results = [row["result"] for row in chosen]
+        scores = [result["scores"] for result in results]
+        lines.append(
+            [
+                f"{name} ({len(chosen)})",
+                _mean([score["overall_accuracy"] for score in scores]),
+                _mean([score["average_accuracy"] for score in scores]),
+                _mean([score["kappa"] for score in scores], 1.0, 4),
+                _mean([result["train_accuracy"] for result in results]),
+                _mean([result["work"] for result in results], 1.0, 1),
+                _mean([result["seconds"] for result in results], 1.0, 0),
+            ]
+        )
+    head = [
+        "run (seeds)",
+        "overall accuracy (%)",
+        "average (%)",
+        "kappa",
+        "training (%)",
+        "layer steps (units)",
+        "seconds",
+    ]
+    return table(head, lines)
+
+
+def _classes(kinds: dict[str, list[Row]], names: Sequence[str]) -> str:
+    lines = []
+    for number, name in enumerate(names):
+        cells = [[row["result"]["scores"]["class_accuracy"][number] for row in chosen] for chosen in kinds.values()]
+        lines.append([name, *(_mean(values, digits=1) if None not in values else "-" for values in cells)])
+    return table(["accuracy (%)", *kinds], lines)
+
+
+def _over_work(kinds: dict[str, list[Row]], unit: float) -> str:
+    lines = []
+    for units in _UNITS:
+        cells = []
+        for chosen in kinds.values():
+            running = [row for row in chosen if row["result"]["seconds"] >= (units - 1) * unit]
+            cells.append(_mean([accuracy_at(row, units, unit) for row in running], 1.0, 1) if running else "over")
+        lines.append([f"{units} work units", *cells])
+    return table(["validation accuracy (%) after", *kinds], lines)
+
+
+def _curves(schedules: Sequence[tuple[int, ...]], kinds: dict[str, list[Row]], unit: float, path: Path) -> None:
+    """A panel for every schedule: the nested runs coloured by depth, the non-nested ones red."""
+    figure = Figure(figsize=(7.0, 3.2 * len(schedules)), layout="constrained")
+    panels = figure.subplots(len(schedules), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axes, updates in zip(panels, schedules, strict=True):
+        for row in kinds["non-nested"]:
+            points = [(p[4] / unit, 100 * p[5]) for p in row["result"]["curve"]]
+            axes.plot(*zip(*points, strict=True), color=RED, linewidth=1.1, label="non-nested")
+        for row in kinds[f"nested {_said(updates)}"]:
+            curve = row["result"]["curve"]
+            depths = sorted({p[1] for p in curve})
+            for depth, colour in zip(depths, depth_colours(len(depths)), strict=True):
+                points = [(p[4] / unit, 100 * p[5]) for p in curve if p[1] == depth]
+                axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.1, label=f"{depth} layers")
+        clean(axes, "work units, wall-clock time" if axes is panels[-1] else "")
+        axes.set(ylabel="validation accuracy (%)", title=f"nested: {_said(updates)} updates", ylim=(40, 85))
+        axes.set_xlim(left=0)
+        handles, labels = axes.get_legend_handles_labels()
+        chosen = dict(zip(labels, handles, strict=True))
+        axes.legend(chosen.values(), chosen.keys(), loc="lower right", frameon=False)
+    save(figure, path)

@@ -1,0 +1,51 @@
+"""Rows of a study, looked at from several sides: chosen by settings, paired by seed, over work units; and tables.
+
+Runs are of two kinds, "nested" and "non-nested", and have a curve of points (level, num_layers, update, work, seconds,
+accuracy).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def where(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    """The rows with these settings."""
+    return [row for row in rows if all(row["settings"].get(name) == value for name, value in wanted.items())]
+
+
+def accuracies(rows: Iterable[Row]) -> list[float]:
+    """Validation accuracies at the ends of runs, in per cent."""
+    return [100 * row["result"]["val_accuracy"] for row in rows]
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown: the first column to the left, all others to the right."""
+    rows = [head, ["---"] + ["---:"] * (len(head) - 1), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def paired(rows: Sequence[Row], value: Callable[[Row], float]) -> list[float]:
+    """Nested less non-nested of the same settings, seed by seed."""
+
+    def of(run: str) -> dict:
+        chosen = where(rows, run=run)
+        return {tuple((n, str(v)) for n, v in sorted(r["settings"].items()) if n != "run"): value(r) for r in chosen}
+
+    nested, other = of("nested"), of("non-nested")
+    return [nested[name] - other[name] for name in nested if name in other]
+
+
+def work_unit(rows: Sequence[Row]) -> float:
+    """Seconds of a work unit: mean time of a non-nested update (paper 001, section 3)."""
+    chosen = where(rows, run="non-nested")
+    return sum(row["result"]["seconds"] for row in chosen) / max(1, sum(row["result"]["updates"] for row in chosen))
+
+
+def accuracy_at(row: Row, units: float, unit: float) -> float:
+    """Accuracy in per cent that a run has after so many work units."""
+    reached = [point for point in row["result"]["curve"] if point[4] / unit <= units]
+    return 100 * reached[-1][5] if reached else 0.0
