@@ -33,7 +33,7 @@ peaks: env
 # A failure on one rank ends all of them: that is what running under `-m mpi4py` adds.
 test: env
 	$(PY) -m pytest -q -n 2 --dist worksteal
-	$(PY) -m pytest -q -m job
+	$(PY) -m pytest -q -m job -n 2 --dist loadfile
 	@set -e; for ranks in 2 3 5; do \
 	  echo "$(MPIRUN) -n $$ranks $(PY) -m mpi4py -m pytest -q --only-mpi"; \
 	  $(MPIRUN) -n $$ranks $(PY) -m mpi4py -m pytest -q --only-mpi -p no:cacheprovider; \
