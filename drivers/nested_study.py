@@ -57,7 +57,7 @@ class Options:
     workers
         Runs at the same time; one core each.
     inits
-        Initialisations of every network; half as many in all parts but figure3.
+        Initialisations of every network; half as many in all parts but the first two.
     num_layers
         Of the finest networks.
     updates
@@ -69,7 +69,8 @@ class Options:
     validate_every
         Updates between two validations.
     parts
-        Figure3 is the paper's; open, interpolation, iterations, start and depth answer questions about it.
+        Figure3 is the paper's, defaults the same with this project's initial weights; open, interpolation, iterations,
+        start and depth answer questions about them.
     smoke
         A study of seconds: other defaults, each of which may still be given.
     """
@@ -82,7 +83,7 @@ class Options:
     num_train: int = 5000
     num_val: int = 5000
     validate_every: int = 5
-    parts: tuple[str, ...] = ("figure3", "open", "interpolation", "iterations", "start", "depth")
+    parts: tuple[str, ...] = ("figure3", "defaults", "open", "interpolation", "iterations", "start", "depth")
     smoke: bool = False
 
     def __post_init__(self):
@@ -134,10 +135,16 @@ def iterations(options: Options) -> Iterator[Settings]:
         yield {"regime": "paper", "width": 8, "layers": 1e-6, "tikhonov": 1e-5, "run": "nested", "change": change}
 
 
+def defaults(options: Options) -> Iterator[Settings]:
+    """Our own initial weights of the layers instead of the paper's."""
+    for width, tikhonov, run in product((8, 5), TIKHONOV, ("nested", "non-nested")):
+        yield {"regime": "ours", "width": width, "layers": 1e-1, "tikhonov": tikhonov, "run": run}
+
+
 def start(options: Options) -> Iterator[Settings]:
-    """Our own initial weights of the layers, and far too large ones."""
-    for layers, run in product((1e-1, 3e-1), ("nested", "non-nested")):
-        yield {"regime": "ours", "width": 8, "layers": layers, "tikhonov": 1e-5, "run": run}
+    """Far too large ones."""
+    for run in ("nested", "non-nested"):
+        yield {"regime": "ours", "width": 8, "layers": 3e-1, "tikhonov": 1e-5, "run": run}
 
 
 def depth(options: Options) -> Iterator[Settings]:
@@ -148,12 +155,15 @@ def depth(options: Options) -> Iterator[Settings]:
 
 PARTS = {
     "figure3": figure3,
+    "defaults": defaults,
     "open": open_choices,
     "interpolation": interpolation,
     "iterations": iterations,
     "start": start,
     "depth": depth,
 }
+# Parts of all initialisations; half of them answer the other questions.
+FULL = ("figure3", "defaults")
 
 
 def settings_of(options: Options) -> list[Settings]:
@@ -167,8 +177,7 @@ def settings_of(options: Options) -> list[Settings]:
     }
     settings = []
     for seed in range(options.inits):
-        # Half of the initialisations answer the questions beside the paper's own.
-        parts = [part for part in options.parts if part == "figure3" or 2 * seed < options.inits]
+        parts = [part for part in options.parts if part in FULL or 2 * seed < options.inits]
         settings += [{**case, **common, "seed": seed} for part in parts for case in PARTS[part](options)]
     return settings
 

@@ -27,7 +27,7 @@ LAYERS = (
     {"optim"},
     {"multilevel"},
     {"data", "io", "planner", "report", "scores"},
-    {"classification", "minibatch", "study"},
+    {"classification", "mgopt_cases", "minibatch", "study"},
     {"export"},
     {"cli"},
     {"__main__"},

@@ -73,13 +73,17 @@ class Partition:
             raise ValueError(f"bounds={self.bounds} must rise from 0, one more than ranks; use (0, 4, 8)")
 
     @classmethod
-    def balanced(cls, num_rows: int, num_ranks: int) -> Partition:
+    def balanced(cls, num_rows: int, num_ranks: int, in_use: int | None = None) -> Partition:
         """Rows dealt out in blocks whose lengths differ by one at most, longer ones first.
 
-        With fewer rows than ranks the first ranks own one row each, the others none.
+        With fewer rows than ranks the first ranks own one row each, the others none; and so do those behind the first
+        `in_use` ranks, if that is given.
         """
-        share, extra = divmod(num_rows, num_ranks)
-        return cls(tuple(r * share + min(r, extra) for r in range(num_ranks + 1)))
+        count = num_ranks if in_use is None else in_use
+        if not 1 <= count <= num_ranks:
+            raise ValueError(f"in_use={in_use} must lie in 1 .. num_ranks={num_ranks}; use {num_ranks}")
+        share, extra = divmod(num_rows, count)
+        return cls(tuple(min(num_rows, r * share + min(r, extra)) for r in range(num_ranks + 1)))
 
     @property
     def num_rows(self) -> int:

@@ -191,21 +191,39 @@ class NetworkObjective:
         for solver in (forward, adjoint):
             if solver.hierarchy.partition != network.partition:
                 raise ValueError("the solvers' hierarchies and the network must share one partition of the layers")
-        self.network, self.features, self.labels = network, features, labels
-        self.regularization, self.forward, self.adjoint = regularization, forward, adjoint
+        self.network, self.regularization, self.forward, self.adjoint = network, regularization, forward, adjoint
         self.work, self.adjoint_residual = 0.0, 0.0
         self.evaluations = self.gradients = self.sweeps = self.adjoint_sweeps = 0
+        self._one_hot = torch.empty(0, 0)
+        self._regularization_gradient: Tensor | None = None
+        self.use(features, labels)
+
+    def use(self, features: Tensor, labels: Tensor) -> None:
+        """Exchange the samples. The next solves start afresh; with as many samples as before no memory is taken.
+
+        Raises
+        ------
+        ValueError
+            If there is not one label for each sample.
+        """
+        network, samples = self.network, features.shape[1]
+        if labels.shape != (samples,):
+            raise ValueError(
+                f"labels.shape={tuple(labels.shape)} must be ({samples},), one for each column of features"
+            )
+        self.features, self.labels = features, labels
         self.warm: tuple[Tensor, ...] | None = None
         self.adjoint_warm: tuple[Tensor, ...] | None = None
-        shape = (network.block.inputs, features.shape[1])
-        self._states = torch.empty((network.partition.count(network.comm.rank), *shape), dtype=network.dtype)
-        self._template = torch.empty(1, dtype=network.dtype).expand(shape)  # one number stands for a state
-        self._one_hot = torch.zeros((network.classification.outputs, features.shape[1]), dtype=network.dtype)
-        if network.is_last:
-            self._one_hot[labels, torch.arange(len(labels))] = 1.0
         self._end: Tensor | None = None
         self._logits: Tensor | None = None
-        self._regularization_gradient: Tensor | None = None
+        if self._one_hot.shape[1] != samples:
+            shape = (network.block.inputs, samples)
+            self._states = torch.empty((network.partition.count(network.comm.rank), *shape), dtype=network.dtype)
+            self._template = torch.empty(1, dtype=network.dtype).expand(shape)  # one number stands for a state
+            self._one_hot = torch.empty((network.classification.outputs, samples), dtype=network.dtype)
+        self._one_hot.zero_()
+        if network.is_last:
+            self._one_hot[labels, torch.arange(samples)] = 1.0
 
     def dots(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
         # One summand for each interval: it has the same rows on any number of ranks.

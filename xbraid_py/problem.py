@@ -58,6 +58,8 @@ class Problem:
         Of states and adjoints; their coarsening factor from the finest level must be the same.
     comm : Communicator
     dtype : torch.dtype
+    ranks : int, optional
+        So many of them own layers, the first ones; all if not given.
     """
 
     features: Tensor
@@ -69,11 +71,14 @@ class Problem:
     adjoint: MGRIT
     comm: Communicator
     dtype: torch.dtype = torch.float64
+    ranks: int | None = None
 
     def hierarchies(self, num_layers: int) -> tuple[Hierarchy, Hierarchy]:
         """Levels of the state and of the adjoint solves at a depth."""
         grid = LayerGrid(num_layers, self.architecture.T)
-        forward, adjoint = (Hierarchy.plan(each, grid, self.comm.size) for each in (self.forward, self.adjoint))
+        forward, adjoint = (
+            Hierarchy.plan(each, grid, self.comm.size, self.ranks) for each in (self.forward, self.adjoint)
+        )
         if forward.levels[0].cfactor != adjoint.levels[0].cfactor:
             raise ValueError(
                 f"adjoint.cfactor={self.adjoint.cfactor} must begin with the same coarsening factor as "

@@ -53,8 +53,8 @@ class Hierarchy:
     levels: tuple[Level, ...]
 
     @classmethod
-    def plan(cls, options: MGRIT, grid: LayerGrid, num_ranks: int) -> Hierarchy:
-        """The levels that `options` ask for.
+    def plan(cls, options: MGRIT, grid: LayerGrid, num_ranks: int, in_use: int | None = None) -> Hierarchy:
+        """The levels that `options` ask for; layers on the first `in_use` ranks alone, if that is given.
 
         Coarsening ends at `max_levels`, before a level would have fewer than `min_coarse` steps, and where a
         coarsening factor that was not given for that very level does not divide the number of steps.
@@ -77,7 +77,7 @@ class Hierarchy:
             factors.append(factor)
             steps //= factor
         first = factors[0] if factors else 1
-        rows = Partition.balanced(grid.num_layers // first, num_ranks).refine(first)
+        rows = Partition.balanced(grid.num_layers // first, num_ranks, in_use).refine(first)
         induced, levels = rows, []
         for index in range(len(factors) + 1):
             cfactor = factors[index] if index < len(factors) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 
@@ -14,6 +14,7 @@ from xbraid_py.grid import require_multiple
 from xbraid_py.multilevel.depth import DepthTransfer
 from xbraid_py.multilevel.level_optim import Point
 from xbraid_py.multilevel.mgopt_options import MGOptOptions
+from xbraid_py.multilevel.portions import PortionedObjective, Samples
 from xbraid_py.multilevel.vcycle import VCycle
 from xbraid_py.network import ResidualNetwork
 from xbraid_py.objective import Evaluation, Regularization
@@ -82,12 +83,14 @@ class MGOpt:
     num_layers : int
         Of the finest network, a multiple of 2^(levels - 1).
     options : MGOptOptions
+    portions : sequence of Samples, optional
+        All samples, where there are too many to be propagated together; those of the problem are the first portion.
 
     Attributes
     ----------
     x : Tensor
         Weights of the finest network, to be set before `run`; zeros at first.
-    objectives : list of NetworkObjective
+    objectives : list of NetworkObjective or PortionedObjective
         The finest first.
     cycle : VCycle
 
@@ -97,15 +100,18 @@ class MGOpt:
         If the depth does not fit the number of levels.
     """
 
-    def __init__(self, problem: Problem, num_layers: int, options: MGOptOptions):
+    def __init__(
+        self, problem: Problem, num_layers: int, options: MGOptOptions, portions: Sequence[Samples] | None = None
+    ):
         schedule = options.steps()
         require_multiple("num_layers", num_layers, 2 ** (schedule.levels - 1), "2^(levels - 1)")
         self.options, self.schedule = options, schedule
-        factors = [2**level for level in range(schedule.levels)]
         self.objectives = [
-            replace(problem, regularization=coarsened(problem.regularization, factor)).objective(num_layers // factor)
-            for factor in factors
+            self._problem_of(problem, level, num_layers).objective(num_layers >> level)
+            for level in range(schedule.levels)
         ]
+        if portions is not None:
+            self.objectives = [PortionedObjective(each, portions) for each in self.objectives]
         networks = [objective.network for objective in self.objectives]
         moves = [options.fine_moves] + [options.coarse_moves] * (schedule.levels - 1)
         smoothers = [
@@ -125,6 +131,11 @@ class MGOpt:
         self._unit = problem.work_unit(num_layers)
         self.x = networks[0].layout.zeros()
 
+    def _problem_of(self, problem: Problem, level: int, num_layers: int) -> Problem:
+        """The problem of a level: regularisation by its depth; the coarse ones perhaps on fewer ranks."""
+        ranks = self.options.ranks(num_layers >> level, problem.comm.size) if level else problem.ranks
+        return replace(problem, regularization=coarsened(problem.regularization, 2**level), ranks=ranks)
+
     def _transfers(self, networks: Sequence[ResidualNetwork]) -> list[DepthTransfer]:
         how = self.options.interpolation, self.options.restriction
         return [DepthTransfer(coarse, fine, *how) for fine, coarse in zip(networks, networks[1:], strict=False)]
@@ -134,8 +145,23 @@ class MGOpt:
         """The finest network."""
         return self.objectives[0].network
 
-    def run(self, max_cycles: int) -> Iterator[CycleRecord]:
+    def run(
+        self,
+        max_cycles: int,
+        batches: Callable[[int], Samples] | None = None,
+        done: CycleRecord | None = None,
+    ) -> Iterator[CycleRecord]:
         """Make cycles; yields a record before the first and after each, when `x` are the weights it is of.
+
+        Parameters
+        ----------
+        max_cycles : int
+            Cycles in all.
+        batches : callable, optional
+            `batches(k)` are the samples of cycle k, counted from 0, on all levels (paper 000, algorithm 3). Then a
+            record has the objective on those of the next cycle. Not for an objective in portions.
+        done : CycleRecord, optional
+            Where an earlier run has come to, with its weights in `x`: the next record is that of the cycle after it.
 
         Raises
         ------
@@ -143,10 +169,18 @@ class MGOpt:
             If the objective is not finite.
         """
         objective, schedule, options = self.objectives[0], self.schedule, self.options
-        work, seconds, point = 0.0, 0.0, Point(self.x)
-        for cycle in range(max_cycles + 1):
-            counted = sum(each.work for each in self.objectives) / self._unit
-            gradients = tuple(each.gradients for each in self.objectives)
+        if done is None:
+            done = CycleRecord(-1, Evaluation(0.0, 0.0, 0.0, 0.0), 0.0, 0.0, (0,) * len(self.objectives), 0.0)
+        work, seconds, point = done.work, done.seconds, Point(self.x)
+        for cycle in range(max(0, done.cycle), max_cycles + 1):
+            if batches is not None:
+                samples = batches(cycle)
+                for each in self.objectives:
+                    each.use(*samples)
+                point = Point(point.x)  # what is known of it is of other samples
+            counted = done.counted + sum(each.work for each in self.objectives) / self._unit
+            own = (each.gradients for each in self.objectives)
+            gradients = tuple(before + now for before, now in zip(done.gradients, own, strict=True))
             clock = time.perf_counter()
             # The next cycle begins with this very evaluation.
             if point.evaluation is None:
@@ -158,7 +192,8 @@ class MGOpt:
                     f"step size (optim.learning_rate={options.optim.learning_rate[0] / 10:g})"
                 )
             self.x = point.x
-            yield CycleRecord(cycle, point.evaluation, work, counted, gradients, seconds)
+            if cycle > done.cycle:
+                yield CycleRecord(cycle, point.evaluation, work, counted, gradients, seconds)
             if cycle == max_cycles:
                 return
             clock = time.perf_counter()

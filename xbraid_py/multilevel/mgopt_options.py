@@ -103,6 +103,9 @@ class MGOptOptions:
     fine_moves, coarse_moves
         Weights that the optimiser of the finest level, and those of the others, may change: all, the residual layers
         alone, or the ends (opening and classification) alone.
+    min_layers
+        Least number of layers of a rank on the coarse levels: a level with fewer than so many for each rank is on
+        fewer ranks, and messages between the others are saved. 0 has all levels on all ranks.
     optim
         Optimisers of the levels.
     """
@@ -117,6 +120,7 @@ class MGOptOptions:
     metric: Literal["euclidean", "L2"] = "euclidean"
     fine_moves: Literal["all", "layers", "ends"] = "all"
     coarse_moves: Literal["all", "layers", "ends"] = "all"
+    min_layers: int = 16
     optim: LevelOptions = LevelOptions()
 
     def __post_init__(self):
@@ -131,9 +135,15 @@ class MGOptOptions:
         for name, allowed in words.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {' or '.join(allowed)}; use {allowed[0]}")
+        if self.min_layers < 0:
+            raise ValueError(f"min_layers={self.min_layers} must be at least 0; use 16")
         if self.full_multigrid < 0:
             raise ValueError(f"full_multigrid={self.full_multigrid} must be at least 0; use 1")
         self.steps()
+
+    def ranks(self, num_layers: int, size: int) -> int:
+        """Ranks of a coarse level with so many layers, of so many ranks in all."""
+        return max(1, min(size, num_layers // self.min_layers)) if self.min_layers else size
 
     def steps(self) -> Schedule:
         """The schedule, given or the paper's for so many levels."""
