@@ -15,7 +15,7 @@ from xbraid_py.report.records import runs_of, sections_of, updates_of, wall_work
 from xbraid_py.report.style import ADJOINT, GREY, RED, STATE, clean, line, note, save
 
 
-def accuracy_over_work(rows: Sequence[dict], path: str | os.PathLike) -> None:
+def accuracy_over_work(rows: Sequence[dict], path: str | os.PathLike, unit: float | None = None) -> None:
     """Picture of the validation accuracy over work units (the paper's figure 4).
 
     One line for every level of the nesting, coloured by depth, and a red one for the non-nested run, if
@@ -27,6 +27,8 @@ def accuracy_over_work(rows: Sequence[dict], path: str | os.PathLike) -> None:
         Records of a run, or of a nested and a non-nested one.
     path : path-like
         The PNG to write, its folder included.
+    unit : float, optional
+        Seconds of a measured work unit, for rows that are not all updates of a run.
 
     Raises
     ------
@@ -35,7 +37,7 @@ def accuracy_over_work(rows: Sequence[dict], path: str | os.PathLike) -> None:
     """
     updates = updates_of(rows)
     works = [("work units, counted", [row["work"] for row in updates])]
-    wall = wall_work_units(updates)
+    wall = wall_work_units(updates) if unit is None else [row["seconds"] / unit for row in updates]
     if wall:
         works.insert(0, ("work units, wall-clock time", wall))
     figure = Figure(figsize=(4.6 * len(works) + 0.4, 3.8), layout="constrained")

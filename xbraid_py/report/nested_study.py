@@ -48,7 +48,7 @@ def write(rows: Sequence[Row], out: Path) -> None:
     for regime, width in groups:
         chosen = where(basic, regime=regime, width=width)
         parts += [f"## Width {width}, {_regime(regime)}", _figure3(chosen, width), _over_work(chosen)]
-        accuracy_over_work(_best(chosen), figures / f"best_{regime}_{width}.png")
+        accuracy_over_work(_best(chosen), figures / f"best_{regime}_{width}.png", work_unit(chosen) or None)
     if groups:
         _boxes(basic, groups, figures / "accuracies.png")
         _means(basic, groups, figures / "mean_over_work.png")
@@ -170,10 +170,12 @@ def _boxes(rows: Sequence[Row], groups: Sequence[tuple[str, int]], path: Path) -
 
 def _means(rows: Sequence[Row], groups: Sequence[tuple[str, int]], path: Path) -> None:
     """Mean accuracy over work units, with the middle half of the runs shaded."""
-    figure = Figure(figsize=(3.4 * len(groups) + 0.4, 3.6), layout="constrained")
-    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    regimes, widths = list(dict.fromkeys(regime for regime, _ in groups)), sorted({width for _, width in groups})
+    figure = Figure(figsize=(3.4 * len(regimes) + 0.4, 3.0 * len(widths)), layout="constrained")
+    panels = figure.subplots(len(widths), len(regimes), sharex=True, sharey=True, squeeze=False)
     units = np.arange(1.0, 201.0, 2.0)
-    for axes, (regime, width) in zip(panels, groups, strict=True):
+    for regime, width in groups:
+        axes = panels[widths.index(width), regimes.index(regime)]
         chosen = where(rows, regime=regime, width=width)
         unit = work_unit(chosen)
         for run, colour in (("nested", STATE), ("non-nested", RED)) if unit else ():
@@ -183,11 +185,12 @@ def _means(rows: Sequence[Row], groups: Sequence[tuple[str, int]], path: Path) -
             low, high = np.quantile(curves, (0.25, 0.75), axis=0)
             axes.fill_between(units, low, high, color=colour, alpha=0.15, linewidth=0)
             axes.plot(units, curves.mean(0), color=colour, linewidth=1.6, label=run)
-        clean(axes, "work units, wall-clock time")
+        clean(axes, "work units, wall-clock time" if width == widths[-1] else "")
         axes.set_title(f"{_regime(regime)}, width {width}", fontsize="small")
-    panels[0].set(ylabel="validation accuracy (%)", ylim=(20, 100))
-    if panels[0].lines:
-        panels[0].legend(loc="lower right", frameon=False)
+    for axes in panels[:, 0]:
+        axes.set(ylabel="validation accuracy (%)", ylim=(20, 100))
+    if panels[0, 0].lines:
+        panels[0, 0].legend(loc="lower right", frameon=False)
     save(figure, path)
 
 
