@@ -22,9 +22,10 @@ from rich.progress import track
 from xbraid_py.classification import ClassificationOptions
 from xbraid_py.comm import Communicator, wrap
 from xbraid_py.data import peaks
+from xbraid_py.data.dataset import Dataset
 from xbraid_py.io.launch import launch
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel import NestedOptions
+from xbraid_py.multilevel import NestedIteration, NestedOptions
 from xbraid_py.network import InitialScales
 from xbraid_py.objective import Regularization
 from xbraid_py.optim import OneShotOptions
@@ -57,7 +58,7 @@ class Options:
     workers
         Runs at the same time; one core each.
     inits
-        Initialisations of every network; half as many in all parts but the first two.
+        Initialisations of every network; a third of them in all parts but the first two.
     num_layers
         Of the finest networks.
     updates
@@ -65,7 +66,7 @@ class Options:
     num_train
         Training points.
     num_val
-        Validation points.
+        Validation points, as many of each class, as in the published files.
     validate_every
         Updates between two validations.
     parts
@@ -81,7 +82,7 @@ class Options:
     num_layers: int = 64
     updates: tuple[int, ...] = (200, 125, 75)
     num_train: int = 5000
-    num_val: int = 5000
+    num_val: int = 2500
     validate_every: int = 5
     parts: tuple[str, ...] = ("figure3", "defaults", "open", "interpolation", "iterations", "start", "depth")
     smoke: bool = False
@@ -162,7 +163,7 @@ PARTS = {
     "start": start,
     "depth": depth,
 }
-# Parts of all initialisations; half of them answer the other questions.
+# Parts of all initialisations; a third of them answers the other questions.
 FULL = ("figure3", "defaults")
 
 
@@ -174,10 +175,11 @@ def settings_of(options: Options) -> list[Settings]:
         "num_train": options.num_train,
         "num_val": options.num_val,
         "validate_every": options.validate_every,
+        "validation": "balanced",
     }
     settings = []
     for seed in range(options.inits):
-        parts = [part for part in options.parts if part in FULL or 2 * seed < options.inits]
+        parts = [part for part in options.parts if part in FULL or 3 * seed < options.inits]
         settings += [{**case, **common, "seed": seed} for part in parts for case in PARTS[part](options)]
     return settings
 
@@ -219,17 +221,19 @@ def train(settings: Settings) -> dict:
     )
     options = changed(options, settings.get("change"))
     # The points are the same in all runs: what differs is the initialisation.
-    points, validation = peaks.generate(settings["num_train"], settings["num_val"], 0, options.torch_dtype)
+    numbers = settings["num_train"], settings["num_val"]
+    points, validation = peaks.generate(*numbers, 0, options.torch_dtype, balanced=True)
+    _, square = peaks.generate(*numbers, 0, options.torch_dtype)
     nested = options.nested if settings["run"] == "nested" else options.nested.non_nested()
     run = options.run_of(options.problem(points, wrap(None)), nested)
     curve = []
     for record in run.run():
         if record.final or record.update % options.validate_every == 0:
-            right = run.network.predict(run.one_shot.x, validation.features) == validation.labels
-            accuracy = float(right.double().mean())
+            accuracy = share_of_right_ones(run, validation)
             curve.append([record.level, record.num_layers, record.update, record.work, record.seconds, accuracy])
     return {
         "val_accuracy": accuracy,
+        "square_accuracy": share_of_right_ones(run, square),
         "train_accuracy": record.evaluation.accuracy,
         "objective": record.evaluation.value,
         "updates": record.update,
@@ -238,6 +242,11 @@ def train(settings: Settings) -> dict:
         "seconds": record.seconds,
         "curve": [[*row[:3], *(round(value, 4) for value in row[3:])] for row in curve],
     }
+
+
+def share_of_right_ones(run: NestedIteration, points: Dataset) -> float:
+    """Accuracy of the present network."""
+    return float((run.network.predict(run.one_shot.x, points.features) == points.labels).double().mean())
 
 
 def setup(options: Options, comm: Communicator) -> Callable[[], None]:

@@ -298,3 +298,20 @@ def test_dataset_refuses(features, labels, num_classes, error, message):
     with pytest.raises(error) as caught:
         Dataset(features, labels, num_classes)
     assert str(caught.value).startswith(message)
+
+
+def test_balanced_validation_points():
+    train, validation = peaks.generate(500, 250, 3, balanced=True)
+    same, square = peaks.generate(500, 250, 3)
+    assert torch.equal(train.features, same.features), "whatever the validation points are"
+    assert validation.labels.bincount().tolist() == [50] * 5
+    assert torch.equal(validation.labels, torch.from_numpy(peaks.class_of(*validation.features.numpy())))
+    points = [set(map(tuple, part.features.T.tolist())) for part in (train, validation)]
+    assert len(points[1]) == 250 and not points[0] & points[1]
+    assert square.labels.bincount().max() > 150
+    for number, message in (
+        (251, "num_val=251 is not a multiple of the 5 classes; use 250 or 255"),
+        (9000, "use at most 8490"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            peaks.generate(500, number, balanced=True)

@@ -106,14 +106,20 @@ def mesh(resolution: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 
 
 def generate(
-    num_train: int = 5000, num_val: int = 5000, seed: int = 0, dtype: torch.dtype = torch.float64
+    num_train: int = 5000,
+    num_val: int = 5000,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    balanced: bool = False,
 ) -> tuple[Dataset, Dataset]:
     """Points drawn from the 256x256 grid, for training and for validation.
 
     Training points are drawn equally from the classes, without replacement, and shuffled. Validation points
     are drawn uniformly from the grid points that training does not contain, so their classes are as frequent
-    as their bands are wide. The same arguments give the same points on every rank, without a message; the
-    training points do not depend on `num_val`.
+    as their bands are wide, or (`balanced`) equally from the classes as well, as the published ones are. Who
+    says the class of the widest band everywhere is right in 77 % of the former and 20 % of the latter. The
+    same arguments give the same points on every rank, without a message; the training points do not depend
+    on the validation points.
 
     Parameters
     ----------
@@ -125,6 +131,8 @@ def generate(
         Seed of the draw, not negative.
     dtype : torch.dtype
         Floating-point type of the features.
+    balanced : bool
+        Draw the validation points, a multiple of 5, equally from the classes.
 
     Returns
     -------
@@ -136,18 +144,14 @@ def generate(
     TypeError
         If a number is not an integer or `dtype` is no floating-point type.
     ValueError
-        If `num_train` is not a multiple of 5, a number is too small or there are too few grid points.
+        If a number is no multiple of 5 where it has to be, is too small, or there are too few grid points.
     """
     num_train = _at_least("num_train", num_train, NUM_CLASSES, 5000)
     num_val = _at_least("num_val", num_val, 1, 5000)
     seed = _at_least("seed", seed, 0, 0)
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype={dtype} is no floating-point type; use torch.float64")
-    share, extra = divmod(num_train, NUM_CLASSES)
-    if extra:
-        fits = f"{num_train - extra} or {num_train - extra + NUM_CLASSES}"
-        raise ValueError(f"num_train={num_train} is not a multiple of the {NUM_CLASSES} classes; use {fits}")
-
+    share = _share("num_train", num_train)
     points = mesh(GRID_SIZE)
     classes = class_of(*points.numpy())
     sizes = np.bincount(classes, minlength=NUM_CLASSES)
@@ -166,12 +170,31 @@ def generate(
     drawn = [random.choice(np.flatnonzero(classes == k), share, replace=False) for k in range(NUM_CLASSES)]
     train = random.permutation(np.concatenate(drawn))
     rest = np.setdiff1d(np.arange(classes.size), train)
-    validation = random.choice(rest, num_val, replace=False)
+    if balanced:
+        share = _share("num_val", num_val)
+        left = [rest[classes[rest] == k] for k in range(NUM_CLASSES)]
+        if share > min(map(len, left)):
+            raise ValueError(
+                f"num_val={num_val} needs {share} points of each class, and num_train={num_train} leaves "
+                f"{min(map(len, left))} of one; use at most {NUM_CLASSES * min(map(len, left))}"
+            )
+        validation = np.concatenate([random.choice(places, share, replace=False) for places in left])
+    else:
+        validation = random.choice(rest, num_val, replace=False)
 
     def pick(rows: np.ndarray) -> Dataset:
         return Dataset(points[:, rows].to(dtype), torch.from_numpy(classes[rows]), NUM_CLASSES)
 
     return pick(train), pick(validation)
+
+
+def _share(name: str, number: int) -> int:
+    """Points of each class, of so many."""
+    share, extra = divmod(number, NUM_CLASSES)
+    if extra:
+        fits = f"{number - extra} or {number - extra + NUM_CLASSES}"
+        raise ValueError(f"{name}={number} is not a multiple of the {NUM_CLASSES} classes; use {fits}")
+    return share
 
 
 def load(

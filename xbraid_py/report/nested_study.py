@@ -93,6 +93,9 @@ def _figure3(rows: Sequence[Row], width: int) -> str:
         f"A nested run makes {_ratio(rows, 'work'):.2f} times the layer steps of the non-nested one, "
         f"in {_ratio(rows, 'seconds'):.2f} times its seconds."
     )
+    if all("square_accuracy" in row["result"] for row in rows):
+        square = [100 * np.mean([row["result"]["square_accuracy"] for row in where(rows, run=run)]) for run in _RUNS]
+        said += f" On points drawn uniformly from the square: nested {square[0]:.2f} %, non-nested {square[1]:.2f} %."
     return f"{said_by_both}\n\n{said}"
 
 
