@@ -11,7 +11,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -78,8 +77,7 @@ def project(tools, tmp_path_factory):
         shutil.copytree(path, folder / name, ignore=ignore) if path.is_dir() else shutil.copy(path, folder / name)
     (folder / "xbraid_py/kernels/_native.any.so").touch()
     archive, _ = build("build_sdist", folder, folder / "dist")
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder / "unpacked", filter="data")
+    shutil.unpack_archive(archive, folder / "unpacked")
     return next((folder / "unpacked").iterdir())
 
 

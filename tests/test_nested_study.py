@@ -91,7 +91,7 @@ def test_the_driver_goes_on_where_it_was(run_job, tmp_path):
 @pytest.mark.parametrize(
     ("ranks", "word", "message"),
     [
-        (1, "--parts=figure4", "parts=figure4 is none of figure3, open"),
+        (1, "--parts=figure4", "parts=figure4 is none of figure3, defaults, open"),
         (1, "--workers=0", "workers=0 must be at least 1"),
         (2, "--smoke", "2 ranks: the study has workers of its own; start it without mpirun"),
     ],

@@ -46,7 +46,7 @@ def smoke(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
     cases = {
         "one": (1, []),
-        "three": (3, ["--tensorboard"]),
+        "three": (3, ["--tensorboard"] if importlib.util.find_spec("tensorboard") else []),
         "replicas": (2, ["--replicas=2"]),
         "exact": (1, ["--exact"]),
     }
