@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -136,6 +137,7 @@ def _start_worker() -> None:
     import torch  # the processes of a study are as many as there are cores
 
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C goes to all of them: these end at once, and say nothing
 
 
 def _attempt(work: Callable[[Settings], Result], settings: Settings) -> Result:
