@@ -112,16 +112,7 @@ def main() -> None:
         if getattr(arguments, name) is None:
             setattr(arguments, name, quick if arguments.quick else full)
     base = Case(num_layers=arguments.num_layers, max_work=arguments.max_work)
-    digits = Case(
-        problem="mnist",
-        num_layers=arguments.mnist_layers,
-        num_train=arguments.mnist_samples,
-        num_val=arguments.mnist_samples // 2,
-        learning_rate=0.01,
-        beta=1e-5,
-        max_work=arguments.mnist_work,
-        data_dir=arguments.data_dir,
-    )
+    digits = Case.mnist(arguments.mnist_layers, arguments.mnist_samples, arguments.mnist_work, arguments.data_dir)
     seeds = range(arguments.seeds)
     # The one that may lack its files comes first.
     figures = mnist(digits, range(arguments.mnist_seeds))

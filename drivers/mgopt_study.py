@@ -126,16 +126,7 @@ class Options:
         # The residual weights must be learnt there. No goal: runs are compared at several accuracies.
         few = self.num_train // 2
         peaks = replace(circles, problem="peaks", num_layers=self.peaks_layers, num_train=few, beta=1e-5)
-        mnist = Case(
-            problem="mnist",
-            num_layers=self.mnist_layers,
-            num_train=self.mnist_samples,
-            num_val=self.mnist_samples // 2,
-            learning_rate=0.01,
-            beta=1e-5,
-            max_work=self.mnist_work,
-            data_dir=self.data_dir,
-        )
+        mnist = Case.mnist(self.mnist_layers, self.mnist_samples, self.mnist_work, self.data_dir)
         return Bases(circles, peaks, mnist, self.blocks)
 
 

@@ -73,6 +73,20 @@ class Case:
         if self.problem not in PROBLEMS:
             raise ValueError(f"problem={self.problem!r} must be one of {', '.join(PROBLEMS)}; use circles")
 
+    @classmethod
+    def mnist(cls, num_layers: int, samples: int, max_work: float, data_dir: str) -> Case:
+        """The 8-level method on MNIST, with half as many validation images as training ones; 0 takes all."""
+        return cls(
+            problem="mnist",
+            num_layers=num_layers,
+            num_train=samples,
+            num_val=samples // 2,
+            learning_rate=0.01,
+            beta=1e-5,
+            max_work=max_work,
+            data_dir=data_dir,
+        )
+
     @property
     def options(self) -> MGOptOptions:
         """The options of MG/OPT."""
