@@ -45,6 +45,8 @@ SCRIPTS = {
         {f"{name}_{num_layers}_8_32" for name in ("vs_eager", "error") for num_layers in (32, 64)},
     ),
     "wide_layers": (["--width=80", "--samples=20", "--num_layers=2", "--rounds=2"], {"forward_share", "adjoint_share"}),
+    "checkpoint": (["--ranks=2", "--megabytes=1", "--rounds=2"], {"checkpoint_ratio"}),
+    "soak": (["--ranks=2", "--updates=20", "--every=5", "--from=5"], {"rss_growth", "fds_growth", "requests"}),
     "memory": (["--num_layers=64", "--samples=1000", "--updates=2"], {"ratio", "ratio_2"}),
 }
 
