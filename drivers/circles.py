@@ -8,14 +8,14 @@ classified rightly. Try
 
     python drivers/circles.py
     python drivers/circles.py --mgopt.schedule="[{1}]"
-    mpirun -n 2 python drivers/circles.py --mgrit.cfactor=8
+    mpirun -n 2 python drivers/circles.py --mgrit.cfactor=8 --resume auto
     python drivers/circles.py --smoke --out /tmp/circles
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,16 +24,14 @@ import torch
 
 from xbraid_py.comm import Communicator
 from xbraid_py.data import circles, peaks
-from xbraid_py.data.dataset import Dataset
 from xbraid_py.io.launch import launch
 from xbraid_py.io.options import to_dict
-from xbraid_py.io.progress import Progress, setup_logging
+from xbraid_py.io.progress import setup_logging
 from xbraid_py.io.run_folder import RunFolder, claim
-from xbraid_py.io.signals import Stopped
+from xbraid_py.mgopt_cases import Following, Job, follow, perceptron_problem
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel import MGOpt, MGOptOptions
-from xbraid_py.multilevel.perceptron import PerceptronProblem, perceptron_weights
-from xbraid_py.objective import Regularization
+from xbraid_py.multilevel.perceptron import perceptron_weights
 from xbraid_py.problem import Architecture
 
 MAP_SIZE = 200
@@ -63,8 +61,17 @@ class Options:
         Validation accuracy at which the run ends.
     max_cycles
         End after so many cycles, whatever the accuracy.
+    validate_every
+        Cycles between two validations.
+    checkpoint_every
+        Cycles between two checkpoints.
+    keep
+        Newest checkpoints to keep, besides the best.
     out
-        Folder of the record and the pictures.
+        Folder of the record, the checkpoints and the pictures.
+    resume
+        Checkpoint to go on from, or auto for the newest good one in the out folder (if there is one). It holds no
+        momentum and no pairs: those of momentum, adam and lbfgs begin anew.
     smoke
         A run of seconds: other defaults, each of which may still be given.
     network
@@ -84,19 +91,31 @@ class Options:
     beta: float = 1e-4
     goal: float = 1.0
     max_cycles: int = 300
+    validate_every: int = 1
+    checkpoint_every: int = 20
+    keep: int = 3
     out: Path = Path("runs/circles")
+    resume: str | None = None
     smoke: bool = False
     network: Architecture = Architecture(width=3, T=1.0, activation="relu")
     mgopt: MGOptOptions = MGOptOptions()
     mgrit: MGRIT = MGRIT(max_levels=1)
 
     def __post_init__(self):
-        if self.max_cycles < 1:
-            raise ValueError(f"max_cycles={self.max_cycles} must be at least 1; use 300")
-        if not 0.0 < self.goal <= 1.0:
-            raise ValueError(f"goal={self.goal} must be above 0 and at most 1; use 1.0")
+        _ = self.following
         if not 0.0 <= self.beta < float("inf"):
             raise ValueError(f"beta={self.beta} must be at least 0 and finite; use 1e-4")
+
+    @property
+    def following(self) -> Following:
+        """When the run ends, and how often it is looked at."""
+        return Following(
+            goal=self.goal,
+            max_cycles=self.max_cycles,
+            validate_every=self.validate_every,
+            checkpoint_every=self.checkpoint_every,
+            keep=self.keep,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,87 +130,30 @@ class SmokeOptions(Options):
     mgopt: MGOptOptions = MGOptOptions(levels=4)
 
 
-def configured(options: Options, comm: Communicator) -> tuple[MGOpt, Dataset]:
-    """One configuration, ready to run, and its validation points; sends no message."""
+def configured(options: Options, comm: Communicator) -> Job:
+    """One configuration, ready to run; sends no message."""
     dtype = getattr(torch, options.dtype)
     train, validation = circles.generate(options.num_train, options.num_val, options.seed, options.sampling, dtype)
-    problem = PerceptronProblem(
-        features=train.features,
-        labels=train.labels,
-        num_classes=train.num_classes,
-        architecture=options.network,
-        # beta |.|^2 is gamma/2 |.|^2 with gamma = 2 beta.
-        regularization=Regularization(2 * options.beta, 0.0, 2 * options.beta, "sum"),
-        forward=options.mgrit,
-        adjoint=options.mgrit.for_adjoint(),
-        comm=comm,
-        dtype=dtype,
-    )
-    run = MGOpt(problem, options.num_layers, options.mgopt)
-    run.x = perceptron_weights(run.network, options.seed)
-    return run, validation
-
-
-def rows_of(run: MGOpt, validation: Dataset, goal: float, max_cycles: int) -> Iterator[dict]:
-    """Train to the goal; a row of the record for the start and for each cycle. The last one says `final`."""
-    for record in run.run(max_cycles):
-        classes = run.network.predict(run.x, validation.features)
-        accuracy = float((classes == validation.labels).double().mean())
-        final = accuracy >= goal or record.cycle == max_cycles
-        yield {
-            "kind": "update",
-            "run": "mgopt",
-            "level": 0,
-            "num_layers": run.network.grid.num_layers,
-            "update": record.cycle,
-            "cycle": record.cycle,
-            "work": record.work,
-            "counted_work": record.counted,
-            "gradients": record.gradients,
-            "seconds": record.seconds,
-            "objective": record.evaluation.value,
-            "loss": record.evaluation.loss,
-            "train_accuracy": record.evaluation.accuracy,
-            "val_accuracy": accuracy,
-            "state_residual": record.evaluation.residual,
-            "reached": accuracy >= goal,
-            "final": final,
-        }
-        if final:
-            return
+    samples, unseen = (train.features, train.labels), (validation.features, validation.labels)
+    problem = perceptron_problem(samples, train.num_classes, options.network, options.beta, comm, options.mgrit)
+    training = MGOpt(problem, options.num_layers, options.mgopt)
+    training.x = perceptron_weights(training.network, options.seed)
+    return Job(training, unseen)
 
 
 def setup(options: Options, comm: Communicator) -> Callable[[], None]:
     """Read and check everything, without a message; returns the run."""
     setup_logging(comm)
     folder = claim(options.out, comm)
-    training, validation = configured(options, comm)
-
-    def run() -> None:
-        folder.set_aside()
-        rows = []
-        with folder.open(to_dict(options), options.max_cycles), Progress(comm, options.max_cycles, every=1) as progress:
-            progress.note(f"{training.schedule}, {training.schedule.work(options.mgopt.cycle):.2f} work units a cycle")
-            for row in rows_of(training, validation, options.goal, options.max_cycles):
-                rows.append(row)
-                progress.update(row)
-                folder.write(row)
-                stop = folder.update(row["cycle"], row["objective"], row["val_accuracy"])
-                if stop and not row["final"]:
-                    raise Stopped(f"stopped after cycle {row['cycle']}; such a run takes seconds: start it again")
-            draw(training, rows, folder)
-        if comm.rank == 0:
-            print(summary(rows[-1]), flush=True)
-
-    return run
-
-
-def summary(row: dict) -> str:
-    """The last line of a run."""
-    return (
-        f"validation accuracy {100 * row['val_accuracy']:.2f} %{'' if row['reached'] else ', not the goal,'} after "
-        f"{row['cycle']} cycles, {row['work']:.1f} work units (counted: {row['counted_work']:.1f}), "
-        f"{row['seconds']:.2f} seconds"
+    job = configured(options, comm)
+    return follow(
+        job,
+        options.following,
+        folder,
+        to_dict(options),
+        options.mgopt.cycle,
+        resume=options.resume,
+        finish=lambda rows: draw(job.training, rows, folder),
     )
 
 

@@ -27,22 +27,14 @@ import torch
 
 from xbraid_py.comm import Communicator
 from xbraid_py.data.mnist_columns import SCALINGS
-from xbraid_py.io.checkpoint_store import CheckpointStore
-from xbraid_py.io.cycle_checkpoint import NAME, read_cycle, save_cycle
 from xbraid_py.io.launch import launch
-from xbraid_py.io.metrics import read
 from xbraid_py.io.options import to_dict
-from xbraid_py.io.progress import Progress, setup_logging
-from xbraid_py.io.run_checkpoint import checkpoint_folder
+from xbraid_py.io.progress import setup_logging
 from xbraid_py.io.run_folder import claim
-from xbraid_py.io.training import prepare
-from xbraid_py.mgopt_cases import Job, MnistSamples
+from xbraid_py.mgopt_cases import Following, Job, MnistSamples, follow
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel import CycleRecord, LevelOptions, MGOptOptions
+from xbraid_py.multilevel import LevelOptions, MGOptOptions
 from xbraid_py.problem import Architecture
-
-# What may differ between a run and its continuation.
-FREE = ("out", "resume", "smoke", "checkpoint_every", "keep", "validate_every", "max_cycles", "goal", "data_dir")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,17 +112,26 @@ class Options:
     mgrit: MGRIT = MGRIT(max_levels=1)
 
     def __post_init__(self):
-        for name in ("portion", "max_cycles", "validate_every", "checkpoint_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1; use {getattr(Options, name)}")
+        _ = self.following
+        if self.portion < 1:
+            raise ValueError(f"portion={self.portion} must be at least 1; use 2000")
         if self.batch_size < 0:
             raise ValueError(f"batch_size={self.batch_size} must be at least 0; use 1000, or 0 for all images")
         if self.scaling not in SCALINGS:
             raise ValueError(f"scaling={self.scaling!r} must be {' or '.join(SCALINGS)}; use centred")
-        if not 0.0 < self.goal <= 1.0:
-            raise ValueError(f"goal={self.goal} must be above 0 and at most 1; use 0.93")
         if not 0.0 <= self.beta < float("inf"):
             raise ValueError(f"beta={self.beta} must be at least 0 and finite; use 1e-5")
+
+    @property
+    def following(self) -> Following:
+        """When the run ends, and how often it is looked at."""
+        return Following(
+            goal=self.goal,
+            max_cycles=self.max_cycles,
+            validate_every=self.validate_every,
+            checkpoint_every=self.checkpoint_every,
+            keep=self.keep,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,75 +165,21 @@ def configured(options: Options, comm: Communicator) -> Job:
     return samples.job(options.num_layers, options.mgopt, options.network, options.beta, comm, options.mgrit)
 
 
-def row_of(record: CycleRecord, num_layers: int, accuracy: float | None, goal: float, final: bool) -> dict:
-    """A record as the object of `metrics.jsonl`."""
-    return {
-        "kind": "update",
-        "run": NAME,
-        "level": 0,
-        "num_layers": num_layers,
-        "update": record.cycle,
-        "cycle": record.cycle,
-        "work": record.work,
-        "counted_work": record.counted,
-        "gradients": record.gradients,
-        "seconds": record.seconds,
-        "objective": record.evaluation.value,
-        "loss": record.evaluation.loss,
-        "train_accuracy": record.evaluation.accuracy,
-        "val_accuracy": accuracy,
-        "state_residual": record.evaluation.residual,
-        "reached": accuracy is not None and accuracy >= goal,
-        "final": final,
-    }
-
-
 def setup(options: Options, comm: Communicator) -> Callable[[], None]:
     """Read and check everything, without a message; returns the run."""
     setup_logging(comm)
     folder = claim(options.out, comm)
     job = configured(options, comm)
-    training, configuration = job.training, to_dict(options)
-    state = read_cycle(options.resume, options.out, training.network, configuration, FREE)
 
-    def run() -> None:
-        done = state.record if state else None
-        if state and (done.cycle >= options.max_cycles or state.is_final):
-            if comm.rank == 0:
-                print(f"the run in {options.out} is finished; for more cycles give another --max_cycles or --goal")
-            return
-        prepare(options.out, comm, [NAME], {NAME: state} if state else {})
-        training.x = state.x if state else training.x
-        store = CheckpointStore(checkpoint_folder(options.out, NAME), options.keep)
-        before = done.cycle if done else 0
-        with (
-            folder.open(configuration, options.max_cycles, before, append=state is not None),
-            Progress(comm, options.max_cycles, done=before) as progress,
-        ):
-            progress.note(f"{training.schedule}, {training.schedule.work(options.mgopt.cycle):.2f} work units a cycle")
-            for record, accuracy, final in job.run(options.goal, options.max_cycles, options.validate_every, done):
-                row = row_of(record, options.num_layers, accuracy, options.goal, final)
-                progress.update(row)
-                folder.write(row)
-                stop = folder.update(record.cycle, row["objective"], row["val_accuracy"])
-                if stop or row["final"] or (record.cycle and record.cycle % options.checkpoint_every == 0):
-                    network, reached = training.network, row["reached"]
-                    path = save_cycle(store, network, training.x, record, reached, configuration, accuracy)
-                    if stop and not row["final"]:
-                        raise folder.stopped(path)
-            if comm.rank == 0:
-                from xbraid_py.report import cycles  # matplotlib takes its time to load: on one rank only
-
-                rows = [each for each in read(folder.metrics)[1:] if each.get("val_accuracy") is not None]
-                cycles.over_cycles({str(training.schedule): rows}, folder.figures / "cycles.png")
+    def draw(rows: list[dict]) -> None:
         if comm.rank == 0:
-            print(
-                f"validation accuracy {100 * row['val_accuracy']:.2f} %{'' if row['reached'] else ', not the goal,'} "
-                f"after {row['cycle']} cycles, {row['work']:.1f} work units, {row['seconds']:.1f} seconds",
-                flush=True,
-            )
+            from xbraid_py.report import cycles  # matplotlib takes its time to load: on one rank only
 
-    return run
+            cycles.over_cycles({str(job.training.schedule): rows}, folder.figures / "cycles.png")
+
+    return follow(
+        job, options.following, folder, to_dict(options), options.mgopt.cycle, resume=options.resume, finish=draw
+    )
 
 
 if __name__ == "__main__":

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
+from blocks import linear
+from conftest import run_on_one_core
 from torch import nn
 
 from xbraid_py import MGRIT, Accuracy, Dropout, LayerParallel
-from xbraid_py.comm import Communicator
+from xbraid_py.comm import Communicator, SerialCommunicator
+from xbraid_py.io.metrics import read
 from xbraid_py.io.run_folder import claim
 from xbraid_py.minibatch import Trained, evaluate, follow, read_resumed
 from xbraid_py.process_grid import ProcessGrid
@@ -44,12 +48,7 @@ def build(comm: Communicator | None, converged: bool = False, dropout: float = 0
         batched=False,
     )
     norm = nn.LayerNorm(4) if converged else nn.BatchNorm1d(4)  # replicas have statistics of their own
-    model = nn.Sequential(nn.Linear(3, 4), norm, stack, nn.Linear(4, 2))
-    # Ranks that are threads share torch's own generator.
-    random = torch.Generator().manual_seed(2)
-    for p in (*model[0].parameters(), *model[3].parameters()):
-        nn.init.normal_(p, std=0.5, generator=random)
-    return model.double()
+    return nn.Sequential(linear(3, 4, 2), norm, stack, linear(4, 2, 3)).double()
 
 
 def run(comm: Communicator, out: Path, resume: str | Path | None = None, **changes):
@@ -92,3 +91,41 @@ def run(comm: Communicator, out: Path, resume: str | Path | None = None, **chang
         },
     )
     return tested, {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+
+
+def on_ranks(size, body):
+    return run_on_one_core(size, body) if size > 1 else [body(SerialCommunicator())]
+
+
+def rows_of(out, after=0):
+    """Rows of the record without the clock."""
+    rows = [row for row in read(out / "metrics.jsonl") if row["kind"] in ("update", "test")]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows if row["update"] > after]
+
+
+def same(found, expected, tolerance=0.0):
+    """Whether rows agree: bitwise, or numbers to a tolerance and solver's residuals to a digit."""
+    if not tolerance:
+        assert found == expected
+        return
+    assert [(row["kind"], row["update"]) for row in found] == [(row["kind"], row["update"]) for row in expected]
+    for row, other in zip(found, expected, strict=True):
+        assert row.get("test_accuracy") == other.get("test_accuracy")
+        for name in ("loss", "grad_norm", "learning_rate") if row["kind"] == "update" else ():
+            assert row[name] == pytest.approx(other[name], rel=tolerance), (row["update"], name)
+
+
+def undisturbed_runs(folders):
+    """`written(size)`: folder of an undisturbed run with a checkpoint of every update, and what the run returned.
+
+    `folders` is pytest's factory of folders; each size is run once.
+    """
+    known = {}
+
+    def written(size):
+        if size not in known:
+            out = folders.mktemp(f"ranks{size}")
+            known[size] = (out, *on_ranks(size, lambda comm: run(comm, out))[0])
+        return known[size]
+
+    return written

@@ -252,6 +252,12 @@ def test_what_does_not_fit_is_refused():
         MGOptOptions(schedule="[1]")
     with pytest.raises(ValueError, match="^full_multigrid=-1 must be at least 0; use 1$"):
         MGOptOptions(full_multigrid=-1)
+    with pytest.raises(ValueError, match=r"^carry_momentum=1.5 must lie in \[0, 1\]; use 0.2$"):
+        MGOptOptions(carry_momentum=1.5)
+    with pytest.raises(
+        ValueError, match="^carry_momentum=0.2 is for optimisers that keep momentum, not optim.method=gd"
+    ):
+        MGOptOptions(carry_momentum=0.2)
     with pytest.raises(ValueError, match="^line_search=True is for gd and lbfgs, not method=adam; use False$"):
         LevelOptions(method=("gd", "adam"), line_search=True)
     with pytest.raises(ValueError, match=r"^learning_rate=\[0.1, -1.0\] must be positive and finite; use 0.1$"):

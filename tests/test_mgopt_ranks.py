@@ -15,6 +15,7 @@ GD = LevelOptions(learning_rate=(0.3, 0.2, 0.1))
 METHODS = {
     "gd": GD,
     "adam": LevelOptions(method=("adam",), learning_rate=(0.01,)),
+    "momentum": LevelOptions(method=("momentum",), learning_rate=(0.05,)),
     "lbfgs": LevelOptions(method=("lbfgs",), learning_rate=(1.0,), line_search=True),
 }
 SOLVERS = {
@@ -74,6 +75,7 @@ def test_three_cycles_are_those_on_one_rank(spmd, mgrit, min_layers):
 def test_every_optimiser_and_transfer(spmd, optim, interpolation, restriction):
     how = {"num_layers": 32, "levels": 4, "min_layers": 8, "optim": optim, "line_search": True, "metric": "L2"}
     how |= {"interpolation": interpolation, "restriction": restriction}
+    how["carry_momentum"] = 0.5 if optim.method in (("adam",), ("momentum",)) else 0.0
 
     def body(comm):
         return ends(mgopt(comm, **how))

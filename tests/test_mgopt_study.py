@@ -110,6 +110,7 @@ def test_accuracies_and_methods(tmp_path):
     peaks = [row(20, 0, 0.8, unit=1.0, levels=1, problem="peaks"), row(2, 0, 0.8, levels=4, problem="peaks")]
     parts = {"mnist": [single, eight], "sampling": [row(5, sampling="square")], "methods_peaks": peaks}
     parts["methods_circles"] = [row(50, method="adam", levels=1), row(5, method="adam", keep=False)]
+    parts["methods_circles"].append(row(10, method="adam", carry=1.0))
     parts["mnist_epochs"] = [row(27600, 0, 0.93, 1.0, levels=1, problem="mnist", goal=0.93, num_train=0)]
     text = written(parts, tmp_path)
     assert "| 1 | 1 of 1 | 460.0 ± 0.0 | 460 | 1.00 (1.00 to 1.00) | 1.00 (1.00 to 1.00) |" in text
@@ -120,6 +121,7 @@ def test_accuracies_and_methods(tmp_path):
     assert "To the highest accuracy of the single level, 80.00 % in the mean:" in text
     assert "| 8 | 1 of 1 | 45.0 ± 0.0 | 2.22 (2.22 to 2.22) | 11.11 (11.11 to 11.11) |" in text
     assert "| gd | 4 | 0.1 | 10 ± 0 [1 of 1]; 1.50 (1.50 to 1.50) | 10 ± 0 [1 of 1]; 1.80 (1.80 to 1.80) |" in text
+    assert "| adam, carried between levels | 8 | 0.1 | 1 of 1 | 10.0 ± 0.0 | 50.0 ± 0.0 | 5.00 (5.00 to 5.00) |" in text
     assert "| adam, anew at every visit | 8 | 0.1 | 1 of 1 | 5.0 ± 0.0 | 25.0 ± 0.0 | 10.00 (10.00 to 10.00) |" in text
 
 
@@ -143,7 +145,8 @@ def test_methods_compete_at_two_numbers_of_levels(part):
     assert part in page._SECTIONS and {levels for _, levels in found} == {1, 4 if "peaks" in part else 8}
     for (name, levels), (case, rates) in found.items():
         assert case.levels == levels and case.options.optim.method == (name.split(",")[0].split(" ")[0],)
-        assert case.keep != name.endswith("anew") and (case.metric == "L2") == name.endswith("L2")
+        assert case.keep != name.endswith("anew") and (case.carry > 0) == name.endswith("carried")
+        assert (case.metric == "L2") == name.endswith("L2")
         assert len(set(rates)) == len(rates)
 
 

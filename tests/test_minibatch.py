@@ -6,13 +6,16 @@ import math
 import pytest
 import torch
 import yaml
+from blocks import linear
 from torch import nn
 
 from xbraid_py import MGRIT, Accuracy, DenseBlock, LayerParallel, RunError
 from xbraid_py.io.metrics import read
 from xbraid_py.io.run_folder import claim
 from xbraid_py.minibatch import Trained, evaluate, follow, solve_records, train
+from xbraid_py.minibatch.alike import check_alike
 from xbraid_py.process_grid import ProcessGrid
+from xbraid_py.threads import run_threads
 
 CONVERGED = MGRIT(cycle="V", cfactor=2, max_iter=8, min_coarse=2)
 
@@ -26,12 +29,7 @@ def batches(count=6, samples=7):
 
 def model_on(comm, num_layers=8, **options):
     stack = LayerParallel(lambda: DenseBlock(4, "tanh"), num_layers, 2.0, comm, **options)
-    opening, head = nn.Linear(3, 4), nn.Linear(4, 2)
-    # Ranks that are threads share torch's own generator.
-    random = torch.Generator().manual_seed(2)
-    for p in (*opening.parameters(), *head.parameters()):
-        nn.init.normal_(p, std=0.5, generator=random)
-    return nn.Sequential(opening, stack, head).double()
+    return nn.Sequential(linear(3, 4, 2), stack, linear(4, 2, 3)).double()
 
 
 def accuracy_of(logits, labels):
@@ -200,3 +198,20 @@ def test_a_model_without_stacks():
     model = nn.Linear(3, 2).double()
     rows = list(train(model, batches(2), nn.functional.cross_entropy, torch.optim.SGD(model.parameters(), lr=0.1)))
     assert [row["stacks"] for row in rows] == [[], []] and rows[1]["seconds"] >= rows[0]["seconds"] > 0
+
+
+@pytest.mark.parametrize(("replicas", "part"), [(1, "0.weight"), (2, "1.layers.weight"), (2, "2.bias")])
+def test_ranks_with_different_models_are_refused(replicas, part):
+    """As when no seed was set before the model was built."""
+
+    def body(comm):
+        grid = ProcessGrid(comm, replicas)
+        model = model_on(grid.layers)
+        with torch.no_grad():
+            model.get_parameter(part).add_(float(comm.rank))
+        trained = Trained(model=model, optimiser=torch.optim.SGD(model.parameters(), lr=0.1), grid=grid)
+        with pytest.raises(ValueError, match=f"^{part} is not the same on ranks 0 and 1; draw it from one seed"):
+            check_alike(trained.model, comm)
+        check_alike(model_on(grid.layers), comm)
+
+    run_threads(2, body)

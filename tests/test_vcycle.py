@@ -6,7 +6,7 @@ from objectives import evaluation, numbers, plain_dots
 
 from xbraid_py.multilevel.level_optim import GradientDescent, Point, QuasiNewtonOptimiser, TorchOptimiser
 from xbraid_py.multilevel.shifted import ShiftedObjective
-from xbraid_py.multilevel.vcycle import VCycle
+from xbraid_py.multilevel.vcycle import Damping, VCycle
 from xbraid_py.optim import Armijo, FixedStep, QuasiNewton
 
 
@@ -165,3 +165,87 @@ def test_lists_that_do_not_fit_are_refused():
         VCycle(objectives, [Line(3)], [smoother] * 2, [1, 1], [1, 1], 1)
     with pytest.raises(ValueError, match="^cycle='F' must be V or W; use V$"):
         VCycle(objectives, [Line(3)], [smoother] * 2, [1], [1], 1, cycle="F")
+
+
+def sgd(scale=None):
+    return TorchOptimiser(lambda weights: torch.optim.SGD(weights, lr=0.02, momentum=0.9), scale)
+
+
+def damped_by_hand(x, m, coarse_m, cycles, damping, scales):
+    """Two levels, one step before and after and two below, written out: paper 002, algorithm 2, eq. 4 and 36."""
+    fine, coarse, line = Membrane(7), Membrane(3), Line(3)
+    (D, Dc), rate = scales, 0.02
+
+    def step(x, m, gradient, D):
+        m = D.sqrt() * gradient if m is None else 0.9 * m + D.sqrt() * gradient
+        return x - rate * D.sqrt() * m, m
+
+    for _ in range(cycles):
+        x, m = step(x, m, fine.gradient(x), D)
+        xc = start = line.restrict(x)
+        tau = coarse.gradient(xc) - line.restrict_gradient(fine.gradient(x))
+        mc = coarse_m
+        if damping.momentum:
+            mc = sent = line.restrict(D.sqrt() * m) / Dc.sqrt()
+        for _ in range(2):
+            xc, mc = step(xc, mc, coarse.gradient(xc) - damping.coupling * tau, Dc)
+        coarse_m = mc
+        x = x + damping.correction * line.prolong(xc - start)
+        if damping.momentum:
+            m = m + damping.momentum * line.prolong(Dc.sqrt() * (mc - sent)) / D.sqrt()
+        x, m = step(x, m, fine.gradient(x), D)
+    return x
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(
+    "damping", [Damping(), Damping(0.25, 0.5, 0.0), Damping(1.0, 1.0, 1.0), Damping(0.0, 0.7, 0.2)]
+)
+def test_damping_and_momentum_between_levels(damping, scaled):
+    scales = [1.0 + numbers(n, seed=n).square() if scaled else torch.ones(n).double() for n in (7, 3)]
+    smoothers = [sgd(each if scaled else None) for each in scales]
+    cycle = VCycle([Membrane(7), Membrane(3)], [Line(3)], smoothers, [1], [1], 2, damping=damping)
+    start = numbers(7, seed=5)
+    point = Point(start)
+    for _ in range(3):
+        point = cycle.run(point)
+    expected = damped_by_hand(start, None, None, 3, damping, scales)
+    torch.testing.assert_close(point.x, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_the_first_moment_of_adam_is_carried_once_the_coarse_level_has_second_ones():
+    def adam():
+        return TorchOptimiser(lambda weights: torch.optim.Adam(weights, lr=0.01))
+
+    def run(cycles, **damping):
+        smoothers = [adam(), adam()]
+        cycle = VCycle([Membrane(7), Membrane(3)], [Line(3)], smoothers, [1], [1], 2, damping=Damping(**damping))
+        point = Point(numbers(7, seed=5))
+        for _ in range(cycles):
+            point = cycle.run(point)
+        return point.x, smoothers
+
+    assert torch.equal(run(1, momentum=1.0)[0], run(1)[0])
+    assert not torch.equal(run(2, momentum=1.0)[0], run(2)[0])
+    fine, coarse = run(2)[1]
+    assert fine.momentum.shape == (7,) and coarse.momentum.shape == (3,) and coarse.takes_momentum
+    assert not adam().takes_momentum and adam().momentum is None
+
+
+def test_what_has_no_momentum_takes_none():
+    plain = [GradientDescent(0.01), GradientDescent(0.01)]
+    found = [
+        VCycle([Membrane(7), Membrane(3)], [Line(3)], plain, [1], [1], 2, damping=Damping(momentum=share))
+        .run(Point(numbers(7, seed=5)))
+        .x
+        for share in (0.0, 1.0)
+    ]
+    assert torch.equal(*found)
+    bare = TorchOptimiser(lambda weights: torch.optim.SGD(weights, lr=0.1))
+    assert bare.momentum is None and not bare.takes_momentum
+
+
+@pytest.mark.parametrize("name", ["coupling", "correction", "momentum"])
+def test_factors_outside_0_and_1_are_refused(name):
+    with pytest.raises(ValueError, match=rf"^{name}=1.5 must lie in \[0, 1\]; use "):
+        Damping(**{name: 1.5})

@@ -1,6 +1,7 @@
 """The problems that MG/OPT in depth is tried on, circles, MNIST and peaks, and the runs of its study."""
 
 from xbraid_py.mgopt_cases.case import Case, train
+from xbraid_py.mgopt_cases.follow import Following, follow
 from xbraid_py.mgopt_cases.job import Job, MnistSamples, perceptron_problem
 from xbraid_py.mgopt_cases.parts import METHOD_PARTS, METHODS, PARTS, Bases, competitors
 
@@ -10,9 +11,11 @@ __all__ = [
     "PARTS",
     "Bases",
     "Case",
+    "Following",
     "Job",
     "MnistSamples",
     "competitors",
+    "follow",
     "perceptron_problem",
     "train",
 ]

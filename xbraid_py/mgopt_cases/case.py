@@ -33,6 +33,8 @@ class Case:
         Line search on the coarse correction.
     method, learning_rate, keep
         See `LevelOptions`; lbfgs has a line search.
+    carry
+        Momentum between levels, see `MGOptOptions`.
     beta
         Tikhonov regularisation.
     goal
@@ -61,6 +63,7 @@ class Case:
     method: str = "gd"
     learning_rate: float = 0.1
     keep: bool = True
+    carry: float = 0.0
     beta: float = 1e-4
     goal: float = 1.0
     max_work: float = 400.0
@@ -100,6 +103,7 @@ class Case:
             metric=self.metric,
             fine_moves=self.fine_moves,
             coarse_moves=self.coarse_moves,
+            carry_momentum=self.carry,
             optim=LevelOptions(
                 method=(self.method,), learning_rate=(self.learning_rate,), line_search=searches, keep=self.keep
             ),

@@ -26,8 +26,10 @@ METHODS = {
     "momentum": ({"method": "momentum"}, _MOMENTUM),
     "momentum, L2": ({"method": "momentum", "metric": "L2"}, _L2),
     "momentum anew": ({"method": "momentum", "keep": False}, _GD),
+    "momentum carried": ({"method": "momentum", "carry": 1.0}, _MOMENTUM),
     "adam": ({"method": "adam"}, _ADAM),
     "adam anew": ({"method": "adam", "keep": False}, _ADAM),
+    "adam carried": ({"method": "adam", "carry": 1.0}, _ADAM),
     "lbfgs": ({"method": "lbfgs"}, (1.0,)),
     "lbfgs, L2": ({"method": "lbfgs", "metric": "L2"}, (1.0,)),
     "lbfgs anew": ({"method": "lbfgs", "keep": False}, (1.0,)),
@@ -129,12 +131,12 @@ def competitors(bases: Bases, part: str) -> dict[tuple[str, int], tuple[Case, tu
     names = list(METHODS)
     if base.problem == "mnist":
         # Short runs, and those methods that minibatches suit: pairs of L-BFGS hold for one minibatch.
-        base, names = replace(base, max_work=0.1 * base.max_work), ["gd", "momentum", "momentum anew", "adam"]
+        base, names = replace(base, max_work=0.1 * base.max_work), ["gd", "momentum", "momentum carried", "adam"]
     found = {}
     # With T=5 two layers on the coarsest of eight levels would be no discretisation of anything.
     for name, levels in product(names, (1, 4) if base.problem == "peaks" else (1, 8)):
         changes, rates = METHODS[name]
-        # Nothing is left of momentum that begins anew at every step.
-        if levels > 1 or not name.endswith("anew"):
+        # On a single level nothing is left of momentum that begins anew at every step, and none is carried.
+        if levels > 1 or not name.endswith(("anew", "carried")):
             found[name, levels] = replace(base, levels=levels, **changes), rates
     return found

@@ -11,6 +11,7 @@ from xbraid_py.io.progress import Progress
 from xbraid_py.io.run_folder import RunFolder
 from xbraid_py.io.run_status import mark_ended
 from xbraid_py.io.tensorboard import with_events
+from xbraid_py.minibatch.alike import check_alike
 from xbraid_py.minibatch.drawing import picture
 from xbraid_py.minibatch.resume import Position, make_room, restore, save_trained, score_of_test
 from xbraid_py.minibatch.state import Trained
@@ -91,7 +92,7 @@ def follow(
     Raises
     ------
     ValueError
-        If there is no update to be made.
+        If there is no update to be made, or the ranks hold different models.
     RunError
         On all ranks, if the loss or a weight is not finite, or a file cannot be read or written.
     Stopped
@@ -105,6 +106,7 @@ def follow(
         folder.release()
         return start.tested
     restore(trained, start, comm)
+    check_alike(trained.model, comm)
     make_room(folder, start)
     store = CheckpointStore(folder.checkpoints, keep)
     rows = train(

@@ -73,7 +73,7 @@ class Trained:
             If the optimiser keeps something else than numbers and tensors of the parameters' shapes.
         """
         found: dict[str, Shard] = {}
-        owners = _stacks_by_name(self.model)
+        owners = stacks_by_name(self.model)
         is_first = comm.rank == 0
 
         def add(name: str, tensor: Tensor, stack: LayerParallel | None) -> None:
@@ -84,7 +84,7 @@ class Trained:
                 partition = stack.layers.partition
                 found[name] = Shard(tensor.detach(), partition.first(stack.comm.rank), partition.num_rows)
 
-        for name, tensor in _tensors(self.model):
+        for name, tensor in tensors_by_name(self.model):
             add(f"{WEIGHTS}/{name}", tensor, owners.get(name))
         for name, parameter in _names_in(self.optimiser, self.model):
             for key, value in self.optimiser.state.get(parameter, {}).items():
@@ -145,7 +145,7 @@ class Trained:
         torch.set_rng_state(checkpoint.rows(RANDOM))
 
     def _load_optimiser(self, checkpoint: Checkpoint, saved: list[Mapping]) -> None:
-        owners = _stacks_by_name(self.model)
+        owners = stacks_by_name(self.model)
         names = _names_in(self.optimiser, self.model)
         index = {name: number for number, (name, _) in enumerate(names)}
         state: dict[int, dict[str, Tensor]] = {}
@@ -189,8 +189,8 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
         If the file is damaged, or holds another model.
     """
     check_weights(checkpoint, model)
-    owners = _stacks_by_name(model)
-    for name, tensor in _tensors(model):
+    owners = stacks_by_name(model)
+    for name, tensor in tensors_by_name(model):
         rows = _own_rows(checkpoint, f"{WEIGHTS}/{name}", owners.get(name))
         with torch.no_grad():
             tensor.copy_(rows.reshape(tensor.shape))
@@ -198,9 +198,9 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
 
 def check_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Raise `CheckpointError` unless a checkpoint holds just the parameters and buffers of a model; no message."""
-    owners = _stacks_by_name(model)
+    owners = stacks_by_name(model)
     held = {name.partition("/")[2] for name in checkpoint.names() if name.startswith(f"{WEIGHTS}/")}
-    wanted = dict(_tensors(model))
+    wanted = dict(tensors_by_name(model))
     where = f"{checkpoint.path} holds another network than this run's"
     use = "start without --resume, or with the options and the data of that run"
     for name in sorted(held ^ wanted.keys()):
@@ -214,7 +214,7 @@ def check_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
             raise CheckpointError(f"{where}: {name} of {found[0]} {found[1]}, not {shape} {tensor.dtype}; {use}")
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def tensors_by_name(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers under the names of `state_dict()`; what is shared under its first name only."""
     yield from model.named_parameters()
     passing = {
@@ -223,13 +223,13 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name not in passing)
 
 
-def _stacks_by_name(model: nn.Module) -> dict[str, LayerParallel]:
+def stacks_by_name(model: nn.Module) -> dict[str, LayerParallel]:
     """The stack that a parameter or buffer belongs to, by its name; those of other parts are missing."""
     return {
         f"{path}.layers.{name}".lstrip("."): part
         for path, part in model.named_modules()
         if isinstance(part, LayerParallel)
-        for name, _ in _tensors(part.layers)
+        for name, _ in tensors_by_name(part.layers)
     }
 
 

@@ -45,7 +45,19 @@ class Point:
 
 
 class LevelOptimiser(Protocol):
-    """LevelOptimizer of paper 000: what a cycle knows of the optimiser of a level."""
+    """LevelOptimizer of paper 000: what a cycle knows of the optimiser of a level.
+
+    Attributes
+    ----------
+    momentum : Tensor or None
+        What gradients have gathered into, as a vector of the weights: to be read, and to be set where it is not None
+        or `takes_momentum`.
+    takes_momentum : bool
+        Whether momentum may be set.
+    """
+
+    momentum: Tensor | None
+    takes_momentum: bool
 
     def minimise(self, objective: Objective, point: Point, steps: int) -> Point:
         """So many steps from a point; one gradient a step, none where the point has it."""
@@ -64,6 +76,8 @@ class GradientDescent:
     scale : Tensor, optional
         D, a flat vector of numbers that are at least 0.
     """
+
+    momentum, takes_momentum = None, False
 
     def __init__(self, learning_rate: float, scale: Tensor | None = None):
         self.learning_rate, self.scale = learning_rate, scale
@@ -107,6 +121,32 @@ class TorchOptimiser:
         self._weights = torch.nn.Parameter(torch.empty(0))
         self._optimiser = self.make([self._weights])
 
+    @property
+    def takes_momentum(self) -> bool:
+        # Without second moments of its own Adam would make steps of any size with the momentum of another level.
+        name = self._momentum_name
+        return name == "momentum_buffer" or (name is not None and name in self._state)
+
+    @property
+    def momentum(self) -> Tensor | None:
+        """The momentum of SGD, the first moment of Adam; None before the first step."""
+        found = self._state.get(self._momentum_name)
+        return found if found is None or self._root is None else self._root * found
+
+    @momentum.setter
+    def momentum(self, value: Tensor) -> None:
+        self._state[self._momentum_name] = _divided(value.clone(), self._root)
+
+    @property
+    def _state(self) -> dict:
+        return self._optimiser.state[self._weights]
+
+    @property
+    def _momentum_name(self) -> str | None:
+        if self._optimiser.defaults.get("momentum"):
+            return "momentum_buffer"
+        return "exp_avg" if "betas" in self._optimiser.defaults else None
+
     def minimise(self, objective: Objective, point: Point, steps: int) -> Point:
         if not self.keep:
             self.reset()
@@ -141,6 +181,8 @@ class QuasiNewtonOptimiser:
     scale, keep
         As for `TorchOptimiser`; `keep` is for the pairs.
     """
+
+    momentum, takes_momentum = None, False
 
     def __init__(
         self,
@@ -179,7 +221,7 @@ class QuasiNewtonOptimiser:
         if self._last is not None:
             s, y = point.x - self._last[0], gradient - self._last[1]
             if self._root is not None:
-                s, y = torch.where(self._root > 0, s / self._root, 0.0), y * self._root
+                s, y = _divided(s, self._root), y * self._root
             self.quasi_newton.add(s, y)
         self._last = point.x, gradient
 
@@ -195,3 +237,8 @@ class QuasiNewtonOptimiser:
             lambda x, error: objective.evaluate(x, None, error),
         )
         return None if trial is None else Point(trial.x, trial.evaluation)
+
+
+def _divided(vector: Tensor, root: Tensor | None) -> Tensor:
+    """A vector in the scaled variables; nothing of it where weights are frozen."""
+    return vector if root is None else torch.where(root > 0, vector / root, 0.0)

@@ -15,7 +15,7 @@ from xbraid_py.multilevel.depth import DepthTransfer
 from xbraid_py.multilevel.level_optim import Point
 from xbraid_py.multilevel.mgopt_options import MGOptOptions
 from xbraid_py.multilevel.portions import PortionedObjective, Samples
-from xbraid_py.multilevel.vcycle import VCycle
+from xbraid_py.multilevel.vcycle import Damping, VCycle
 from xbraid_py.network import ResidualNetwork
 from xbraid_py.objective import Evaluation, Regularization
 from xbraid_py.optim import Armijo
@@ -127,6 +127,7 @@ class MGOpt:
             schedule.coarse,
             cycle=options.cycle,
             line_search=Armijo() if options.line_search else None,
+            damping=Damping(momentum=options.carry_momentum),
         )
         self._unit = problem.work_unit(num_layers)
         self.x = networks[0].layout.zeros()

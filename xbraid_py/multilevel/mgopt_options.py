@@ -106,6 +106,9 @@ class MGOptOptions:
     min_layers
         Least number of layers of a rank on the coarse levels: a level with fewer than so many for each rank is on
         fewer ranks, and messages between the others are saved. 0 has all levels on all ranks.
+    carry_momentum
+        Share of the change of the coarse momentum that the finer level takes over (paper 002, eq. 36): with the methods
+        momentum and adam a level then begins with the finer one's momentum. With 0 each level has its own.
     optim
         Optimisers of the levels.
     """
@@ -121,6 +124,7 @@ class MGOptOptions:
     fine_moves: Literal["all", "layers", "ends"] = "all"
     coarse_moves: Literal["all", "layers", "ends"] = "all"
     min_layers: int = 16
+    carry_momentum: float = 0.0
     optim: LevelOptions = LevelOptions()
 
     def __post_init__(self):
@@ -139,6 +143,13 @@ class MGOptOptions:
             raise ValueError(f"min_layers={self.min_layers} must be at least 0; use 16")
         if self.full_multigrid < 0:
             raise ValueError(f"full_multigrid={self.full_multigrid} must be at least 0; use 1")
+        if not 0.0 <= self.carry_momentum <= 1.0:
+            raise ValueError(f"carry_momentum={self.carry_momentum} must lie in [0, 1]; use 0.2")
+        if self.carry_momentum and not (self.optim.keep and set(self.optim.method) <= {"momentum", "adam"}):
+            raise ValueError(
+                f"carry_momentum={self.carry_momentum} is for optimisers that keep momentum, not "
+                f"optim.method={','.join(self.optim.method)}, optim.keep={self.optim.keep}; use 0"
+            )
         self.steps()
 
     def ranks(self, num_layers: int, size: int) -> int:

@@ -6,6 +6,7 @@ Shape letters: `L` levels. Lists over the levels begin with the finest, level 0.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -28,6 +29,31 @@ class Transfer(Protocol):
 
     def restrict_gradient(self, gradient: Tensor) -> Tensor:
         """R g with R = I^T: a gradient of the fine level on the coarse one."""
+
+
+@dataclass(frozen=True)
+class Damping:
+    """Factors that keep a cycle stable (paper 002, section 6.1.4).
+
+    Parameters
+    ----------
+    coupling
+        gamma, of the coupling term dg (there: of the tau correction).
+    correction
+        alpha_p, of the correction of the weights.
+    momentum
+        alpha_m, of the correction of the momentum (eq. 36). With 0 each level keeps its own momentum; otherwise a level
+        begins with the restricted one of the finer level, and what it changes there is prolonged and added.
+    """
+
+    coupling: float = 1.0
+    correction: float = 1.0
+    momentum: float = 0.0
+
+    def __post_init__(self):
+        for name in ("coupling", "correction", "momentum"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1]; use {getattr(Damping, name)}")
 
 
 class VCycle:
@@ -55,6 +81,8 @@ class VCycle:
     line_search : Armijo, optional
         How far to go along the prolonged correction; not at all where that is no descent. Without it the correction
         is added as it is.
+    damping : Damping
+        Factors of the coupling term, of the correction and of what is carried of the momentum.
 
     Raises
     ------
@@ -73,6 +101,7 @@ class VCycle:
         *,
         cycle: str = "V",
         line_search: Armijo | None = None,
+        damping: Damping = Damping(),
     ):
         self.schedule = Schedule(tuple(pre), tuple(post), coarse)
         levels = len(objectives)
@@ -86,7 +115,7 @@ class VCycle:
         if cycle not in CYCLES:
             raise ValueError(f"cycle={cycle!r} must be {' or '.join(CYCLES)}; use V")
         self.objectives, self.transfers, self.smoothers = tuple(objectives), tuple(transfers), tuple(smoothers)
-        self.cycle, self.line_search = cycle, line_search
+        self.cycle, self.line_search, self.damping = cycle, line_search, damping
 
     @property
     def levels(self) -> int:
@@ -120,9 +149,11 @@ class VCycle:
         transfer, coarse = self.transfers[level], self.objectives[level + 1]
         restricted = transfer.restrict_gradient(point.gradient)
         start = Point(transfer.restrict(point.x)).complete(coarse)
-        objective = ShiftedObjective(coarse, restricted - start.gradient)  # eq. 9
-        # grad H there is the restricted gradient: the first step costs none.
-        return objective, Point(start.x, objective.shifted(start.x, start.evaluation), restricted)
+        shift = self.damping.coupling * (restricted - start.gradient)  # eq. 9
+        objective = ShiftedObjective(coarse, shift)
+        # grad H there is known: undamped, the restricted gradient. The first step costs none.
+        gradient = restricted if self.damping.coupling == 1.0 else start.gradient + shift
+        return objective, Point(start.x, objective.shifted(start.x, start.evaluation), gradient)
 
     def _cycle(self, level: int, objective: Objective | None, point: Point) -> Point:
         """Algorithm 1 on a level, for its own objective or the given coupled one."""
@@ -132,13 +163,34 @@ class VCycle:
             return smoother.minimise(objective, point, schedule.coarse)
         point = smoother.minimise(objective, point, schedule.pre[level]).complete(objective)
         below, start = self.coupled(level, point)
+        sent = self._send_momentum(level)
         end = start
         for _ in range(1 if level + 1 == self.levels - 1 else CYCLES[self.cycle]):
             end = self._cycle(level + 1, below, end)
+        self._take_back_momentum(level, sent)
         point = self._corrected(objective, point, self.transfers[level].prolong(end.x - start.x))
         return smoother.minimise(objective, point, schedule.post[level])
 
+    def _send_momentum(self, level: int) -> Tensor | None:
+        """Restrict the momentum of a level to the next coarser one: what was sent, if anything."""
+        fine, coarse = self.smoothers[level], self.smoothers[level + 1]
+        if not self.damping.momentum or fine.momentum is None or not coarse.takes_momentum:
+            return None
+        sent = self.transfers[level].restrict(fine.momentum)
+        coarse.momentum = sent
+        return sent
+
+    def _take_back_momentum(self, level: int, sent: Tensor | None) -> None:
+        """Add what the coarser level has changed of the momentum (paper 002, eq. 36)."""
+        if sent is None:
+            return
+        fine, coarse = self.smoothers[level], self.smoothers[level + 1]
+        change = self.transfers[level].prolong(coarse.momentum - sent)
+        fine.momentum = fine.momentum + self.damping.momentum * change
+
     def _corrected(self, objective: Objective, point: Point, correction: Tensor) -> Point:
+        if self.damping.correction != 1.0:
+            correction = self.damping.correction * correction
         if self.line_search is None:
             return Point(point.x + correction)
         slope = -float(objective.dots([point.gradient], [correction])[0, 0])

@@ -218,10 +218,11 @@ def _ablation(rows: Sequence[Row], figures: Path) -> list[str]:
 def _methods(rows: Sequence[Row], figures: Path) -> list[str]:
     problem = rows[0]["settings"]["problem"]
     goals, lines = (() if problem == "circles" else _GOALS[problem]), []
-    for how, chosen in groups(rows, "method", "metric", "keep").items():
+    for how, chosen in groups(rows, "method", "metric", "keep", "carry").items():
         base = where(chosen, levels=1) or where(rows, method=how[0], metric=how[1], levels=1)
         for (levels, rate), those in groups(chosen, "levels", "learning_rate").items():
-            name = how[0] + (", L2" if how[1] == "L2" else "") + ("" if how[2] else ", anew at every visit")
+            name = how[0] + ", L2" * (how[1] == "L2") + ", anew at every visit" * (not how[2])
+            name += ", carried between levels" * (how[3] > 0)
             cells = [_work_to(those, base, goal) for goal in goals] if goals else _cells(those, base)
             lines.append([name, f"{levels}", f"{rate:g}", *cells])
     columns = [f"work to {100 * goal:g} %" for goal in goals] if goals else _COLUMNS
