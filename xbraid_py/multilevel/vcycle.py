@@ -56,6 +56,9 @@ class Damping:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1]; use {getattr(Damping, name)}")
 
 
+UNDAMPED = Damping()
+
+
 class VCycle:
     """Cycles of MG/OPT on any objectives and transfers.
 
@@ -101,7 +104,7 @@ class VCycle:
         *,
         cycle: str = "V",
         line_search: Armijo | None = None,
-        damping: Damping = Damping(),
+        damping: Damping = UNDAMPED,
     ):
         self.schedule = Schedule(tuple(pre), tuple(post), coarse)
         levels = len(objectives)
@@ -144,9 +147,14 @@ class VCycle:
                 point = self._cycle(level, None, point)
         return point
 
-    def coupled(self, level: int, point: Point) -> tuple[ShiftedObjective, Point]:
-        """The objective of the level below a complete point of `level`, and where it starts, complete as well."""
+    def coupled(self, level: int, point: Point) -> tuple[Objective, Point]:
+        """The objective of the level below a complete point of `level`, and where it starts, complete as well.
+
+        Without coupling the objective is the level's own, and nothing is computed.
+        """
         transfer, coarse = self.transfers[level], self.objectives[level + 1]
+        if not self.damping.coupling:
+            return coarse, Point(transfer.restrict(point.x))
         restricted = transfer.restrict_gradient(point.gradient)
         start = Point(transfer.restrict(point.x)).complete(coarse)
         shift = self.damping.coupling * (restricted - start.gradient)  # eq. 9
@@ -161,7 +169,7 @@ class VCycle:
         smoother, schedule = self.smoothers[level], self.schedule
         if level == self.levels - 1:
             return smoother.minimise(objective, point, schedule.coarse)
-        point = smoother.minimise(objective, point, schedule.pre[level]).complete(objective)
+        point = self._ready(level, objective, smoother.minimise(objective, point, schedule.pre[level]))
         below, start = self.coupled(level, point)
         sent = self._send_momentum(level)
         end = start
@@ -170,6 +178,10 @@ class VCycle:
         self._take_back_momentum(level, sent)
         point = self._corrected(objective, point, self.transfers[level].prolong(end.x - start.x))
         return smoother.minimise(objective, point, schedule.post[level])
+
+    def _ready(self, level: int, objective: Objective, point: Point) -> Point:
+        """A point with all that the level below is to know of it."""
+        return point.complete(objective)
 
     def _send_momentum(self, level: int) -> Tensor | None:
         """Restrict the momentum of a level to the next coarser one: what was sent, if anything."""
