@@ -27,8 +27,6 @@ def check_alike(model: nn.Module, comm: Communicator) -> None:
     ValueError
         On all ranks, with the name of a parameter or buffer that differs.
     """
-    if comm.size == 1:
-        return
     owners = stacks_by_name(model)
     held: dict[tuple[str, int], tuple] = {}
     for name, tensor in tensors_by_name(model):

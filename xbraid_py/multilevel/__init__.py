@@ -1,4 +1,4 @@
-"""Networks of several depths: transfers between them, nested iteration, and multilevel minimisation (MG/OPT)."""
+"""Networks of several depths or widths: transfers, nested iteration, V-cycles (MG/OPT in depth, FAS in width)."""
 
 from xbraid_py.multilevel.depth import DepthTransfer
 from xbraid_py.multilevel.mgopt import CycleRecord, MGOpt
@@ -6,21 +6,35 @@ from xbraid_py.multilevel.mgopt_options import LevelOptions, MGOptOptions
 from xbraid_py.multilevel.nested import NestedIteration, NestedOptions
 from xbraid_py.multilevel.record import Record, Snapshot
 from xbraid_py.multilevel.schedule import Schedule
+from xbraid_py.multilevel.stochastic import Minibatches, StochasticCycle
 from xbraid_py.multilevel.transfer import prolong_depth
-from xbraid_py.multilevel.vcycle import Transfer, VCycle
+from xbraid_py.multilevel.vcycle import Damping, Transfer, VCycle
+from xbraid_py.multilevel.width import WidthOptions, WidthTransfer
+from xbraid_py.multilevel.width_layout import Layout
+from xbraid_py.multilevel.width_training import WidthRecord, WidthTraining
+from xbraid_py.multilevel.width_training_options import WidthTrainingOptions
 
 __all__ = [
     "CycleRecord",
+    "Damping",
     "DepthTransfer",
+    "Layout",
     "LevelOptions",
     "MGOpt",
     "MGOptOptions",
+    "Minibatches",
     "NestedIteration",
     "NestedOptions",
     "Record",
     "Schedule",
     "Snapshot",
+    "StochasticCycle",
     "Transfer",
     "VCycle",
+    "WidthOptions",
+    "WidthRecord",
+    "WidthTraining",
+    "WidthTrainingOptions",
+    "WidthTransfer",
     "prolong_depth",
 ]

@@ -1,0 +1,207 @@
+"""Elliptic problems on the unit square: finite elements for -div(k grad u) = f, finite volumes for Darcy flow.
+
+Shape letters: `n` points or cells in each direction. An array (n, n) holds rows of equal y, the first one lowest, and x
+runs fastest. Leading axes, where allowed, are samples; each is solved by itself, so that its bits do not depend on
+its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+
+from xbraid_py.data.bands import BandPattern
+
+# Integrals of grad(phi_i) . grad(phi_j) of the bilinear functions of a square of any size; corners as in `_corners`.
+_STIFFNESS = np.array([[4, -1, -1, -2], [-1, 4, -2, -1], [-1, -2, 4, -1], [-2, -1, -1, 4]]) / 6
+
+
+def solve_poisson(kappa, source, boundary=0.0) -> np.ndarray:
+    """u of -div(kappa grad u) = f with given values on the boundary, by bilinear finite elements.
+
+    The n x n nodes include those on the boundary, at the multiples of 1/(n - 1). On an element, kappa is the mean of
+    its four nodal values and f is interpolated; u is of second order.
+
+    Parameters
+    ----------
+    kappa : (..., n, n) array_like
+        At the nodes, positive; n is at least 3.
+    source, boundary : array_like
+        f, and values of which only those at boundary nodes count; of shapes that broadcast against `kappa`.
+
+    Returns
+    -------
+    (..., n, n) numpy.ndarray
+        u at the nodes, float64, with the boundary values in place.
+
+    Raises
+    ------
+    ValueError
+        For values that are not finite, kappa that is not positive or not square, or shapes that do not fit.
+    """
+    kappa = _positive("kappa", kappa, 3)
+    source, boundary = (
+        _like(name, value, kappa.shape, "kappa") for name, value in (("source", source), ("boundary", boundary))
+    )
+    n = kappa.shape[-1]
+    solution = boundary.copy()
+    solution[..., 1:-1, 1:-1] = 0
+    cells = np.mean(_corners(kappa), axis=-1)
+    right = _mass(source) / (n - 1) ** 2 - apply_stiffness(cells, solution)[..., 1:-1, 1:-1]
+    pattern = element_pattern(n)
+    for sample in np.ndindex(kappa.shape[:-2]):
+        inner = pattern.solve(cells[sample].ravel(), right[sample].ravel())
+        solution[sample][1:-1, 1:-1] = inner.reshape(n - 2, n - 2)
+    return solution
+
+
+@lru_cache(maxsize=4)
+def element_pattern(n: int) -> BandPattern:
+    """The stiffness matrix of the (n - 2)^2 inner nodes; its coefficients are kappa on the (n - 1)^2 elements."""
+    inner = np.full((n, n), -1)
+    inner[1:-1, 1:-1] = np.arange((n - 2) ** 2).reshape(n - 2, n - 2)
+    numbers = _corners(inner).reshape(-1, 4)
+    shape = (len(numbers), 4, 4)
+    rows, columns = np.broadcast_to(numbers[:, :, None], shape), np.broadcast_to(numbers[:, None, :], shape)
+    elements = np.broadcast_to(np.arange(len(numbers))[:, None, None], shape)
+    kept = (rows >= 0) & (columns >= 0)
+    values = np.broadcast_to(_STIFFNESS, shape)
+    return BandPattern.build(
+        (n - 2) ** 2, rows[kept], columns[kept], elements[kept], values[kept], num_coefficients=len(numbers)
+    )
+
+
+def apply_stiffness(cells: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The stiffness matrix of all nodes times `values`, without a matrix.
+
+    Parameters
+    ----------
+    cells : (..., n - 1, n - 1) array
+        kappa on the elements.
+    values : (..., n, n) array
+        At the nodes.
+
+    Returns
+    -------
+    (..., n, n) array
+    """
+    local = cells[..., None] * (_corners(values) @ _STIFFNESS)
+    out = np.zeros(values.shape)
+    out[..., :-1, :-1] += local[..., 0]
+    out[..., :-1, 1:] += local[..., 1]
+    out[..., 1:, :-1] += local[..., 2]
+    out[..., 1:, 1:] += local[..., 3]
+    return out
+
+
+def solve_darcy(k, left=1.0, right=0.0, source=0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Pressure and outflow of -div(k grad p) = f: p given at x = 0 and x = 1, no flow through y = 0 and y = 1.
+
+    Cell-centred finite volumes on n x n square cells: the flux through a face has the harmonic mean of k on both
+    sides. These are the lowest-order Raviart-Thomas mixed elements of paper 002, eq. 42, with (k^-1 q, s) integrated by
+    the trapezoidal rule, and the fluxes eliminated. p at the middle of the cells is of second order.
+
+    Parameters
+    ----------
+    k : (..., n, n) array_like
+        Permeability of the cells, positive; n is at least 2.
+    left, right : float or (n,) array_like
+        Pressure at the middle of the faces on x = 0 and on x = 1.
+    source : array_like
+        f on the cells, of a shape that broadcasts against `k`.
+
+    Returns
+    -------
+    pressure : (..., n, n) numpy.ndarray
+        float64.
+    outflow : (...) numpy.ndarray
+        Q of paper 002, eq. 43: mean flux out of x = 1, whose length is 1.
+
+    Raises
+    ------
+    ValueError
+        For values that are not finite, k that is not positive or not square, or shapes that do not fit.
+    """
+    k = _positive("k", k, 2)
+    n = k.shape[-1]
+    left, right = (_like(name, value, (n,), "a row of k") for name, value in (("left", left), ("right", right)))
+    load = _like("source", source, k.shape, "k") / n**2
+    load[..., 0] += 2 * k[..., 0] * left
+    load[..., -1] += 2 * k[..., -1] * right
+    faces = transmissibilities(k)
+    pattern = face_pattern(n)
+    pressure = np.empty(k.shape)
+    for sample in np.ndindex(k.shape[:-2]):
+        pressure[sample] = pattern.solve(faces[sample], load[sample].ravel()).reshape(n, n)
+    # q . n = k (p - right) / (h / 2) on each face, h = 1/n; eq. 43 is their mean.
+    return pressure, np.mean(2 * n * k[..., -1] * (pressure[..., -1] - right), axis=-1)
+
+
+@lru_cache(maxsize=4)
+def face_pattern(n: int) -> BandPattern:
+    """The matrix of the n^2 cells; its coefficients are those of `transmissibilities`."""
+    cells = np.arange(n * n).reshape(n, n)
+    low = np.concatenate([cells[:, :-1].ravel(), cells[:-1].ravel()])
+    high = np.concatenate([cells[:, 1:].ravel(), cells[1:].ravel()])
+    ends = np.concatenate([cells[:, 0], cells[:, -1]])
+    faces, end_faces = np.arange(len(low)), len(low) + np.arange(len(ends))
+    one = np.ones(len(low))
+    return BandPattern.build(
+        n * n,
+        np.concatenate([low, high, low, high, ends]),
+        np.concatenate([low, high, high, low, ends]),
+        np.concatenate([faces, faces, faces, faces, end_faces]),
+        np.concatenate([one, one, -one, -one, np.ones(len(ends))]),
+        num_coefficients=len(low) + len(ends),
+    )
+
+
+def transmissibilities(k: np.ndarray) -> np.ndarray:
+    """Flux through each face for a difference of 1 in pressure, (..., 2 n (n - 1) + 2 n).
+
+    First the faces between neighbours in x, then in y (harmonic means), then those on x = 0 and on x = 1 (half a cell).
+    """
+    parts = [
+        2 / (1 / k[..., :-1] + 1 / k[..., 1:]),
+        2 / (1 / k[..., :-1, :] + 1 / k[..., 1:, :]),
+        2 * k[..., :1],
+        2 * k[..., -1:],
+    ]
+    return np.concatenate([part.reshape(*k.shape[:-2], -1) for part in parts], axis=-1)
+
+
+def _corners(values: np.ndarray) -> np.ndarray:
+    """Values at the four corners of each element, (..., n - 1, n - 1, 4), x running fastest."""
+    return np.stack([values[..., :-1, :-1], values[..., :-1, 1:], values[..., 1:, :-1], values[..., 1:, 1:]], axis=-1)
+
+
+def _mass(values: np.ndarray) -> np.ndarray:
+    """Integrals of the interpolated values times each inner basis function, over h^2, (..., n - 2, n - 2)."""
+    rows = (values[..., :-2, :] + 4 * values[..., 1:-1, :] + values[..., 2:, :]) / 6
+    return (rows[..., :-2] + 4 * rows[..., 1:-1] + rows[..., 2:]) / 6
+
+
+def _positive(name: str, values, least: int) -> np.ndarray:
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim < 2 or values.shape[-1] != values.shape[-2] or values.shape[-1] < least:
+        raise ValueError(f"{name}.shape={values.shape} must end in (n, n), n at least {least}; use (32, 32)")
+    return _checked(name, values, lambda found: found > 0, "positive and finite")
+
+
+def _like(name: str, values, shape: tuple[int, ...], other: str) -> np.ndarray:
+    values = np.asarray(values, dtype=np.float64)
+    try:
+        whole = np.broadcast_to(values, shape)
+    except ValueError as error:
+        raise ValueError(f"{name}.shape={values.shape} must fit {other}, {shape}; use {shape}") from error
+    return _checked(name, whole, np.isfinite, "finite").copy()
+
+
+def _checked(name: str, values: np.ndarray, rule: Callable[[np.ndarray], np.ndarray], word: str) -> np.ndarray:
+    wrong = ~(rule(values) & np.isfinite(values))
+    if wrong.any():
+        place = tuple(int(number) for number in np.argwhere(wrong)[0])
+        raise ValueError(f"{name}{list(place)}={values[place]} must be {word}; use 1.0")
+    return values

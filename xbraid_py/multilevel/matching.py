@@ -1,0 +1,257 @@
+"""Heavy-edge matching: which two neurons of a layer become one of the next coarser network (paper 002, section 5.5).
+
+Greedy matching visits neurons in their order and gives each the nearest one that is still free. All neurons before
+the visited one are taken by then, so it reads the similarities with later, free neurons alone. `match_rows` computes
+no others: a block of rows at a time, about a quarter of the matrix.
+
+Shape letters: `n` neurons, `m` aggregates, `d` numbers of a neuron's row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+METHODS = ("greedy", "mutual")
+_BLOCK = 64  # at least so many rows at a time
+# Parallel rows have the same cosines up to rounding, which depends on how a product is cut into pieces. They tie
+# where they should once the cosines are multiples of these.
+_QUANTA = {torch.float32: 2.0**-20, torch.float64: 2.0**-40}
+
+
+@dataclass(frozen=True, eq=False)
+class Matching:
+    """Pairs and singletons of n neurons. Aggregates are numbered in the order of their first members.
+
+    Attributes
+    ----------
+    partner : Tensor
+        (n,) integers: pi of algorithm 1, the neuron itself for a singleton.
+    aggregate : Tensor
+        (n,) integers: zeta of algorithm 1, counted from 0.
+    first, second : Tensor
+        (m,) integers: the members of each aggregate, the same one twice for a singleton.
+    """
+
+    partner: Tensor
+    aggregate: Tensor
+    first: Tensor
+    second: Tensor
+
+    @classmethod
+    def of(cls, partner: Tensor) -> Self:
+        """The matching of these partners (n,).
+
+        Raises
+        ------
+        ValueError
+            If the partner of a neuron's partner is another neuron.
+        """
+        here = torch.arange(len(partner), device=partner.device)
+        inside = bool(((partner >= 0) & (partner < len(partner))).all())
+        if not (inside and torch.equal(partner[partner], here)):
+            raise ValueError(f"partner={partner.tolist()} must pair neurons both ways; use {here.tolist()} for no pair")
+        first = (partner >= here).nonzero()[:, 0]
+        second = partner[first]
+        aggregate = torch.empty_like(here)
+        aggregate[first] = aggregate[second] = torch.arange(len(first), device=partner.device)
+        return cls(partner, aggregate, first, second)
+
+    @property
+    def num_fine(self) -> int:
+        """n."""
+        return len(self.partner)
+
+    @property
+    def num_coarse(self) -> int:
+        """m."""
+        return len(self.first)
+
+    @property
+    def num_pairs(self) -> int:
+        """Aggregates of two neurons, n - m."""
+        return self.num_fine - self.num_coarse
+
+
+def match(similarity: Tensor, threshold: float = 0.0, method: str = "greedy") -> Matching:
+    """Match neurons by a matrix of similarities.
+
+    Parameters
+    ----------
+    similarity : Tensor
+        (n, n), symmetric; only what is above the diagonal is read. -inf is no edge.
+    threshold : float
+        theta, between -1 and 1: a pair must be more similar than this.
+    method : {"greedy", "mutual"}
+        Algorithm 1, or rounds: all free neurons that are each other's nearest become pairs, until there are none.
+        Equal similarities: the neuron of the lowest number.
+
+    Returns
+    -------
+    Matching
+        On the device of `similarity`.
+
+    Raises
+    ------
+    ValueError
+        If the matrix is not square, has NaN or inf, or an option is none of these.
+    """
+    _check(threshold, method)
+    if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1] or not len(similarity):
+        raise ValueError(f"similarity has the shape {tuple(similarity.shape)}, must be square; use (n, n) with n > 0")
+    _check_type("similarity", similarity)
+    similarity = similarity.detach()
+    if not bool((similarity < torch.inf).all()):
+        raise ValueError("similarity has NaN or inf in it, must be comparable; use -inf for no edge")
+    if method == "mutual":
+        partner = _mutual(_edges(similarity, threshold).cpu().numpy())
+    else:
+        weights = similarity.cpu().numpy()
+        partner = _greedy(len(weights), lambda free, count: weights[np.ix_(free[:count], free)], threshold)
+    return Matching.of(torch.from_numpy(partner).to(similarity.device))
+
+
+def match_rows(rows: Tensor, threshold: float = 0.0, method: str = "greedy") -> Matching:
+    """Match neurons by the cosines between their rows, computed where the rows are.
+
+    Parameters
+    ----------
+    rows : Tensor
+        (n, d) of float32 or float64: weights and bias of each neuron. A row of zeros has no direction and remains
+        single.
+    threshold, method
+        As in `match`.
+
+    Returns
+    -------
+    Matching
+        On the device of `rows`.
+
+    Raises
+    ------
+    ValueError
+        If a row has NaN or inf, or an option is none of those allowed.
+    """
+    _check(threshold, method)
+    if method == "mutual":
+        return match(cosines(rows), threshold, method)
+    unit, zero = _directions(rows)
+
+    def block(free: np.ndarray, count: int) -> np.ndarray:
+        index = torch.from_numpy(free).to(unit.device)
+        return _products(unit[index], zero[index], count).cpu().numpy()
+
+    return Matching.of(torch.from_numpy(_greedy(len(unit), block, threshold)).to(rows.device))
+
+
+def cosines(rows: Tensor) -> Tensor:
+    """The cosines (n, n) between rows (n, d), rounded to 2^-20 (float32) or 2^-40; -inf where a row is zero.
+
+    Raises
+    ------
+    ValueError
+        If a row has NaN or inf.
+    """
+    unit, zero = _directions(rows)
+    return _products(unit, zero, len(unit))
+
+
+def _check(threshold: float, method: str) -> None:
+    if not -1 <= threshold <= 1:
+        raise ValueError(f"threshold={threshold} must be between -1 and 1, as cosines are; use 0")
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} must be {' or '.join(METHODS)}; use greedy")
+
+
+def _check_type(name: str, values: Tensor) -> None:
+    if values.dtype not in _QUANTA:
+        raise ValueError(f"{name} is of {values.dtype}, must be float32 or float64; use {name}.float()")
+
+
+def _directions(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (n, d) of length 1, and which of them (n,) are zero."""
+    if rows.ndim != 2 or 0 in rows.shape:
+        raise ValueError(f"rows has the shape {tuple(rows.shape)}, must be (n, d); use one row for each neuron")
+    _check_type("rows", rows)
+    rows = rows.detach()
+    largest = torch.linalg.vector_norm(rows, torch.inf, dim=1)
+    finite = largest.isfinite()
+    if not bool(finite.all()):
+        row = int(finite.logical_not().nonzero()[0])
+        raise ValueError(f"rows[{row}] has NaN or inf in it, must be finite to have a direction; use finite weights")
+    zero = largest == 0
+    # Divided by the largest entry first: the squares of very large or small numbers are inf or 0.
+    unit = rows / largest.masked_fill(zero, 1)[:, None]
+    return unit.div_(torch.linalg.vector_norm(unit, dim=1).masked_fill_(zero, 1)[:, None]), zero
+
+
+def _products(unit: Tensor, zero: Tensor, count: int) -> Tensor:
+    """Cosines (count, n) of the first rows of (n, d) with all of them."""
+    quantum = _QUANTA[unit.dtype]
+    found = unit[:count] @ unit.T
+    found.mul_(1 / quantum).round_().mul_(quantum).clamp_(-1, 1)
+    return found.masked_fill_(zero | zero[:count, None], -torch.inf) if bool(zero.any()) else found
+
+
+def _greedy(n: int, block: Callable[[np.ndarray, int], np.ndarray], threshold: float) -> np.ndarray:
+    """Algorithm 1: partners (n,). `block(free, count)` are the similarities of the first free neurons with all free."""
+    partner = np.arange(n)
+    free = partner.copy()
+    while len(free):
+        # An eighth of them: larger blocks compute more rows that are taken before their turn, smaller ones copy more.
+        count = min(max(_BLOCK, len(free) // 8), len(free) - 1)  # the very last one has nobody to be paired with
+        if not count:
+            break
+        weights = block(free, count)
+        theta = weights.dtype.type(threshold)
+        taken = np.zeros(len(free), weights.dtype)  # -inf for those that are: added, it hides them
+        for i in range(count):
+            if taken[i]:
+                continue
+            candidates = weights[i, i + 1 :] + taken[i + 1 :]
+            nearest = candidates.argmax()  # the first one where they tie
+            taken[i] = -np.inf
+            if candidates[nearest] > theta:
+                j = i + 1 + nearest
+                taken[j] = -np.inf
+                partner[free[i]], partner[free[j]] = free[j], free[i]
+        free = free[taken == 0]
+    return partner
+
+
+def _edges(similarity: Tensor, threshold: float) -> Tensor:
+    """The symmetric matrix of what is above the diagonal, -inf for what is no edge."""
+    upper = similarity.triu(1)
+    weights = (upper + upper.T).fill_diagonal_(-torch.inf)
+    return weights.masked_fill_(weights <= threshold, -torch.inf)
+
+
+def _mutual(weights: np.ndarray) -> np.ndarray:
+    """Partners (n,) by rounds of mutually nearest neurons.
+
+    Every round has a pair: among the free neurons with the greatest similarity, the one of the lowest number is the
+    nearest of its own nearest one.
+    """
+    partner = np.arange(len(weights))
+    free = np.ones(len(weights), bool)
+    nearest = partner.copy()
+    changed = partner.copy()  # free neurons whose nearest one is not known
+    while len(changed):
+        among = np.flatnonzero(free)
+        everybody = len(changed) == len(weights)
+        choice = weights if everybody else weights[np.ix_(changed, among)]
+        nearest[changed] = among[choice.argmax(1)]
+        alone = np.isneginf(weights[changed, nearest[changed]])
+        free[changed[alone]] = False  # nobody is left for these, and they are nobody's nearest
+        left = np.flatnonzero(free)
+        paired = left[nearest[nearest[left]] == left]
+        partner[paired] = nearest[paired]
+        free[paired] = False
+        left = np.flatnonzero(free)
+        changed = left[~free[nearest[left]]]
+    return partner
