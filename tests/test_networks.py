@@ -183,9 +183,31 @@ def test_dots_in_shares_of_the_layers(parts, ends):
     layout = example_layout()
     a, b = ref.random(2, layout.size, seed=1)
     expected = [sum(a[i] * b[i] for i in range(*span)) for span in zip([0, *ends], ends, strict=False)]
-    found = layout.dots(torch.stack([a, b]), b, parts)
-    assert found.shape == (2, parts)
-    assert torch.allclose(found[0], torch.stack(expected), rtol=1e-13, atol=1e-13)
+    found = layout.dots([a, b], [b], parts)
+    assert found.shape == (2, 1, parts)
+    assert torch.allclose(found[0, 0], torch.stack(expected), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("at_once", [1300, 4000, 1 << 17])
+@pytest.mark.parametrize(("dtype", "width", "parts"), [("float64", 5, 4), ("float32", 17, 8), ("float64", 8, 1)])
+def test_products_do_not_depend_on_how_many_are_made_at_once(monkeypatch, at_once, dtype, width, parts):
+    monkeypatch.setattr("xbraid_py.networks.parameters._AT_ONCE", at_once)
+    shapes = {"weight": (width, width), "bias": (width,)}
+    stacks = [Stack(name, shapes, n, 0, n) for name, n in (("opening", 1), ("layers", 16), ("end", 1))]
+    layout = Layout(tuple(stacks), getattr(torch, dtype))
+    vectors = ref.random(6, layout.size, seed=1).to(layout.dtype)
+    found = layout.dots(vectors[:2], vectors[1:], parts)
+    first, last = width * width + width, layout.size - width * width - width
+    for i, a in enumerate(vectors[:2]):
+        for j, b in enumerate(vectors[1:]):
+            # One pair alone, share by share.
+            alone = [(x * y).sum() for x, y in zip(a[first:last].chunk(parts), b[first:last].chunk(parts), strict=True)]
+            alone[0] = alone[0] + (a[:first] * b[:first]).sum()
+            alone[-1] = alone[-1] + (a[last:] * b[last:]).sum()
+            assert torch.equal(found[i, j], torch.stack(alone))
+    # Shares that do not fit are summed in pieces.
+    monkeypatch.setattr("xbraid_py.networks.parameters._AT_ONCE", 70)
+    torch.testing.assert_close(layout.dots(vectors[:2], vectors[1:], parts), found)
 
 
 def network_on(comm, num_layers=6) -> ResidualNetwork:

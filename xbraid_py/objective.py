@@ -109,7 +109,7 @@ class Regularization:
         }
         for name, gamma in weights.items():
             torch.mul(rows[name], gamma, out=out[name])
-        found = layout.dots(x[None], gradient, intervals)[0].div_(2)
+        found = layout.dots([x], [gradient], intervals)[0, 0].div_(2)
         if smooth:
             before, after = (finish() for finish in edges)
             gamma = self.ddt * factor / h**2
@@ -229,9 +229,7 @@ class NetworkObjective:
         # One summand for each interval: it has the same rows on any number of ranks.
         intervals = self.forward.hierarchy.intervals
         count = intervals.count(self.network.comm.rank)
-        layout, left = self.network.layout, torch.stack(list(a))
-        sums = torch.stack([layout.dots(left, right, count) for right in b], 1)
-        rows = sums.permute(2, 0, 1).contiguous()
+        rows = self.network.layout.dots(a, b, count).permute(2, 0, 1).contiguous()
         return self.network.comm.ordered_sum(rows, intervals.counts)
 
     def loss(self, logits: Tensor) -> Tensor:

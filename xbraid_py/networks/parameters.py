@@ -7,13 +7,17 @@ Joined in the order of the ranks, the rows are those of the whole network on any
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from math import prod
 
 import torch
 from torch import Tensor
+
+# Numbers of the products that are summed next: 1 MB in double precision.
+_AT_ONCE = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -98,19 +102,48 @@ class Layout:
             for name, view in stack.unpack(rows[stack.name]).items()
         }
 
-    def dots(self, a: Tensor, b: Tensor, parts: int) -> Tensor:
-        """Dot products of flat vectors a (i, size) with the flat vector b, in `parts` summands each: (i, parts).
+    def dots(self, a: Sequence[Tensor], b: Sequence[Tensor], parts: int) -> Tensor:
+        """Dot products of flat vectors a with flat vectors b, in `parts` summands each: (len(a), len(b), parts).
 
         A summand is an equal share of the layers; opening and classification layers belong to the first and the last
-        share. Without layers here there are none.
+        share. Without layers here there are none. However many vectors there are, each product is summed in the same
+        order.
         """
         opening, layers, classification = self._sizes
-        products = a * b
+        found = a[0].new_empty((len(a), len(b), parts))
         if not parts:
-            return products.new_empty((len(a), 0))
-        found = products[:, opening : opening + layers].unflatten(1, (parts, -1)).sum(2)
-        if opening:
-            found[:, 0] += products[:, :opening].sum(1)
-        if classification:
-            found[:, -1] += products[:, opening + layers :].sum(1)
+            return found
+        length = layers // parts
+        if length > _AT_ONCE:
+            self._large_dots(a, b, length, found)
+        else:
+            # What is multiplied at once is to stay in the cache.
+            shares = _fitting(len(a) * len(b) * length, parts)
+            vectors = _fitting(len(a) * length * shares, len(b))
+            for first in range(0, parts, shares):
+                last = min(first + shares, parts)
+                here = slice(opening + first * length, opening + last * length)
+                left = torch.stack([x[here] for x in a]).unflatten(1, (-1, length))
+                for k in range(0, len(b), vectors):
+                    right = torch.stack([x[here] for x in b[k : k + vectors]]).unflatten(1, (-1, length))
+                    torch.sum(left[:, None] * right, 3, out=found[:, k : k + vectors, first:last])
+        for size, part, place in ((opening, slice(opening), 0), (classification, slice(opening + layers, None), -1)):
+            if size:
+                left, right = (torch.stack([x[part] for x in some]) for some in (a, b))
+                found[:, :, place] += (left[:, None] * right).sum(2)
         return found
+
+    def _large_dots(self, a: Sequence[Tensor], b: Sequence[Tensor], length: int, found: Tensor) -> None:
+        """Those of the residual layers for shares that do not fit: piece by piece of each share."""
+        found.zero_()
+        for share, piece in product(range(found.shape[2]), range(0, length, _AT_ONCE)):
+            first = self._sizes[0] + share * length
+            here = slice(first + piece, first + min(piece + _AT_ONCE, length))
+            left = torch.stack([x[here] for x in a])
+            for k, y in enumerate(b):
+                found[:, k, share] += (left * y[here]).sum(1)
+
+
+def _fitting(size: int, count: int) -> int:
+    """How many of `count` things of `size` numbers, all multiplied at once, fit; at least one."""
+    return max(1, min(count, _AT_ONCE // max(1, size)))
