@@ -68,19 +68,21 @@ def test_after_a_signal(spmd, shared_tmp_path):
 
 @pytest.mark.ranks(1, 2)
 def test_a_run_that_died_while_it_drew_draws_again(spmd, shared_tmp_path):
-    out, drawn = shared_tmp_path / "run", []
+    out = shared_tmp_path / "run"
 
     def dies(rows):
         raise RunError("a crash")
 
     def body(comm):
+        drawn = []
         with contextlib.suppress(RunError):
             run(comm, out, finish=dies)
         comm.barrier()
-        return run(comm, out, "auto", finish=lambda rows: drawn.append(len(rows)) if comm.rank == 0 else None)
+        run(comm, out, "auto", finish=lambda rows: drawn.append(len(rows)))
+        return drawn
 
-    spmd(body)
-    assert drawn == [7]
+    drawn, *others = spmd(body)
+    assert drawn == [7] and all(each == [0] for each in others)
     assert [row["update"] for row in rows_of(out)] == list(range(7))
 
 
