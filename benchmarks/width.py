@@ -1,0 +1,119 @@
+"""Two levels in width against torch's SGD on Poisson's problem: errors at equal work, and time per work unit.
+
+    python benchmarks/width.py [--quick] [--seeds 5] [--one_rate 0.1] [--two_rate 0.1] [--gamma 0.125] ...
+
+The fully-connected network of paper 002 (2 x 400), minibatches of 200. Each method has its learning rate, tuned on
+other seeds by drivers/width_study.py; work units are those of eq. 40, tau included. One core. Prints tables and, as
+its last line, the figures `l2_ratio` and `linf_ratio` (best validation errors, two levels over one, medians over the
+seeds), the same `_without_tau` (work units of tau not counted), `time_per_work_unit` (seconds per work unit of two
+levels, their matching included, over those of a plain loop with torch.optim.SGD, interleaved, median) and
+`matching_share` (of the time of two levels). With --quick fewer seeds, samples and work units.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from statistics import median
+
+import common  # first: one thread
+import torch
+from torch import nn
+
+from xbraid_py.report.width_rows import ratios
+from xbraid_py.width_cases import Case, Job, train
+
+
+def errors(one: Case, two: Case, seeds: int) -> dict[str, float]:
+    """Ratios of the best errors, seed by seed, and the share of the matching."""
+    found = {}
+    for name, case in (("one", one), ("two", two)):
+        found[name] = []
+        for seed in range(seeds):
+            settings = asdict(replace(case, seed=seed))
+            found[name].append({"settings": settings, "result": train(settings)})
+            best = found[name][-1]["result"]["best"]
+            print(f"  {name} level(s), seed {seed}: L2 {best['val_l2']:.3e}, Linf {best['val_linf']:.3f}", flush=True)
+    figures = {}
+    for counting, suffix in (("work", ""), ("work_without_tau", "_without_tau")):
+        for norm in ("l2", "linf"):
+            each = ratios(found["one"], found["two"], f"val_{norm}", one.max_work, counting)
+            figures[f"{norm}_ratio{suffix}"] = median(each)
+            print(f"{norm}_ratio{suffix}: " + ", ".join(f"{ratio:.3f}" for ratio in each), flush=True)
+    results = [row["result"] for row in found["two"]]
+    spent = sum(result["matching_seconds"] for result in results)
+    return figures | {"matching_share": spent / sum(result["seconds"] for result in results)}
+
+
+def plain(job: Job, rate: float, momentum: float, steps: int) -> Callable[[], None]:
+    """So many steps of torch's SGD on the same network and minibatches."""
+    layout, x = job.training.auxiliary(0)
+    module, minibatches = layout.module(x), job.training.minibatches
+    optimiser = torch.optim.SGD(module.parameters(), lr=rate, momentum=momentum)
+
+    def body() -> None:
+        for inputs, targets in minibatches.draw(steps):
+            optimiser.zero_grad()
+            nn.functional.mse_loss(module(inputs), targets).backward()
+            optimiser.step()
+
+    return body
+
+
+def times(two: Case, rounds: int, share: float) -> dict[str, float]:
+    """Seconds per work unit over those of the plain loop."""
+    job, other = two.job(), two.job()
+    unit = two.options.work()[0]
+    cycles = job.training.run(4 * rounds + 2)
+    next(cycles)  # the one with the matching
+    steps = round(unit)
+    bodies = {"two": lambda: next(cycles), "plain": plain(other, two.learning_rate, two.momentum, steps)}
+    found = common.interleaved(bodies, rounds)
+    spread = common.Spread.of_ratios(
+        [seconds / unit / (1 - share) for seconds in found["two"]], [seconds / steps for seconds in found["plain"]]
+    )
+    print(f"plain loop: {1e3 * median(found['plain']) / steps:.2f} ms a work unit; two levels over it: {spread}")
+    return {"time_per_work_unit": spread.median}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer seeds, samples and work units")
+    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--num_train", type=int)
+    parser.add_argument("--num_val", type=int)
+    parser.add_argument("--max_work", type=float, help="work units that errors are compared at")
+    parser.add_argument("--rounds", type=int, help="of the timings")
+    parser.add_argument("--mesh", type=int, default=32)
+    parser.add_argument("--widths", type=common.integers, default=[400, 400])
+    parser.add_argument("--batch_size", type=int, default=200)
+    parser.add_argument("--one_rate", type=float, default=0.1, help="learning rate of one level")
+    parser.add_argument("--two_rate", type=float, default=0.1, help="learning rate of two levels")
+    for name in ("eta", "gamma", "alpha_p", "alpha_m"):
+        parser.add_argument(f"--{name}", type=float, default=getattr(Case, name))
+    for name in ("tau", "scaling", "matching"):
+        parser.add_argument(f"--{name}", default=getattr(Case, name))
+    arguments = parser.parse_args()
+    defaults = {
+        "seeds": (5, 2),
+        "num_train": (2000, 600),
+        "num_val": (500, 200),
+        "max_work": (3000.0, 100.0),
+        "rounds": (15, 5),
+    }
+    for name, (full, quick) in defaults.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, quick if arguments.quick else full)
+    names = "num_train num_val mesh batch_size eta gamma alpha_p alpha_m tau scaling matching max_work".split()
+    sizes = {name: getattr(arguments, name) for name in names}
+    base = Case(**sizes, widths=tuple(arguments.widths), validate_every=min(50.0, arguments.max_work / 2))
+    one = replace(base, levels=1, learning_rate=arguments.one_rate)
+    two = replace(base, learning_rate=arguments.two_rate)
+    figures = errors(one, two, arguments.seeds)
+    figures |= times(two, arguments.rounds, figures["matching_share"])
+    common.finish("width", figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Checkpoints of multilevel training in width: all that it takes to go on bitwise on as many ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from xbraid_py.comm import Communicator
+from xbraid_py.io.checkpoint import Shard, load, newest_good
+from xbraid_py.io.checkpoint_store import CheckpointStore, Score
+from xbraid_py.io.run_checkpoint import checkpoint_folder
+from xbraid_py.io.same_configuration import check_configuration
+from xbraid_py.io.snapshot_checks import no_state, restoring
+from xbraid_py.multilevel.width_training import WidthRecord, WidthTraining
+
+NAME = "width"
+
+
+@dataclass(frozen=True)
+class WidthState:
+    """Where a run goes on.
+
+    Attributes
+    ----------
+    path : Path
+        The checkpoint.
+    tensors : dict of str to Tensor
+        See `WidthTraining.state`.
+    record : WidthRecord
+        Of the last cycle.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    record: WidthRecord
+
+    @property
+    def next_record(self) -> int:
+        """Number of the first record that is not yet there."""
+        return self.record.cycle + 1
+
+    def restore(self, training: WidthTraining) -> None:
+        """Bring a training to where this one was.
+
+        Raises
+        ------
+        CheckpointError
+            If it is of another network.
+        """
+        with restoring(self.path):
+            training.restore(self.tensors)
+
+
+def save_width(
+    store: CheckpointStore,
+    comm: Communicator,
+    training: WidthTraining,
+    record: WidthRecord,
+    configuration: Mapping,
+    error: float | None = None,
+) -> Path:
+    """Write the state of a run after a cycle; collective. All ranks have the same: the first one writes.
+
+    Parameters
+    ----------
+    store : CheckpointStore
+    comm : Communicator
+    training : WidthTraining
+    record : WidthRecord
+    configuration : mapping
+        JSON-able; compared when the run is resumed.
+    error : float, optional
+        On the validation samples, the smaller the better.
+
+    Raises
+    ------
+    RunError
+        On all ranks, if the file cannot be written; the previous one is intact.
+    """
+    shards = {}
+    if comm.rank == 0:
+        shards = {name: Shard(values.cpu(), 0, len(values)) for name, values in training.state().items()}
+    meta = {"run": NAME, "record": asdict(record), "configuration": dict(configuration)}
+    return store.save(comm, record.cycle, shards, meta, Score(objective=error))
+
+
+def read_width(resume: str | None, out: Path, configuration: Mapping, free: tuple[str, ...]) -> WidthState | None:
+    """What the option `--resume` asks for; None if there is nothing to go on from. No message.
+
+    Parameters
+    ----------
+    resume : str or None
+        A file, or "auto": the newest good one of the out folder, if there is any.
+    out : Path
+    configuration : mapping
+        Of this job, JSON-able.
+    free : tuple of str
+        Names of options that may differ from those of the checkpoint.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is damaged, no checkpoint of such a run, or one of another configuration.
+    """
+    path = newest_good(checkpoint_folder(out, NAME)) if resume in ("auto", None) else Path(resume)
+    if resume is None or path is None:
+        return None
+    with load(path) as checkpoint, restoring(path):
+        meta = checkpoint.meta
+        if meta.get("run") != NAME:
+            raise no_state(path, f"its run is {meta.get('run')!r}, not {NAME}")
+        check_configuration(path, meta["configuration"], configuration, free)
+        numbers = dict(meta["record"])
+        numbers["widths"] = tuple(tuple(each) for each in numbers["widths"])
+        record = WidthRecord(**numbers)
+        if not isinstance(record.cycle, int) or record.cycle < 1:
+            raise no_state(path, f"cycle={record.cycle!r}")
+        return WidthState(path, {name: checkpoint.rows(name) for name in checkpoint.names()}, record)
