@@ -41,10 +41,14 @@ class Options:
         Runs at the same time; one core each.
     seeds
         Of points and initial weights, from 0 on.
+    few_seeds
+        The same of the parts sampling, transfers and ablation.
     mnist_seeds
-        The same on MNIST.
+        The same on MNIST and on peaks.
     tuning_seeds
         Seeds that learning rates are tuned on, from 100 on.
+    tuning_work
+        Work units of a run that tunes.
     num_layers
         Residual layers of the finest networks.
     peaks_layers
@@ -77,8 +81,10 @@ class Options:
     out: Path = Path("runs/mgopt_study")
     workers: int = 2
     seeds: int = 10
+    few_seeds: int = 3
     mnist_seeds: int = 5
-    tuning_seeds: int = 3
+    tuning_seeds: int = 2
+    tuning_work: float = 100.0
     num_layers: int = 2048
     peaks_layers: int = 256
     mnist_layers: int = 2048
@@ -86,7 +92,7 @@ class Options:
     num_train: int = 2000
     num_val: int = 1000
     mnist_samples: int = 0
-    mnist_work: float = 2000.0
+    mnist_work: float = 1000.0
     max_work: float = 400.0
     data_dir: str = ""
     parts: tuple[str, ...] = (
@@ -106,7 +112,7 @@ class Options:
     smoke: bool = False
 
     def __post_init__(self):
-        for name in ("workers", "seeds", "mnist_seeds", "tuning_seeds"):
+        for name in ("workers", "seeds", "few_seeds", "mnist_seeds", "tuning_seeds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1; use 2")
         for name in ("num_layers", "peaks_layers", "mnist_layers", "blocks"):
@@ -116,6 +122,12 @@ class Options:
         for part in self.parts:
             if part not in PARTS and part not in METHOD_PARTS:
                 raise ValueError(f"parts={part} is none of {', '.join((*PARTS, *METHOD_PARTS))}; use table1")
+
+    def seeds_of(self, part: str) -> int:
+        """How many seeds a part of the study has."""
+        if part in ("sampling", "transfers", "ablation"):
+            return self.few_seeds
+        return self.mnist_seeds if "mnist" in part or "peaks" in part else self.seeds
 
     @property
     def bases(self) -> Bases:
@@ -136,6 +148,7 @@ class SmokeOptions(Options):
 
     __doc__ = Options.__doc__
     seeds: int = 2
+    few_seeds: int = 1
     mnist_seeds: int = 1
     tuning_seeds: int = 1
     num_layers: int = 128
@@ -161,15 +174,10 @@ def first_stage(options: Options) -> dict[str, list[Settings]]:
     found = {}
     for part in options.parts:
         if part in PARTS:
-            seeds = options.mnist_seeds if part.startswith("mnist") else options.seeds
-            found[part] = of_seeds(list(PARTS[part](options.bases)), range(seeds))
+            found[part] = of_seeds(list(PARTS[part](options.bases)), range(options.seeds_of(part)))
         else:
-            cases = [
-                replace(case, learning_rate=rate)
-                for case, rates in competitors(options.bases, part).values()
-                for rate in rates
-            ]
-            found[part] = of_seeds(cases, range(TUNING, TUNING + options.tuning_seeds))
+            chosen = competitors(options.bases, part).values()
+            found[part] = [run for case, rates in chosen for rate in rates for run in tuning(options, case, rate)]
     return found
 
 
@@ -181,18 +189,16 @@ def second_stage(options: Options, rows: Mapping[str, dict]) -> dict[str, list[S
             continue
         cases = []
         for case, rates in competitors(options.bases, part).values():
-            tuned = {
-                rate: [rows[key(each)] for each in of_seeds([replace(case, learning_rate=rate)], _tuning(options))]
-                for rate in rates
-            }
+            tuned = {rate: [rows[key(each)] for each in tuning(options, case, rate)] for rate in rates}
             cases.append(replace(case, learning_rate=max(rates, key=lambda rate, tuned=tuned: merit(tuned[rate]))))
-        seeds = options.mnist_seeds if part == "methods_mnist" else options.seeds
-        found[part] = of_seeds(cases, range(seeds))
+        found[part] = of_seeds(cases, range(options.seeds_of(part)))
     return found
 
 
-def _tuning(options: Options) -> range:
-    return range(TUNING, TUNING + options.tuning_seeds)
+def tuning(options: Options, case: Case, rate: float) -> list[Settings]:
+    """The runs that tell how good a learning rate is."""
+    case = replace(case, learning_rate=rate, max_work=min(case.max_work, options.tuning_work))
+    return of_seeds([case], range(TUNING, TUNING + options.tuning_seeds))
 
 
 def setup(options: Options, comm: Communicator) -> Callable[[], None]:

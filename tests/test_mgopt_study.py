@@ -174,7 +174,7 @@ def test_learning_rates_are_tuned_on_other_seeds():
     second = study["second_stage"](options, rows)["methods_circles"]
     assert {each["seed"] for each in second} == {0, 1}
     assert {each["learning_rate"] for each in second if each["method"] == "gd"} == {0.2}
-    assert {each["learning_rate"] for each in second if each["method"] == "adam"} == {0.3}
+    assert {each["learning_rate"] for each in second if each["method"] == "adam"} == {0.1}
 
 
 @pytest.mark.job

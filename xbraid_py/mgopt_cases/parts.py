@@ -18,8 +18,8 @@ SCHEDULES = (
     "[(1), 1, 1, 1, 2, 2, 2, {2}]",
 )
 # The methods of the levels: what changes, and the learning rates to choose from.
-_GD, _L2 = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0), (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-_MOMENTUM, _ADAM = (0.01, 0.02, 0.05, 0.1, 0.2), (0.003, 0.01, 0.03, 0.1, 0.3)
+_GD, _L2 = (0.1, 0.2, 0.5, 1.0, 2.0), (0.01, 0.02, 0.05, 0.1, 0.2)
+_MOMENTUM, _ADAM = (0.02, 0.05, 0.1, 0.2), (0.003, 0.01, 0.03, 0.1)
 METHODS = {
     "gd": ({}, _GD),
     "gd, L2": ({"metric": "L2"}, _L2),
@@ -78,16 +78,17 @@ def sampling(bases: Bases) -> Iterator[Case]:
 
 def transfers(bases: Bases) -> Iterator[Case]:
     """Restriction of the weights, interpolation, line search on the correction."""
-    ways = product(("inject", "average", "transpose"), ("constant", "linear"), (False, True), (4, 8))
-    for restriction, interpolation, search, levels in ways:
+    for restriction, interpolation, search in product(
+        ("inject", "average", "transpose"), ("constant", "linear"), (False, True)
+    ):
         how = {"restriction": restriction, "interpolation": interpolation, "correction_search": search}
-        yield replace(bases.circles, levels=levels, **how)
+        yield replace(bases.circles, **how)
 
 
 def ablation(bases: Bases) -> Iterator[Case]:
     """Which weights may move on which level: what does the work?"""
     for moves in (("all", "all"), ("ends", "ends"), ("all", "layers"), ("all", "ends"), ("layers", "layers")):
-        for levels in LEVELS:
+        for levels in (1, 4, 8):
             yield replace(bases.circles, fine_moves=moves[0], coarse_moves=moves[1], levels=levels)
 
 
