@@ -268,6 +268,7 @@ def test_what_does_not_fit_is_refused():
         ({"gamma": 1.5}, r"^gamma=1.5 must lie in \[0, 1\]; use 0.2$"),
         ({"eta": 0.5}, "^eta=0.5 must be at least 1 and finite; use 1.4$"),
         ({"method": "lbfgs"}, "^method='lbfgs' must be sgd or adam; use sgd$"),
+        ({"method": "adam"}, "^alpha_m=0.2 must be 0 with method=adam and several levels; use 0$"),
         ({"tau": "none"}, "^tau='none' must be same or other; use same$"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -40,7 +40,7 @@ class WidthTrainingOptions:
     alpha_p
         Factor of the coarse correction of the weights.
     alpha_m
-        Factor of the coarse correction of the momentum; with 0 each level keeps its own momentum.
+        Factor of the coarse correction of the momentum; with 0 each level keeps its own momentum, as it must with adam.
     rematch_every
         Cycles between two matchings of the neurons.
     tau
@@ -81,6 +81,9 @@ class WidthTrainingOptions:
         for name in ("gamma", "alpha_p", "alpha_m"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1]; use 0.2")
+        if self.method == "adam" and self.levels > 1 and self.alpha_m:
+            # The second moments of weights that have had no gradient are 0, and any momentum is divided by them.
+            raise ValueError(f"alpha_m={self.alpha_m} must be 0 with method=adam and several levels; use 0")
         if self.tau not in TAU:
             raise ValueError(f"tau={self.tau!r} must be {' or '.join(TAU)}; use same")
 
