@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 from xbraid_py.report.curves import depth_colours
 from xbraid_py.report.maps import scene_map
 from xbraid_py.report.statistics import Summary
-from xbraid_py.report.study_rows import Row, accuracy_at, table, where, work_unit
+from xbraid_py.report.study_rows import SECONDS, WORK, Row, accuracy_at, table, where, work_unit
 from xbraid_py.report.style import RED, clean, save
 
 PAGE = "study.md"
@@ -39,10 +40,12 @@ def write(rows: Sequence[Row], out: Path, names: Sequence[str], truth: np.ndarra
     parts = [f"{len(good)} runs, {len(rows) - len(good)} failed."]
     if kinds:
         parts += ["## At the end", _ends(kinds), "## By class", _classes(kinds, names)]
-    unit = work_unit(good)
     if single and schedules:
-        parts += ["## Over work units", _over_work(kinds, unit)]
-        _curves(schedules, kinds, unit, out / "figures" / "accuracy_over_work.png")
+        # A unit of a seed's own, as seeds may have run beside different other work.
+        units = {row["settings"]["seed"]: work_unit([row]) for row in single}
+        parts += ["## Over work units, counted layer steps", _over_work(kinds, WORK, dict.fromkeys(units, 1.0))]
+        parts += ["## Over work units, wall-clock time", _over_work(kinds, SECONDS, units)]
+        _curves(schedules, kinds, units, out / "figures" / "accuracy_over_work.png")
     for name, chosen in kinds.items():
         drawn = next((row for row in chosen if row["result"]["classes"]), None)
         if drawn:
@@ -99,35 +102,48 @@ def _classes(kinds: dict[str, list[Row]], names: Sequence[str]) -> str:
     return table(["accuracy (%)", *kinds], lines)
 
 
-def _over_work(kinds: dict[str, list[Row]], unit: float) -> str:
+def _over_work(kinds: dict[str, list[Row]], place: int, seeds: dict[int, float]) -> str:
+    """`seeds` has the unit of each seed."""
     lines = []
     for units in _UNITS:
         cells = []
         for chosen in kinds.values():
-            running = [row for row in chosen if row["result"]["seconds"] >= (units - 1) * unit]
-            cells.append(_mean([accuracy_at(row, units, unit) for row in running], 1.0, 1) if running else "over")
+            own = [(row, seeds[row["settings"]["seed"]]) for row in chosen if row["settings"]["seed"] in seeds]
+            running = [(row, unit) for row, unit in own if row["result"]["curve"][-1][place] >= (units - 1) * unit]
+            found = [accuracy_at(row, units, unit, place) for row, unit in running]
+            cells.append(_mean(found, 1.0, 1) if found else "over")
         lines.append([f"{units} work units", *cells])
     return table(["validation accuracy (%) after", *kinds], lines)
 
 
-def _curves(schedules: Sequence[tuple[int, ...]], kinds: dict[str, list[Row]], unit: float, path: Path) -> None:
-    """A panel for every schedule: the nested runs coloured by depth, the non-nested ones red."""
-    figure = Figure(figsize=(7.0, 3.2 * len(schedules)), layout="constrained")
-    panels = figure.subplots(len(schedules), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    for axes, updates in zip(panels, schedules, strict=True):
+def _curves(
+    schedules: Sequence[tuple[int, ...]], kinds: dict[str, list[Row]], seeds: dict[int, float], path: Path
+) -> None:
+    """A row of panels for every schedule: the nested runs coloured by depth, the non-nested ones red."""
+    figure = Figure(figsize=(10.5, 3.2 * len(schedules)), layout="constrained")
+    panels = figure.subplots(len(schedules), 2, sharex="col", sharey=True, squeeze=False)
+    for (updates, line), (column, place) in product(zip(schedules, panels, strict=True), enumerate((SECONDS, WORK))):
+        axes = line[column]
+
+        def curve(row: Row, place: int = place) -> list[tuple[float, float, int]]:
+            unit = seeds.get(row["settings"]["seed"], 1.0) if place == SECONDS else 1.0
+            return [(p[place] / unit, 100 * p[5], p[1]) for p in row["result"]["curve"]]
+
         for row in kinds["non-nested"]:
-            points = [(p[4] / unit, 100 * p[5]) for p in row["result"]["curve"]]
+            points = [point[:2] for point in curve(row)]
             axes.plot(*zip(*points, strict=True), color=RED, linewidth=1.1, label="non-nested")
         for row in kinds[f"nested {_said(updates)}"]:
-            curve = row["result"]["curve"]
-            depths = sorted({p[1] for p in curve})
+            depths = sorted({depth for *_, depth in curve(row)})
             for depth, colour in zip(depths, depth_colours(len(depths)), strict=True):
-                points = [(p[4] / unit, 100 * p[5]) for p in curve if p[1] == depth]
+                points = [point[:2] for point in curve(row) if point[2] == depth]
                 axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.1, label=f"{depth} layers")
-        clean(axes, "work units, wall-clock time" if axes is panels[-1] else "")
-        axes.set(ylabel="validation accuracy (%)", title=f"nested: {_said(updates)} updates", ylim=(40, 85))
+        how = "wall-clock time" if place == SECONDS else "counted"
+        clean(axes, f"work units, {how}" if updates == schedules[-1] else "")
+        axes.set(title=f"nested: {_said(updates)} updates", ylim=(40, 85))
         axes.set_xlim(left=0)
-        handles, labels = axes.get_legend_handles_labels()
-        chosen = dict(zip(labels, handles, strict=True))
-        axes.legend(chosen.values(), chosen.keys(), loc="lower right", frameon=False)
+        if column == 0:
+            axes.set_ylabel("validation accuracy (%)")
+            handles, labels = axes.get_legend_handles_labels()
+            chosen = dict(zip(labels, handles, strict=True))
+            axes.legend(chosen.values(), chosen.keys(), loc="lower right", frameon=False)
     save(figure, path)

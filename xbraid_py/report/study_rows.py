@@ -45,7 +45,10 @@ def work_unit(rows: Sequence[Row]) -> float:
     return sum(row["result"]["seconds"] for row in chosen) / max(1, sum(row["result"]["updates"] for row in chosen))
 
 
-def accuracy_at(row: Row, units: float, unit: float) -> float:
-    """Accuracy in per cent that a run has after so many work units."""
-    reached = [point for point in row["result"]["curve"] if point[4] / unit <= units]
+WORK, SECONDS = 3, 4  # places in a point of a curve
+
+
+def accuracy_at(row: Row, units: float, unit: float, place: int = SECONDS) -> float:
+    """Accuracy in per cent that a run has after so many work units, each of `unit` seconds or counted units."""
+    reached = [point for point in row["result"]["curve"] if point[place] / unit <= units]
     return 100 * reached[-1][5] if reached else 0.0
