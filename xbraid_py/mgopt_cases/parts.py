@@ -101,7 +101,7 @@ def on_mnist(bases: Bases) -> Iterator[Case]:
 def mnist_blocks(bases: Bases) -> Iterator[Case]:
     """Figure 5 on MNIST: depths, by eight levels, to 70 %."""
     for blocks in bases.blocks:
-        yield replace(bases.mnist, num_layers=blocks, goal=0.7, max_work=0.1 * bases.mnist.max_work)
+        yield replace(bases.mnist, num_layers=blocks, goal=0.7, max_work=0.2 * bases.mnist.max_work)
 
 
 def mnist_epochs(bases: Bases) -> Iterator[Case]:
