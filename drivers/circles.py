@@ -8,7 +8,7 @@ classified rightly. Try
 
     python drivers/circles.py
     python drivers/circles.py --mgopt.schedule="[{1}]"
-    mpirun -n 2 python drivers/circles.py --mgrit.cfactor=8 --resume auto
+    mpirun -n 2 python drivers/circles.py --mgrit.max_levels=2 --mgrit.intervals=16 --resume auto
     python drivers/circles.py --smoke --out /tmp/circles
 """
 

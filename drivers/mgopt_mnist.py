@@ -11,7 +11,7 @@ read the paper's numbers as epochs, and look for no hidden scaling of data, loss
 
     python drivers/mgopt_mnist.py
     python drivers/mgopt_mnist.py --mgopt.schedule="[{1}]"
-    mpirun -n 2 python drivers/mgopt_mnist.py --mgrit.cfactor=8 --resume auto
+    mpirun -n 2 python drivers/mgopt_mnist.py --mgrit.max_levels=2 --mgrit.intervals=16 --resume auto
     python drivers/mgopt_mnist.py --smoke --out /tmp/mgopt_mnist
 """
 
