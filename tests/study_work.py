@@ -1,6 +1,7 @@
 """Runs of the studies in test_study.py, for other processes to import."""
 
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ def square(settings):
     number = settings["number"]
     calls = Path(settings["calls"])
     (calls / f"{number}-{len(list(calls.glob(f'{number}-*')))}").touch()
+    time.sleep(settings.get("seconds", 0.0))
     if number == 13:
         raise RunError("the number 13 is not squared")
     return {"square": number**2, "threads": torch.get_num_threads()}
