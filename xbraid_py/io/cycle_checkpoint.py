@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from xbraid_py.io.checkpoint import Shard, load, newest_good
+from xbraid_py.io.checkpoint import Checkpoint, Shard, load, newest_good
 from xbraid_py.io.checkpoint_store import CheckpointStore, Score
 from xbraid_py.io.run_checkpoint import checkpoint_folder
 from xbraid_py.io.same_configuration import check_configuration
@@ -85,6 +86,22 @@ def save_cycle(
     return store.save(network.comm, record.cycle, shards, meta, score)
 
 
+@contextmanager
+def resumed(
+    resume: str | None, out: Path, name: str, configuration: Mapping, free: tuple[str, ...]
+) -> Iterator[Checkpoint | None]:
+    """The open checkpoint that the option `--resume` asks for, if it is of a run of this name and configuration."""
+    path = newest_good(checkpoint_folder(out, name)) if resume in ("auto", None) else Path(resume)
+    if resume is None or path is None:
+        yield None
+        return
+    with load(path) as checkpoint, restoring(path):
+        if checkpoint.meta.get("run") != name:
+            raise no_state(path, f"its run is {checkpoint.meta.get('run')!r}, not {name}")
+        check_configuration(path, checkpoint.meta["configuration"], configuration, free)
+        yield checkpoint
+
+
 def read_cycle(
     resume: str | None, out: Path, network: ResidualNetwork, configuration: Mapping, free: tuple[str, ...]
 ) -> CycleState | None:
@@ -107,14 +124,10 @@ def read_cycle(
     CheckpointError
         If the file is damaged, no checkpoint of such a run, or one of another configuration.
     """
-    path = newest_good(checkpoint_folder(out, NAME)) if resume in ("auto", None) else Path(resume)
-    if resume is None or path is None:
-        return None
-    with load(path) as checkpoint, restoring(path):
-        meta = checkpoint.meta
-        if meta.get("run") != NAME:
-            raise no_state(path, f"its run is {meta.get('run')!r}, not {NAME}")
-        check_configuration(path, meta["configuration"], configuration, free)
+    with resumed(resume, out, NAME, configuration, free) as checkpoint:
+        if checkpoint is None:
+            return None
+        path, meta = checkpoint.path, checkpoint.meta
         x = network.layout.zeros()
         named = network.layout.named(x)
         for stack in network.layout.stacks:

@@ -9,10 +9,9 @@ from pathlib import Path
 from torch import Tensor
 
 from xbraid_py.comm import Communicator
-from xbraid_py.io.checkpoint import Shard, load, newest_good
+from xbraid_py.io.checkpoint import Shard
 from xbraid_py.io.checkpoint_store import CheckpointStore, Score
-from xbraid_py.io.run_checkpoint import checkpoint_folder
-from xbraid_py.io.same_configuration import check_configuration
+from xbraid_py.io.cycle_checkpoint import resumed
 from xbraid_py.io.snapshot_checks import no_state, restoring
 from xbraid_py.multilevel.width_training import WidthRecord, WidthTraining
 
@@ -105,14 +104,10 @@ def read_width(resume: str | None, out: Path, configuration: Mapping, free: tupl
     CheckpointError
         If the file is damaged, no checkpoint of such a run, or one of another configuration.
     """
-    path = newest_good(checkpoint_folder(out, NAME)) if resume in ("auto", None) else Path(resume)
-    if resume is None or path is None:
-        return None
-    with load(path) as checkpoint, restoring(path):
-        meta = checkpoint.meta
-        if meta.get("run") != NAME:
-            raise no_state(path, f"its run is {meta.get('run')!r}, not {NAME}")
-        check_configuration(path, meta["configuration"], configuration, free)
+    with resumed(resume, out, NAME, configuration, free) as checkpoint:
+        if checkpoint is None:
+            return None
+        path, meta = checkpoint.path, checkpoint.meta
         numbers = dict(meta["record"])
         numbers["widths"] = tuple(tuple(each) for each in numbers["widths"])
         record = WidthRecord(**numbers)
