@@ -27,7 +27,7 @@ LAYERS = (
     {"optim"},
     {"multilevel"},
     {"data", "io", "planner", "report", "scores"},
-    {"classification", "mgopt_cases", "minibatch", "pde_files", "study"},
+    {"classification", "image_cases", "mgopt_cases", "minibatch", "pde_files", "study"},
     {"width_cases"},
     {"export"},
     {"cli"},

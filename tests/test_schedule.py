@@ -79,3 +79,9 @@ def test_numbers_that_do_not_fit():
         Schedule((-1,), (1,), 1)
     with pytest.raises(ValueError, match="levels=0 must be at least 1"):
         Schedule.of_paper(0)
+
+
+def test_costs_of_levels_that_are_narrower_too():
+    schedule, costs = Schedule((1, 2), (0, 2), 3), [1.0, 1 / 8, 1 / 64]
+    assert schedule.work(costs=costs) == 2 + 5 / 8 + 3 / 64
+    assert schedule.full_multigrid_work(1, costs=costs) == 3 / 64 + (5 / 8 + 3 / 64) + schedule.work(costs=costs)

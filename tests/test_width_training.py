@@ -100,6 +100,7 @@ def gradients(weights, inputs, targets):
 def by_hand(network, minibatches, cycles, options):
     """Algorithm 2 with two levels, s steps, new pairs in every cycle, for a dense network; with explicit matrices."""
     s, momentum, rate = options.steps, options.momentum, options.learning_rate
+    coarse = options.coarse_steps or s
     x = [p.detach().clone() for p in network.parameters()]
     m = None
 
@@ -124,9 +125,9 @@ def by_hand(network, minibatches, cycles, options):
         R, right = [each.T for each in P], [each.T for each in pi]
         xc = start = apply(x, pi, P)  # eq. 25
         mc = sent = apply(m, pi, P)
-        subset = minibatches.draw(s)
-        fine = [sum(each) / s for each in zip(*(gradients(x, *batch) for batch in subset), strict=True)]
-        below = [sum(each) / s for each in zip(*(gradients(xc, *batch) for batch in subset), strict=True)]
+        subset = minibatches.draw(coarse)
+        fine = [sum(each) / coarse for each in zip(*(gradients(x, *batch) for batch in subset), strict=True)]
+        below = [sum(each) / coarse for each in zip(*(gradients(xc, *batch) for batch in subset), strict=True)]
         tau = [a - b for a, b in zip(below, apply(fine, R, right), strict=True)]  # eq. 35 and 28
         xc, mc = smooth(xc, mc, subset, rate / options.eta, [options.gamma * each for each in tau])
         for fine_vector, coarse_vector, before, share in (
@@ -140,11 +141,13 @@ def by_hand(network, minibatches, cycles, options):
     return torch.cat([each.flatten() for each in x])
 
 
-@pytest.mark.parametrize("damping", [(1.0, 1.0, 1.0), (0.125, 0.7, 0.2)])
-def test_two_levels_are_algorithm_2(damping):
+@pytest.mark.parametrize(
+    "coarse_steps, damping", [(0, (1.0, 1.0, 1.0)), (0, (0.125, 0.7, 0.2)), (5, (0.5, 1.0, 0.2))]
+)
+def test_two_levels_are_algorithm_2(coarse_steps, damping):
     gamma, alpha_p, alpha_m = damping
     how = {"levels": 2, "steps": 2, "learning_rate": 0.05, "rematch_every": 1, "eta": 2.0}
-    how |= {"gamma": gamma, "alpha_p": alpha_p, "alpha_m": alpha_m}
+    how |= {"gamma": gamma, "alpha_p": alpha_p, "alpha_m": alpha_m, "coarse_steps": coarse_steps}
     training, _ = trained(dense(), stream(), 4, **how)
     expected = by_hand(dense(), stream(), 4, WidthTrainingOptions(**how))
     torch.testing.assert_close(training.x, expected, rtol=1e-11, atol=1e-12)
@@ -190,6 +193,9 @@ def test_work_units():
     for levels in range(2, 7):
         assert WidthTrainingOptions(levels=levels, steps=3).work()[0] == pytest.approx(18 - 30 / 4 ** (levels - 1))
     assert WidthTrainingOptions(levels=1, steps=4).work() == (4.0, 4.0)
+    assert WidthTrainingOptions(levels=1, steps=4, coarse_steps=9).work() == (4.0, 4.0)
+    assert WidthTrainingOptions(levels=2, steps=1, coarse_steps=32, gamma=0.0).work() == (10.0, 10.0)
+    assert WidthTrainingOptions(levels=3, steps=1, coarse_steps=8).work() == (7.5 + 0.5, 3.0)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5])

@@ -1,8 +1,23 @@
-"""Data sets, one file each: points and features as a `Dataset`, images of digits, and texts."""
+"""Data sets, one file each: points and features as a `Dataset`, images of digits and of things, and texts."""
 
 from xbraid_py.data import mnist, peaks, text
+from xbraid_py.data.augmentation import Augmentation, standardise
 from xbraid_py.data.dataset import Dataset
+from xbraid_py.data.images import Images, ImageSets, load_images
 from xbraid_py.data.mnist import Batches, Mnist
 from xbraid_py.data.text import Corpus
 
-__all__ = ["Batches", "Corpus", "Dataset", "Mnist", "mnist", "peaks", "text"]
+__all__ = [
+    "Augmentation",
+    "Batches",
+    "Corpus",
+    "Dataset",
+    "ImageSets",
+    "Images",
+    "Mnist",
+    "load_images",
+    "mnist",
+    "peaks",
+    "standardise",
+    "text",
+]

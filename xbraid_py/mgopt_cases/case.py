@@ -27,6 +27,10 @@ class Case:
         Circles, mnist or peaks.
     sampling
         Of the circles.
+    width
+        Of the network on peaks; 0 for 8.
+    narrow, scaling
+        Coarse levels that are narrower too, see `MGOptOptions`.
     num_layers, levels, schedule, restriction, interpolation, metric, fine_moves, coarse_moves
         See `MGOptOptions`.
     correction_search
@@ -51,6 +55,9 @@ class Case:
 
     problem: str = "circles"
     sampling: str = "balanced"
+    width: int = 0
+    narrow: int = 0
+    scaling: str = "mean"
     num_layers: int = 2048
     levels: int = 8
     schedule: str = ""
@@ -104,6 +111,8 @@ class Case:
             fine_moves=self.fine_moves,
             coarse_moves=self.coarse_moves,
             carry_momentum=self.carry,
+            narrow=self.narrow,
+            scaling=self.scaling,
             optim=LevelOptions(
                 method=(self.method,), learning_rate=(self.learning_rate,), line_search=searches, keep=self.keep
             ),
@@ -128,7 +137,7 @@ class Case:
             samples = train.features[:, : self.num_train].contiguous(), train.labels[: self.num_train]
             unseen = train.features[:, self.num_train :].contiguous(), train.labels[self.num_train :]
             # A ReLU network with weights N(0, 1) and T=5 multiplies its input by hundreds: they are smaller here.
-            network, scale = Architecture(width=8, T=5.0, activation="relu"), 0.1
+            network, scale = Architecture(width=self.width or 8, T=5.0, activation="relu"), 0.1
         problem = perceptron_problem(samples, train.num_classes, network, self.beta, wrap(None))
         training = MGOpt(problem, self.num_layers, self.options)
         training.x = perceptron_weights(training.network, self.seed, scale)
@@ -151,7 +160,8 @@ def train(settings: Mapping[str, Any]) -> dict:
         If the objective is not finite.
     """
     case = Case(**settings)
-    job, unit = case.job(), case.options.steps().work()
+    job = case.job()
+    unit = case.options.steps().work(costs=job.training.costs)
     every = max(1, round(5.0 / unit)) if case.problem == "mnist" else 1
     curve, accuracy = [], 0.0
     for record, found, _ in job.run(case.goal, max(1, int(case.max_work / unit)), every):

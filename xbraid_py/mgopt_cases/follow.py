@@ -104,7 +104,8 @@ def follow(
             folder.open(configuration, following.max_cycles, before, append=state is not None),
             Progress(comm, following.max_cycles, done=before, every=every) as progress,
         ):
-            progress.note(f"{training.schedule}, {training.schedule.work(cycle):.2f} work units a cycle")
+            work = training.schedule.work(cycle, training.costs)
+            progress.note(f"{training.schedule}, {work:.2f} work units a cycle")
             for record, accuracy, is_final in job.run(
                 following.goal, following.max_cycles, following.validate_every, done
             ):

@@ -1,4 +1,4 @@
-"""MG/OPT in depth: the hierarchy of networks of halved depth, and a run of cycles with its record."""
+"""MG/OPT in depth, and in width too: the hierarchy of networks, and a run of cycles with its record."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from xbraid_py.multilevel.depth import DepthTransfer
 from xbraid_py.multilevel.level_optim import Point
 from xbraid_py.multilevel.mgopt_options import MGOptOptions
 from xbraid_py.multilevel.portions import PortionedObjective, Samples
-from xbraid_py.multilevel.vcycle import Damping, VCycle
+from xbraid_py.multilevel.state_width import ComposedTransfer, StateWidthTransfer
+from xbraid_py.multilevel.vcycle import Damping, Transfer, VCycle
 from xbraid_py.network import ResidualNetwork
 from xbraid_py.objective import Evaluation, Regularization
 from xbraid_py.optim import Armijo
@@ -59,7 +60,8 @@ class CycleRecord:
         Work units so far by eq. 10, one being a gradient on the finest level.
     counted : float
         The same by counting evaluations of a layer on all levels and ranks, those of line searches included; of the
-        solvers the work is counted as it is, where eq. 10 takes a gradient for a gradient.
+        solvers the work is counted as it is, where eq. 10 takes a gradient for a gradient. A narrower layer counts as
+        the numbers of its matrix.
     gradients : tuple of int
         Gradients so far on each level, the finest first.
     seconds : float
@@ -92,6 +94,8 @@ class MGOpt:
         Weights of the finest network, to be set before `run`; zeros at first.
     objectives : list of NetworkObjective or PortionedObjective
         The finest first.
+    costs : list of float
+        Of a gradient on each level, in work units.
     cycle : VCycle
 
     Raises
@@ -113,6 +117,10 @@ class MGOpt:
         if portions is not None:
             self.objectives = [PortionedObjective(each, portions) for each in self.objectives]
         networks = [objective.network for objective in self.objectives]
+        width = networks[0].block.outputs
+        # A dense layer costs what its matrix has of numbers.
+        self._areas = [(network.block.outputs / width) ** 2 for network in networks]
+        self.costs = [area / 2**level for level, area in enumerate(self._areas)]
         moves = [options.fine_moves] + [options.coarse_moves] * (schedule.levels - 1)
         smoothers = [
             options.optim.build(level, objective, level_scale(objective.network, options.metric, moves[level]))
@@ -120,7 +128,7 @@ class MGOpt:
         ]
         self.cycle = VCycle(
             self.objectives,
-            self._transfers(networks),
+            self._transfers(problem, networks),
             smoothers,
             schedule.pre,
             schedule.post,
@@ -132,14 +140,30 @@ class MGOpt:
         self._unit = problem.work_unit(num_layers)
         self.x = networks[0].layout.zeros()
 
-    def _problem_of(self, problem: Problem, level: int, num_layers: int) -> Problem:
-        """The problem of a level: regularisation by its depth; the coarse ones perhaps on fewer ranks."""
+    def _problem_of(self, problem: Problem, level: int, num_layers: int, width_level: int | None = None) -> Problem:
+        """The problem of a level: regularisation by its depth, width, and perhaps fewer ranks."""
         ranks = self.options.ranks(num_layers >> level, problem.comm.size) if level else problem.ranks
-        return replace(problem, regularization=coarsened(problem.regularization, 2**level), ranks=ranks)
+        width, halvings = problem.architecture.width, level if width_level is None else width_level
+        for _ in range(min(halvings, self.options.narrow)):
+            width = (width + 1) // 2
+        return replace(
+            problem,
+            regularization=coarsened(problem.regularization, 2**level),
+            ranks=ranks,
+            architecture=replace(problem.architecture, width=width),
+        )
 
-    def _transfers(self, networks: Sequence[ResidualNetwork]) -> list[DepthTransfer]:
-        how = self.options.interpolation, self.options.restriction
-        return [DepthTransfer(coarse, fine, *how) for fine, coarse in zip(networks, networks[1:], strict=False)]
+    def _transfers(self, problem: Problem, networks: Sequence[ResidualNetwork]) -> list[Transfer]:
+        how, found = (self.options.interpolation, self.options.restriction), []
+        for level, (fine, coarse) in enumerate(zip(networks, networks[1:], strict=False)):
+            if level < self.options.narrow:
+                depth = fine.grid.num_layers
+                between = self._problem_of(problem, level, depth << level, level + 1).network(depth)
+                width = StateWidthTransfer(between, fine, self.options.scaling)
+                found.append(ComposedTransfer([width, DepthTransfer(coarse, between, *how)]))
+            else:
+                found.append(DepthTransfer(coarse, fine, *how))
+        return found
 
     @property
     def network(self) -> ResidualNetwork:
@@ -179,7 +203,8 @@ class MGOpt:
                 for each in self.objectives:
                     each.use(*samples)
                 point = Point(point.x)  # what is known of it is of other samples
-            counted = done.counted + sum(each.work for each in self.objectives) / self._unit
+            spent = sum(each.work * area for each, area in zip(self.objectives, self._areas, strict=True))
+            counted = done.counted + spent / self._unit
             own = (each.gradients for each in self.objectives)
             gradients = tuple(before + now for before, now in zip(done.gradients, own, strict=True))
             clock = time.perf_counter()
@@ -200,8 +225,8 @@ class MGOpt:
             clock = time.perf_counter()
             if cycle == 0 and options.full_multigrid:
                 point = self.cycle.full_multigrid(point.x, options.full_multigrid)
-                work += schedule.full_multigrid_work(options.full_multigrid, options.cycle)
+                work += schedule.full_multigrid_work(options.full_multigrid, options.cycle, self.costs)
             else:
                 point = self.cycle.run(point)
-                work += schedule.work(options.cycle)
+                work += schedule.work(options.cycle, self.costs)
             seconds += evaluated + time.perf_counter() - clock

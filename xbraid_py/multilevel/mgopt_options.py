@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from xbraid_py.multilevel.depth import INTERPOLATIONS, RESTRICTIONS
+from xbraid_py.multilevel.layer_matrices import SCALINGS
 from xbraid_py.multilevel.level_optim import GradientDescent, LevelOptimiser, QuasiNewtonOptimiser, TorchOptimiser
 from xbraid_py.multilevel.schedule import CYCLES, Schedule
 from xbraid_py.objective import Objective
@@ -103,6 +104,12 @@ class MGOptOptions:
     fine_moves, coarse_moves
         Weights that the optimiser of the finest level, and those of the others, may change: all, the residual layers
         alone, or the ends (opening and classification) alone.
+    narrow
+        So many coarse levels, the first ones, also have half the width of the level above them: neurons of the state
+        that are alike are paired anew in every cycle. For optimisers that keep nothing from one cycle to the next.
+    scaling
+        With narrow, how a pair becomes one neuron: mean (paper 002, eq. 32), or with the activation relu by the norms
+        of their rows (eq. 34; norms or sums).
     min_layers
         Least number of layers of a rank on the coarse levels: a level with fewer than so many for each rank is on
         fewer ranks, and messages between the others are saved. 0 has all levels on all ranks.
@@ -123,6 +130,8 @@ class MGOptOptions:
     metric: Literal["euclidean", "L2"] = "euclidean"
     fine_moves: Literal["all", "layers", "ends"] = "all"
     coarse_moves: Literal["all", "layers", "ends"] = "all"
+    narrow: int = 0
+    scaling: Literal["mean", "norms", "sums"] = "mean"
     min_layers: int = 16
     carry_momentum: float = 0.0
     optim: LevelOptions = LevelOptions()
@@ -135,6 +144,7 @@ class MGOptOptions:
             "metric": ("euclidean", "L2"),
             "fine_moves": MOVES,
             "coarse_moves": MOVES,
+            "scaling": SCALINGS,
         }
         for name, allowed in words.items():
             if getattr(self, name) not in allowed:
@@ -150,7 +160,14 @@ class MGOptOptions:
                 f"carry_momentum={self.carry_momentum} is for optimisers that keep momentum, not "
                 f"optim.method={','.join(self.optim.method)}, optim.keep={self.optim.keep}; use 0"
             )
-        self.steps()
+        levels = self.steps().levels
+        if not 0 <= self.narrow < levels:
+            raise ValueError(f"narrow={self.narrow} must lie in 0 .. {levels - 1}, the coarse levels; use 0")
+        if self.narrow and self.optim.keep and set(self.optim.method) != {"gd"}:
+            raise ValueError(
+                f"narrow={self.narrow} is for optimisers that keep nothing of neurons paired otherwise, not "
+                f"optim.method={','.join(self.optim.method)} with optim.keep=True; use optim.keep=False"
+            )
 
     def ranks(self, num_layers: int, size: int) -> int:
         """Ranks of a coarse level with so many layers, of so many ranks in all."""

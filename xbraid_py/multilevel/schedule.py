@@ -6,6 +6,7 @@ Shape letters: `L` levels. Lists over the levels begin with the finest.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -100,23 +101,26 @@ class Schedule:
         """The schedule of the levels from `level` on (0 is the finest)."""
         return Schedule(self.pre[level:], self.post[level:], self.coarse)
 
-    def work(self, cycle: str = "V") -> float:
+    def work(self, cycle: str = "V", costs: Sequence[float] | None = None) -> float:
         """Work units of a cycle, one being a gradient on the finest level (paper 000, eq. 10).
 
         Each level makes its steps and one gradient more, for the coupling term below it; the gradient that the
         coupling term above it needs is that of its own first step. With W-cycles level l is visited 2^l times.
+        `costs` are those of a gradient on each level; by default a level costs half of the finer one.
         """
         visits = CYCLES[cycle]
         last = self.levels - 1
-        work = self.coarse * visits ** max(0, last - 1) / 2**last
+        costs = [0.5**level for level in range(self.levels)] if costs is None else costs
+        work = self.coarse * visits ** max(0, last - 1) * costs[last]
         for level, (pre, post) in enumerate(zip(self.pre, self.post, strict=True)):
-            work += (pre + post + 1) * (visits / 2) ** level  # eq. 10
+            work += (pre + post + 1) * visits**level * costs[level]  # eq. 10
         return work
 
-    def full_multigrid_work(self, cycles: int, cycle: str = "V") -> float:
+    def full_multigrid_work(self, cycles: int, cycle: str = "V", costs: Sequence[float] | None = None) -> float:
         """Work units of a full-multigrid start with so many cycles on each level."""
-        starts = (cycles * self.below(level).work(cycle) / 2**level for level in range(self.levels - 1))
-        return sum(starts) + self.coarse / 2 ** (self.levels - 1)
+        costs = [0.5**level for level in range(self.levels)] if costs is None else costs
+        starts = (cycles * self.below(level).work(cycle, costs[level:]) for level in range(self.levels - 1))
+        return sum(starts) + self.coarse * costs[-1]
 
 
 def _entry(pre: int, post: int) -> str:

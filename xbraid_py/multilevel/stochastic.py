@@ -123,7 +123,6 @@ class StochasticCycle(VCycle):
     ----------
     objectives : sequence of L SampledObjective
     transfers : sequence of L - 1 Transfer
-        Those with a method `renewed(x)` are asked for the transfer at the weights x at every restriction.
     optimisers : sequence of L LevelOptimiser
     draw : callable
         The next minibatches.
@@ -153,7 +152,6 @@ class StochasticCycle(VCycle):
         self._batches: list[Iterator[Samples]] = [self._of_level(level) for level in range(len(objectives))]
         smoothers = [MinibatchSmoother(each, batches) for each, batches in zip(optimisers, self._batches, strict=False)]
         super().__init__(objectives, transfers, smoothers, pre, post, coarse, damping=damping)
-        self.transfers = list(self.transfers)
         self.draw, self.tau = draw, tau
         self._subsets: dict[int, Iterator[Samples]] = {}
 
@@ -167,8 +165,6 @@ class StochasticCycle(VCycle):
         return schedule.coarse if level == self.levels - 1 else schedule.pre[level] + schedule.post[level]
 
     def _ready(self, level: int, objective: SampledObjective | ShiftedObjective, point: Point) -> Point:
-        if hasattr(self.transfers[level], "renewed"):
-            self.transfers[level] = self.transfers[level].renewed(point.x)
         subset = self.draw(self._steps(level + 1))
         self._subsets[level + 1] = endless(subset)
         if not self.damping.coupling:

@@ -31,6 +31,11 @@ class Transfer(Protocol):
         """R g with R = I^T: a gradient of the fine level on the coarse one."""
 
 
+def renewed(transfer: Transfer, x: Tensor) -> Transfer:
+    """The transfer at the weights x of its fine level: what its method `renewed` says, if it has one, else itself."""
+    return transfer.renewed(x) if hasattr(transfer, "renewed") else transfer
+
+
 @dataclass(frozen=True)
 class Damping:
     """Factors that keep a cycle stable (paper 002, section 6.1.4).
@@ -73,7 +78,8 @@ class VCycle:
     ----------
     objectives : sequence of L Objective
     transfers : sequence of L - 1 Transfer
-        The l-th between the levels l and l + 1.
+        The l-th between the levels l and l + 1. Those with a method `renewed(x)` are asked for the transfer at the
+        weights x at every restriction.
     smoothers : sequence of L LevelOptimiser
     pre, post : sequence of L - 1 int
         Steps on the way down and up.
@@ -117,7 +123,7 @@ class VCycle:
                 raise ValueError(f"len({name})={given} must be {wanted} for {levels} levels; use {wanted}")
         if cycle not in CYCLES:
             raise ValueError(f"cycle={cycle!r} must be {' or '.join(CYCLES)}; use V")
-        self.objectives, self.transfers, self.smoothers = tuple(objectives), tuple(transfers), tuple(smoothers)
+        self.objectives, self.transfers, self.smoothers = tuple(objectives), list(transfers), tuple(smoothers)
         self.cycle, self.line_search, self.damping = cycle, line_search, damping
 
     @property
@@ -138,8 +144,9 @@ class VCycle:
         `x`, weights of the finest level, are restricted to the coarsest one; from there the weights are prolonged
         (paper 001, algorithm 1), and every level is cycled over with the levels below it.
         """
-        for transfer in self.transfers:
-            x = transfer.restrict(x)
+        for level in range(self.levels - 1):
+            self.transfers[level] = renewed(self.transfers[level], x)
+            x = self.transfers[level].restrict(x)
         point = self._cycle(self.levels - 1, None, Point(x))
         for level in reversed(range(self.levels - 1)):
             point = Point(self.transfers[level].prolong(point.x))
@@ -169,7 +176,9 @@ class VCycle:
         smoother, schedule = self.smoothers[level], self.schedule
         if level == self.levels - 1:
             return smoother.minimise(objective, point, schedule.coarse)
-        point = self._ready(level, objective, smoother.minimise(objective, point, schedule.pre[level]))
+        point = smoother.minimise(objective, point, schedule.pre[level])
+        self.transfers[level] = renewed(self.transfers[level], point.x)
+        point = self._ready(level, objective, point)
         below, start = self.coupled(level, point)
         sent = self._send_momentum(level)
         end = start

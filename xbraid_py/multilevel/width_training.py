@@ -149,7 +149,7 @@ class WidthTraining:
             self.minibatches.draw,
             steps,
             steps,
-            options.steps,
+            options.steps_of(len(self.transfers)),
             damping=damping,
             tau=options.tau,
         )

@@ -23,6 +23,8 @@ class WidthTrainingOptions:
         Networks, each of half the width of the one before; 1 trains the given network alone.
     steps
         s: optimiser steps before and after the coarse correction, and on the coarsest level.
+    coarse_steps
+        Of the coarsest of several levels, where it is to make other than `steps` of them; 0: as many.
     method
         SGD with momentum, or Adam.
     learning_rate
@@ -51,6 +53,7 @@ class WidthTrainingOptions:
 
     levels: int = 2
     steps: int = 4
+    coarse_steps: int = 0
     method: Literal["sgd", "adam"] = "sgd"
     learning_rate: float = 0.01
     momentum: float = 0.9
@@ -68,6 +71,8 @@ class WidthTrainingOptions:
         for name, use in (("levels", 2), ("steps", 4), ("eta_levels", 3), ("rematch_every", 50)):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1; use {use}")
+        if self.coarse_steps < 0:
+            raise ValueError(f"coarse_steps={self.coarse_steps} must be at least 0; use 16")
         if self.method not in ("sgd", "adam"):
             raise ValueError(f"method={self.method!r} must be sgd or adam; use sgd")
         if not 0.0 < self.learning_rate < float("inf"):
@@ -100,11 +105,17 @@ class WidthTrainingOptions:
             lambda weights: torch.optim.SGD(weights, lr=rate, momentum=self.momentum, weight_decay=self.weight_decay)
         )
 
+    def steps_of(self, level: int) -> int:
+        """Optimiser steps of a level in a cycle."""
+        if level < self.levels - 1:
+            return 2 * self.steps
+        return self.coarse_steps if level and self.coarse_steps else self.steps
+
     def work(self) -> tuple[float, float]:
         """Work units of a cycle, with tau (eq. 40) and without: a level costs a quarter of the finer one."""
         smoothing = tau = 0.0
         for level in range(self.levels):
-            steps = self.steps * (1 if level == self.levels - 1 else 2)
+            steps = self.steps_of(level)
             smoothing += steps / 4**level
             if level and self.gamma:
                 # A gradient there and one on the finer level for each of the minibatches.

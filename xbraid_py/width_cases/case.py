@@ -42,7 +42,9 @@ class Case:
         See `Job.of`.
     batch_size
         Samples of a minibatch.
-    levels, steps, method, learning_rate, momentum, weight_decay, eta, gamma, alpha_p, alpha_m, rematch_every
+    levels, steps, coarse_steps, method, learning_rate, momentum, weight_decay, eta, gamma, alpha_p, alpha_m
+        See `WidthTrainingOptions`.
+    rematch_every
         See `WidthTrainingOptions`.
     tau
         Minibatches of the tau correction: same, other, or none for no correction.
@@ -70,6 +72,7 @@ class Case:
     batch_size: int = 200
     levels: int = 2
     steps: int = 4
+    coarse_steps: int = 0
     method: str = "sgd"
     learning_rate: float = 0.01
     momentum: float = 0.9
@@ -98,9 +101,9 @@ class Case:
     @property
     def options(self) -> WidthTrainingOptions:
         """The options of the training."""
-        names = "levels steps method learning_rate momentum weight_decay eta alpha_p alpha_m rematch_every".split()
+        names = "levels steps coarse_steps method learning_rate momentum weight_decay eta alpha_p alpha_m"
         return WidthTrainingOptions(
-            **{name: getattr(self, name) for name in names},
+            **{name: getattr(self, name) for name in (*names.split(), "rematch_every")},
             gamma=0.0 if self.tau == "none" else self.gamma,
             tau="same" if self.tau == "none" else self.tau,
             pairs=WidthOptions(scaling=self.scaling, matching=self.matching),

@@ -12,6 +12,8 @@ ETAS = (1.0, sqrt(2), 2.0, 2 * sqrt(2), 4.0)
 # "Stability tuning" of the paper's section 8.3; section 8.2.1 is without it, which we read as no damping at all.
 DAMPED = {"eta": 2 * sqrt(2), "gamma": 0.125, "alpha_m": 0.2}
 UNDAMPED = {"eta": 1.0, "gamma": 1.0, "alpha_m": 1.0}
+# Most steps on the coarse level, where they are cheap, and little that holds it back.
+COARSE = {"steps": 1, "coarse_steps": 32, "tau": "none", "eta": 1.0, "alpha_m": 0.0}
 # What the scan changes of the two-level method: the last two are of one level. Where a neuron's gradient has been 0,
 # Adam's second moment is 0 too, and the momentum of its partner, prolonged, makes a step of any size: none is carried.
 SCAN = {
@@ -27,8 +29,11 @@ SCAN = {
     "other minibatches for tau": {"tau": "other"},
     "eta 1": {"eta": 1.0},
     "mutual matching": {"matching": "mutual"},
+    "coarse steps": COARSE,
+    "coarse steps, levels 3": COARSE | {"levels": 3},
     "adam": {"method": "adam", "alpha_m": 0.0},
     "adam, no tau": {"method": "adam", "alpha_m": 0.0, "tau": "none"},
+    "adam, coarse steps": COARSE | {"method": "adam"},
     "sgd alone": {"levels": 1},
     "adam alone": {"method": "adam", "levels": 1},
 }

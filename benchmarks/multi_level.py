@@ -1,0 +1,56 @@
+"""Multi-level residual networks against the last-cycle model: time saved, and test errors, by the reduced protocol.
+
+    python benchmarks/multi_level.py [--quick] [--seeds 5] [--workers 2]
+
+CIFAR-10, 10,000 training images, 2-2-2 to 8-8-8 blocks with 8, 16 and 32 filters; each worker has one core. Prints
+the table and, as its last line, the figures `time_saved` and `work_saved` (share of the seconds and of the block
+evaluations of the last-cycle model, medians over the seeds), `error_multi_level`, `error_last_cycle` and
+`error_first_cycle` (test errors, means) and `deviation_last_cycle`. With --quick few images, filters and epochs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import common  # first: one thread
+
+from xbraid_py.image_cases import Case, train
+from xbraid_py.report.multi_level_study import differences, figures
+from xbraid_py.report.multi_level_tables import page
+from xbraid_py.study import Study
+
+REDUCED = Case(
+    filters=(8, 16, 32),
+    stem_stride=2,
+    epochs=(12, 10, 10),
+    eta_max=0.2,
+    precision="bfloat16",
+    channels_last=True,
+    train_images=10_000,
+    validate_every=32,
+)
+QUICK = replace(REDUCED, filters=(4, 8, 16), epochs=(2, 1, 1), train_images=300, test_images=200)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few images, filters and epochs, one seed")
+    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--workers", type=int, default=2, help="runs at the same time")
+    parser.add_argument("--data_dir", help="folder of the images")
+    arguments = parser.parse_args()
+    base, seeds = (QUICK, arguments.seeds or 1) if arguments.quick else (REDUCED, arguments.seeds or 5)
+    models = ("first", "last", "multilevel")
+    settings = [asdict(replace(base, model=model, seed=seed)) for seed in range(seeds) for model in models]
+    with tempfile.TemporaryDirectory() as folder:
+        rows = list(Study(Path(folder), partial(train, data_dir=arguments.data_dir), arguments.workers).run(settings))
+    print(page(rows) + "\n" + differences(rows))
+    common.finish("multi_level", figures(rows))
+
+
+if __name__ == "__main__":
+    main()

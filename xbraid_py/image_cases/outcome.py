@@ -1,0 +1,44 @@
+"""What a job of several runs leaves beside their folders: the table and the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from xbraid_py.comm import Communicator
+from xbraid_py.errors import RunError
+from xbraid_py.image_cases.case import Case
+from xbraid_py.image_cases.follow import read_result
+
+
+def folder_of(case: Case, out: Path) -> Path:
+    """Where a run of a job is."""
+    return out / f"{case.model}_{case.seed}"
+
+
+def write_outcome(cases: Sequence[Case], out: Path, comm: Communicator) -> None:
+    """Write `tables.md` (tables 3 and 4) and `figure6.png` of finished runs, and print the table; collective.
+
+    Raises
+    ------
+    RunError
+        On all ranks, if a record cannot be read or a file not be written.
+    """
+    problem = None
+    if comm.rank == 0:
+        # matplotlib takes its time to load: on one rank only
+        from xbraid_py.report import multi_level_curves, multi_level_tables
+
+        try:
+            rows = [{"settings": asdict(case), "result": read_result(folder_of(case, out))} for case in cases]
+            text = multi_level_tables.page(rows)
+            (out / "tables.md").write_text(text, encoding="utf-8")
+            multi_level_curves.figure6(rows, out / "figure6.png")
+        except (OSError, ValueError) as error:
+            problem = f"the table in {out} could not be made: {error}; start again with --resume auto"
+        else:
+            print(text, flush=True)
+    problem = comm.bcast(problem)
+    if problem is not None:
+        raise RunError(problem)
