@@ -8,9 +8,9 @@ import signal
 from dataclasses import asdict
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
+from cifar_files import write_cifar10
 from conftest import PROJECT, run_job
 
 from xbraid_py import RunError
@@ -37,16 +37,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """Two of six files in the format of CIFAR-10's binary version: noise, brighter in places that the class tells."""
-    folder, random = tmp_path_factory.mktemp("cifar"), np.random.default_rng(0)
-    for name, count in (("data_batch_2.bin", 40), ("test_batch.bin", 20)):
-        labels = random.integers(0, 10, count)
-        pixels = random.integers(0, 100, (count, 3, 32, 32))
-        for i, label in enumerate(labels):
-            pixels[i, label % 3, 3 * label : 3 * label + 5] += 120
-        records = np.concatenate([labels[:, None], pixels.reshape(count, -1)], axis=1)
-        (folder / name).write_bytes(records.astype(np.uint8).tobytes())
-    return folder
+    return write_cifar10(tmp_path_factory.mktemp("cifar"))
 
 
 @pytest.fixture(name="run")
