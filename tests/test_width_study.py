@@ -149,6 +149,16 @@ def test_competitors(part):
         assert case.method != "adam" or case.levels == 1 or case.alpha_m == 0.0
 
 
+def test_who_is_ahead_on_the_way(tmp_path):
+    """Two levels are ahead by a half in units of eq. 40, from the first third of the work on."""
+    budget = {"max_work": 120.0, "validate_every": 10.0}
+    base = [row(2e-3, seed, unit=10.0, without=10.0, count=12, levels=1, **budget) for seed in (0, 1)]
+    ahead = [row(1e-3, seed, unit=10.0, without=10.0, count=12, **budget) for seed in (0, 1)]
+    text = written({"scan": [*base, *ahead]}, tmp_path)
+    (line,) = (each for each in lines_of(text, "| sgd, 2 levels") if "tau counted" in each and "/" in each)
+    assert line.count("0.50 / 1.00") == 6
+
+
 def test_what_is_scanned():
     found = competitors(BASES, "scan")
     assert list(found) == list(SCAN) and found["two levels"][0] == SMALL

@@ -63,6 +63,7 @@ TABLE4_AUX = {
 _NAMES = ("val_l2", "val_linf", "train_l2", "train_linf")
 _HEADS = ("val. L2", "val. L∞", "train. L2", "train. L∞")
 _WAYS = {"work": "tau counted", "work_without_tau": "tau not counted", "counted": "multiply-adds counted"}
+_SHARES = (1 / 12, 1 / 6, 1 / 3, 1 / 2, 2 / 3, 1.0)  # of the work units, on the way
 Paper = Mapping[Hashable, tuple[str, ...]]
 
 
@@ -139,8 +140,7 @@ def _compared(rows: Sequence[Row], label: Callable[[Row], list[str]], head: Sequ
     """A line of ratios for each method of more than one level, beside the single level of its optimiser."""
     lines = []
     for name, chosen in _methods(rows).items():
-        base = [row for row in where(rows, levels=1) if row["settings"]["method"] == dict(name)["method"]]
-        base = base or where(rows, levels=1)
+        base = _single(rows, dict(name)["method"])
         if dict(name)["levels"] > 1 and base:
             lines.append([*label(chosen[0]), *(cell for way in COUNTINGS for cell in _ratios(base, chosen, way))])
     columns = [f"{norm}, {way}" for way in _WAYS.values() for norm in ("L2", "L∞")]
@@ -185,7 +185,7 @@ def _tuned(rows: Sequence[Row], figures: Path) -> list[str]:
         per_unit = [points(row)[-1]["seconds"] / points(row)[-1]["work"] for row in chosen if points(row)]
         time = f"{1e3 * median(per_unit):.1f}" if per_unit else "-"
         lines.append([label, f"{settings['learning_rate']:g}", f"{failed} of {len(chosen)}", *_medians(chosen), time])
-        base = where(rows, levels=1, method=dict(name)["method"]) or where(rows, levels=1)
+        base = _single(rows, dict(name)["method"])
         if settings["levels"] > 1 and base:
             found = {
                 f"{norm}, {_WAYS[way]}": ratio(base, chosen, key, settings["max_work"], way)
@@ -203,10 +203,33 @@ def _tuned(rows: Sequence[Row], figures: Path) -> list[str]:
         "Learning rates were tuned on other seeds, by L2 with tau counted.",
         table(["method", "learning rate", "failed", *_HEADS, "ms a work unit"], lines),
         _compared(rows, lambda row: [_label(row["settings"], usual)], ["method"]),
+        _on_the_way(rows, usual),
         "Against the single level of the same optimiser (elsewhere the interval has 1 in it):",
         "\n".join(won) or "* nowhere any difference.",
         f"Picture of seed 0: `figures/{picture.name}`.",
     ]
+
+
+def _on_the_way(rows: Sequence[Row], usual: Mapping[str, Hashable]) -> str:
+    """Ratios at parts of the work: who is ahead, and how long."""
+    whole, lines = rows[0]["settings"]["max_work"], []
+    budgets = [whole * share for share in _SHARES]
+    for name, chosen in _methods(rows).items():
+        base = _single(rows, dict(name)["method"])
+        if dict(name)["levels"] > 1 and base:
+            for way in ("work", "counted"):
+                cells = []
+                for budget in budgets:
+                    both = [ratio(base, chosen, norm, budget, way) for norm in _NAMES[:2]]
+                    cells.append(" / ".join("-" if each is None else f"{each.mean:.2f}" for each in both))
+                lines.append([_label(chosen[0]["settings"], usual), _WAYS[way], *cells])
+    head = ["L2 / L∞ over the single level", "", *(f"{budget:g} units" for budget in budgets)]
+    return table(head, lines) if lines else ""
+
+
+def _single(rows: Sequence[Row], method: str) -> list[Row]:
+    """The single level of an optimiser; of any if it has none."""
+    return where(rows, levels=1, method=method) or where(rows, levels=1)
 
 
 def _usual(rows: Sequence[Row]) -> dict[str, Hashable]:
