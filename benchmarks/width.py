@@ -1,13 +1,16 @@
 """Two levels in width against torch's SGD on Poisson's problem: errors at equal work, and time per work unit.
 
-    python benchmarks/width.py [--quick] [--seeds 5] [--one_rate 0.1] [--two_rate 0.1] [--gamma 0.125] ...
+    python benchmarks/width.py [--quick] [--setting coarse] [--seeds 5] [--one_rate 0.2] [--two_rate 0.1] ...
 
 The fully-connected network of paper 002 (2 x 400), minibatches of 200. Each method has its learning rate, tuned on
-other seeds by drivers/width_study.py; work units are those of eq. 40, tau included. One core. Prints tables and, as
-its last line, the figures `l2_ratio` and `linf_ratio` (best validation errors, two levels over one, medians over the
-seeds), the same `_without_tau` (work units of tau not counted), `time_per_work_unit` (seconds per work unit of two
-levels, their matching included, over those of a plain loop with torch.optim.SGD, interleaved, median) and
-`matching_share` (of the time of two levels). With --quick fewer seeds, samples and work units.
+other seeds by drivers/width_study.py; work units are those of eq. 40, tau included. The setting coarse makes most steps
+on the coarse level and no tau; paper is the one of the paper. One core. Prints tables and, as its last
+line, the figures `l2_ratio` and `linf_ratio` (best validation errors, two levels over one, medians over the seeds), the
+same `_without_tau` (work units of tau not counted) and `_counted` (multiply-adds as they are: the coarse network of this
+problem costs 0.47 of the fine one, not a quarter), `time_per_work_unit` (seconds per work unit of the paper's two
+levels, their matching included, over those of a plain loop with torch.optim.SGD, interleaved, median),
+`time_per_counted_unit` of the setting, and `matching_share` (of the time of two levels). With --quick fewer seeds,
+samples and work units.
 """
 
 from __future__ import annotations
@@ -23,6 +26,9 @@ from torch import nn
 
 from xbraid_py.report.width_rows import ratios
 from xbraid_py.width_cases import Case, Job, train
+from xbraid_py.width_cases.parts import COARSE
+
+SETTINGS = {"coarse": COARSE, "paper": {}}
 
 
 def errors(one: Case, two: Case, seeds: int) -> dict[str, float]:
@@ -36,7 +42,7 @@ def errors(one: Case, two: Case, seeds: int) -> dict[str, float]:
             best = found[name][-1]["result"]["best"]
             print(f"  {name} level(s), seed {seed}: L2 {best['val_l2']:.3e}, Linf {best['val_linf']:.3f}", flush=True)
     figures = {}
-    for counting, suffix in (("work", ""), ("work_without_tau", "_without_tau")):
+    for counting, suffix in (("work", ""), ("work_without_tau", "_without_tau"), ("counted", "_counted")):
         for norm in ("l2", "linf"):
             each = ratios(found["one"], found["two"], f"val_{norm}", one.max_work, counting)
             figures[f"{norm}_ratio{suffix}"] = median(each)
@@ -61,12 +67,12 @@ def plain(job: Job, rate: float, momentum: float, steps: int) -> Callable[[], No
     return body
 
 
-def times(two: Case, rounds: int, share: float) -> dict[str, float]:
-    """Seconds per work unit over those of the plain loop."""
+def time_per_unit(two: Case, rounds: int, share: float, counted: bool = False) -> float:
+    """Seconds per work unit, of eq. 40 or counted, over those of the plain loop."""
     job, other = two.job(), two.job()
-    unit = two.options.work()[0]
     cycles = job.training.run(4 * rounds + 2)
-    next(cycles)  # the one with the matching
+    first = next(cycles)  # the one with the matching
+    unit = first.counted if counted else first.work
     steps = round(unit)
     bodies = {"two": lambda: next(cycles), "plain": plain(other, two.learning_rate, two.momentum, steps)}
     found = common.interleaved(bodies, rounds)
@@ -74,7 +80,7 @@ def times(two: Case, rounds: int, share: float) -> dict[str, float]:
         [seconds / unit / (1 - share) for seconds in found["two"]], [seconds / steps for seconds in found["plain"]]
     )
     print(f"plain loop: {1e3 * median(found['plain']) / steps:.2f} ms a work unit; two levels over it: {spread}")
-    return {"time_per_work_unit": spread.median}
+    return spread.median
 
 
 def main() -> None:
@@ -88,12 +94,9 @@ def main() -> None:
     parser.add_argument("--mesh", type=int, default=32)
     parser.add_argument("--widths", type=common.integers, default=[400, 400])
     parser.add_argument("--batch_size", type=int, default=200)
-    parser.add_argument("--one_rate", type=float, default=0.1, help="learning rate of one level")
+    parser.add_argument("--setting", choices=list(SETTINGS), default="coarse", help="of two levels")
+    parser.add_argument("--one_rate", type=float, default=0.2, help="learning rate of one level")
     parser.add_argument("--two_rate", type=float, default=0.1, help="learning rate of two levels")
-    for name in ("eta", "gamma", "alpha_p", "alpha_m"):
-        parser.add_argument(f"--{name}", type=float, default=getattr(Case, name))
-    for name in ("tau", "scaling", "matching"):
-        parser.add_argument(f"--{name}", default=getattr(Case, name))
     arguments = parser.parse_args()
     defaults = {
         "seeds": (5, 2),
@@ -105,13 +108,15 @@ def main() -> None:
     for name, (full, quick) in defaults.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, quick if arguments.quick else full)
-    names = "num_train num_val mesh batch_size eta gamma alpha_p alpha_m tau scaling matching max_work".split()
+    names = "num_train num_val mesh batch_size max_work".split()
     sizes = {name: getattr(arguments, name) for name in names}
     base = Case(**sizes, widths=tuple(arguments.widths), validate_every=min(50.0, arguments.max_work / 2))
     one = replace(base, levels=1, learning_rate=arguments.one_rate)
-    two = replace(base, learning_rate=arguments.two_rate)
+    two = replace(base, learning_rate=arguments.two_rate, **SETTINGS[arguments.setting])
     figures = errors(one, two, arguments.seeds)
-    figures |= times(two, arguments.rounds, figures["matching_share"])
+    share, paper = figures["matching_share"], replace(base, learning_rate=arguments.two_rate)
+    figures["time_per_work_unit"] = time_per_unit(paper, arguments.rounds, share)
+    figures["time_per_counted_unit"] = time_per_unit(two, arguments.rounds, share, counted=True)
     common.finish("width", figures)
 
 

@@ -232,9 +232,9 @@ def test_the_benchmark_runs(run_job):
     job = run_job([PROJECT / "benchmarks" / "width.py", *words, "--max_work=60", "--rounds=2"], timeout=140)
     assert job.returncode == 0, job.stderr
     found = json.loads(job.stdout.splitlines()[-1])
-    names = {"l2_ratio", "linf_ratio", "l2_ratio_without_tau", "linf_ratio_without_tau"}
+    names = {f"{norm}_ratio{way}" for norm in ("l2", "linf") for way in ("", "_without_tau", "_counted")}
     assert found["benchmark"] == "width"
-    assert found["figures"].keys() == names | {"time_per_work_unit", "matching_share"}
+    assert found["figures"].keys() == names | {"time_per_work_unit", "time_per_counted_unit", "matching_share"}
     assert all(math.isfinite(value) and value > 0 for value in found["figures"].values()), found
     assert found["figures"]["matching_share"] < 1
 
