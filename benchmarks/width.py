@@ -5,9 +5,9 @@
 The fully-connected network of paper 002 (2 x 400), minibatches of 200. Each method has its learning rate, tuned on
 other seeds by drivers/width_study.py; work units are those of eq. 40, tau included. The setting coarse makes most steps
 on the coarse level and no tau; paper is the one of the paper. One core. Prints tables and, as its last
-line, the figures `l2_ratio` and `linf_ratio` (best validation errors, two levels over one, medians over the seeds), the
-same `_without_tau` (work units of tau not counted) and `_counted` (multiply-adds as they are: the coarse network of this
-problem costs 0.47 of the fine one, not a quarter), `time_per_work_unit` (seconds per work unit of the paper's two
+line, the figures `l2_ratio` and `linf_ratio` (best validation errors, two levels over one, medians over seeds), the
+same `_without_tau` (work units of tau not counted) and `_counted` (multiply-adds as they are: the coarse network here
+costs 0.47 of the fine one, not a quarter), `time_per_work_unit` (seconds per work unit of the paper's two
 levels, their matching included, over those of a plain loop with torch.optim.SGD, interleaved, median),
 `time_per_counted_unit` of the setting, and `matching_share` (of the time of two levels). With --quick fewer seeds,
 samples and work units.

@@ -114,6 +114,15 @@ def test_after_a_signal(run, tmp_path, stop_at, monkeypatch):
     assert len(rows_of(tmp_path / "run" / "first_0")) == 4
 
 
+def test_the_folder_of_a_run_is_enough_to_go_on(run, tmp_path, capsys):
+    """As `xbraid-py resume` does it: with the run's own configuration, in its own folder."""
+    run(epochs=(2, 1))
+    capsys.readouterr()
+    run(epochs=(2, 1), out=tmp_path / "multilevel_0", resume="auto")
+    assert f"the run in {tmp_path / 'multilevel_0'} is finished" in capsys.readouterr().out
+    assert not (tmp_path / "multilevel_0" / "multilevel_0").exists()
+
+
 def test_what_is_finished_is_not_made_again(run, tmp_path, capsys):
     run()
     before = (tmp_path / "multilevel_0" / "metrics.jsonl").read_bytes()

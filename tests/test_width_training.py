@@ -141,9 +141,7 @@ def by_hand(network, minibatches, cycles, options):
     return torch.cat([each.flatten() for each in x])
 
 
-@pytest.mark.parametrize(
-    "coarse_steps, damping", [(0, (1.0, 1.0, 1.0)), (0, (0.125, 0.7, 0.2)), (5, (0.5, 1.0, 0.2))]
-)
+@pytest.mark.parametrize("coarse_steps, damping", [(0, (1.0, 1.0, 1.0)), (0, (0.125, 0.7, 0.2)), (5, (0.5, 1.0, 0.2))])
 def test_two_levels_are_algorithm_2(coarse_steps, damping):
     gamma, alpha_p, alpha_m = damping
     how = {"levels": 2, "steps": 2, "learning_rate": 0.05, "rematch_every": 1, "eta": 2.0}

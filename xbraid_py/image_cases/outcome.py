@@ -13,8 +13,9 @@ from xbraid_py.image_cases.follow import read_result
 
 
 def folder_of(case: Case, out: Path) -> Path:
-    """Where a run of a job is."""
-    return out / f"{case.model}_{case.seed}"
+    """Where a run of a job is: below its folder, or there if that is the run's own, as `xbraid-py resume` gives it."""
+    name = f"{case.model}_{case.seed}"
+    return out if out.name == name else out / name
 
 
 def write_outcome(cases: Sequence[Case], out: Path, comm: Communicator) -> None:
