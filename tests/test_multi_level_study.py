@@ -77,7 +77,7 @@ def test_parts(part):
 
 @pytest.mark.parametrize(
     "words, epochs, seeds",
-    [([], (12, 10, 10), 5), (["--protocol=paper"], (60, 50, 50), 3), (["--protocol", "paper"], (60, 50, 50), 3)],
+    [([], (42, 35, 35), 5), (["--protocol=paper"], (60, 50, 50), 3), (["--protocol", "paper"], (60, 50, 50), 3)],
 )
 def test_defaults_of_the_protocols(words, epochs, seeds):
     options = NAMES["chosen"](words)()

@@ -43,7 +43,8 @@ def over_work(
     """
     if not runs:
         raise ValueError("runs holds no run; pictures need at least one")
-    figure = Figure(figsize=(9.0, 3.6), layout="constrained")
+    entries = len(runs) * len(lines)
+    figure = Figure(figsize=(9.0, 3.4 + 0.09 * entries), layout="constrained")
     shades = colormaps["viridis"](np.linspace(0.0, 0.85, len(runs)))
     for axes, (norm, title) in zip(figure.subplots(1, 2), _PANELS, strict=True):
         for (name, rows), colour in zip(runs.items(), shades, strict=True):
@@ -56,7 +57,8 @@ def over_work(
         clean(axes, "work units" + " without tau" * (over == "work_without_tau"))
         axes.set_yscale("log")
         axes.set_title(title, fontsize="medium")
-    axes.legend(frameon=False, fontsize="x-small")
+    # Below the panels: in them there is no room for many long names.
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", frameon=False, fontsize="x-small", ncols=2)
     save(figure, path)
 
 
