@@ -125,20 +125,21 @@ class TorchOptimiser:
     def takes_momentum(self) -> bool:
         # Without second moments of its own Adam would make steps of any size with the momentum of another level.
         name = self._momentum_name
-        return name == "momentum_buffer" or (name is not None and name in self._state)
+        return name == "momentum_buffer" or (name is not None and name in self.state)
 
     @property
     def momentum(self) -> Tensor | None:
         """The momentum of SGD, the first moment of Adam; None before the first step."""
-        found = self._state.get(self._momentum_name)
+        found = self.state.get(self._momentum_name)
         return found if found is None or self._root is None else self._root * found
 
     @momentum.setter
     def momentum(self, value: Tensor) -> None:
-        self._state[self._momentum_name] = _divided(value.clone(), self._root)
+        self.state[self._momentum_name] = _divided(value.clone(), self._root)
 
     @property
-    def _state(self) -> dict:
+    def state(self) -> dict:
+        """What torch keeps for the weights, by its own names: tensors, and for some optimisers the number of steps."""
         return self._optimiser.state[self._weights]
 
     @property

@@ -182,7 +182,7 @@ class WidthTraining:
                 if matching is not None:
                     found[f"level{level}/partner{layer}"] = matching.partner
         for level, optimiser in enumerate(self._optimisers()):
-            for name, value in optimiser._state.items():
+            for name, value in optimiser.state.items():
                 if isinstance(value, Tensor):
                     found[f"level{level}/{name}"] = value.reshape(-1)
         return found
@@ -208,7 +208,7 @@ class WidthTraining:
             for name, value in state.items():
                 owner, _, kind = name.partition("/")
                 if owner == f"level{level}" and not kind.startswith("partner"):
-                    optimiser._state[kind] = value.reshape(()).clone() if kind == "step" else value.to(self.x)
+                    optimiser.state[kind] = value.reshape(()).clone() if kind == "step" else value.to(self.x)
 
     def _optimisers(self) -> list[TorchOptimiser]:
         return [each.optimiser for each in self._cycle.smoothers] if self._cycle else [self.optimiser]
