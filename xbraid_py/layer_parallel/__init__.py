@@ -3,5 +3,14 @@
 from xbraid_py.layer_parallel.accuracy import Accuracy, SolveRecord
 from xbraid_py.layer_parallel.ends import clip_grad_norm_, share_loss
 from xbraid_py.layer_parallel.stack import LayerParallel
+from xbraid_py.layer_parallel.stages import StageParallelResNet, parallel_stages
 
-__all__ = ["Accuracy", "LayerParallel", "SolveRecord", "clip_grad_norm_", "share_loss"]
+__all__ = [
+    "Accuracy",
+    "LayerParallel",
+    "SolveRecord",
+    "StageParallelResNet",
+    "clip_grad_norm_",
+    "parallel_stages",
+    "share_loss",
+]
