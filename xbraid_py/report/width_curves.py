@@ -58,7 +58,8 @@ def over_work(
         axes.set_yscale("log")
         axes.set_title(title, fontsize="medium")
     # Below the panels: in them there is no room for many long names.
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", frameon=False, fontsize="x-small", ncols=2)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", frameon=False, fontsize="x-small", ncols=2)
     save(figure, path)
 
 
