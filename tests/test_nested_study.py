@@ -78,11 +78,11 @@ def test_a_part_of_the_study_has_a_page(tmp_path):
 @pytest.mark.job
 def test_the_driver_goes_on_where_it_was(run_job, tmp_path):
     words = ["--smoke", "--parts=interpolation", "--inits=1", "--workers=2", f"--out={tmp_path}"]
-    first = run_job([DRIVER, *words])
+    first = run_job([DRIVER, *words], timeout=150)
     assert first.returncode == 0, first.stderr
     rows = (tmp_path / "runs.jsonl").read_text()
     assert len(rows.splitlines()) == 2 and all("result" in json.loads(line) for line in rows.splitlines())
-    again = run_job([DRIVER, *words])
+    again = run_job([DRIVER, *words], timeout=150)
     assert again.returncode == 0 and (tmp_path / "runs.jsonl").read_text() == rows
     assert (tmp_path / "study.md").read_text().startswith("2 runs, 0 failed.")
 
