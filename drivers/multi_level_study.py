@@ -1,7 +1,7 @@
 """The study of multi-level residual networks (paper 003): models, resets of the learning rate, interpolations.
 
 By default the reduced protocol: 5,000 images of CIFAR-10, made small by the first convolution, and 112 epochs, which
-take half an hour on two cores. Runs that are over are not made again. Try
+take 35 minutes on two cores. Runs that are over are not made again. Try
 
     python drivers/multi_level_study.py
     python drivers/multi_level_study.py --parts="[models, reset, interpolation]" --seeds=3
