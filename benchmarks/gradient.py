@@ -29,7 +29,8 @@ from xbraid_py.comm import SerialCommunicator
 from xbraid_py.kernels import fallback
 from xbraid_py.network import InitialScales
 from xbraid_py.networks.dense import DenseLayer
-from xbraid_py.objective import NetworkObjective, Regularization
+from xbraid_py.objective import NetworkObjective
+from xbraid_py.regularization import Regularization
 
 ETA = 0.1
 AGREEMENT = 1e-12

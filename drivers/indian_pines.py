@@ -29,8 +29,8 @@ from xbraid_py.io.launch import launch
 from xbraid_py.io.run_folder import RunFolder
 from xbraid_py.multilevel import NestedIteration, NestedOptions
 from xbraid_py.network import InitialScales
-from xbraid_py.objective import Regularization
 from xbraid_py.problem import Architecture
+from xbraid_py.regularization import Regularization
 from xbraid_py.scores import Scores
 
 

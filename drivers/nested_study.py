@@ -27,9 +27,9 @@ from xbraid_py.io.launch import launch
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel import NestedIteration, NestedOptions
 from xbraid_py.network import InitialScales
-from xbraid_py.objective import Regularization
 from xbraid_py.optim import OneShotOptions
 from xbraid_py.problem import Architecture
+from xbraid_py.regularization import Regularization
 from xbraid_py.report import nested_study as page
 from xbraid_py.study import RUNS, Settings, Study
 

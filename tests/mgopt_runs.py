@@ -13,8 +13,8 @@ from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.mgopt import MGOpt
 from xbraid_py.multilevel.mgopt_options import MGOptOptions
 from xbraid_py.multilevel.perceptron import PerceptronProblem, perceptron_weights
-from xbraid_py.objective import Regularization
 from xbraid_py.problem import Architecture
+from xbraid_py.regularization import Regularization
 
 EXACT = MGRIT(max_levels=1)
 

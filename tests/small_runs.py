@@ -13,9 +13,9 @@ from xbraid_py.data import peaks
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel import NestedIteration, NestedOptions, Record
 from xbraid_py.network import InitialScales
-from xbraid_py.objective import Regularization
 from xbraid_py.optim import OneShotOptions
 from xbraid_py.problem import Architecture, Problem
+from xbraid_py.regularization import Regularization
 
 # With 8 layers two intervals of the second level, which 3 or 5 ranks do not own as they own those of the first.
 MIXED = MGRIT(cycle="V", cfactor=(4, 2), max_levels=3, min_coarse=1)

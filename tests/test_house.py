@@ -22,6 +22,7 @@ LAYERS = (
     {"module_steps"},
     {"mgrit"},
     {"network"},
+    {"regularization"},
     {"layer_parallel", "objective", "process_grid"},
     {"problem"},
     {"optim"},

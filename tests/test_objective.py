@@ -13,8 +13,8 @@ import torch
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.network import InitialScales
-from xbraid_py.objective import Regularization
 from xbraid_py.problem import Architecture, Problem
+from xbraid_py.regularization import Regularization
 
 ALL_RANKS = pytest.mark.ranks(1, 2, 3, 5, 8)
 N, T, FEATURES, WIDTH, CLASSES, BATCH = 16, 2.0, 2, 4, 3, 23

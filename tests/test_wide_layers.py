@@ -14,9 +14,9 @@ from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel import NestedIteration, NestedOptions
 from xbraid_py.network import InitialScales
 from xbraid_py.networks.dense import DenseLayer
-from xbraid_py.objective import Regularization
 from xbraid_py.optim import OneShotOptions
 from xbraid_py.problem import Architecture, Problem
+from xbraid_py.regularization import Regularization
 
 WIDTH, LAYERS, UPDATES = 220, 8, 10
 # Converged: to rounding, or exactly, after as many iterations as there are intervals.

@@ -34,11 +34,12 @@ _HOMES = {
     "networks.dense_block": ("DenseBlock",),
     "networks.dropout": ("Dropout",),
     "networks.image_resnet": ("ImageResNet",),
-    "objective": ("Evaluation", "NetworkObjective", "Objective", "Regularization"),
+    "objective": ("Evaluation", "NetworkObjective", "Objective"),
     "optim": ("Armijo", "OneShot", "OneShotOptions", "QuasiNewton"),
     "problem": ("Architecture", "Problem"),
     "process_grid": ("ProcessGrid", "share"),
     "propagator": ("Adjoint", "Forward", "Propagator", "ResidualSteps"),
+    "regularization": ("Regularization",),
     "threads": ("run_threads",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -25,10 +25,10 @@ from xbraid_py.io.training import Training, finished_accuracy, prepare
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel import NestedIteration, NestedOptions
 from xbraid_py.network import InitialScales
-from xbraid_py.objective import Regularization
 from xbraid_py.optim import OneShotOptions
 from xbraid_py.planner import Workload, recommend
 from xbraid_py.problem import Architecture, Problem
+from xbraid_py.regularization import Regularization
 
 # What may differ between a run and its continuation: where it writes, and what it shows.
 _FREE = ("out", "resume", "convert_dtype", "smoke", "compare", "plan")

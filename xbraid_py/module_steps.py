@@ -17,6 +17,7 @@ from torch import Tensor
 
 from xbraid_py.grid import Partition
 from xbraid_py.networks.module_block import ModuleBlock
+from xbraid_py.propagator import coarse_rows
 
 _TRIALS = 3
 _FAR = 0.7
@@ -81,7 +82,7 @@ class ModuleSteps:
 
     block: ModuleBlock
     theta: Tensor
-    h: float
+    h: float | Tensor
     layers: tuple[int, ...]
     draw: int = 0
     batched: bool = False
@@ -99,15 +100,9 @@ class ModuleSteps:
         length = cfactor * self.parts // parts
         if length == 1:
             return replace(self, parts=parts, tape=None)
-        coarse = self.theta[::length]
-        if weights == "average":
-            # One slice after the other: the order of summation must not depend on the number of rows.
-            coarse = coarse.clone()
-            for j in range(1, length):
-                coarse += self.theta[j::length]
-            coarse /= length
+        theta, h = coarse_rows(self.theta, self.h, length, weights)
         layers = self.layers[::length]
-        return replace(self, theta=coarse, layers=layers, h=length * self.h, scheme=scheme, parts=parts, tape=None)
+        return replace(self, theta=theta, layers=layers, h=h, scheme=scheme, parts=parts, tape=None)
 
     def redistribute(self, comm, source: Partition, target: Partition) -> Self:
         """The steps of the rows that `target` gives to this rank."""
@@ -115,7 +110,8 @@ class ModuleSteps:
         theta = comm.redistribute(self.theta.contiguous(), source, target)
         numbers = torch.tensor(self.layers, dtype=torch.int64)
         layers = tuple(comm.redistribute(numbers, source, target).tolist())
-        return replace(self, theta=theta, layers=layers, tape=None)
+        h = comm.redistribute(self.h, source, target) if isinstance(self.h, Tensor) else self.h
+        return replace(self, theta=theta, layers=layers, h=h, tape=None)
 
     def relax(
         self,
@@ -236,10 +232,13 @@ class ModuleSteps:
                 return self.block.batched(weights, x)
             return self.block(weights, x, self.draw, self.layers[row])
 
+        h = self.h
+        if isinstance(h, Tensor):
+            h = h[row].view(-1, *(1,) * (u.dim() - 1)) if self.batched else h[row]
         change = field_of(u)
         if self.scheme == "midpoint":
-            change = field_of(u + self.h / 2 * change)
-        return self.h * change
+            change = field_of(u + h / 2 * change)
+        return h * change
 
     def _of_interval(self, columns: list[Tensor], first: int, length: int, graph: bool) -> tuple[list, list]:
         """The columns of an interval (length, *shape), batched (m, length, *shape), and the weights of each row."""

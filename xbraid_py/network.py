@@ -105,6 +105,14 @@ class ResidualNetwork:
             self.dtype,
         )
 
+    @cached_property
+    def sizes(self) -> float | Tensor:
+        """Step size of the layers, or of each of those owned here (n,) on a grid that is not uniform."""
+        if self.grid.is_uniform:
+            return self.grid.h
+        rank = self.comm.rank
+        return torch.tensor(self.grid.sizes(self.partition.first(rank), self.partition.count(rank)), dtype=self.dtype)
+
     def initial(self, scales: InitialScales, seed: int) -> Tensor:
         """Random weights: those of a layer depend on the seed and on the layer, not on the number of ranks."""
         flat = self.layout.zeros()
@@ -123,7 +131,7 @@ class ResidualNetwork:
 
     def steps(self, x: Tensor) -> ResidualSteps:
         """The residual layers owned here, with the weights in the flat vector `x`."""
-        return ResidualSteps(self.block, self.layout.rows(x)["layers"], self.grid.h)
+        return ResidualSteps(self.block, self.layout.rows(x)["layers"], self.sizes)
 
     def open(self, x: Tensor, features: Tensor) -> Tensor:
         """u_0 (C, B) of features (F, B); on the owner of the first layer."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from xbraid_py.mgrit import Solver
 from xbraid_py.network import ResidualNetwork
 from xbraid_py.propagator import Adjoint, Forward
+from xbraid_py.regularization import Regularization
 
 
 @dataclass(frozen=True)
@@ -53,72 +54,6 @@ class Objective(Protocol):
 
     def dots(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
         """Dot products over all ranks of each of some flat vectors with each of others, (len(a), len(b))."""
-
-
-@dataclass(frozen=True)
-class Regularization:
-    """gamma_tik/2 sum |theta_n|^2 + gamma_ddt/2 sum |(theta_n - theta_{n-1})/h|^2 (design, 4.1).
-
-    Parameters
-    ----------
-    tikhonov
-        gamma_tik, of the residual layers, and of the opening layer if nothing else is given for it.
-    ddt
-        gamma_ddt, smoothness of the residual layers' weights in depth.
-    classification
-        gamma of the classification layer's Tikhonov term.
-    measure
-        "sum": plain sums over the layers; "integral": a factor h in front of the residual layers' terms,
-        which makes the functional independent of the depth.
-    opening
-        gamma of the opening layer's Tikhonov term; as tikhonov if not given.
-    """
-
-    tikhonov: float = 1e-5
-    ddt: float = 1e-5
-    classification: float = 1e-5
-    measure: str = "integral"
-    opening: float | None = None
-
-    def __post_init__(self):
-        for name in ("tikhonov", "ddt", "classification", "opening"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 <= value < float("inf"):
-                raise ValueError(f"{name}={value} must be at least 0 and finite; use 1e-6")
-        if self.measure not in ("sum", "integral"):
-            raise ValueError(f"measure={self.measure!r} must be sum or integral; use integral")
-
-    def terms(self, network: ResidualNetwork, x: Tensor, intervals: int) -> tuple[Tensor, Tensor]:
-        """One summand for each of the `intervals` of layers owned here, and the gradient, a flat vector.
-
-        Opening and classification belong to the first and the last interval.
-        """
-        layout, h, comm, partition = network.layout, network.grid.h, network.comm, network.partition
-        rows, gradient = layout.rows(x), torch.empty_like(x)
-        out = layout.rows(gradient)
-        theta = rows["layers"]
-        smooth = bool(self.ddt) and len(theta) > 0
-        # The neighbours' weights travel while the terms without them are summed.
-        if smooth:
-            edges = [comm.begin_shift(edge, partition, to) for edge, to in ((theta[-1:], +1), (theta[:1], -1))]
-        factor = h if self.measure == "integral" else 1.0
-        weights = {
-            "opening": self.tikhonov if self.opening is None else self.opening,
-            "layers": self.tikhonov * factor,
-            "classification": self.classification,
-        }
-        for name, gamma in weights.items():
-            torch.mul(rows[name], gamma, out=out[name])
-        found = layout.dots([x], [gradient], intervals)[0, 0].div_(2)
-        if smooth:
-            before, after = (finish() for finish in edges)
-            gamma = self.ddt * factor / h**2
-            # theta_n - theta_{n-1} of the rows owned here and of the one behind them; 0 at both ends of the network.
-            ends = (theta[:1] if before is None else before, theta, theta[-1:] if after is None else after)
-            jumps = torch.cat(ends).diff(dim=0)
-            found.add_(jumps[:-1].square().view(intervals, -1).sum(1), alpha=gamma / 2)
-            out["layers"].sub_(jumps.diff(dim=0), alpha=gamma)
-        return found, gradient
 
 
 class _Value:

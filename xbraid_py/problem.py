@@ -12,7 +12,8 @@ from xbraid_py.grid import LayerGrid
 from xbraid_py.mgrit import MGRIT, Hierarchy, Solver
 from xbraid_py.network import ResidualNetwork
 from xbraid_py.networks.dense import DenseLayer
-from xbraid_py.objective import NetworkObjective, Regularization
+from xbraid_py.objective import NetworkObjective
+from xbraid_py.regularization import Regularization
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +74,13 @@ class Problem:
     dtype: torch.dtype = torch.float64
     ranks: int | None = None
 
-    def hierarchies(self, num_layers: int) -> tuple[Hierarchy, Hierarchy]:
-        """Levels of the state and of the adjoint solves at a depth."""
-        grid = LayerGrid(num_layers, self.architecture.T)
+    def grid(self, depth: int | LayerGrid) -> LayerGrid:
+        """The grid with so many equal layers; one that is given is taken as it is."""
+        return depth if isinstance(depth, LayerGrid) else LayerGrid(depth, self.architecture.T)
+
+    def hierarchies(self, depth: int | LayerGrid) -> tuple[Hierarchy, Hierarchy]:
+        """Levels of the state and of the adjoint solves at a depth, a number of layers or a grid."""
+        grid = self.grid(depth)
         forward, adjoint = (
             Hierarchy.plan(each, grid, self.comm.size, self.ranks) for each in (self.forward, self.adjoint)
         )
@@ -86,24 +91,24 @@ class Problem:
             )
         return forward, adjoint
 
-    def network(self, num_layers: int) -> ResidualNetwork:
-        """The network with so many residual layers."""
+    def network(self, depth: int | LayerGrid) -> ResidualNetwork:
+        """The network with so many residual layers, or those of a grid."""
         shape = self.architecture
         return ResidualNetwork(
             DenseLayer(self.features.shape[0], shape.width, shape.activation, shape.bias),
             DenseLayer(shape.width, shape.width, shape.activation, shape.bias),
             DenseLayer(shape.width, self.num_classes, "identity"),
-            LayerGrid(num_layers, shape.T),
-            self.hierarchies(num_layers)[0].partition,
+            self.grid(depth),
+            self.hierarchies(depth)[0].partition,
             self.comm,
             self.dtype,
         )
 
-    def objective(self, num_layers: int) -> NetworkObjective:
+    def objective(self, depth: int | LayerGrid) -> NetworkObjective:
         """The objective of that network on the training data."""
-        forward, adjoint = self.hierarchies(num_layers)
+        forward, adjoint = self.hierarchies(depth)
         return NetworkObjective(
-            self.network(num_layers),
+            self.network(depth),
             self.features.to(self.dtype),
             self.labels,
             self.regularization,
@@ -111,10 +116,10 @@ class Problem:
             Solver(self.adjoint, adjoint, self.comm),
         )
 
-    def work_unit(self, num_layers: int) -> float:
+    def work_unit(self, depth: int | LayerGrid) -> float:
         """Evaluations of a layer in one update at this depth: one state and one adjoint solve, warm-started.
 
         An adjoint step counts for two: it evaluates the layer again and multiplies by its transpose.
         """
-        forward, adjoint = self.hierarchies(num_layers)
+        forward, adjoint = self.hierarchies(depth)
         return forward.solve_work(self.forward) + 2.0 * adjoint.solve_work(self.adjoint)

@@ -19,8 +19,8 @@ from xbraid_py.data.mnist_columns import columns
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel import CycleRecord, MGOpt, MGOptOptions
 from xbraid_py.multilevel.perceptron import PerceptronProblem, perceptron_weights
-from xbraid_py.objective import Regularization
 from xbraid_py.problem import Architecture
+from xbraid_py.regularization import Regularization
 
 Samples = tuple[Tensor, Tensor]  # features (F, B) and labels (B,)
 SERIAL = MGRIT(max_levels=1)

@@ -18,9 +18,10 @@ from xbraid_py.multilevel.portions import PortionedObjective, Samples
 from xbraid_py.multilevel.state_width import ComposedTransfer, StateWidthTransfer
 from xbraid_py.multilevel.vcycle import Damping, Transfer, VCycle
 from xbraid_py.network import ResidualNetwork
-from xbraid_py.objective import Evaluation, Regularization
+from xbraid_py.objective import Evaluation
 from xbraid_py.optim import Armijo
 from xbraid_py.problem import Problem
+from xbraid_py.regularization import Regularization
 
 
 def coarsened(regularization: Regularization, factor: int) -> Regularization:

@@ -1,0 +1,116 @@
+"""The two equations that are solved: for the states forwards, for the adjoints backwards.
+
+Shape letters: `n` rows (layers) owned here, `m` of them stepped at once, `S` shape of a state,
+`p` parameters of a layer. Row i of a propagator is its layer i.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xbraid_py.grid import Partition
+from xbraid_py.propagator.protocols import Steps
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The states: u_{i+1} = step_i(u_i).
+
+    Parameters
+    ----------
+    steps : Steps
+        The layers owned here.
+    states : (n, *S) tensor or None
+        Recorded states are written here: row i holds the input of layer i. None where nobody asks for them.
+    template : (*S) tensor
+        Any tensor with the shape and type of a state.
+    """
+
+    steps: Steps
+    states: Tensor | None
+    template: Tensor
+    direction = +1
+
+    @property
+    def cost(self) -> float:
+        return self.steps.cost
+
+    def step(self, x: Tensor) -> Tensor:
+        return self.steps.relax(x, 1, None, None)
+
+    def relax(self, points, cfactor, tau=None, record=False, inputs=None) -> Tensor:
+        return self.steps.relax(points, cfactor, tau, self.states if record else inputs, record)
+
+    def correct(self, before: Tensor, after: Tensor, coarse: Forward) -> None:
+        # The states stay as they are: to correct them would cost as much as another relaxation.
+        pass
+
+    def coarsen(self, cfactor: int, weights: str, scheme: str, parts: int = 1) -> Forward:
+        return Forward(self.steps.coarsen(cfactor, weights, scheme, parts), None, self.template)
+
+    def redistribute(self, comm, source: Partition, target: Partition) -> Forward:
+        return Forward(self.steps.redistribute(comm, source, target), None, self.template)
+
+    def empty(self, num_rows: int) -> Tensor:
+        return self.template.new_empty((num_rows, *self.template.shape))
+
+
+@dataclass(frozen=True)
+class Adjoint:
+    """The adjoints, backwards: v_i = (d step_i / du)^T v_{i+1}, linearised at the recorded states.
+
+    Parameters
+    ----------
+    steps : Steps
+        The layers owned here.
+    states : (n, *S) tensor
+        Row i holds the input of layer i.
+    gradient : (n, p) tensor or None
+        A recorded relaxation writes the gradient of the weights here, a row for each layer.
+    """
+
+    steps: Steps
+    states: Tensor
+    gradient: Tensor | None
+    direction = -1
+
+    @property
+    def cost(self) -> float:
+        # A vector-Jacobian product evaluates the layer again and multiplies by its transpose.
+        return 2.0 * self.steps.cost
+
+    def step(self, x: Tensor) -> Tensor:
+        return self.steps.relax_adjoint(self.states, x, 1, None, None, None)
+
+    def relax(self, points, cfactor, tau=None, record=False, inputs=None) -> Tensor:
+        return self.steps.relax_adjoint(self.states, points, cfactor, tau, inputs, self.gradient if record else None)
+
+    def correct(self, before: Tensor, after: Tensor, coarse: Adjoint) -> None:
+        # The gradient is linear in the adjoints: what the change adds to it, by coarse steps, goes to the layers that a
+        # part of a coarse step stands for, in proportion to their sizes.
+        added = torch.empty_like(coarse.steps.theta)
+        coarse.steps.relax_adjoint(coarse.states, after - before, 1, None, None, added)
+        if len(added):
+            length = len(self.gradient) // len(added)
+            target, h = self.gradient.unflatten(0, (-1, length)), getattr(self.steps, "h", None)
+            if isinstance(h, Tensor):
+                share = h.unflatten(0, (-1, length)) / coarse.steps.h[:, None]
+                target.add_(share[..., None] * added[:, None])
+            else:
+                target.add_(added.div_(length)[:, None])
+
+    def coarsen(self, cfactor: int, weights: str, scheme: str, parts: int = 1) -> Adjoint:
+        # The coarse states are the fine ones where the parts of the steps begin: injection in depth.
+        length = cfactor * self.steps.parts // parts
+        return Adjoint(self.steps.coarsen(cfactor, weights, scheme, parts), self.states[::length], None)
+
+    def redistribute(self, comm, source: Partition, target: Partition) -> Adjoint:
+        steps, parts = self.steps.redistribute(comm, source, target), self.steps.parts
+        states = comm.redistribute(self.states.contiguous(), source.refine(parts), target.refine(parts))
+        return Adjoint(steps, states, None)
+
+    def empty(self, num_rows: int) -> Tensor:
+        return self.states.new_empty((num_rows, *self.states.shape[1:]))
