@@ -15,11 +15,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from xbraid_py import kernels
 from xbraid_py.comm import Communicator
 from xbraid_py.mgrit.hierarchy import Hierarchy, Level
+from xbraid_py.mgrit.norms import Norm, Size
 from xbraid_py.mgrit.options import MGRIT
-from xbraid_py.propagator import Propagator
+from xbraid_py.propagator import Propagator, StateTransfer
 
 
 class Monitor(Protocol):
@@ -48,8 +48,10 @@ class Solution:
     end : (*S) tensor or None
         Output of the very last step, on its owner.
     residuals : list of float
-        Relative residual before the first and after each iteration; with the one-shot cycle, the relative error that
-        is estimated after each. Empty for a sequential sweep.
+        Relative residual before the first and after each iteration, in the norm of the options; with the one-shot
+        cycle, the relative error that is estimated after each. Empty for a sequential sweep.
+    norms : list of float
+        Norms of the same residuals.
     work : float
         Evaluations of a layer on all ranks together, coarse ones included.
     sweeps : int
@@ -61,6 +63,7 @@ class Solution:
     warm: tuple[Tensor, ...]
     end: Tensor | None
     residuals: list[float]
+    norms: list[float]
     work: float
     sweeps: int
     measured: Tensor
@@ -97,7 +100,7 @@ class Levels:
         self.options, self.hierarchy, self.comm = options, hierarchy, comm
         self.levels = hierarchy.levels
         self.direction = propagator.direction
-        self.start, self.monitor = start, monitor
+        self.start, self.monitor, self.norm = start, monitor, Norm(options.norm)
         self.work, self.sweeps = 0.0, 0
         # induced[l] has the rows of level l where the next finer level has them (for tau), own[l] where
         # level l is relaxed.
@@ -114,7 +117,12 @@ class Levels:
         _, outputs = self.sweep(0, self.start, None, record=True)
         end = outputs[self.last] if self.finishes(self.levels[0]) else None
         _, measured = self.reduce([], end, None)
-        return Solution((), end, [], self.work, self.sweeps, measured)
+        return self.solution((), end, [], measured)
+
+    def solution(self, warm: tuple[Tensor, ...], end: Tensor | None, sizes: list[Size], measured: Tensor) -> Solution:
+        """What the solve gives, with the sizes of its residuals."""
+        relative, absolute = [size.relative for size in sizes], [size.absolute for size in sizes]
+        return Solution(warm, end, relative, absolute, self.work, self.sweeps, measured)
 
     def relax(self, index: int, points: Tensor, tau: Tensor | None, *, record=False, inputs=None) -> Tensor:
         """F-relaxation: from the C-points (K, *S) of a level through their intervals to the ends (K, *S)."""
@@ -149,33 +157,39 @@ class Levels:
         outputs[self.last] = end[0]
         return inputs, outputs
 
+    def transfer_to(self, index: int) -> StateTransfer | None:
+        """How states come to a level from the next finer one; None if they are the same on both."""
+        return getattr(self.own[index], "transfer", None)
+
     def start_at(self, level: Level) -> Tensor | None:
         """The first state on the rank where a level begins, which may be another than on the finest level."""
         first = 0 if self.direction > 0 else -1
         source, dest = (each.rows.owner(range(each.num_steps)[first]) for each in (self.levels[0], level))
-        if source == dest:
-            return self.start
-        if self.comm.rank == source:
-            self.comm.isend(self.start.contiguous(), dest)()
-        return self.comm.recv(self.own[0].empty(1)[0], source) if self.comm.rank == dest else None
+        start = self.start
+        if source != dest:
+            if self.comm.rank == source:
+                self.comm.isend(start.contiguous(), dest)()
+            start = self.comm.recv(self.own[0].empty(1)[0], source) if self.comm.rank == dest else None
+        if self.comm.rank == dest:
+            for index in range(1, level.index + 1):
+                if (transfer := self.transfer_to(index)) is not None:
+                    start = transfer.restrict(start[None])[0]
+        return start
 
-    def reduce(
-        self, changes: Sequence[Tensor], end: Tensor | None, before: Tensor | None
-    ) -> tuple[list[float], Tensor]:
-        """Relative sizes of changes, and the sums of the monitor, in one message.
+    def reduce(self, changes: Sequence[Tensor], end: Tensor | None, before: Tensor | None) -> tuple[list[Size], Tensor]:
+        """Sizes of changes, and the sums of the monitor; in one message, unless the norm is the largest number.
 
-        `changes` are squares (K, 2) of residual and state on each interval; see `Monitor.measure` for the rest.
+        `changes` are the shares (K, 2) of residual and state on each interval; see `Monitor.measure` for the rest.
         """
         counts = self.hierarchy.intervals.counts
-        columns = list(changes)
-        if self.monitor is not None:
-            columns.append(self.monitor.measure(end, before))
-        if not columns:
-            return [], torch.empty(0)
-        sums = self.comm.ordered_sum(torch.cat(columns, 1), counts)
-        pairs = sums[: 2 * len(changes)].view(-1, 2)
-        tiny = torch.finfo(sums.dtype).tiny
-        return [float((r / s.clamp_min(tiny)).sqrt()) for r, s in pairs], sums[2 * len(changes) :]
+        measured = [] if self.monitor is None else [self.monitor.measure(end, before)]
+        apart = self.norm.kind == "max" and bool(changes)
+        rows = measured if apart else [*changes, *measured]
+        sums = self.comm.ordered_sum(torch.cat(rows, 1), counts) if rows else torch.empty(0)
+        if apart:
+            return self.norm.of_sums(self.norm.over_ranks(torch.cat(list(changes), 1), counts, self.comm)), sums
+        split = 2 * len(changes)
+        return self.norm.of_sums(sums[:split]), sums[split:]
 
     @property
     def first(self) -> int:
@@ -196,8 +210,3 @@ class Levels:
         """Whether the propagation through a level ends on this rank."""
         rank = self.comm.rank
         return level.rows.count(rank) > 0 and level.rows.neighbour(rank, self.direction) is None
-
-
-def squares(residual_of: Tensor, points: Tensor) -> Tensor:
-    """Squared 2-norms (K, 2) of `residual_of - points` and of `points` on each interval."""
-    return kernels.distances(points, residual_of)

@@ -8,7 +8,8 @@ from math import isnan
 import torch
 from torch import Tensor
 
-from xbraid_py.mgrit.levels import Levels, Solution, squares
+from xbraid_py.mgrit.levels import Levels, Solution
+from xbraid_py.mgrit.norms import Size, Stop
 
 # On a coarse level between the finest and the coarsest. One leaves an error that costs further fine relaxations.
 COARSE_RELAXATIONS = 2
@@ -32,7 +33,7 @@ class OneShotCycle(Levels):
     belongs to the weights of the last solve, and to the states there.
     """
 
-    def run(self, warm: tuple[Tensor, ...] | None, max_iter: int, tol: float) -> Solution:
+    def run(self, warm: tuple[Tensor, ...] | None, max_iter: int, stop: Stop) -> Solution:
         """Up to `max_iter` relaxations, with the tau in `warm` (which is overwritten), or from tau = 0."""
         finest = self.levels[0]
         self.tau = warm or tuple(
@@ -43,7 +44,7 @@ class OneShotCycle(Levels):
         self._added: list[Tensor | None] = [None] * len(self.levels)
         # 1. The coarse sweep, with the new weights and the old tau.
         coarse = self._coarse(1)
-        residuals: list[float] = []
+        sizes: list[Size] = []
         while True:
             # 2. One relaxation of the fine level from there, 3. the new tau and a second coarse sweep.
             ends = self.relax(0, coarse.points, None, record=True)
@@ -52,17 +53,18 @@ class OneShotCycle(Levels):
             # What was recorded belongs to the points before the correction.
             self.own[0].correct(before.points, coarse.points, self.induced[1])
             # How far the corrected points are from those that the fine states start from.
-            change = squares(before.points, coarse.points)
+            change = self.norm.of_intervals(before.points, coarse.points)
             end = fine_end = None
             if self.finishes(finest):
                 end, fine_end = coarse.outputs[self.last], ends[self.last]
-                change[self.last] += squares(fine_end[None], end[None])[0]
+                at_end = self.norm.of_intervals(fine_end[None], end[None])[0]
+                change[self.last] = self.norm.joined(change[self.last], at_end)
             found, measured = self.reduce([change], end, fine_end)
-            residuals += found
-            good = residuals[-1] <= tol and (self.monitor is None or self.monitor.suffices(measured))
+            sizes += found
+            good = stop.met(sizes[-1]) and (self.monitor is None or self.monitor.suffices(measured))
             # With NaN nothing is gained by going on.
-            if good or len(residuals) >= max_iter or isnan(residuals[-1]):
-                return Solution(self.tau, end, residuals, self.work, self.sweeps, measured)
+            if good or len(sizes) >= max_iter or isnan(sizes[-1].relative):
+                return self.solution(self.tau, end, sizes, measured)
 
     def _coarse(self, index: int) -> _Points:
         """Solve u_{k+1} = Phi_H(u_k) + tau_k on a coarse level: exactly on the coarsest, else by this very cycle."""

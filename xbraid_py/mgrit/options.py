@@ -52,10 +52,20 @@ class MGRIT:
         The same on the finest level; as nrelax if not given.
     max_iter
         Iterations (cycles) at most; the cycle's if not given.
+    c_weight
+        Weight w of C-relaxation in V- and F-cycles: a C-point becomes (1 - w) times itself plus w times the end of the
+        interval before it. Between 0 and 2; 1 is plain C-relaxation.
+    start
+        Where V- and F-cycles begin: with the states of the coarsest level on all others, or with full multigrid, a
+        V-cycle on each level on the way to the finest one.
     tol
-        Stop when the relative residual, the 2-norm of the residual over that of the states at the C-points, is at most
-        this (with the one-shot cycle: the relative change by the last correction); 0 makes all max_iter iterations.
-        The cycle's if not given.
+        Stop when the relative residual, the norm of the residual over that of the states at the C-points, is at most
+        this (with the one-shot cycle: the relative change by the last correction). The cycle's if not given.
+    atol
+        Stop also when the norm of the residual itself is at most this. If tol and atol are 0, all max_iter iterations
+        are made.
+    norm
+        1-, 2- or maximum norm of all numbers of all states at the C-points.
     coarse_weights
         Weights of a coarse step: those of the first layer of the interval (inject) or their mean (average).
     coarse_step
@@ -73,7 +83,11 @@ class MGRIT:
     nrelax: int = 1
     nrelax0: int | None = None
     max_iter: int | None = None
+    c_weight: float = 1.0
+    start: Literal["coarsest", "full"] = "coarsest"
     tol: float | None = None
+    atol: float = 0.0
+    norm: Literal[1, 2, "max"] = 2
     coarse_weights: Literal["average", "inject"] = "average"
     coarse_step: Literal["midpoint", "euler"] | None = None
     coarse_parts: int | None = None
@@ -87,15 +101,25 @@ class MGRIT:
             ("cycle", ("one-shot", "V", "F")),
             ("coarse_weights", ("average", "inject")),
             ("coarse_step", ("midpoint", "euler")),
+            ("start", ("coarsest", "full")),
+            ("norm", (2, 1, "max")),
         ):
             if getattr(self, name) not in (*words, None):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be {' or '.join(words)}; use {words[0]}")
+                rule = " or ".join(map(str, words))
+                raise ValueError(f"{name}={getattr(self, name)!r} must be {rule}; use {words[0]}")
         least_iter = int(self.cycle == "one-shot")
         least = {"intervals": 2, "max_levels": 1, "min_coarse": 1, "nrelax": 0, "nrelax0": 0, "coarse_parts": 1}
         for name, bound in {**least, "max_iter": least_iter}.items():
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"{name}={value} must be at least {bound}; use {max(bound, 1)}")
+        if not 0.0 < self.c_weight < 2.0:
+            raise ValueError(f"c_weight={self.c_weight} must lie between 0 and 2; use 1.0")
+        if self.cycle == "one-shot" and (self.c_weight != 1.0 or self.start != "coarsest"):
+            given = f"c_weight={self.c_weight}" if self.c_weight != 1.0 else f"start={self.start!r}"
+            raise ValueError(f"{given} is for V- and F-cycles; cycle='one-shot' has no C-relaxation: use cycle='V'")
+        if not 0.0 <= self.atol < float("inf"):
+            raise ValueError(f"atol={self.atol} must be at least 0 and finite; use 1e-8, or 0 to ask for none")
         if self.tol is not None and not 0.0 <= self.tol < float("inf"):
             raise ValueError(
                 f"tol={self.tol} must be at least 0 and finite; use 1e-6, or 0 for a fixed number of iterations"

@@ -8,6 +8,7 @@ from xbraid_py.comm import Communicator
 from xbraid_py.mgrit.cycles import Cycles
 from xbraid_py.mgrit.hierarchy import Hierarchy
 from xbraid_py.mgrit.levels import Levels, Monitor, Solution
+from xbraid_py.mgrit.norms import Stop
 from xbraid_py.mgrit.one_shot import OneShotCycle
 from xbraid_py.mgrit.options import MGRIT
 from xbraid_py.propagator import Propagator
@@ -64,4 +65,5 @@ class Solver:
             return Levels(*arguments).sequential()
         cycle = OneShotCycle if self.options.cycle == "one-shot" else Cycles
         max_iter = max(self.options.iterations, max_iter or 0)
-        return cycle(*arguments).run(warm, max_iter, 0.0 if exact else self.options.tolerance)
+        stop = Stop(0.0) if exact else Stop(self.options.tolerance, self.options.atol)
+        return cycle(*arguments).run(warm, max_iter, stop)

@@ -14,7 +14,11 @@ from xbraid_py.grid import Partition
 
 
 class Propagator(Protocol):
-    """What MGRIT knows of the equation it solves."""
+    """What MGRIT knows of the equation it solves.
+
+    One that stands on a coarse level may have a `transfer`, a `StateTransfer`, if its states are others than those of
+    the next finer level.
+    """
 
     direction: int
     """+1 if row i is followed by row i + 1, -1 if by row i - 1."""
@@ -53,6 +57,22 @@ class Propagator(Protocol):
 
     def empty(self, num_rows: int) -> Tensor:
         """Uninitialised states (num_rows, *S)."""
+
+
+class StateTransfer(Protocol):
+    """How states come to a coarser level, and what it changes comes back."""
+
+    def restrict(self, states: Tensor) -> Tensor:
+        """States (n, *S) of the finer level on the coarser one; a new tensor."""
+
+    def interpolate(self, states: Tensor) -> Tensor:
+        """The opposite; a new tensor."""
+
+    def transposed(self) -> StateTransfer:
+        """The transfer of the adjoints."""
+
+    def steps(self, steps: Steps) -> Steps:
+        """Steps that have been coarsened in depth, as they are made with states of the coarser level."""
 
 
 class Steps(Protocol):

@@ -6,13 +6,13 @@ Shape letters: `n` rows (layers) owned here, `m` of them stepped at once, `S` sh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from xbraid_py.grid import Partition
-from xbraid_py.propagator.protocols import Steps
+from xbraid_py.propagator.protocols import StateTransfer, Steps
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,17 @@ class Forward:
         Recorded states are written here: row i holds the input of layer i. None where nobody asks for them.
     template : (*S) tensor
         Any tensor with the shape and type of a state.
+    transfers : tuple of StateTransfer or None
+        To the coarse levels, the finest first: where states have another shape than on the next finer level.
+    transfer : StateTransfer, optional
+        To this level.
     """
 
     steps: Steps
     states: Tensor | None
     template: Tensor
+    transfers: tuple[StateTransfer | None, ...] = ()
+    transfer: StateTransfer | None = None
     direction = +1
 
     @property
@@ -49,10 +55,14 @@ class Forward:
         pass
 
     def coarsen(self, cfactor: int, weights: str, scheme: str, parts: int = 1) -> Forward:
-        return Forward(self.steps.coarsen(cfactor, weights, scheme, parts), None, self.template)
+        steps, template = self.steps.coarsen(cfactor, weights, scheme, parts), self.template
+        transfer, *further = self.transfers or (None,)
+        if transfer is not None:
+            steps, template = transfer.steps(steps), transfer.restrict(template[None])[0]
+        return Forward(steps, None, template, tuple(further), transfer)
 
     def redistribute(self, comm, source: Partition, target: Partition) -> Forward:
-        return Forward(self.steps.redistribute(comm, source, target), None, self.template)
+        return replace(self, steps=self.steps.redistribute(comm, source, target), states=None)
 
     def empty(self, num_rows: int) -> Tensor:
         return self.template.new_empty((num_rows, *self.template.shape))
@@ -70,11 +80,15 @@ class Adjoint:
         Row i holds the input of layer i.
     gradient : (n, p) tensor or None
         A recorded relaxation writes the gradient of the weights here, a row for each layer.
+    transfers, transfer
+        As of the states, transposed.
     """
 
     steps: Steps
     states: Tensor
     gradient: Tensor | None
+    transfers: tuple[StateTransfer | None, ...] = ()
+    transfer: StateTransfer | None = None
     direction = -1
 
     @property
@@ -105,12 +119,16 @@ class Adjoint:
     def coarsen(self, cfactor: int, weights: str, scheme: str, parts: int = 1) -> Adjoint:
         # The coarse states are the fine ones where the parts of the steps begin: injection in depth.
         length = cfactor * self.steps.parts // parts
-        return Adjoint(self.steps.coarsen(cfactor, weights, scheme, parts), self.states[::length], None)
+        steps, states = self.steps.coarsen(cfactor, weights, scheme, parts), self.states[::length]
+        transfer, *further = self.transfers or (None,)
+        if transfer is not None:
+            steps, states = transfer.steps(steps), transfer.transposed().restrict(states)
+        return Adjoint(steps, states, None, tuple(further), transfer)
 
     def redistribute(self, comm, source: Partition, target: Partition) -> Adjoint:
         steps, parts = self.steps.redistribute(comm, source, target), self.steps.parts
         states = comm.redistribute(self.states.contiguous(), source.refine(parts), target.refine(parts))
-        return Adjoint(steps, states, None)
+        return replace(self, steps=steps, states=states, gradient=None)
 
     def empty(self, num_rows: int) -> Tensor:
         return self.states.new_empty((num_rows, *self.states.shape[1:]))

@@ -1,0 +1,96 @@
+"""How large a residual is, in which norm, and when it is small enough.
+
+Shape letters: `K` intervals owned here, `S` shape of a state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xbraid_py import kernels
+from xbraid_py.comm import Communicator
+
+NORMS = (1, 2, "max")
+
+
+@dataclass(frozen=True)
+class Size:
+    """Norm of a residual.
+
+    Attributes
+    ----------
+    absolute : float
+    relative : float
+        Over the norm of the states at the C-points.
+    """
+
+    absolute: float
+    relative: float
+
+
+@dataclass(frozen=True)
+class Stop:
+    """When a solve is good enough: by the relative size of the residual, or by the size itself.
+
+    Parameters
+    ----------
+    tol, atol : float
+        Bounds of them; 0 asks for nothing.
+    """
+
+    tol: float
+    atol: float = 0.0
+
+    @property
+    def watches(self) -> bool:
+        """Whether anything is asked for."""
+        return self.tol > 0.0 or self.atol > 0.0
+
+    def met(self, size: Size) -> bool:
+        """Whether a residual of that size ends the solve."""
+        return size.relative <= self.tol or size.absolute <= self.atol
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The 1-, 2- or maximum norm of all numbers of all states at C-points.
+
+    Parameters
+    ----------
+    kind : {1, 2, "max"}
+    """
+
+    kind: int | str
+
+    def of_intervals(self, residual_of: Tensor, points: Tensor) -> Tensor:
+        """Shares (K, 2) of each interval in the norms of `residual_of - points` and of `points`, both (K, *S).
+
+        Sums of squares, sums of absolute values, or the largest of them.
+        """
+        if self.kind == 2:
+            return kernels.distances(points, residual_of)
+        both = torch.stack([residual_of - points, points], 1).abs().flatten(2)
+        if self.kind == 1:
+            return both.sum(2)
+        return both.amax(2) if both.shape[2] else both.new_zeros(both.shape[:2])
+
+    def joined(self, a: Tensor, b: Tensor) -> Tensor:
+        """The share of two parts from the shares of each."""
+        return torch.maximum(a, b) if self.kind == "max" else a + b
+
+    def over_ranks(self, shares: Tensor, counts: tuple[int, ...], comm: Communicator) -> Tensor:
+        """Shares (m,) of all intervals together from those of each one, (K, m); collective."""
+        if self.kind != "max":
+            return comm.ordered_sum(shares, counts)
+        found = comm.allgather(shares, counts)
+        return found.amax(0) if len(found) else found.sum(0)
+
+    def of_sums(self, sums: Tensor) -> list[Size]:
+        """Norms from the shares of all intervals together, two numbers (residual, state) for each residual."""
+        tiny = torch.finfo(sums.dtype).tiny
+        pairs = sums.view(-1, 2)
+        both = torch.stack([pairs[:, 0], pairs[:, 0] / pairs[:, 1].clamp_min(tiny)], 1)
+        return [Size(*pair) for pair in (both.sqrt() if self.kind == 2 else both).tolist()]
