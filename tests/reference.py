@@ -107,6 +107,11 @@ def mgrit(
     cycle: str,
     start: Tensor,
     iterations: int,
+    *,
+    weight: float = 1.0,
+    full: bool = False,
+    norm: int | str = 2,
+    transfers: Sequence[tuple[Callable, Callable] | None] = (),
 ) -> tuple[list[Tensor], list[float], Tensor]:
     """Textbook FAS-MGRIT with full arrays of points: A(u)_i = u_i - Phi(u_{i-1}) = g_i on every level.
 
@@ -114,13 +119,23 @@ def mgrit(
     ----------
     steps : for each level a list of functions, one a step
     cfactors, relaxations : one for each level but the coarsest
+    weight : of C-relaxation
+    full : make a V-cycle on each coarse level on the way to the first guess
+    norm : of the residuals
+    transfers : for each level but the coarsest the restriction of its states and its opposite, if they are coarsened
 
     Returns
     -------
     points : list of (K, C, B) tensors, the first K of the K + 1 C-points before the first and after each iteration
-    residuals : list of float, 2-norm of the residual at these points over that of their states
+    residuals : list of float, norm of the residual at these points over that of their states
     end : the last step applied to what is left of it
     """
+
+    def same(x):
+        return x
+
+    def transfer(level):
+        return (transfers[level] if transfers else None) or (same, same)
 
     def residual(level, u, g, i):
         return g[i] - (u[i] - steps[level][i - 1](u[i - 1]))
@@ -132,7 +147,7 @@ def mgrit(
 
     def c_relax(level, u, g):
         for i in range(cfactors[level], len(u), cfactors[level]):
-            u[i] = steps[level][i - 1](u[i - 1]) + g[i]
+            u[i] = (1 - weight) * u[i] + weight * (steps[level][i - 1](u[i - 1]) + g[i])
 
     def solve(level, u, g):
         for i in range(1, len(u)):
@@ -147,30 +162,38 @@ def mgrit(
         for _ in range(relaxations[level]):
             c_relax(level, u, g)
             f_relax(level, u, g)
-        restricted = u[::c]
-        zero = [torch.zeros_like(start)] * len(restricted)
+        restrict, interpolate = transfer(level)
+        restricted = [restrict(each) for each in u[::c]]
+        zero = [torch.zeros_like(restricted[0])] * len(restricted)
         coarse_g = [zero[0]]
         for k in range(1, len(restricted)):
             # A_H(R u) + R(g - A(u))
-            coarse_g.append(residual(level, u, g, k * c) - residual(level + 1, restricted, zero, k))
+            coarse_g.append(restrict(residual(level, u, g, k * c)) - residual(level + 1, restricted, zero, k))
         v = list(restricted)
         if kind == "F":
             one_cycle(level + 1, v, coarse_g, "F")
         if kind == "V" or level + 1 < len(cfactors):
             one_cycle(level + 1, v, coarse_g, "V")
         for k in range(1, len(v)):
-            u[k * c] = u[k * c] + (v[k] - restricted[k])
+            u[k * c] = u[k * c] + interpolate(v[k] - restricted[k])
         f_relax(level, u, g)
 
     # The first guess: solve the coarsest level alone, and relax the others from there.
-    grids = [[torch.zeros_like(start)] * (len(level) + 1) for level in steps]
+    starts = [start]
+    for level in range(len(cfactors)):
+        starts.append(transfer(level)[0](starts[-1]))
+    grids = [[torch.zeros_like(first)] * (len(level) + 1) for first, level in zip(starts, steps, strict=True)]
     for level in reversed(range(len(steps))):
-        grids[level][0] = start
+        none = [torch.zeros_like(starts[level])] * len(grids[level])
         if level == len(cfactors):
-            solve(level, grids[level], [0.0] * len(grids[level]))
-        else:
-            grids[level][:: cfactors[level]] = grids[level + 1]
-            f_relax(level, grids[level], [0.0] * len(grids[level]))
+            grids[level][0] = starts[level]
+            solve(level, grids[level], none)
+            continue
+        grids[level][:: cfactors[level]] = [transfer(level)[1](each) for each in grids[level + 1]]
+        grids[level][0] = starts[level]
+        f_relax(level, grids[level], none)
+        if full and level > 0:
+            one_cycle(level, grids[level], none, "V")
     u, g = grids[0], [torch.zeros_like(start)] * len(grids[0])
     points, residuals = [], []
     for iteration in range(iterations + 1):
@@ -179,7 +202,8 @@ def mgrit(
         inner = range(0, len(u) - 1, cfactors[0])
         points.append(torch.stack([u[i] for i in inner]))
         defects = torch.stack([residual(0, u, g, i) for i in inner[1:]]) if len(inner) > 1 else torch.zeros(1)
-        residuals.append(float(defects.norm() / points[-1].norm()))
+        order = float("inf") if norm == "max" else norm
+        residuals.append(float(defects.flatten().norm(order) / points[-1].flatten().norm(order)))
     return points, residuals, steps[0][-1](u[-2])
 
 

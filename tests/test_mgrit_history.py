@@ -21,16 +21,21 @@ from xbraid_py.propagator import Adjoint, Forward, ResidualSteps
 HIERARCHIES = [(16, 4, 2), (16, 2, 3), (48, (3, 2), 4), (32, (2, 4), 3)]
 
 
-@cache
-def literal(options, case, iterations):
-    """C-points of states and adjoints after every iteration, by the textbook."""
+def chains_and_states(options, case):
+    """The chain and its exact states on every level, and what the textbook calls the shape of a solve."""
     grid = LayerGrid(len(case.theta), case.h * len(case.theta))
     levels = Hierarchy.plan(options, grid, 1).levels[:-1]
     chains, states = [case], [case.solved[0][:-1]]
     for level in levels:
         chains.append(chains[-1].coarsen(level.cfactor, options.coarse_weights, options.coarse_step))
         states.append(states[-1][:: level.cfactor])
-    shape = [level.cfactor for level in levels], [level.nrelax for level in levels], options.cycle
+    return chains, states, ([level.cfactor for level in levels], [level.nrelax for level in levels], options.cycle)
+
+
+@cache
+def literal(options, case, iterations):
+    """C-points of states and adjoints after every iteration, by the textbook."""
+    chains, states, shape = chains_and_states(options, case)
     forward = ref.mgrit([each.forward_steps() for each in chains], *shape, case.u0, iterations)
     backwards = [each.adjoint_steps(at) for each, at in zip(chains, states, strict=True)]
     return forward, ref.mgrit(backwards, *shape, case.vN, iterations)

@@ -153,9 +153,10 @@ def axis_matrices(pixels: int, factor: int, interpolation: str) -> tuple[Tensor,
     restriction = (belongs / belongs.sum(0)).t()
     if interpolation == "constant":
         return restriction, belongs
-    middles = restriction @ (fine + 0.5)
-    right = torch.searchsorted(middles, fine + 0.5).clamp(1, len(middles) - 1)
-    share = ((fine + 0.5 - middles[right - 1]) / (middles[right] - middles[right - 1])).clamp(0.0, 1.0)
+    places = fine.double()
+    middles = restriction @ places
+    right = torch.searchsorted(middles, places).clamp(1, len(middles) - 1)
+    share = ((places - middles[right - 1]) / (middles[right] - middles[right - 1])).clamp(0.0, 1.0)
     linear = torch.zeros_like(belongs)
     linear[fine, right - 1] = 1.0 - share
     linear[fine, right] += share
