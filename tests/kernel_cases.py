@@ -28,6 +28,7 @@ needs_native = pytest.mark.skipif(native is None, reason="no native kernels in t
 GUARD = -12345.0
 DTYPES = (torch.float64, torch.float32)
 ACTIVATIONS = ("smooth_relu", "relu", "tanh", "identity")
+SCHEMES = ("euler", "midpoint")
 LAYOUTS = ("plain", "rows", "shifted", "columns", "spread")
 
 
@@ -98,6 +99,20 @@ def around(tensor: Tensor) -> int:
     return int((base[outside] == GUARD).sum() - outside.sum())
 
 
+def problem(width: int, batch: int, m: int = 2, c: int = 3, dtype=torch.float64, activation: str = "tanh"):
+    """A layer, weights (m c, p), states (m c, C, B), and others of the same shape."""
+    layer = DenseLayer(width, width, activation)
+    states = (normal(m * c, width, batch, seed=seed, dtype=dtype) for seed in (1, 2, 3))
+    return layer, weights(layer, m * c, 4, dtype), *states
+
+
+def equal(a, b) -> bool:
+    """The same bits, where not-a-number is like any other."""
+    return (
+        a.shape == b.shape and torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(7.5), b.nan_to_num(7.5))
+    )
+
+
 # ---- The literal reference: one layer at a time, in double precision.
 
 
@@ -120,12 +135,13 @@ def literal_vjp(layer, row, u, v, h, scheme, residual=True) -> tuple[Tensor, Ten
 def literal_relax(case: Case, cfactor: int, parts: int, theta, points, tau) -> tuple[Tensor, Tensor, Tensor]:
     """Ends of the intervals, the input of each step, and the input of each part of each step."""
     ends, inputs, states = torch.empty_like(points), torch.empty_like(tau), points.new_empty(len(theta), *case.state)
+    h = case.sizes(len(theta)).double()
     for k, x in enumerate(points):
         for step in range(k * cfactor, (k + 1) * cfactor):
             inputs[step] = x
             for part in range(step * parts, (step + 1) * parts):
                 states[part] = x
-                x = literal_step(case.layer, theta[part], x, case.h, case.scheme)
+                x = literal_step(case.layer, theta[part], x, h[part], case.scheme)
             x = x + tau[step]
         ends[k] = x
     return ends, inputs, states
@@ -134,11 +150,12 @@ def literal_relax(case: Case, cfactor: int, parts: int, theta, points, tau) -> t
 def literal_relax_adjoint(case: Case, cfactor, parts, theta, states, points, tau) -> tuple[Tensor, Tensor, Tensor]:
     """Adjoints before the intervals, the adjoint behind each step, and the gradients."""
     ends, inputs, gradient = torch.empty_like(points), torch.empty_like(tau), torch.empty_like(theta)
+    h = case.sizes(len(theta)).double()
     for k, v in enumerate(points):
         for step in reversed(range(k * cfactor, (k + 1) * cfactor)):
             inputs[step] = v
             for part in reversed(range(step * parts, (step + 1) * parts)):
-                v, gradient[part] = literal_vjp(case.layer, theta[part], states[part], v, case.h, case.scheme)
+                v, gradient[part] = literal_vjp(case.layer, theta[part], states[part], v, h[part], case.scheme)
             v = v + tau[step]
         ends[k] = v
     return ends, inputs, gradient
@@ -149,7 +166,7 @@ def literal_relax_adjoint(case: Case, cfactor, parts, theta, states, points, tau
 
 @dataclass(frozen=True)
 class Case:
-    """A layer, a method, and sizes; `seed` is what its numbers are drawn from."""
+    """A layer, a method, and sizes; `seed` is what its numbers are drawn from; `varied`: an h for each row."""
 
     layer: DenseLayer
     m: int
@@ -158,6 +175,7 @@ class Case:
     scheme: str
     residual: bool
     h: float
+    varied: bool
     seed: int
 
     @property
@@ -166,6 +184,17 @@ class Case:
 
     def states(self, rows: int, seed: int, width: int | None = None) -> Tensor:
         return normal(rows, width or self.layer.inputs, self.batch, seed=self.seed + seed, dtype=self.dtype)
+
+    def sizes(self, rows: int) -> Tensor:
+        """Step sizes (rows,), about one in eight of them zero."""
+        if not self.varied:
+            return torch.full((rows,), self.h, dtype=self.dtype)
+        drawn = normal(rows, seed=self.seed + 9, dtype=self.dtype).abs().clamp_max(2.0)
+        return self.h * torch.where(drawn < 0.15, 0.0, drawn)
+
+    def given_h(self, rows: int, layout: str) -> float | Tensor:
+        """What the kernels are given for them."""
+        return placed(self.sizes(rows), "rows" if layout == "columns" else layout) if self.varied else self.h
 
     def weights(self, rows: int) -> Tensor:
         return weights(self.layer, rows, self.seed, self.dtype)
@@ -193,7 +222,16 @@ def cases(draw, square: bool = False) -> Case:
     scheme = draw(st.sampled_from(["euler", "midpoint"])) if square else "euler"
     residual = square and draw(st.booleans())
     sizes = draw(st.integers(0, 4)), draw(BATCHES)
-    return Case(layer, *sizes, draw(st.sampled_from(DTYPES)), scheme, residual, 0.25, draw(st.integers(0, 10**6)))
+    return Case(
+        layer,
+        *sizes,
+        draw(st.sampled_from(DTYPES)),
+        scheme,
+        residual,
+        0.25,
+        draw(st.booleans()),
+        draw(st.integers(0, 10**6)),
+    )
 
 
 def near_corner(case: Case, theta: Tensor, states: Tensor) -> bool:
@@ -201,11 +239,11 @@ def near_corner(case: Case, theta: Tensor, states: Tensor) -> bool:
     if case.layer.activation != "relu" or not states.numel():
         return False
     low = torch.finfo(case.dtype).eps * 8 * (case.layer.inputs + 4)
-    for row, u in zip(theta.double(), states.double(), strict=True):
+    for row, u, h in zip(theta.double(), states.double(), case.sizes(len(theta)).double(), strict=True):
         weight, bias = (part[0] for part in case.layer.unpack(row[None]))
         z = weight @ u + bias
         if case.scheme == "midpoint":
-            z = torch.cat([z, weight @ (u + case.h / 2 * z.relu()) + bias])
+            z = torch.cat([z, weight @ (u + h / 2 * z.relu()) + bias])
         if z.abs().min() < low:
             return True
     return False

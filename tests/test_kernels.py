@@ -42,8 +42,8 @@ def test_step(case, layout, row_layout, with_add, target):
     layer = case.layer
     theta, u, add = case.weights(case.m), case.states(case.m, 1), case.states(case.m, 2, layer.outputs)
     literal = [
-        literal_step(layer, row, x, case.h, case.scheme, case.residual)
-        for row, x in zip(theta.double(), u.double(), strict=True)
+        literal_step(layer, row, x, h, case.scheme, case.residual)
+        for row, x, h in zip(theta.double(), u.double(), case.sizes(case.m).double(), strict=True)
     ]
     expected = torch.stack(literal) if literal else add.double()
     expected = expected + add if with_add else expected
@@ -55,7 +55,7 @@ def test_step(case, layout, row_layout, with_add, target):
             out = given_u if target == "u" else given_add
         else:
             out = None if target is None else placed(torch.zeros_like(add), target)
-        options = {"h": case.h, "scheme": case.scheme, "residual": case.residual}
+        options = {"h": case.given_h(case.m, row_layout), "scheme": case.scheme, "residual": case.residual}
         with kernels_of(name) as kernels:
             found = kernels.step(layer, placed(theta, row_layout), given_u, **options, add=given_add, out=out)
         case.close(found, expected, TERMS, u)
@@ -73,15 +73,16 @@ def test_adjoint(case, layout, row_layout, with_add, with_gradient, target):
     assume(not near_corner(case, theta, u))
     assume(target != "v" or layer.inputs == layer.outputs)
     assume(target != "add" or with_add)
-    rows = zip(theta.double(), u.double(), v.double(), strict=True)
-    literal = [literal_vjp(layer, *each, case.h, case.scheme, case.residual) for each in rows]
+    rows = zip(theta.double(), u.double(), v.double(), case.sizes(m).double(), strict=True)
+    literal = [literal_vjp(layer, *each, case.scheme, case.residual) for each in rows]
     expected, slopes = map(torch.stack, zip(*literal, strict=True)) if m else (add.double(), theta.double())
     expected = expected + add if with_add else expected
     for name in NAMES:
         arrays = {"u": placed(u, layout), "v": placed(v, layout), "add": placed(add, layout) if with_add else None}
         out = placed(torch.zeros_like(u), target) if target in LAYOUTS else arrays.get(target)
         gradient = placed(torch.full_like(theta, torch.nan), row_layout) if with_gradient else None
-        options = {"h": case.h, "scheme": case.scheme, "residual": case.residual, "add": arrays["add"], "out": out}
+        options = {"h": case.given_h(m, row_layout), "scheme": case.scheme, "residual": case.residual}
+        options |= {"add": arrays["add"], "out": out}
         places = placed(theta, row_layout), arrays["u"], arrays["v"]
         with kernels_of(name) as kernels:
             found = kernels.adjoint(layer, *places, **options, gradient=gradient, back=target != "no")
@@ -120,7 +121,8 @@ def test_relax(case, interval, layout, row_layout, with_tau, target):
         if target in ("own", "ends"):
             ends = given_points if target == "ends" else placed(torch.full_like(points, torch.nan), layout)
         given_tau = placed(tau, layout) if with_tau else None
-        options = {"h": case.h, "scheme": case.scheme, "parts": parts, "tau": given_tau, "inputs": inputs, "ends": ends}
+        options = {"h": case.given_h(len(theta), row_layout), "scheme": case.scheme, "parts": parts}
+        options |= {"tau": given_tau, "inputs": inputs, "ends": ends}
         with kernels_of(name) as kernels:
             found = kernels.relax(case.layer, placed(theta, row_layout), given_points, cfactor, **options)
         case.close(found, expected, TERMS * cfactor * parts, points)
@@ -162,7 +164,8 @@ def test_relax_adjoint(case, interval, layout, row_layout, with_tau, with_gradie
             ends = given_points if target == "ends" else placed(torch.full_like(points, torch.nan), layout)
         given_tau = placed(tau, layout) if with_tau else None
         gradient = placed(torch.full_like(theta, torch.nan), row_layout) if with_gradient else None
-        options = {"h": case.h, "scheme": case.scheme, "parts": parts, "tau": given_tau, "inputs": inputs, "ends": ends}
+        options = {"h": case.given_h(len(theta), row_layout), "scheme": case.scheme, "parts": parts}
+        options |= {"tau": given_tau, "inputs": inputs, "ends": ends}
         arrays = placed(theta, row_layout), placed(states, layout), given_points
         with kernels_of(name) as kernels:
             found = kernels.relax_adjoint(case.layer, *arrays, cfactor, **options, gradient=gradient)
@@ -205,10 +208,11 @@ def test_native_code_does_it_all(monkeypatch, name, dtype):
             theta = placed(weights(layer, m * c, 1, dtype), "rows")
             states = placed(normal(m * c, width, 5, seed=2, dtype=dtype), "rows")
             points, gradient = states[::c], torch.empty_like(theta)
-            kernels.step(layer, theta, states, add=states)
-            kernels.adjoint(layer, theta, states, states, gradient=gradient)
-            kernels.relax(layer, theta, points, c, h=0.1, tau=states, inputs=states.clone())
-            kernels.relax_adjoint(layer, theta, states, points, c, h=0.1, tau=states, gradient=gradient)
+            for h in (0.1, placed(torch.full((m * c,), 0.1, dtype=dtype), "spread")):
+                kernels.step(layer, theta, states, h=h, add=states)
+                kernels.adjoint(layer, theta, states, states, h=h, gradient=gradient)
+                kernels.relax(layer, theta, points, c, h=h, tau=states, inputs=states.clone())
+                kernels.relax_adjoint(layer, theta, states, points, c, h=h, tau=states, gradient=gradient)
             kernels.distances(points, points)
 
 

@@ -5,6 +5,7 @@ Shape letters: `m` intervals, `c` steps of each, `C` width, `B` samples, `p` par
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -46,6 +47,21 @@ def test_torch_by_choice_or_for_want_of_anything_else(no_extension):
 def test_native_kernels_that_are_not_there(no_extension, wish):
     with pytest.raises(ImportError, match=rf"XBRAID_KERNELS={wish}: .*no native kernels.*or use XBRAID_KERNELS=torch"):
         kernels._choose(wish)
+
+
+@needs_native
+@pytest.mark.parametrize("wish", ["", "native", SETS[0] if SETS else ""])
+def test_native_kernels_of_an_older_build(monkeypatch, wish):
+    """An extension module left over from before its functions changed is refused, and never called."""
+    from xbraid_py.kernels import _native
+
+    monkeypatch.delattr(_native, "INTERFACE")
+    monkeypatch.delitem(sys.modules, "xbraid_py.kernels.native")
+    monkeypatch.delattr(kernels, "native")
+    said = r"_native\..* was built from other sources .*interface 1, not \d.*install xbraid_py again, or use XBRAID"
+    with pytest.raises(ImportError, match=said):
+        kernels._choose(wish)
+    assert kernels._choose("torch") == (fallback, "torch")
 
 
 @needs_native
@@ -149,6 +165,23 @@ def test_every_array_has_its_shape_and_type(chosen, function, name):
     assert name == "theta" or str(refused.value).startswith(f"{name}.dtype=torch.float32")
 
 
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_step_sizes_of_too_few_or_too_many_rows(chosen, function):
+    """One for each row of theta, of its type: anything else is refused before anything is written."""
+    rows = len(arguments(function)["theta"])
+    sizes = torch.full((rows,), 0.1, dtype=torch.float64)
+    getattr(chosen, function)(LAYER, **arguments(function) | {"h": sizes})
+    for other in (sizes[1:], torch.cat([sizes, sizes]), sizes[:, None], sizes[0], sizes[:0]):
+        given = arguments(function) | {"h": other}
+        before = {key: value.clone() for key, value in given.items() if torch.is_tensor(value)}
+        said = re.escape(f"h.shape={tuple(other.shape)} does not fit the other arrays; use ({rows},)")
+        with pytest.raises(ValueError, match=said):
+            getattr(chosen, function)(LAYER, **given)
+        assert all(torch.equal(given[key], value) for key, value in before.items())
+    with pytest.raises(ValueError, match=r"h\.dtype=torch\.float32 is not that of theta; use torch\.float64"):
+        getattr(chosen, function)(LAYER, **arguments(function) | {"h": sizes.float()})
+
+
 @pytest.mark.parametrize(("function", "name"), [("adjoint", "v"), ("relax_adjoint", "states")])
 def test_arrays_that_have_to_be_there(chosen, function, name):
     with pytest.raises(ValueError, match=rf"{name}=None must be a tensor; use one of shape \(\d, 3, 5\)"):
@@ -193,3 +226,12 @@ def test_autograd_through_arrays_that_need_a_slope(chosen, activation, scheme):
     how = {"h": 0.3, "scheme": scheme}
     assert torch.autograd.gradcheck(lambda theta, u: chosen.step(layer, theta, u, **how), (theta, u))
     assert torch.autograd.gradcheck(lambda theta, u: chosen.relax(layer, theta, u[:1], 2, **how), (theta, u))
+
+
+@pytest.mark.parametrize("scheme", ["euler", "midpoint"])
+@pytest.mark.parametrize("slopes", [True, False])
+def test_autograd_through_step_sizes(chosen, scheme, slopes):
+    layer, h = DenseLayer(2, 2, "tanh"), torch.tensor([0.3, 0.2], dtype=torch.float64, requires_grad=True)
+    theta, u = weights(layer, 2, 1).requires_grad_(slopes), normal(2, 2, 3, seed=2).requires_grad_(slopes)
+    assert torch.autograd.gradcheck(lambda h: chosen.step(layer, theta, u, h=h, scheme=scheme), h)
+    assert torch.autograd.gradcheck(lambda h: chosen.relax(layer, theta, u[:1], 2, h=h, scheme=scheme), h)

@@ -11,13 +11,24 @@ from math import inf, nan
 import numpy as np
 import pytest
 import torch
-from kernel_cases import ACTIVATIONS, DTYPES, NAMES, SETS, kernels_of, needs_native, normal, placed, weights
+from kernel_cases import (
+    ACTIVATIONS,
+    DTYPES,
+    NAMES,
+    SCHEMES,
+    SETS,
+    equal,
+    kernels_of,
+    needs_native,
+    normal,
+    placed,
+    problem,
+)
 
 from xbraid_py.kernels import fallback
 from xbraid_py.networks.dense import DenseLayer
 
 pytestmark = pytest.mark.filterwarnings("error")
-SCHEMES = ("euler", "midpoint")
 
 
 @pytest.fixture(params=NAMES)
@@ -32,20 +43,6 @@ def native(request):
     """The native module with each instruction set."""
     with kernels_of(request.param) as module:
         yield module
-
-
-def problem(width: int, batch: int, m: int = 2, c: int = 3, dtype=torch.float64, activation: str = "tanh"):
-    """A layer, weights (m c, p), states (m c, C, B), and others of the same shape."""
-    layer = DenseLayer(width, width, activation)
-    states = (normal(m * c, width, batch, seed=seed, dtype=dtype) for seed in (1, 2, 3))
-    return layer, weights(layer, m * c, 4, dtype), *states
-
-
-def equal(a, b) -> bool:
-    """The same bits, where not-a-number is like any other."""
-    return (
-        a.shape == b.shape and torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(7.5), b.nan_to_num(7.5))
-    )
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

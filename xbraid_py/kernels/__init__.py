@@ -27,6 +27,8 @@ def _choose(wish: str):
         return fallback, "torch"
     try:
         from xbraid_py.kernels import native
+    except checks.OutdatedKernels:
+        raise  # slow kernels instead of the fast ones would go unnoticed
     except ImportError as error:
         if wish:
             raise ImportError(
@@ -51,7 +53,7 @@ def step(
     theta: Tensor,
     u: Tensor,
     *,
-    h: float = 1.0,
+    h: float | Tensor = 1.0,
     scheme: str = "euler",
     residual: bool = True,
     add: Tensor | None = None,
@@ -65,8 +67,8 @@ def step(
         Shape of the layers.
     theta : (m, p) tensor
     u : (m, I, B) tensor
-    h : float
-        Step size.
+    h : float or (m,) tensor
+        Step size: of all layers, or of each of them; 0 makes one the identity.
     scheme : {"euler", "midpoint"}
         One step, or u + h F(u + h/2 F(u)) with F(u) = sigma(W u + b).
     residual : bool
@@ -85,7 +87,7 @@ def step(
     ValueError
         If an array has not the shape or the type that fits; it is named.
     """
-    checks.step(layer, theta, u, scheme, residual, add, out)
+    checks.step(layer, theta, u, h, scheme, residual, add, out)
     return _kernels.step(layer, theta, u, h=h, scheme=scheme, residual=residual, add=add, out=out)
 
 
@@ -95,7 +97,7 @@ def adjoint(
     u: Tensor,
     v: Tensor,
     *,
-    h: float = 1.0,
+    h: float | Tensor = 1.0,
     scheme: str = "euler",
     residual: bool = True,
     add: Tensor | None = None,
@@ -107,6 +109,8 @@ def adjoint(
 
     Parameters
     ----------
+    h : float or (m,) tensor
+        As in `step`.
     gradient : (m, p) tensor, optional
         Written: the derivative of <v, step> with respect to the weights.
     back : bool
@@ -124,7 +128,7 @@ def adjoint(
     ValueError
         If an array has not the shape or the type that fits; it is named.
     """
-    checks.adjoint(layer, theta, u, v, scheme, residual, add, out, gradient)
+    checks.adjoint(layer, theta, u, v, h, scheme, residual, add, out, gradient)
     options = {"h": h, "scheme": scheme, "residual": residual, "add": add}
     return _kernels.adjoint(layer, theta, u, v, **options, out=out, gradient=gradient, back=back)
 
@@ -135,7 +139,7 @@ def relax(
     points: Tensor,
     cfactor: int,
     *,
-    h: float,
+    h: float | Tensor,
     scheme: str = "euler",
     parts: int = 1,
     tau: Tensor | None = None,
@@ -151,8 +155,10 @@ def relax(
         Where the intervals begin.
     cfactor : int
         Steps c of an interval.
+    h : float or (m c parts,) tensor
+        Step size: of all layers, or of each row of theta.
     parts : int
-        A step is that many smaller ones of size h, each with a row of weights of its own.
+        A step is that many smaller ones, each with a row of weights of its own.
     tau : (m c, C, B) tensor, optional
         Added to each step.
     inputs : (m c, C, B) tensor, optional
@@ -170,7 +176,7 @@ def relax(
     ValueError
         If an array has not the shape or the type that fits; it is named.
     """
-    checks.relax(layer, theta, points, cfactor, scheme, parts, tau, inputs, ends)
+    checks.relax(layer, theta, points, cfactor, h, scheme, parts, tau, inputs, ends)
     options = {"h": h, "scheme": scheme, "parts": parts, "tau": tau, "inputs": inputs, "ends": ends}
     return _kernels.relax(layer, theta, points, cfactor, **options)
 
@@ -182,7 +188,7 @@ def relax_adjoint(
     points: Tensor,
     cfactor: int,
     *,
-    h: float,
+    h: float | Tensor,
     scheme: str = "euler",
     parts: int = 1,
     tau: Tensor | None = None,
@@ -198,7 +204,7 @@ def relax_adjoint(
         Inputs of the steps and of all their parts.
     points : (m, C, B) tensor
         Adjoints behind the last step of each interval.
-    parts, tau, inputs, ends
+    h, parts, tau, inputs, ends
         As in `relax`, backwards: `inputs` gets the adjoint behind each step.
     gradient : (m c parts, p) tensor, optional
         Written: the gradients of the weights.
@@ -213,7 +219,7 @@ def relax_adjoint(
     ValueError
         If an array has not the shape or the type that fits; it is named.
     """
-    checks.relax(layer, theta, points, cfactor, scheme, parts, tau, inputs, ends, states, gradient)
+    checks.relax(layer, theta, points, cfactor, h, scheme, parts, tau, inputs, ends, states, gradient)
     options = {"h": h, "scheme": scheme, "parts": parts, "tau": tau, "inputs": inputs, "ends": ends}
     return _kernels.relax_adjoint(layer, theta, states, points, cfactor, **options, gradient=gradient)
 

@@ -7,26 +7,35 @@ from __future__ import annotations
 
 from torch import Tensor
 
+
+class OutdatedKernels(ImportError):
+    """The native kernels were built from other sources than the Python files beside them."""
+
+
 _OPTIONAL = {"add", "out", "gradient", "tau", "inputs", "ends"}
 
 
-def step(layer, theta, u, scheme, residual, add, out) -> None:
+def step(layer, theta, u, h, scheme, residual, add, out) -> None:
     """Arguments of `kernels.step`."""
     m, batch, p = _sizes(layer, "u", u, scheme, residual)
     after = (m, layer.outputs, batch)
     arrays = (("theta", theta, (m, p)), ("u", u, (m, layer.inputs, batch)))
     _arrays(theta.dtype, *arrays, ("add", add, after), ("out", out, after))
+    if type(h) is not float:
+        _sizes_of_steps(h, theta)
 
 
-def adjoint(layer, theta, u, v, scheme, residual, add, out, gradient) -> None:
+def adjoint(layer, theta, u, v, h, scheme, residual, add, out, gradient) -> None:
     """Arguments of `kernels.adjoint`."""
     m, batch, p = _sizes(layer, "u", u, scheme, residual)
     weights, before = (m, p), (m, layer.inputs, batch)
     arrays = (("theta", theta, weights), ("u", u, before), ("v", v, (m, layer.outputs, batch)))
     _arrays(theta.dtype, *arrays, ("add", add, before), ("out", out, before), ("gradient", gradient, weights))
+    if type(h) is not float:
+        _sizes_of_steps(h, theta)
 
 
-def relax(layer, theta, points, cfactor, scheme, parts, tau, inputs, ends, *more) -> None:
+def relax(layer, theta, points, cfactor, h, scheme, parts, tau, inputs, ends, *more) -> None:
     """Arguments of `kernels.relax`, and with two more, states and gradient, of `kernels.relax_adjoint`."""
     m, batch, p = _sizes(layer, "points", points, scheme, True)
     if cfactor < 1 or parts < 1:
@@ -39,6 +48,8 @@ def relax(layer, theta, points, cfactor, scheme, parts, tau, inputs, ends, *more
         states, gradient = more
         arrays += (("states", states, (layers, layer.inputs, batch)), ("gradient", gradient, weights))
     _arrays(theta.dtype, *arrays, ("tau", tau, each), ("inputs", inputs, each))
+    if type(h) is not float:
+        _sizes_of_steps(h, theta)
 
 
 def distances(a, b) -> None:
@@ -61,6 +72,12 @@ def _sizes(layer, name: str, states: Tensor, scheme: str, residual: bool) -> tup
             f"use outputs={inputs}, or scheme='euler' with residual=False"
         )
     return shape[0], shape[2], outputs * inputs + (1 if layer.bias == "scalar" else outputs)
+
+
+def _sizes_of_steps(h, theta: Tensor) -> None:
+    """Another number than a float, or one for each row of weights."""
+    if isinstance(h, Tensor):
+        _arrays(theta.dtype, ("h", h, (len(theta),)))
 
 
 def _arrays(dtype, *arrays: tuple[str, Tensor | None, tuple[int, ...]]) -> None:

@@ -63,7 +63,7 @@ def relax(layer, theta, points, cfactor, *, h, scheme="euler", parts=1, tau=None
                 inputs[rows] = x
             add = tau[rows] if tau is not None and part == parts - 1 else None
             own = _rows(first, len(x), cfactor * parts, row * parts + part)
-            x = step(layer, theta[own], x, h=h, scheme=scheme, add=add)
+            x = step(layer, theta[own], x, h=_of(h, own), scheme=scheme, add=add)
         ends[first : first + len(x)] = x
     return ends
 
@@ -93,7 +93,8 @@ def relax_adjoint(
             add = tau[rows] if tau is not None and part == 0 else None
             own = _rows(first, len(v), cfactor * parts, row * parts + part)
             kept = None if gradient is None else gradient[own]
-            v = adjoint(layer, theta[own], states[own], v, h=h, scheme=scheme, add=add, gradient=kept)
+            how = {"h": _of(h, own), "scheme": scheme, "add": add}
+            v = adjoint(layer, theta[own], states[own], v, **how, gradient=kept)
         ends[first : first + len(v)] = v
     return ends
 
@@ -137,15 +138,27 @@ def _value(layer, theta: Tensor, u: Tensor) -> Tensor:
     return activation(layer.activation).value(_affine(layer, theta, u))
 
 
-def _scaled(value: Tensor, factor: float) -> Tensor:
+def _of(h: float | Tensor, rows: slice) -> float | Tensor:
+    """The step size of some rows."""
+    return h[rows] if isinstance(h, Tensor) else h
+
+
+def _factor(h: float | Tensor) -> float | Tensor:
+    """What states (m, C, B) are multiplied by."""
+    return h[:, None, None] if isinstance(h, Tensor) else h
+
+
+def _scaled(value: Tensor, h: float | Tensor) -> Tensor:
     # In place, unless autograd needs the value as it is.
-    return value * factor if value.requires_grad else value.mul_(factor)
+    factor = _factor(h)
+    slope = value.requires_grad or (isinstance(h, Tensor) and h.requires_grad)
+    return value * factor if slope else value.mul_(factor)
 
 
 def _vjp(layer, theta, u, v, h, with_gradient, back) -> tuple[Tensor | None, Tensor | None]:
     """h times the transposed Jacobians of sigma(W u + b), applied to v, with respect to u and to the weights."""
     weight, _ = unpack(layer, theta)
-    d = activation(layer.activation).slope(_affine(layer, theta, u)).mul_(v).mul_(h)
+    d = activation(layer.activation).slope(_affine(layer, theta, u)).mul_(v).mul_(_factor(h))
     found = torch.bmm(weight.transpose(1, 2), d) if back else None
     if not with_gradient:
         return found, None

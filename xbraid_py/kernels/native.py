@@ -8,11 +8,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xbraid_py.kernels import _native, fallback
+from xbraid_py.kernels import _native, checks, fallback
 from xbraid_py.kernels.activation import ACTIVATIONS
 
 _NUMBERS = {name: number for number, name in enumerate(("smooth_relu", "relu", "tanh", "identity"))}
 assert _NUMBERS.keys() == ACTIVATIONS.keys(), "dense.hpp has the activations of activation.py"
+
+INTERFACE = 2  # of the functions in module.cpp; those of an older build would take an address for another
+if getattr(_native, "INTERFACE", 1) != INTERFACE:
+    raise checks.OutdatedKernels(
+        f"{_native.__file__} was built from other sources than those beside it (interface "
+        f"{getattr(_native, 'INTERFACE', 1)}, not {INTERFACE}); install xbraid_py again, or use XBRAID_KERNELS=torch"
+    )
 
 _STEP, _ADJOINT, _RELAX, _RELAX_ADJOINT, _DISTANCES = (
     {torch.float64: getattr(_native, f"{name}_float64"), torch.float32: getattr(_native, f"{name}_float32")}
@@ -46,10 +53,10 @@ def step(layer, theta, u, *, h=1.0, scheme="euler", residual=True, add=None, out
     """See `xbraid_py.kernels.step`."""
     m, _, batch = u.shape
     found = u.new_empty((m, layer.outputs, batch)) if out is None else out
-    numbers = _numbers(layer, (theta,), (u, add, found))
+    numbers = _numbers(layer, h, (theta,), (u, add, found))
     if numbers is None:
         return fallback.step(layer, theta, u, h=h, scheme=scheme, residual=residual, add=add, out=out)
-    _STEP[theta.dtype](_layer(layer, scheme, residual), m, batch, h, *numbers)
+    _STEP[theta.dtype](_layer(layer, scheme, residual), m, batch, *numbers)
     return found
 
 
@@ -61,11 +68,11 @@ def adjoint(
     found = None
     if back:
         found = u.new_empty((m, layer.inputs, batch)) if out is None else out
-    numbers = _numbers(layer, (theta, gradient), (u, v, add, found))
+    numbers = _numbers(layer, h, (theta, gradient), (u, v, add, found))
     if numbers is None:
         options = {"h": h, "scheme": scheme, "residual": residual, "add": add}
         return fallback.adjoint(layer, theta, u, v, **options, out=out, gradient=gradient, back=back)
-    _ADJOINT[theta.dtype](_layer(layer, scheme, residual), m, batch, h, *numbers)
+    _ADJOINT[theta.dtype](_layer(layer, scheme, residual), m, batch, *numbers)
     return found
 
 
@@ -73,11 +80,11 @@ def relax(layer, theta, points, cfactor, *, h, scheme="euler", parts=1, tau=None
     """See `xbraid_py.kernels.relax`."""
     m, _, batch = points.shape
     found = points.new_empty((m, layer.inputs, batch)) if ends is None else ends
-    numbers = _numbers(layer, (theta,), (points, tau, inputs, found))
+    numbers = _numbers(layer, h, (theta,), (points, tau, inputs, found))
     if numbers is None:
         options = {"h": h, "scheme": scheme, "parts": parts, "tau": tau, "inputs": inputs, "ends": ends}
         return fallback.relax(layer, theta, points, cfactor, **options)
-    _RELAX[theta.dtype](_layer(layer, scheme, True), m, cfactor, parts, batch, h, *numbers)
+    _RELAX[theta.dtype](_layer(layer, scheme, True), m, cfactor, parts, batch, *numbers)
     return found
 
 
@@ -99,12 +106,12 @@ def relax_adjoint(
     """See `xbraid_py.kernels.relax_adjoint`."""
     m, _, batch = points.shape
     found = points.new_empty((m, layer.inputs, batch)) if ends is None else ends
-    numbers = _numbers(layer, (theta, gradient), (states, points, tau, inputs, found))
+    numbers = _numbers(layer, h, (theta, gradient), (states, points, tau, inputs, found))
     if numbers is None:
         options = {"h": h, "scheme": scheme, "parts": parts, "tau": tau, "inputs": inputs}
         options |= {"ends": ends, "gradient": gradient}
         return fallback.relax_adjoint(layer, theta, states, points, cfactor, **options)
-    _RELAX_ADJOINT[theta.dtype](_layer(layer, scheme, True), m, cfactor, parts, batch, h, *numbers)
+    _RELAX_ADJOINT[theta.dtype](_layer(layer, scheme, True), m, cfactor, parts, batch, *numbers)
     return found
 
 
@@ -123,11 +130,18 @@ def distances(a: Tensor, b: Tensor) -> Tensor:
     return sums
 
 
-def _numbers(layer, rows: tuple[Tensor | None, ...], states: tuple[Tensor | None, ...]) -> list[int] | None:
-    """Addresses and distances of the rows of all arrays; None if there is one that is not for native code."""
+def _numbers(
+    layer, h: float | Tensor, rows: tuple[Tensor | None, ...], states: tuple[Tensor | None, ...]
+) -> list[float] | None:
+    """The step size, and addresses and distances of all arrays; None if one of them is not for native code."""
     if rows[0].dtype not in _STEP or layer.inputs > _native.max_width() or layer.outputs > _native.max_width():
         return None
-    numbers: list[int] = []
+    if type(h) is float or not isinstance(h, Tensor):
+        numbers = [h, 0, 0]
+    elif _plain(h):
+        numbers = [0.0, h.data_ptr(), h.stride(0)]
+    else:
+        return None
     for tensor in rows:
         if tensor is None:
             numbers += (0, 0)

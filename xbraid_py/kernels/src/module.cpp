@@ -96,24 +96,39 @@ T* at(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// Step sizes of the layers: a number for each row, or where there is no address the same for all of them.
 template <class T>
-void step(Layer layer, long m, long B, double h, std::uintptr_t theta, long theta_stride, std::uintptr_t u,
-          long u_stride, std::uintptr_t add, long add_stride, std::uintptr_t out, long out_stride) {
+struct StepSizes {
+  StepSizes(double h, std::uintptr_t hs, long hs_stride) : same(T(h)), each(at<T>(hs)), stride(hs_stride) {}
+  T operator[](long row) const { return each ? each[row * stride] : same; }
+
+  const T same;
+  const T* const each;
+  const long stride;
+};
+
+template <class T>
+void step(Layer layer, long m, long B, double h, std::uintptr_t hs, long hs_stride, std::uintptr_t theta,
+          long theta_stride, std::uintptr_t u, long u_stride, std::uintptr_t add, long add_stride, std::uintptr_t out,
+          long out_stride) {
+  const StepSizes<T> sizes(h, hs, hs_stride);
   const Functions<T>& table = functions<T>();
   T* scratch = scratch_for(table, layer);
   for (long k = 0; k < m; k++)
-    table.step(layer, B, T(h), at<T>(theta) + k * theta_stride, at<T>(u) + k * u_stride,
+    table.step(layer, B, sizes[k], at<T>(theta) + k * theta_stride, at<T>(u) + k * u_stride,
                add ? at<T>(add) + k * add_stride : nullptr, at<T>(out) + k * out_stride, scratch);
 }
 
 template <class T>
-void adjoint(Layer layer, long m, long B, double h, std::uintptr_t theta, long theta_stride, std::uintptr_t gradient,
-             long gradient_stride, std::uintptr_t u, long u_stride, std::uintptr_t v, long v_stride, std::uintptr_t add,
-             long add_stride, std::uintptr_t out, long out_stride) {
+void adjoint(Layer layer, long m, long B, double h, std::uintptr_t hs, long hs_stride, std::uintptr_t theta,
+             long theta_stride, std::uintptr_t gradient, long gradient_stride, std::uintptr_t u, long u_stride,
+             std::uintptr_t v, long v_stride, std::uintptr_t add, long add_stride, std::uintptr_t out,
+             long out_stride) {
+  const StepSizes<T> sizes(h, hs, hs_stride);
   const Functions<T>& table = functions<T>();
   T* scratch = scratch_for(table, layer);
   for (long k = 0; k < m; k++)
-    table.adjoint(layer, B, T(h), at<T>(theta) + k * theta_stride, at<T>(u) + k * u_stride,
+    table.adjoint(layer, B, sizes[k], at<T>(theta) + k * theta_stride, at<T>(u) + k * u_stride,
                   at<T>(v) + k * v_stride, add ? at<T>(add) + k * add_stride : nullptr,
                   out ? at<T>(out) + k * out_stride : nullptr,
                   gradient ? at<T>(gradient) + k * gradient_stride : nullptr, scratch);
@@ -122,9 +137,10 @@ void adjoint(Layer layer, long m, long B, double h, std::uintptr_t theta, long t
 // c steps from the beginning of each interval to its end, each of `parts` steps with rows of weights of their own.
 // `inputs`, if given, gets the input of every step; tau is added to its output.
 template <class T>
-void relax(Layer layer, long m, long c, long parts, long B, double h, std::uintptr_t theta, long theta_stride,
-           std::uintptr_t points, long points_stride, std::uintptr_t tau, long tau_stride, std::uintptr_t inputs,
-           long inputs_stride, std::uintptr_t ends, long ends_stride) {
+void relax(Layer layer, long m, long c, long parts, long B, double h, std::uintptr_t hs, long hs_stride,
+           std::uintptr_t theta, long theta_stride, std::uintptr_t points, long points_stride, std::uintptr_t tau,
+           long tau_stride, std::uintptr_t inputs, long inputs_stride, std::uintptr_t ends, long ends_stride) {
+  const StepSizes<T> sizes(h, hs, hs_stride);
   const Functions<T>& table = functions<T>();
   T* scratch = scratch_for(table, layer);
   const std::size_t bytes = std::size_t(layer.inputs) * B * sizeof(T);
@@ -141,7 +157,7 @@ void relax(Layer layer, long m, long c, long parts, long B, double h, std::uintp
       }
       for (long part = row * parts; part < (row + 1) * parts; part++) {
         const bool last = part + 1 == (row + 1) * parts;
-        table.step(layer, B, T(h), at<T>(theta) + part * theta_stride, x,
+        table.step(layer, B, sizes[part], at<T>(theta) + part * theta_stride, x,
                    tau && last ? at<T>(tau) + row * tau_stride : nullptr, target, scratch);
         x = target;
       }
@@ -151,10 +167,12 @@ void relax(Layer layer, long m, long c, long parts, long B, double h, std::uintp
 
 // The same backwards: adjoints from the end of each interval to its beginning. States and gradient have a row for each part.
 template <class T>
-void relax_adjoint(Layer layer, long m, long c, long parts, long B, double h, std::uintptr_t theta, long theta_stride,
-                   std::uintptr_t gradient, long gradient_stride, std::uintptr_t states, long states_stride,
-                   std::uintptr_t points, long points_stride, std::uintptr_t tau, long tau_stride,
-                   std::uintptr_t inputs, long inputs_stride, std::uintptr_t ends, long ends_stride) {
+void relax_adjoint(Layer layer, long m, long c, long parts, long B, double h, std::uintptr_t hs, long hs_stride,
+                   std::uintptr_t theta, long theta_stride, std::uintptr_t gradient, long gradient_stride,
+                   std::uintptr_t states, long states_stride, std::uintptr_t points, long points_stride,
+                   std::uintptr_t tau, long tau_stride, std::uintptr_t inputs, long inputs_stride, std::uintptr_t ends,
+                   long ends_stride) {
+  const StepSizes<T> sizes(h, hs, hs_stride);
   const Functions<T>& table = functions<T>();
   T* scratch = scratch_for(table, layer);
   const std::size_t bytes = std::size_t(layer.inputs) * B * sizeof(T);
@@ -170,7 +188,7 @@ void relax_adjoint(Layer layer, long m, long c, long parts, long B, double h, st
         if (row > k * c) target = input - inputs_stride;
       }
       for (long part = (row + 1) * parts - 1; part >= row * parts; part--) {
-        table.adjoint(layer, B, T(h), at<T>(theta) + part * theta_stride,
+        table.adjoint(layer, B, sizes[part], at<T>(theta) + part * theta_stride,
                       at<T>(states) + part * states_stride, v,
                       tau && part == row * parts ? at<T>(tau) + row * tau_stride : nullptr, target,
                       gradient ? at<T>(gradient) + part * gradient_stride : nullptr, scratch);
@@ -200,6 +218,8 @@ void bind(nb::module_& m, const std::string& suffix) {
 }  // namespace
 
 NB_MODULE(_native, m) {
+  // What native.py asks for: the next number where the arguments of a function change.
+  m.attr("INTERFACE") = 2;
   nb::class_<Layer>(m, "Layer")
       .def(nb::init<int, int, int, int, int, int>(), nb::arg("inputs"), nb::arg("outputs"), nb::arg("activation"),
            nb::arg("scalar_bias"), nb::arg("residual"), nb::arg("midpoint"));
