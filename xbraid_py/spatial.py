@@ -21,17 +21,19 @@ _CONVOLUTIONS = {2: nn.Conv2d, 3: nn.Conv3d}
 
 @dataclass(frozen=True, kw_only=True)
 class SpatialCoarsening:
-    """States with fewer pixels on chosen coarse levels of a solve, by the full approximation scheme.
-
-    A coarse state is R u, with R the mean over blocks of pixels; what the coarse level changes, P (U - R u), is
-    interpolated and added. Solutions are those of the finest level, whatever the choices. C-relaxation has to take care
-    of what coarse pixels do not show: V- or F-cycles with `nrelax` of at least 1. The adjoints are restricted by P^T
-    and interpolated by R^T, so that a coarse adjoint step is the transpose of the coarse step.
+    """Fewer pixels on chosen coarse levels of a solve. Solutions are those of the finest level, whatever the choices.
 
     Parameters
     ----------
     levels
-        Coarse levels whose states have fewer pixels than those of the next finer level; 1 is the first coarse one.
+        Coarse levels with fewer pixels than the next finer level; 1 is the first coarse one.
+    states
+        Carry: states of a coarse level have all pixels, and a step changes them by P F(R u), F evaluated with fewer
+        pixels, R the mean over blocks of pixels, P interpolation; what coarse pixels do not show is carried along as it
+        is. Restrict: the full approximation scheme with coarse states R u; what the coarse level changes, P (U - R u),
+        is interpolated and added, and what coarse pixels do not show moves by relaxation alone: for V- and F-cycles
+        with `nrelax` of at least 1, and good where layers damp such details, as diffusion does. The adjoints are then
+        restricted by P^T and interpolated by R^T, so that a coarse adjoint step is the transpose of the coarse step.
     dims
         Pixel axes: the last 2 or 3 of a state.
     factor
@@ -46,6 +48,7 @@ class SpatialCoarsening:
     """
 
     levels: tuple[int, ...] = (1,)
+    states: Literal["carry", "restrict"] = "carry"
     dims: Literal[2, 3] = 2
     factor: int = 2
     interpolation: Literal["linear", "constant"] = "linear"
@@ -57,6 +60,7 @@ class SpatialCoarsening:
         if self.factor < 2:
             raise ValueError(f"factor={self.factor} must be at least 2; use 2")
         for name, words in (
+            ("states", ("carry", "restrict")),
             ("dims", (2, 3)),
             ("interpolation", ("linear", "constant")),
             ("weights", ("galerkin", "same")),
@@ -81,10 +85,10 @@ class SpatialCoarsening:
             if level not in self.levels:
                 found.append(None)
                 continue
-            if min(pixels) < 2 * self.factor:
+            if min(pixels) <= self.factor:
                 raise ValueError(
                     f"levels={self.levels}: {pixels} pixels are too few for level {level}, which asks for at least "
-                    f"{2 * self.factor} along each axis; leave it out"
+                    f"{self.factor + 1} along each axis; leave it out"
                 )
             found.append(PixelTransfer(pixels, self))
             pixels = found[-1].coarse_pixels
@@ -109,16 +113,21 @@ class PixelTransfer:
     is_transposed: bool = False
 
     @property
+    def keeps_states(self) -> bool:
+        """Whether states of the coarser level have all pixels, and only its steps fewer."""
+        return self.options.states == "carry"
+
+    @property
     def coarse_pixels(self) -> tuple[int, ...]:
         """Along each axis, on the coarser level."""
         return tuple(-(-count // self.options.factor) for count in self.pixels)
 
     def restrict(self, states: Tensor) -> Tensor:
-        """States (n, *, X...) on the coarser level (n, *, Y...)."""
+        """States (*, X...) on the coarser level (*, Y...)."""
         return self._along_axes(states, self.pixels, self.is_transposed, not self.is_transposed)
 
     def interpolate(self, states: Tensor) -> Tensor:
-        """States (n, *, Y...) of the coarser level on the finer one (n, *, X...)."""
+        """States (*, Y...) of the coarser level on the finer one (*, X...)."""
         return self._along_axes(states, self.coarse_pixels, self.is_transposed, self.is_transposed)
 
     def _along_axes(self, states: Tensor, pixels: tuple[int, ...], transposed: bool, restriction: bool) -> Tensor:
@@ -139,9 +148,49 @@ class PixelTransfer:
 
     def steps(self, steps: ModuleSteps) -> ModuleSteps:
         """Steps as they are to be made on the coarser level."""
-        if self.options.weights == "same":
+        if self.options.weights == "galerkin":
+            steps = replace(steps, theta=galerkin_rows(steps.block, steps.theta, self.options))
+        if not self.keeps_states:
             return steps
-        return replace(steps, theta=galerkin_rows(steps.block, steps.theta, self.options))
+        # The adjoint of these steps is that of the same steps: autograd transposes R and P.
+        finer, own = steps.block, replace(self, is_transposed=False)
+        coarsened = (finer.block, (*finer.transfers, own)) if isinstance(finer, CoarsePixels) else (finer, (own,))
+        return replace(steps, block=CoarsePixels(*coarsened))
+
+
+class CoarsePixels:
+    """A block evaluated with fewer pixels, P F(R u); otherwise the same `ModuleBlock`.
+
+    Parameters
+    ----------
+    block : ModuleBlock
+    transfers : tuple of PixelTransfer
+        The finest first.
+    """
+
+    def __init__(self, block: ModuleBlock, transfers: tuple[PixelTransfer, ...]):
+        self.block, self.transfers = block, transfers
+
+    def __getattr__(self, name: str):
+        return getattr(self.block, name)
+
+    def __call__(self, tensors, u: Tensor, *position) -> Tensor:
+        """F of one layer (*S); see `ModuleBlock`."""
+        return self._finer(self.block(tensors, self._coarser(u), *position))
+
+    def batched(self, tensors, u: Tensor, *more) -> Tensor:
+        """F of m layers (m, *S) at once; see `ModuleBlock.batched`."""
+        return self._finer(self.block.batched(tensors, self._coarser(u), *more))
+
+    def _coarser(self, u: Tensor) -> Tensor:
+        for transfer in self.transfers:
+            u = transfer.restrict(u)
+        return u
+
+    def _finer(self, u: Tensor) -> Tensor:
+        for transfer in reversed(self.transfers):
+            u = transfer.interpolate(u)
+        return u
 
 
 @lru_cache(maxsize=64)

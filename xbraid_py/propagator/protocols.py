@@ -62,6 +62,9 @@ class Propagator(Protocol):
 class StateTransfer(Protocol):
     """How states come to a coarser level, and what it changes comes back."""
 
+    keeps_states: bool
+    """Whether states of the coarser level are those of the finer one, and only its steps others."""
+
     def restrict(self, states: Tensor) -> Tensor:
         """States (n, *S) of the finer level on the coarser one; a new tensor."""
 

@@ -58,7 +58,11 @@ class Forward:
         steps, template = self.steps.coarsen(cfactor, weights, scheme, parts), self.template
         transfer, *further = self.transfers or (None,)
         if transfer is not None:
-            steps, template = transfer.steps(steps), transfer.restrict(template[None])[0]
+            steps = transfer.steps(steps)
+            if transfer.keeps_states:
+                transfer = None
+            else:
+                template = transfer.restrict(template[None])[0]
         return Forward(steps, None, template, tuple(further), transfer)
 
     def redistribute(self, comm, source: Partition, target: Partition) -> Forward:
@@ -111,8 +115,10 @@ class Adjoint:
             length = len(self.gradient) // len(added)
             target, h = self.gradient.unflatten(0, (-1, length)), getattr(self.steps, "h", None)
             if isinstance(h, Tensor):
-                share = h.unflatten(0, (-1, length)) / coarse.steps.h[:, None]
-                target.add_(share[..., None] * added[:, None])
+                # Steps that pad a sequence have size 0.
+                whole = coarse.steps.h[:, None].clamp_min(torch.finfo(h.dtype).tiny)
+                share = (h.unflatten(0, (-1, length)) / whole).view(-1, length, *[1] * (added.dim() - 1))
+                target.add_(share * added[:, None])
             else:
                 target.add_(added.div_(length)[:, None])
 
@@ -122,7 +128,11 @@ class Adjoint:
         steps, states = self.steps.coarsen(cfactor, weights, scheme, parts), self.states[::length]
         transfer, *further = self.transfers or (None,)
         if transfer is not None:
-            steps, states = transfer.steps(steps), transfer.transposed().restrict(states)
+            steps = transfer.steps(steps)
+            if transfer.keeps_states:
+                transfer = None
+            else:
+                states = transfer.transposed().restrict(states)
         return Adjoint(steps, states, None, tuple(further), transfer)
 
     def redistribute(self, comm, source: Partition, target: Partition) -> Adjoint:
@@ -132,3 +142,23 @@ class Adjoint:
 
     def empty(self, num_rows: int) -> Tensor:
         return self.states.new_empty((num_rows, *self.states.shape[1:]))
+
+
+@dataclass(frozen=True)
+class AdjointTrajectory(Adjoint):
+    """The adjoints, where they are wanted themselves instead of the gradient.
+
+    Parameters
+    ----------
+    kept : (n, *S) tensor
+        A recorded relaxation writes the adjoint behind each layer here.
+    """
+
+    kept: Tensor | None = None
+
+    def relax(self, points, cfactor, tau=None, record=False, inputs=None) -> Tensor:
+        return self.steps.relax_adjoint(self.states, points, cfactor, tau, self.kept if record else inputs, None)
+
+    def correct(self, before: Tensor, after: Tensor, coarse: Adjoint) -> None:
+        # As with the states: better ones would cost another relaxation.
+        pass
