@@ -6,6 +6,7 @@ Shape letters: `n` rows (layers) owned here, `m` of them stepped at once, `S` sh
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -41,7 +42,8 @@ def coarse_rows(theta: Tensor, h: float | Tensor, length: int, weights: str) -> 
         coarse = coarse * h[::length, None]
         for j in range(1, length):
             coarse += theta[j::length] * h[j::length, None]
-        coarse /= size[:, None]
+        # Steps that pad a sequence have size 0, and so may all of a coarse one.
+        coarse /= size[:, None].clamp_min(torch.finfo(size.dtype).tiny)
     elif weights == "average":
         coarse = coarse.clone()
         for j in range(1, length):
