@@ -18,13 +18,15 @@ LAYERS = (
     {"threads"},
     {"kernels"},
     {"networks"},
-    {"propagator"},
-    {"module_steps"},
+    {"propagator", "spline_weights"},
+    {"gru_steps", "module_steps"},
     {"mgrit"},
+    {"spatial"},
+    {"checking"},
     {"network"},
     {"regularization"},
     {"layer_parallel", "objective", "process_grid"},
-    {"problem"},
+    {"problem", "sequence_parallel"},
     {"optim"},
     {"multilevel"},
     {"data", "io", "planner", "report", "scores"},
@@ -37,7 +39,7 @@ LAYERS = (
 )
 LAYER = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
 # Tensors in, tensors out.
-NO_COMM = {"grid", "kernels", "networks", "propagator", "module_steps"}
+NO_COMM = {"grid", "kernels", "networks", "propagator", "gru_steps", "module_steps", "spatial"}
 
 LIBRARY = sorted(PACKAGE.rglob("*.py"))
 PROGRAMS = sorted(path for folder in ("drivers", "benchmarks") for path in (PROJECT / folder).rglob("*.py"))

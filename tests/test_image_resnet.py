@@ -85,7 +85,7 @@ def test_parameters_are_those_of_table_5(filters, blocks, counts):
         assert sum(p.numel() for p in net.parameters()) == wanted
 
 
-@pytest.mark.parametrize("norm", ["batch", "group", "frozen", "none"])
+@pytest.mark.parametrize("norm", ["batch", "moving", "group", "frozen", "none"])
 @pytest.mark.parametrize(("step_size", "stem_stride"), [(1.0, 1), (0.25, 2)])
 def test_logits_and_norms_are_the_literal_ones(norm, step_size, stem_stride):
     net = network(norm=norm, step_size=step_size, stem_stride=stem_stride).eval()
@@ -217,7 +217,7 @@ def test_orders_that_do_not_fit_are_refused(order, message):
         ({"blocks": (2, 2)}, r"filters=\(4, 8, 12\) must name 2 stages, as blocks=\(2, 2\) does; use \(16, 32\)$"),
         ({"filters": (8, 4, 8)}, r"filters=\(8, 4, 8\) must be positive and not decrease; use \(8, 16, 32\)$"),
         ({"filters": (0, 4, 8)}, r"filters=\(0, 4, 8\) must be positive and not decrease; use \(1, 2, 4\)$"),
-        ({"norm": "layer"}, r"norm='layer' must be batch, group, frozen or none; use batch$"),
+        ({"norm": "layer"}, r"norm='layer' must be batch, moving, group, frozen or none; use batch$"),
         ({"norm": "group", "groups": 3}, r"groups=3 .* divide all of filters=\(4, 8, 12\); use 2$"),
         ({"norm": "group", "groups": 0}, r"groups=0 must be at least 1 .*; use 1$"),
         ({"num_classes": 0}, r"num_classes=0 must be at least 1; use 10$"),

@@ -13,7 +13,8 @@ import torch
 from blocks import CASES, UNCHECKED, C, Case, Dropped, distance, gradients, loss_of
 
 from xbraid_py import MGRIT, Accuracy, DenseBlock, Dropout, LayerGrid, ResidualSteps
-from xbraid_py.module_steps import ModuleSteps, Tape, batched_is_faster
+from xbraid_py.layer_parallel.batching import batched_is_faster
+from xbraid_py.module_steps import ModuleSteps, Tape
 from xbraid_py.networks.dropout import at_position
 from xbraid_py.networks.module_block import ModuleBlock
 

@@ -21,25 +21,32 @@ keep_freed_memory()
 # The public names and their modules. A name is loaded when it is first asked for: what looks at a run from outside
 # needs no torch.
 _HOMES = {
+    "checking": ("PropagatorReport", "check_propagator"),
     "comm": ("Communicator", "LaunchError", "wrap"),
     "errors": ("RunError",),
     "export": ("ResidualStep", "to_sequential"),
     "grid": ("LayerGrid", "Partition"),
-    "layer_parallel": ("Accuracy", "LayerParallel", "SolveRecord", "clip_grad_norm_", "parallel_stages", "share_loss"),
+    "layer_parallel": (
+        *("Accuracy", "LayerParallel", "SolveRecord", "clip_grad_norm_", "in_windows", "parallel_stages", "share_loss"),
+    ),
     "mgrit": ("MGRIT", "Hierarchy", "Solution", "Solver"),
-    "multilevel": ("NestedIteration", "NestedOptions", "prolong_depth"),
+    "multilevel": ("AdaptiveOptions", "NestedIteration", "NestedOptions", "prolong_depth"),
     "multilevel.resnet_refinement": ("refine",),
     "network": ("InitialScales", "ResidualNetwork"),
+    "networks.batch_norm": ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"),
     "networks.dense": ("DenseLayer",),
     "networks.dense_block": ("DenseBlock",),
     "networks.dropout": ("Dropout",),
     "networks.image_resnet": ("ImageResNet",),
+    "networks.splines": ("Splines",),
     "objective": ("Evaluation", "NetworkObjective", "Objective"),
     "optim": ("Armijo", "OneShot", "OneShotOptions", "QuasiNewton"),
     "problem": ("Architecture", "Problem"),
     "process_grid": ("ProcessGrid", "share"),
-    "propagator": ("Adjoint", "Forward", "Propagator", "ResidualSteps"),
+    "propagator": ("Adjoint", "Forward", "Propagator", "ResidualSteps", "error_norms", "local_errors", "output_error"),
     "regularization": ("Regularization",),
+    "sequence_parallel": ("ParallelGRU", "SequenceRecord"),
+    "spatial": ("SpatialCoarsening",),
     "threads": ("run_threads",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -115,6 +115,7 @@ class ClassificationOptions:
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0; use {good}")
         self.nested.depths(self.num_layers)
+        self.nested.splines(self.network.splines)
 
     @property
     def adjoint(self) -> MGRIT:

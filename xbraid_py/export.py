@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from xbraid_py.comm import Communicator
 from xbraid_py.grid import LayerGrid
 from xbraid_py.kernels.activation import ACTIVATIONS, activation
-from xbraid_py.layer_parallel import LayerParallel
+from xbraid_py.layer_parallel import LayerParallel, LayerWindows
+from xbraid_py.networks.splines import Splines
 
-_BATCH_NORMS = nn.modules.batchnorm._NormBase
 _STACKS = ("opening", "layers", "classification")
 
 
@@ -125,6 +125,7 @@ def _of_module(source: nn.Module) -> nn.Module:
             f"source={type(source).__name__} holds no LayerParallel, so it is a plain module already; "
             f"use copy.deepcopy(source)"
         )
+    windows = [part for part in source.modules() if isinstance(part, LayerWindows)]
     inside = {id(part) for stack in stacks for part in stack.modules()}
     for name, part in source.named_modules():
         for key, value in vars(part).items() if id(part) not in inside else ():
@@ -132,17 +133,18 @@ def _of_module(source: nn.Module) -> nn.Module:
                 path = f"{name}.{key}".lstrip(".")
                 raise ValueError(f"source.{path} is a communicator, which has no copy; keep it outside of the module")
     # What is in the memo is not copied again: each stack comes out as its plain form, wherever it is referred to.
-    return copy.deepcopy(source, {id(stack): _of_stack(stack) for stack in stacks})
+    plain: dict[int, nn.Module] = {id(stack): _of_stack(stack) for stack in stacks}
+    for each in windows:
+        plain[id(each)] = nn.Sequential(*(step for stack in each.windows for step in plain[id(stack)]))
+        plain[id(each)].training = each.training
+    return copy.deepcopy(source, plain)
 
 
 def _of_stack(stack: LayerParallel) -> nn.Sequential:
     block, weights = stack.layers.block, stack.layers
-    frozen = [
-        name for name, part in block.module.named_modules() if isinstance(part, _BATCH_NORMS) and not part.training
-    ]
     gathered = [weights.gathered(tensor) for tensor in weights.tensors()]
     steps = []
-    for layer in range(stack.grid.num_layers):
+    for layer, h in enumerate(stack.sizes):
         module = copy.deepcopy(block.module)
         place = dict(module.named_parameters()) | dict(module.named_buffers())
         for column, rows, own in zip(block.columns, gathered, weights.tensors(), strict=True):
@@ -150,7 +152,7 @@ def _of_stack(stack: LayerParallel) -> nn.Sequential:
                 place[column.name].copy_(rows[layer])
             if column.is_parameter:
                 place[column.name].requires_grad_(own.requires_grad)
-        steps.append(ResidualStep(module, stack.grid.h, frozen))
+        steps.append(ResidualStep(module, h, weights.frozen))
     found = nn.Sequential(*steps)
     # Parts of a block may have modes of their own.
     for part in (found, *steps):
@@ -171,14 +173,30 @@ def _of_checkpoint(path: str | os.PathLike) -> nn.Sequential:
                 f"checkpoint {path} holds no network trained by nested iteration; give a file of the checkpoints "
                 f"folder of drivers/peaks.py, such as runs/peaks/checkpoints/update_000040.h5"
             )
+        # Layers of different sizes are those of a run that has cut only some of them.
+        snapshot = checkpoint.meta.get("snapshot", {})
+        lengths, splines = snapshot.get("lengths"), snapshot.get("splines")
+        count = snapshot.get("num_layers") if splines else checkpoint.total("weights/layers.weight")
+        grid = LayerGrid(count, shape["T"], lengths and tuple(lengths))
+        middles = {"layers": (Splines(**splines), grid.middles())} if splines else {}
         (opening,), layers, (classification,) = (
-            _layers(checkpoint, stack, "identity" if stack == "classification" else shape["activation"])
+            _layers(
+                checkpoint, stack, "identity" if stack == "classification" else shape["activation"], middles.get(stack)
+            )
             for stack in _STACKS
         )
-    h = LayerGrid(len(layers), shape["T"]).h
-    return nn.Sequential(opening, nn.Sequential(*(ResidualStep(layer, h) for layer in layers)), classification)
+    sizes = grid.sizes()
+    steps = (ResidualStep(layer, h) for layer, h in zip(layers, sizes, strict=True))
+    return nn.Sequential(opening, nn.Sequential(*steps), classification)
 
 
-def _layers(checkpoint, stack: str, activation: str) -> list[PlainDense]:
+def _layers(
+    checkpoint, stack: str, activation: str, places: tuple[Splines, Sequence[float]] | None
+) -> list[PlainDense]:
     weights, biases = (checkpoint.rows(f"weights/{stack}.{name}") for name in ("weight", "bias"))
+    if places is not None:
+        splines, times = places
+        weights, biases = (
+            splines.rows(times, rows.flatten(1)).unflatten(1, rows.shape[1:]) for rows in (weights, biases)
+        )
     return [PlainDense(w.clone(), b.clone(), activation) for w, b in zip(weights, biases, strict=True)]

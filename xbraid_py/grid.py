@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from math import gcd
 
 
@@ -76,6 +77,14 @@ class LayerGrid:
             return [self.h] * (last - first)
         total = sum(self.lengths)
         return [self.T * length / total for length in self.lengths[first:last]]
+
+    def middles(self, first: int = 0, count: int | None = None) -> list[float]:
+        """Where the middles of `count` steps from `first` on are, as parts of [0, T]; of all others by default."""
+        last = self.num_layers if count is None else first + count
+        if self.lengths is None:
+            return [(2 * n + 1) / (2 * self.num_layers) for n in range(first, last)]
+        ends = [0, *accumulate(self.lengths)]
+        return [(ends[n] + ends[n + 1]) / (2 * ends[-1]) for n in range(first, last)]
 
     def refine(self, factor: int) -> LayerGrid:
         """The grid with `factor` times as many layers on the same interval, each step cut in equal ones."""

@@ -6,8 +6,6 @@ weights.
 
 from __future__ import annotations
 
-import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
@@ -16,11 +14,9 @@ import torch
 from torch import Tensor
 
 from xbraid_py.grid import Partition
+from xbraid_py.networks.batch_norm import Evaluation, Moments
 from xbraid_py.networks.module_block import ModuleBlock
 from xbraid_py.propagator import coarse_rows
-
-_TRIALS = 3
-_FAR = 0.7
 
 
 @dataclass
@@ -76,6 +72,8 @@ class ModuleSteps:
         Evaluate all intervals in one call (`torch.func.vmap`), or one after the other.
     tape : Tape, optional
         Keeps the graphs of recorded relaxations.
+    moments : Moments, optional
+        Gets the statistics of the batch from recorded relaxations.
     scheme, parts
         As of `ResidualSteps`.
     """
@@ -87,6 +85,7 @@ class ModuleSteps:
     draw: int = 0
     batched: bool = False
     tape: Tape | None = None
+    moments: Moments | None = None
     scheme: str = "euler"
     parts: int = 1
 
@@ -126,7 +125,7 @@ class ModuleSteps:
         The input of each step is written to `inputs` (m c, *S). With `record` the tape keeps the graphs.
         """
         length = cfactor * self.parts
-        tape = self.tape if record else None
+        tape, moments = (self.tape, self.moments) if record else (None, None)
         if tape is not None:
             tape.clear(length)
         ends = torch.empty_like(points)
@@ -145,7 +144,10 @@ class ModuleSteps:
                         inputs[step] = x.detach()
                     for part in range(j * self.parts, (j + 1) * self.parts):
                         row = slice(part, None, length) if self.batched else first + part
-                        x = x + self._increment(weights[part], x, row)
+                        evaluation = Evaluation(moments.start) if moments is not None else None
+                        x = x + self._increment(weights[part], x, row, evaluation)
+                        if moments is not None:
+                            moments.take(row, evaluation)
                     if tau is not None:
                         x = x + tau[step]
                 if tape is not None:
@@ -224,13 +226,15 @@ class ModuleSteps:
                 column[row] = part
         return v + back
 
-    def _increment(self, weights: Sequence[Tensor], u: Tensor, row: int | slice) -> Tensor:
+    def _increment(
+        self, weights: Sequence[Tensor], u: Tensor, row: int | slice, evaluation: Evaluation | None = None
+    ) -> Tensor:
         """What a step adds to u (*S): h F(u), or h F(u + h/2 F(u))."""
 
         def field_of(x: Tensor) -> Tensor:
             if self.batched:
-                return self.block.batched(weights, x)
-            return self.block(weights, x, self.draw, self.layers[row])
+                return self.block.batched(weights, x, evaluation)
+            return self.block(weights, x, self.draw, self.layers[row], evaluation)
 
         h = self.h
         if isinstance(h, Tensor):
@@ -273,27 +277,3 @@ class ModuleSteps:
             else:
                 column.zero_()
         return found
-
-
-def batched_is_faster(block: ModuleBlock, u: Tensor, count: int) -> bool:
-    """Whether so many intervals with states like u (*S) are evaluated faster in one call, forwards and backwards."""
-    theta = block.join([tensor[None] for tensor in block.tensors_of(block.module)]).repeat(count, 1)
-    points = torch.randn((count, *u.shape), dtype=u.dtype, generator=torch.Generator().manual_seed(0)).to(u.device)
-    gradient = torch.empty_like(theta)
-    seconds = []
-    for batched in (False, True):
-        steps = ModuleSteps(block, theta, 1e-3, tuple(range(count)), batched=batched, tape=Tape())
-        best = float("inf")
-        with warnings.catch_warnings():
-            # Of operations that have no batched form, and are slow therefore.
-            warnings.simplefilter("ignore", UserWarning)
-            for _ in range(_TRIALS):
-                start = time.perf_counter()
-                steps.relax(points, 1, None, None, True)
-                steps.relax_adjoint(points, points, 1, None, None, gradient)
-                if u.is_cuda:
-                    torch.cuda.synchronize()
-                best = min(best, time.perf_counter() - start)
-        seconds.append(best)
-    # By far: what is nearly as fast would be chosen in one run and not in the next.
-    return seconds[1] < _FAR * seconds[0]

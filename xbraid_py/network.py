@@ -5,7 +5,7 @@ Shape letters: `N` layers, `n` of them owned here, `F` features, `C` width, `B` 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Literal
@@ -18,7 +18,9 @@ from xbraid_py.comm import Communicator
 from xbraid_py.grid import LayerGrid, Partition
 from xbraid_py.networks.dense import DenseLayer
 from xbraid_py.networks.parameters import Layout, Stack
+from xbraid_py.networks.splines import Splines
 from xbraid_py.propagator import ResidualSteps
+from xbraid_py.spline_weights import SplineLayers
 
 _PREDICT_CHUNK = 1024  # samples that travel through the ranks together
 
@@ -66,6 +68,9 @@ class ResidualNetwork:
     comm : Communicator
     dtype : torch.dtype
         Of weights and states.
+    splines : Splines, optional
+        The residual layers' weights are such functions of the depth, whose coefficients all belong to the owner of the
+        first layer; free weights if not given.
     """
 
     opening: DenseLayer
@@ -75,6 +80,7 @@ class ResidualNetwork:
     partition: Partition
     comm: Communicator
     dtype: torch.dtype = torch.float64
+    splines: Splines | None = None
 
     @property
     def is_first(self) -> bool:
@@ -93,9 +99,13 @@ class ResidualNetwork:
 
     @cached_property
     def layout(self) -> Layout:
-        """How the weights owned here lie in one flat vector."""
-        rank, N = self.comm.rank, self.grid.num_layers
-        layers = Stack("layers", self.block.shapes, N, self.partition.first(rank), self.partition.count(rank))
+        """How the weights owned here, or the coefficients of those of the layers, lie in one flat vector."""
+        rank, total = self.comm.rank, self.grid.num_layers
+        first, count = self.partition.first(rank), self.partition.count(rank)
+        if self.splines is not None:
+            total = self.splines.num
+            first, count = (0, total) if self.is_first else (total, 0)
+        layers = Stack("layers", self.block.shapes, total, first, count)
         return Layout(
             (
                 Stack("opening", self.opening.shapes, 1, 0 if self.is_first else 1, int(self.is_first)),
@@ -103,7 +113,48 @@ class ResidualNetwork:
                 Stack("classification", self.classification.shapes, 1, 0 if self.is_last else 1, int(self.is_last)),
             ),
             self.dtype,
+            dealt=self.splines is None,
         )
+
+    @property
+    def free(self) -> ResidualNetwork:
+        """The same network with free weights: itself, if there are no splines."""
+        return self if self.splines is None else self._free
+
+    @cached_property
+    def _free(self) -> ResidualNetwork:
+        return replace(self, splines=None)
+
+    def expand(self, x: Tensor) -> Tensor:
+        """Flat vector of the free network with these weights: x itself, if there are no splines; else collective."""
+        if self.splines is None:
+            return x
+        found = self.free.layout.zeros()
+        rows, out = self.layout.rows(x), self.free.layout.rows(found)
+        coefficients = rows["layers"]
+        if not self.is_first:
+            coefficients = x.new_empty((self.splines.num, coefficients.shape[1]))
+        out["layers"].copy_(self._spline_layers.layers(self.comm.broadcast(coefficients, self._spline_layers.root)))
+        for end in ("opening", "classification"):
+            out[end].copy_(rows[end])
+        return found
+
+    def contract(self, gradient: Tensor) -> Tensor:
+        """The transposed map: a gradient here from that of the free network (itself, without splines)."""
+        if self.splines is None:
+            return gradient
+        found = self.layout.zeros()
+        rows, out = self.free.layout.rows(gradient), self.layout.rows(found)
+        sums = self._spline_layers.sums(rows["layers"])
+        if sums is not None:
+            out["layers"].copy_(sums)
+        for end in ("opening", "classification"):
+            out[end].copy_(rows[end])
+        return found
+
+    @cached_property
+    def _spline_layers(self) -> SplineLayers:
+        return SplineLayers(self.splines, self.grid, self.partition, self.comm)
 
     @cached_property
     def sizes(self) -> float | Tensor:
@@ -114,7 +165,10 @@ class ResidualNetwork:
         return torch.tensor(self.grid.sizes(self.partition.first(rank), self.partition.count(rank)), dtype=self.dtype)
 
     def initial(self, scales: InitialScales, seed: int) -> Tensor:
-        """Random weights: those of a layer depend on the seed and on the layer, not on the number of ranks."""
+        """Random weights: those of a layer depend on the seed and on the layer, not on the number of ranks.
+
+        A row of spline coefficients is drawn as the weights of a layer are.
+        """
         flat = self.layout.zeros()
         rows = self.layout.rows(flat)
         for number, stack in enumerate(self.layout.stacks):
@@ -130,8 +184,8 @@ class ResidualNetwork:
         return flat
 
     def steps(self, x: Tensor) -> ResidualSteps:
-        """The residual layers owned here, with the weights in the flat vector `x`."""
-        return ResidualSteps(self.block, self.layout.rows(x)["layers"], self.sizes)
+        """The residual layers owned here, with the weights in the flat vector `x`; collective with splines."""
+        return ResidualSteps(self.block, self.free.layout.rows(self.expand(x))["layers"], self.sizes)
 
     def open(self, x: Tensor, features: Tensor) -> Tensor:
         """u_0 (C, B) of features (F, B); on the owner of the first layer."""

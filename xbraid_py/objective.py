@@ -15,7 +15,7 @@ from torch import Tensor
 
 from xbraid_py.mgrit import Solver
 from xbraid_py.network import ResidualNetwork
-from xbraid_py.propagator import Adjoint, Forward
+from xbraid_py.propagator import Adjoint, AdjointTrajectory, Forward
 from xbraid_py.regularization import Regularization
 
 
@@ -71,12 +71,12 @@ class _Value:
         columns[:, 3] = self.terms
         if end is not None:
             objective = self.objective
-            self.logits = objective.network.classify(self.x, end)
+            self.logits = objective.network.free.classify(self.x, end)
             loss = objective.loss(self.logits)
             columns[-1, 0] = loss
             columns[-1, 1] = (self.logits.max(0).indices == objective.labels).sum()
             if before is not None and self.error is not None:
-                columns[-1, 2] = (objective.loss(objective.network.classify(self.x, before)) - loss).abs()
+                columns[-1, 2] = (objective.loss(objective.network.free.classify(self.x, before)) - loss).abs()
         return columns
 
     def suffices(self, sums: Tensor) -> bool:
@@ -112,6 +112,8 @@ class NetworkObjective:
         What the next solves start from.
     adjoint_residual : float
         Relative residual of the last adjoint solve.
+    residuals, adjoint_residuals : list of float
+        Relative residuals of the last solves, iteration by iteration; see `Solution.residuals`.
     """
 
     def __init__(
@@ -128,6 +130,8 @@ class NetworkObjective:
                 raise ValueError("the solvers' hierarchies and the network must share one partition of the layers")
         self.network, self.regularization, self.forward, self.adjoint = network, regularization, forward, adjoint
         self.work, self.adjoint_residual = 0.0, 0.0
+        self.residuals: list[float] = []
+        self.adjoint_residuals: list[float] = []
         self.evaluations = self.gradients = self.sweeps = self.adjoint_sweeps = 0
         self._one_hot = torch.empty(0, 0)
         self._regularization_gradient: Tensor | None = None
@@ -149,6 +153,7 @@ class NetworkObjective:
         self.features, self.labels = features, labels
         self.warm: tuple[Tensor, ...] | None = None
         self.adjoint_warm: tuple[Tensor, ...] | None = None
+        self._expanded: Tensor | None = None
         self._end: Tensor | None = None
         self._logits: Tensor | None = None
         if self._one_hot.shape[1] != samples:
@@ -159,6 +164,11 @@ class NetworkObjective:
         self._one_hot.zero_()
         if network.is_last:
             self._one_hot[labels, torch.arange(samples)] = 1.0
+
+    @property
+    def states(self) -> Tensor:
+        """Inputs (n, C, B) of the layers owned here, as the last state solve has left them."""
+        return self._states
 
     def dots(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
         # One summand for each interval: it has the same rows on any number of ranks.
@@ -175,7 +185,9 @@ class NetworkObjective:
         return torch.log_softmax(logits, 0).flatten().dot(self._one_hot.flatten()) / -len(self.labels)
 
     def evaluate(self, x: Tensor, max_iter: int | None = None, error: float | None = None) -> Evaluation:
-        network = self.network
+        # From here on the weights are those of the layers; without splines x and the network themselves.
+        network, x = self.network.free, self.network.expand(x)
+        self._expanded = x
         start = network.open(x, self.features) if network.is_first else None
         intervals = self.forward.hierarchy.intervals.count(network.comm.rank)
         terms, self._regularization_gradient = self.regularization.terms(network, x, intervals)
@@ -188,6 +200,7 @@ class NetworkObjective:
         loss, right, _, regularization = solution.measured.tolist()
         value = loss + regularization
         self.work += solution.work
+        self.residuals = solution.residuals
         self.evaluations += 1
         self.sweeps += solution.sweeps
         if isfinite(value):
@@ -197,16 +210,13 @@ class NetworkObjective:
         return Evaluation(value, loss, right / len(self.labels), solution.residual)
 
     def gradient(self, x: Tensor, max_iter: int | None = None, exact: bool = False) -> Tensor:
-        network = self.network
+        network, x = self.network.free, self._expanded
         rows = network.layout.rows(x)
         gradient = network.layout.zeros()
         out = network.layout.rows(gradient)
         start = None
         if network.is_last:
-            # d(mean cross entropy)/d(logits) = (softmax - one-hot) / B
-            slope = torch.softmax(self._logits, 0).sub_(self._one_hot).div_(len(self.labels))
-            back, own = network.classification.vjp(rows["classification"], self._end[None], slope[None], True)
-            start = back[0]
+            start, own = self._at_end(rows["classification"])
             out["classification"].copy_(own)
         propagator = Adjoint(network.steps(x), self._states, out["layers"])
         solution = self.adjoint.solve(propagator, start, self.adjoint_warm, max_iter=max_iter, exact=exact)
@@ -217,4 +227,24 @@ class NetworkObjective:
         self.gradients += 1
         self.adjoint_sweeps += solution.sweeps
         self.adjoint_warm, self.adjoint_residual = solution.warm, solution.residual
-        return gradient.add_(self._regularization_gradient)
+        self.adjoint_residuals = solution.residuals
+        return self.network.contract(gradient.add_(self._regularization_gradient))
+
+    def adjoints(self, x: Tensor) -> Tensor:
+        """d(loss)/d(u_{n+1}) behind each layer owned here (n, C, B), at x, where `evaluate` has been called last."""
+        network, x = self.network.free, self._expanded
+        start = None
+        if network.is_last:
+            start, _ = self._at_end(network.layout.rows(x)["classification"])
+        propagator = AdjointTrajectory(network.steps(x), self._states, None, kept=torch.empty_like(self._states))
+        solution = self.adjoint.solve(propagator, start, self.adjoint_warm)
+        self.work += solution.work
+        self.adjoint_warm, self.adjoint_residual = solution.warm, solution.residual
+        return propagator.kept
+
+    def _at_end(self, classification: Tensor) -> tuple[Tensor, Tensor]:
+        """d(loss)/d(u_N) (C, B), and the gradient of the classification layer; on the owner of the last layer."""
+        # d(mean cross entropy)/d(logits) = (softmax - one-hot) / B
+        slope = torch.softmax(self._logits, 0).sub_(self._one_hot).div_(len(self.labels))
+        back, own = self.network.classification.vjp(classification, self._end[None], slope[None], True)
+        return back[0], own

@@ -12,6 +12,7 @@ from xbraid_py.grid import LayerGrid
 from xbraid_py.mgrit import MGRIT, Hierarchy, Solver
 from xbraid_py.network import ResidualNetwork
 from xbraid_py.networks.dense import DenseLayer
+from xbraid_py.networks.splines import Splines
 from xbraid_py.objective import NetworkObjective
 from xbraid_py.regularization import Regularization
 
@@ -30,12 +31,16 @@ class Architecture:
         Of opening and residual layers: smooth_relu, relu or tanh.
     bias
         One bias for each channel (vector), or one number for a layer (scalar).
+    splines
+        The weights of the residual layers are such functions of the depth: splines.num functions of splines.degree 0 to
+        3, splines.knots uniform, centred or a list from 0 to 1. Each layer has weights of its own if not given.
     """
 
     width: int = 8
     T: float = 5.0
     activation: str = "smooth_relu"
     bias: str = "vector"
+    splines: Splines | None = None
 
     def __post_init__(self):
         if self.width < 1:
@@ -102,6 +107,7 @@ class Problem:
             self.hierarchies(depth)[0].partition,
             self.comm,
             self.dtype,
+            shape.splines,
         )
 
     def objective(self, depth: int | LayerGrid) -> NetworkObjective:

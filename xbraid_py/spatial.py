@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from xbraid_py.mgrit import MGRIT
 from xbraid_py.module_steps import ModuleSteps
 from xbraid_py.networks.module_block import ModuleBlock
 
@@ -69,6 +70,19 @@ class SpatialCoarsening:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} must be {' or '.join(map(str, words))}; use {words[0]}"
                 )
+
+    def check(self, options: MGRIT) -> None:
+        """Raise `ValueError` unless solves with these options converge."""
+        if self.states == "restrict" and options.cycle == "one-shot":
+            raise ValueError(
+                "states='restrict' is for V- and F-cycles; cycle='one-shot' has no C-relaxation: use states='carry'"
+            )
+        relaxed = [options.nrelax_of(level - 1) for level in self.levels]
+        if self.states == "restrict" and min(relaxed) < 1:
+            raise ValueError(
+                f"nrelax={min(relaxed)} leaves what coarse pixels do not show as it is with states='restrict'; use "
+                f"nrelax=1"
+            )
 
     def transfers(self, shape: torch.Size, num_levels: int) -> tuple[PixelTransfer | None, ...]:
         """How states of that shape come to each coarse level from the next finer one; None where they stay the same.

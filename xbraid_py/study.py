@@ -13,11 +13,13 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from xbraid_py.comm import Communicator
 from xbraid_py.errors import RunError
 from xbraid_py.io.run_lock import take
 
@@ -116,9 +118,7 @@ class Study:
                     over, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                     for future in over:
                         row = future.result()
-                        file.write(json.dumps(row) + "\n")
-                        file.flush()
-                        os.fsync(file.fileno())
+                        _keep(file, row)
                         yield row
         except BrokenProcessPool as error:
             raise RunError(
@@ -128,9 +128,70 @@ class Study:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+@contextmanager
+def together(
+    folder: Path, work: Callable[[Settings, Communicator], Result], comm: Communicator
+) -> Iterator[Callable[[Settings], Result]]:
+    """A study whose runs are made on all ranks together, one after the other; collective.
+
+    Parameters
+    ----------
+    folder : Path
+        As of `Study`; rank 0 reads and writes there.
+    work : callable
+        `work(settings, comm)` makes one run; every rank must return the same.
+    comm : Communicator
+
+    Yields
+    ------
+    callable
+        `make(settings)` gives a row as `Study.run` does, of a run that is made now unless it was over before.
+
+    Raises
+    ------
+    RunError
+        On all ranks: another process makes runs in this folder, or its file holds something else.
+    """
+    lock, found, problem = None, {}, None
+    if comm.rank == 0:
+        try:
+            lock = take(folder)
+            study = Study(folder, _attempt)
+            found = study.finished()
+            study._cut()
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    problem, found = comm.bcast((problem, found))
+    if problem is not None:
+        raise RunError(problem)
+    over = dict(found)  # each rank its own: ranks that are threads are handed the same one
+
+    def make(settings: Settings) -> Result:
+        name = key(settings)
+        if name not in over:
+            over[name] = _attempt(lambda each: work(each, comm), dict(settings))
+            if comm.rank == 0:
+                with (folder / RUNS).open("a", encoding="utf-8") as file:
+                    _keep(file, over[name])
+        return over[name]
+
+    try:
+        yield make
+    finally:
+        if lock is not None:
+            lock.release()
+
+
 def key(settings: Settings) -> str:
     """What tells runs apart: the settings as JSON, their names sorted."""
     return json.dumps(settings, sort_keys=True)
+
+
+def _keep(file: TextIO, row: Result) -> None:
+    """Append a row to the file of runs, durably."""
+    file.write(json.dumps(row) + "\n")
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _start_worker() -> None:

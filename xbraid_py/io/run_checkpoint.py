@@ -58,7 +58,7 @@ def save_run(
             views = [layout.named(flat)[parameter] for flat in vectors]
             rows = torch.stack(views, 1) if key in _SEVERAL else views[0]
             shards[f"{_GROUPS[key]}/{parameter}"] = Shard(rows, stack.first, stack.total)
-    for (key, levels), hierarchy in zip(snapshot.warm.items(), run.problem.hierarchies(run.depth), strict=True):
+    for (key, levels), hierarchy in zip(snapshot.warm.items(), run.problem.hierarchies(run.grid), strict=True):
         for index, rows in enumerate(levels):
             intervals = hierarchy.intervals_of(index)
             shards[f"warm/{key}_{index}"] = Shard(rows, intervals.first(comm.rank), intervals.num_rows)
@@ -169,8 +169,9 @@ def _read_snapshot(path: Path, run: NestedIteration, convert_dtype: bool) -> Sna
     with load(path) as checkpoint, restoring(path):
         numbers = checkpoint.meta["snapshot"]
         check_numbers(path, numbers, run)
-        layout = run.problem.network(numbers["num_layers"]).layout
-        hierarchies = dict(zip(("state", "adjoint"), run.problem.hierarchies(numbers["num_layers"]), strict=True))
+        grid = run.grid_of(numbers)
+        layout = run.network_of(numbers).layout
+        hierarchies = dict(zip(("state", "adjoint"), run.problem.hierarchies(grid), strict=True))
         parameters = _parameters(layout)
         vectors: dict[str, list[torch.Tensor]] = {key: [] for key in _GROUPS}
         missing = {key: set(parameters) for key in _GROUPS}

@@ -29,8 +29,17 @@ def check_numbers(path: Path, numbers: dict, run: NestedIteration) -> None:
     if not all(_is_a(getattr(evaluation, each.name), float | None) for each in fields(evaluation)):
         raise no_state(path, f"evaluation={numbers['evaluation']!r}")
     index = numbers["index"]
-    if not 0 <= index < len(run.depths) or run.depths[index] != numbers["num_layers"]:
+    if not 0 <= index < len(run.depths) or not _is_depth(numbers, run.depths, index, run.options.adaptive is not None):
         raise no_state(path, f"level {index} with {numbers['num_layers']} layers, where this run has {run.depths}")
+
+
+def _is_depth(numbers: dict, depths: list[int], index: int, adaptive: bool) -> bool:
+    """Whether a level may have that many layers, and these lengths, if it has any."""
+    depth, lengths = numbers["num_layers"], numbers.get("lengths")
+    if not adaptive:
+        return depth == depths[index] and lengths is None
+    listed = lengths is None or (all(_is_a(each, int) and each > 0 for each in lengths) and len(lengths) == depth)
+    return listed and depths[0] <= depth <= depths[index]
 
 
 def _is_a(value: object, kind) -> bool:

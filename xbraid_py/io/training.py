@@ -161,6 +161,7 @@ def finished_accuracy(out: Path, run: str = "nested") -> float | None:
 def _row(record: Record, name: str, accuracy: float | None) -> dict[str, object]:
     """A record as the object of `metrics.jsonl`."""
     evaluation = record.evaluation
+    grid = {} if record.cut is None else {"cut": list(record.cut), "lengths": list(record.lengths)}
     return {
         "kind": "update",
         "run": name,
@@ -181,4 +182,5 @@ def _row(record: Record, name: str, accuracy: float | None) -> dict[str, object]
         "evaluations": record.evaluations,
         "note": record.note,
         "final": record.final,
+        **grid,
     }

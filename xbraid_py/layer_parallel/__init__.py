@@ -4,13 +4,16 @@ from xbraid_py.layer_parallel.accuracy import Accuracy, SolveRecord
 from xbraid_py.layer_parallel.ends import clip_grad_norm_, share_loss
 from xbraid_py.layer_parallel.stack import LayerParallel
 from xbraid_py.layer_parallel.stages import StageParallelResNet, parallel_stages
+from xbraid_py.layer_parallel.windows import LayerWindows, in_windows
 
 __all__ = [
     "Accuracy",
     "LayerParallel",
+    "LayerWindows",
     "SolveRecord",
     "StageParallelResNet",
     "clip_grad_norm_",
+    "in_windows",
     "parallel_stages",
     "share_loss",
 ]

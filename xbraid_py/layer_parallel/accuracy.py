@@ -69,6 +69,9 @@ class SolveRecord:
         Whether it is no estimate, but the error measured against the exact gradient (which was then used).
     event : str
         What was changed after this update; empty if nothing was.
+    residuals, adjoint_residuals : tuple of float
+        What they were after each iteration, with V- and F-cycles before the first one, too; empty where the propagation
+        was exact.
     """
 
     update: int
@@ -81,6 +84,8 @@ class SolveRecord:
     gradient_error: float
     measured: bool
     event: str
+    residuals: tuple[float, ...] = ()
+    adjoint_residuals: tuple[float, ...] = ()
 
     def as_dict(self) -> dict:
         """For a record of the run."""

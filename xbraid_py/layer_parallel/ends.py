@@ -40,7 +40,7 @@ def share_loss(loss: Tensor, comm: Communicator, root: int) -> Tensor:
 def clip_grad_norm_(model: nn.Module, max_norm: float) -> float:
     """`torch.nn.utils.clip_grad_norm_` for a model with layer-parallel stacks: the 2-norm is that of the whole model.
 
-    Gradients of a stack are counted on all ranks, all others once (they are the same on every rank). Collective; the
+    Gradients of layers are counted on all ranks, all others once (they are the same on every rank). Collective; the
     same bits on any number of ranks.
 
     Returns
@@ -58,6 +58,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> float:
     for stack in (part for part in model.modules() if isinstance(part, LayerParallel)):
         if stack.output == "last":
             raise ValueError('output="last" leaves the gradients around a stack on some ranks alone; use output="all"')
+        if stack.layers.splines is not None:
+            continue  # coefficients are the same on every rank
         gradients = [p.grad for p in stack.parameters() if p.grad is not None]
         inside.update(id(p) for p in stack.parameters())
         if gradients:

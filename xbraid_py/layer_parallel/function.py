@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from xbraid_py.layer_parallel.solves import hollow
+
 if TYPE_CHECKING:
     from xbraid_py.layer_parallel.stack import LayerParallel
 
@@ -20,8 +22,8 @@ class Propagate(torch.autograd.Function):
         keep = any(ctx.needs_input_grad)
         run = stack._propagation(u, tensors, keep)
         if keep:
-            ctx.stack, ctx.run, ctx.u = stack, run, u
-        return stack._spread(run.end, u, stack.last_rank)
+            ctx.stack, ctx.run, ctx.u = stack, run, hollow(u)
+        return stack._spread(run.take_end(), u, stack.last_rank, stack._window.is_last)
 
     @staticmethod
     def backward(ctx, slope: Tensor):
@@ -37,9 +39,10 @@ class Propagate(torch.autograd.Function):
                 "backward(retain_graph=True) the first time"
             )
         own = stack.comm.rank == stack.last_rank
-        keep = _graph_is_kept()
+        keep = graph_is_kept()
         gradient, back, stack.record = run.backward(stack._state(slope) if own else None, keep)
-        of_u = stack._spread(back, ctx.u, stack.first_rank) if ctx.needs_input_grad[1] else None
+        first = stack._window.is_first
+        of_u = stack._spread(back, ctx.u, stack.first_rank, first) if ctx.needs_input_grad[1] else None
         if not keep:
             # A loss that is still around would otherwise hold all states during the next forward pass.
             ctx.run = None
@@ -48,7 +51,7 @@ class Propagate(torch.autograd.Function):
         return None, of_u, *(column if want else None for column, want in zip(columns, wanted, strict=True))
 
 
-def _graph_is_kept() -> bool:
+def graph_is_kept() -> bool:
     """Whether the backward pass under way was asked to keep the graph; if torch does not tell, it may have been."""
     tell = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return tell is None or tell()

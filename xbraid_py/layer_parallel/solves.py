@@ -18,6 +18,7 @@ from xbraid_py.layer_parallel.accuracy import TIGHTER, Controller, SolveRecord
 from xbraid_py.mgrit import MGRIT, Hierarchy, Solution, Solver
 from xbraid_py.mgrit.hierarchy import Level
 from xbraid_py.propagator import Adjoint, Forward, Steps
+from xbraid_py.spatial import PixelTransfer, SpatialCoarsening
 
 # Makes the steps of the layers owned here; with True, of the kind that keeps the graphs of its layers.
 MakeSteps = Callable[[bool], Steps]
@@ -32,10 +33,26 @@ class Solvers:
         Forwards and backwards; with the same levels.
     grid : LayerGrid
     comm : Communicator
+    spatial : SpatialCoarsening, optional
+
+    Raises
+    ------
+    ValueError
+        If the two directions have other intervals on the finest level, or the cycle cannot do with such pixels.
     """
 
-    def __init__(self, options: MGRIT, adjoint: MGRIT, grid: LayerGrid, comm: Communicator):
-        self.options, self.adjoint, self.comm = options, adjoint, comm
+    def __init__(
+        self,
+        options: MGRIT,
+        adjoint: MGRIT,
+        grid: LayerGrid,
+        comm: Communicator,
+        spatial: SpatialCoarsening | None = None,
+    ):
+        self.options, self.adjoint, self.comm, self.spatial = options, adjoint, comm, spatial
+        if spatial is not None:
+            spatial.check(options)
+            spatial.check(adjoint)
         self.hierarchy = Hierarchy.plan(options, grid, comm.size)
         backwards = Hierarchy.plan(adjoint, grid, comm.size)
         if backwards.intervals != self.hierarchy.intervals and len(backwards.levels) > 1 < len(self.hierarchy.levels):
@@ -55,8 +72,14 @@ class Solvers:
         """Whether there is a coarse level at all."""
         return len(self.hierarchy.levels) > 1
 
+    def transfers(self, shape: torch.Size) -> tuple[PixelTransfer | None, ...]:
+        """How states (*S) come to the coarse levels, where they have fewer pixels there."""
+        return () if self.spatial is None else self.spatial.transfers(shape, len(self.hierarchy.levels))
+
     def _made(self, options: MGRIT, hierarchy: Hierarchy, level: int) -> Solver:
-        own = replace(options, max_iter=options.iterations + level, tol=options.tolerance * TIGHTER**level)
+        tighter = TIGHTER**level
+        bounds = {"tol": options.tolerance * tighter, "atol": options.atol * tighter}
+        own = replace(options, max_iter=options.iterations + level, **bounds)
         return Solver(own, hierarchy, self.comm)
 
 
@@ -93,31 +116,53 @@ class Propagation:
         Input of the first layer; read on its owner, elsewhere only the shape counts.
     keep : bool
         Whether there will be an adjoint solve.
-
-    Attributes
-    ----------
-    end : (*S) tensor or None
-        Output of the last layer, on its owner.
+    keeper : int, optional
+        The rank that keeps the input, and nothing else is kept: the adjoint solve begins by another forward one.
     """
 
     def __init__(
-        self, solvers: Solvers, controller: Controller, make_steps: MakeSteps, num_rows: int, start: Tensor, keep: bool
+        self,
+        solvers: Solvers,
+        controller: Controller,
+        make_steps: MakeSteps,
+        num_rows: int,
+        start: Tensor,
+        keep: bool,
+        keeper: int | None = None,
     ):
         self.solvers, self.controller, self.make_steps = solvers, controller, make_steps
-        self.num_rows, self.start, self.keep = num_rows, start, keep
+        self.num_rows, self.keeper = num_rows, keeper
         self.exact, self.level = controller.exact, controller.level
         self.checks = keep and controller.checks_now
-        self._forward = self._propagate(self.exact, keep)
-        self.end = self._forward.solution.end
+        forward = self._propagate(self.exact, keep and keeper is None, start)
+        self._end = forward.solution.end
+        self._forward = forward if keeper is None else None
+        is_kept = self.checks if keeper is None else keeper == solvers.comm.rank
+        self._start = start if is_kept else hollow(start)
 
-    def _propagate(self, exact: bool, keep: bool) -> _States:
+    def take_end(self) -> Tensor | None:
+        """Output (*S) of the last layer, on its owner; once, and then it is not held here any more."""
+        end, self._end = self._end, None
+        return end
+
+    def _kept_start(self) -> Tensor:
+        """The input, on the owner of the first layer."""
+        comm, owner = self.solvers.comm, self.solvers.partition.owner(0)
+        if self.keeper in (None, owner):
+            return self._start
+        if comm.rank == self.keeper:
+            comm.isend(self._start, owner)()
+        return comm.recv(self._start.new_empty(self._start.shape), self.keeper) if comm.rank == owner else self._start
+
+    def _propagate(self, exact: bool, keep: bool, start: Tensor) -> _States:
         steps = self.make_steps(keep)
         # Kept graphs hold the states; only coarse adjoints read them from elsewhere.
         held = exact and getattr(steps, "tape", None) is not None
-        shape = (self.num_rows, *self.start.shape)
-        states = self.start.new_empty(()).expand(shape) if held or not keep else self.start.new_empty(shape)
+        shape = (self.num_rows, *start.shape)
+        states = start.new_empty(()).expand(shape) if held or not keep else start.new_empty(shape)
         recorded = states if keep and not held else None
-        solution = self._solver(exact, "forward").solve(Forward(steps, recorded, self.start), self.start)
+        propagator = Forward(steps, recorded, start, self.solvers.transfers(start.shape))
+        solution = self._solver(exact, "forward").solve(propagator, start)
         return _States(steps, states, solution)
 
     def _solver(self, exact: bool, direction: str) -> Solver:
@@ -130,7 +175,9 @@ class Propagation:
         if getattr(forward.steps, "tape", None) is not None:
             forward.steps.tape.keep = keep or not exact
         gradient = torch.empty_like(forward.steps.theta)
-        propagator = Adjoint(forward.steps, forward.states, gradient)
+        transfers = self.solvers.transfers(forward.states.shape[1:])
+        transposed = tuple(each and each.transposed() for each in transfers)
+        propagator = Adjoint(forward.steps, forward.states, gradient, transposed)
         return gradient, self._solver(exact, "adjoint").solve(propagator, slope)
 
     def backward(self, slope: Tensor | None, keep: bool) -> tuple[Tensor, Tensor | None, SolveRecord]:
@@ -143,12 +190,17 @@ class Propagation:
         keep : bool
             Whether this may be called again.
         """
-        gradient, solution = self._adjoint(self._forward, self.exact, slope, keep)
-        forward = self._forward.solution
+        start = self._kept_start()
+        states = self._forward or self._propagate(self.exact, True, start)
+        keep = keep and self._forward is not None
+        gradient, solution = self._adjoint(states, self.exact, slope, keep)
+        forward = states.solution
+        if self._forward is None:
+            del states
         measured = None
         if self.checks:
             # The same once more, the other way; the exact gradient is the one that is used.
-            other = self._propagate(not self.exact, True)
+            other = self._propagate(not self.exact, True, start)
             other_gradient, other_solution = self._adjoint(other, not self.exact, slope, False)
             mgrit, exact = (other_gradient, gradient) if self.exact else (gradient, other_gradient)
             measured = self._distance(mgrit, exact)
@@ -173,6 +225,8 @@ class Propagation:
             error,
             measured is not None,
             event,
+            tuple(forward.residuals),
+            tuple(solution_of_mgrit.residuals),
         )
         return gradient, solution.end, record
 
@@ -182,3 +236,8 @@ class Propagation:
         squares = torch.stack([(a - b).square().sum(1), b.square().sum(1)], 1)
         difference, size = self.solvers.comm.ordered_sum(squares, partition.counts).tolist()
         return (difference / size) ** 0.5 if size > 0.0 else 0.0
+
+
+def hollow(state: Tensor) -> Tensor:
+    """A tensor of the shape and type of a state, without its memory."""
+    return state.new_empty(()).expand(state.shape)

@@ -6,7 +6,7 @@ Shape letters: `N` layers, `n` of them owned here, `B` batch, `S` shape of a sta
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +15,24 @@ from xbraid_py.comm import Communicator, wrap
 from xbraid_py.grid import LayerGrid
 from xbraid_py.layer_parallel.accuracy import Accuracy, Controller, SolveRecord
 from xbraid_py.layer_parallel.function import Propagate
-from xbraid_py.layer_parallel.ranks import agree, pipeline, together
+from xbraid_py.layer_parallel.inference import exact_output
+from xbraid_py.layer_parallel.input import agree_on_input
+from xbraid_py.layer_parallel.ranks import together
 from xbraid_py.layer_parallel.solves import Propagation, Solvers, for_adjoint
+from xbraid_py.layer_parallel.spline_columns import spline_layers
+from xbraid_py.layer_parallel.statistics import move_statistics, start_statistics
 from xbraid_py.layer_parallel.weights import StackedWeights
+from xbraid_py.layer_parallel.window import Window
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.module_steps import ModuleSteps, Tape, batched_is_faster
+from xbraid_py.module_steps import ModuleSteps, Tape
+from xbraid_py.networks.batch_norm import Moments
 from xbraid_py.networks.dense_block import DenseBlock
 from xbraid_py.networks.module_block import ModuleBlock
+from xbraid_py.networks.splines import Splines
 from xbraid_py.propagator import ResidualSteps, Steps
+from xbraid_py.spatial import SpatialCoarsening
 
-_MOST_MEASURED = 8  # intervals that are enough to see which way is faster
+Recompute = Literal[False, True, "states", "all"]
 
 
 class LayerParallel(nn.Module):
@@ -43,9 +51,10 @@ class LayerParallel(nn.Module):
     block : callable
         Makes one block, an `nn.Module` that maps a state u to F(u) of the same shape; called for every layer
         owned here, with random numbers that depend on `seed` and the number of the layer.
-    num_layers : int
+    num_layers : int or LayerGrid
+        The number of layers, or a grid whose steps may differ in length.
     T : float
-        Final time.
+        Final time; that of the grid, if one is given.
     comm : Communicator or mpi4py.MPI.Comm, optional
         A serial run without.
     mgrit : MGRIT, optional
@@ -62,9 +71,16 @@ class LayerParallel(nn.Module):
     batched : bool, optional
         Evaluate the layers of all intervals in one call (`torch.func.vmap`), or one after the other. By default what is
         faster by far for the first input, as measured on one rank; results agree to rounding.
-    recompute : bool
-        Do not keep the graphs of the layers for the backward pass, but evaluate them again: less memory, a third more
-        time.
+    recompute : {False, True, "states", "all"}
+        True: do not keep the graphs of the layers for the backward pass, but evaluate them again: less memory, a third
+        more time. "states": keep nothing but the input of the stack, and solve for the states again. "all": both.
+    window : Window, optional
+        The place of this stack in a deeper one; see `in_windows`.
+    splines : Splines, optional
+        The parameters are coefficients of splines in depth then, (M, *shape) on every rank alike; t_n is the middle of
+        layer n. Buffers that differ from layer to layer keep a row for each layer.
+    spatial : SpatialCoarsening, optional
+        Fewer pixels on coarse levels, for blocks of convolutions.
 
     Attributes
     ----------
@@ -83,7 +99,7 @@ class LayerParallel(nn.Module):
     def __init__(
         self,
         block: Callable[[], nn.Module],
-        num_layers: int,
+        num_layers: int | LayerGrid,
         T: float = 1.0,
         comm: Any = None,
         *,
@@ -93,11 +109,15 @@ class LayerParallel(nn.Module):
         output: Literal["all", "last"] = "all",
         seed: int = 0,
         batched: bool | None = None,
-        recompute: bool = False,
+        recompute: Recompute = False,
+        window: Window | None = None,
+        splines: Splines | None = None,
+        spatial: SpatialCoarsening | None = None,
     ):
         super().__init__()
         self.comm: Communicator = wrap(comm)
         self.output, self.seed, self.recompute, self._batched = output, seed, recompute, batched
+        self._window = window or Window()
         options = mgrit or MGRIT()
         backwards = for_adjoint(adjoint, options)
         with together(self.comm):
@@ -108,14 +128,19 @@ class LayerParallel(nn.Module):
                 )
             if output not in ("all", "last"):
                 raise ValueError(f"output={output!r} must be all or last; use all")
-            self.grid = LayerGrid(num_layers, T)
-            self._solvers = Solvers(options, backwards, self.grid, self.comm)
-        self.comm.same((num_layers, T, options, backwards, accuracy, output, seed, batched, recompute), "arguments")
+            if recompute not in get_args(Recompute):
+                raise ValueError(f"recompute={recompute!r} must be False, True, states or all; use False")
+            self.grid = num_layers if isinstance(num_layers, LayerGrid) else LayerGrid(num_layers, T)
+            self._solvers = Solvers(options, backwards, self.grid, self.comm, spatial)
+        how = (output, seed, batched, recompute, self._window, splines, spatial)
+        self.comm.same((self.grid, options, backwards, accuracy, *how), "arguments")
         self._controller = Controller(accuracy or Accuracy(), self._solvers.are_iterative)
         self.record: SolveRecord | None = None
         self._draws = 0
         self._checked: set[tuple] = set()
-        self.layers = StackedWeights(block, self._solvers.partition, self.comm, seed)
+        partition = self._solvers.partition
+        curves = spline_layers(splines, self.grid, partition, self.comm, self._window)
+        self.layers = StackedWeights(block, partition, self.comm, seed, self._window.first_layer, curves)
         self._block: ModuleBlock = self.layers.block
         self.train()
 
@@ -130,6 +155,11 @@ class LayerParallel(nn.Module):
     def last_rank(self) -> int:
         """Owner of the last layer."""
         return self._solvers.partition.owner(self.grid.num_layers - 1)
+
+    @property
+    def sizes(self) -> list[float]:
+        """Step sizes of all layers."""
+        return self.grid.sizes() if self._window.h is None else [self._window.h] * self.grid.num_layers
 
     @property
     def own_layers(self) -> range:
@@ -147,11 +177,13 @@ class LayerParallel(nn.Module):
         ValueError
             If the ranks differ in shape, type or mode, or the block cannot be evaluated for such states.
         """
-        self._agree(u)
+        agree_on_input(self, u)
         if not torch.is_grad_enabled() and not self.training:
-            return self._exact(u)
+            return exact_output(self, u)
         if self.training:
             self._draws += 1
+            if self._block.moving:
+                start_statistics(self, u)
         return Propagate.apply(self, u, *self.layers.tensors())
 
     def extra_repr(self) -> str:
@@ -175,48 +207,18 @@ class LayerParallel(nn.Module):
 
     # ---- How it goes
 
-    def _agree(self, u: Tensor) -> None:
-        """Raise the same error on all ranks unless they all go on with such a state, and the block can."""
-        dtype, device = self.layers.dtype, self.layers.device
-        message = call = None
-        if not isinstance(u, Tensor) or u.dim() == 0:
-            message = f"u={type(u).__name__} must be a tensor whose first axis is the samples"
-        elif u.dtype != dtype or u.device != device:
-            message = f"u is {u.dtype} on {u.device}, the weights are {dtype} on {device}; use u.to(...)"
-        else:
-            # All ranks take part in the adjoint solve, and where the output is spread in that of the input's gradient.
-            differentiable = u.requires_grad or (
-                self.output == "last" and any(tensor.requires_grad for tensor in self.layers.tensors())
-            )
-            call = (tuple(u.shape), torch.is_grad_enabled(), self.training, differentiable)
-        key = (message, call)
-        agree(self.comm, key, "shape and mode of the input")
-        if message:
-            raise ValueError(message)
-        if key in self._checked:
-            return
-        self._block.check_mode()
-        self._block.check_state(u.shape, u)
-        if self._batched is None and not self._is_dense:
-            self._batched = self.comm.bcast(self._measure(u) if self.comm.rank == 0 else None)
-        self._checked.add(key)
-
-    def _measure(self, u: Tensor) -> bool:
-        """Whether the intervals of a rank are evaluated faster in one call."""
-        intervals = self._solvers.hierarchy.intervals
-        count = max(intervals.counts)
-        if count < 2 or not self._solvers.are_iterative or self._block.is_random:
-            return False
-        return batched_is_faster(self._block, u, min(count, _MOST_MEASURED))
-
-    def _steps(self, theta: Tensor, u: Tensor, keep: bool, draw: int) -> Steps:
-        """The layers owned here, for states like u."""
+    def _steps(self, theta: Tensor, keep: bool, draw: int, moments: Moments | None = None) -> Steps:
+        """The layers owned here."""
+        own = self.own_layers
+        h = self.sizes[0]
+        if not self.grid.is_uniform:
+            h = torch.tensor(self.sizes[own.start : own.stop], dtype=theta.dtype, device=theta.device)
         if self._is_dense:
-            return ResidualSteps(self._block.module.layer, theta, self.grid.h)
-        tape = Tape() if keep and not self.recompute else None
+            return ResidualSteps(self._block.module.layer, theta, h)
+        tape = Tape() if keep and self.recompute in (False, "states") else None
         batched = bool(self._batched) and not self._block.is_random
-        layers = tuple(self.own_layers)
-        return ModuleSteps(self._block, theta, self.grid.h, layers, draw, batched, tape)
+        layers = tuple(self._window.first_layer + layer for layer in own)
+        return ModuleSteps(self._block, theta, h, layers, draw, batched, tape, moments)
 
     @property
     def _is_dense(self) -> bool:
@@ -235,34 +237,28 @@ class LayerParallel(nn.Module):
         theta = self._block.join([tensor.detach() for tensor in tensors])
 
         draw = self._draws  # an exact gradient may be asked for after further calls
+        moments = self._block.moments(len(theta))
+        solves = iter([moments])  # the first one; all others of this update see the same network, and move nothing
 
         def make_steps(kept: bool) -> Steps:
-            return self._steps(theta, u, kept, draw)
+            return self._steps(theta, kept, draw, next(solves, None))
 
-        return Propagation(self._solvers, self._controller, make_steps, len(theta), self._state(u), keep)
+        keeper = None
+        if keep and self.recompute in ("states", "all"):
+            keeper = self.first_rank if self._window.keeper is None else self._window.keeper
+        start = self._state(u)
+        run = Propagation(self._solvers, self._controller, make_steps, len(theta), start, keep, keeper)
+        if moments is not None:
+            move_statistics(self.layers, moments)
+        return run
 
-    def _spread(self, state: Tensor | None, like: Tensor, root: int) -> Tensor:
-        """A state of rank `root`, in the user's shape: on all ranks, or there and 0 elsewhere."""
+    def _spread(self, state: Tensor | None, like: Tensor, root: int, is_end: bool) -> Tensor:
+        """A state of rank `root`, in the user's shape: on all ranks, or, at an end, there and 0 elsewhere."""
         own = self.comm.rank == root
-        if self.output == "all":
+        if self.output == "all" or not is_end:
             found = self._user_state(state, like) if own else like.new_empty(like.shape)
             return self.comm.broadcast(found, root)
         return self._user_state(state, like) if own else torch.zeros_like(like)
-
-    def _exact(self, u: Tensor) -> Tensor:
-        """The output, layer after layer."""
-        theta = self._block.join([tensor.detach() for tensor in self.layers.tensors()])
-        steps = self._steps(theta, u, False, self._draws)
-
-        def through(portion: Tensor, receive: Callable[[Tensor], Tensor]) -> Tensor:
-            return steps.relax(receive(self._state(portion))[None], len(theta), None, None)[0]
-
-        found = pipeline(self.comm, self._solvers.partition, u.detach(), through)
-        own = self.comm.rank == self.last_rank
-        end = torch.cat([self._user_state(state, portion) for portion, state in found]) if own else None
-        if self.output == "all":
-            return self.comm.broadcast(end if own else u.new_empty(u.shape), self.last_rank)
-        return end if own else torch.zeros_like(u)
 
     def __deepcopy__(self, memo):
         raise TypeError(

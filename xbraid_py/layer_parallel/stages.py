@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from xbraid_py.comm import Communicator, wrap
 from xbraid_py.layer_parallel.accuracy import Accuracy
 from xbraid_py.layer_parallel.ranks import agree, together
-from xbraid_py.layer_parallel.stack import LayerParallel
+from xbraid_py.layer_parallel.stack import LayerParallel, Recompute
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.networks.image_resnet import ImageResNet, check_images
 from xbraid_py.networks.residual_block import ResidualBlock
@@ -44,7 +44,7 @@ class StageParallelResNet(nn.Module):
         self.comm, self._options = comm, network.options()
         self.stem, self.head = copy.deepcopy(network.stem), copy.deepcopy(network.head)
         self.stages = nn.ModuleList(nn.ModuleList(stage) for stage in stages)
-        # Of frozen statistics; stacks do not keep them.
+        # Of frozen statistics; stacks do not keep them. Those of moving ones are kept like weights.
         state = network.state_dict()
         self._counts = {name: state[name].clone() for name in state if name.endswith("num_batches_tracked")}
 
@@ -118,7 +118,7 @@ def parallel_stages(
     adjoint: MGRIT | None = None,
     accuracy: Accuracy | None = None,
     batched: bool | None = None,
-    recompute: bool = False,
+    recompute: Recompute = False,
 ) -> StageParallelResNet:
     """The same network, the blocks of each stage shared among the ranks.
 
@@ -128,7 +128,7 @@ def parallel_stages(
     Parameters
     ----------
     network : ImageResNet
-        Its weights are copied. Normalisation is "group", "frozen" or "none".
+        Its weights are copied. Normalisation is "moving", "group", "frozen" or "none".
     comm : Communicator or mpi4py.MPI.Comm, optional
         A serial run without.
     mgrit : MGRIT, optional
@@ -153,7 +153,8 @@ def parallel_stages(
         if network.norm == "batch":
             raise ValueError(
                 "network.norm='batch': statistics of the batch would move with every sweep of the solver; use "
-                "norm='group', or norm='frozen', which loads the state_dict() of a network with norm='batch'"
+                "norm='moving', whose statistics move once per update, norm='group', or norm='frozen'; 'moving' and "
+                "'frozen' load the state_dict() of a network with norm='batch'"
             )
         if {block.step_size for stage in network.stages for block in stage} != {
             network.step_size
@@ -181,7 +182,7 @@ def parallel_stages(
                 batched=batched,
                 recompute=recompute,
             )
-            stack.layers.load_state_dict(_rows(rest))
+            stack.layers.load_state_dict(_rows(rest, stack))
             stage.append(stack)
         stages.append(stage)
     return StageParallelResNet(network, stages, comm).train(network.training)
@@ -207,10 +208,10 @@ def _leading(blocks: nn.ModuleList, options: MGRIT) -> int:
     return next(fitting, transitions)
 
 
-def _rows(blocks: nn.ModuleList) -> dict[str, Tensor]:
+def _rows(blocks: nn.ModuleList, stack: LayerParallel) -> dict[str, Tensor]:
     """The state of a stack (N, *shape) from its blocks."""
     states = [block.residual.state_dict() for block in blocks]
-    names = [name for name in states[0] if not name.endswith("num_batches_tracked")]
+    names = [column.name for column in stack.layers.block.columns]
     return {name: torch.stack([state[name] for state in states]) for name in names}
 
 

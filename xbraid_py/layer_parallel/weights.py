@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from xbraid_py.comm import Communicator
 from xbraid_py.grid import Partition
 from xbraid_py.layer_parallel.ranks import together
+from xbraid_py.layer_parallel.spline_columns import Expand
 from xbraid_py.networks.module_block import ModuleBlock, own_random_numbers
+from xbraid_py.spline_weights import SplineLayers
 
 
 class StackedWeights(nn.Module):
@@ -31,6 +33,11 @@ class StackedWeights(nn.Module):
     comm : Communicator
     seed : int
         The weights of a layer depend on it and on the number of the layer.
+    first_layer : int
+        Number of the first layer of the stack.
+    splines : SplineLayers, optional
+        The parameters (M, *shape) are the coefficients of splines in depth then, on every rank alike, each row drawn as
+        the weights of a layer are. Buffers have a row for each layer.
 
     Attributes
     ----------
@@ -38,12 +45,24 @@ class StackedWeights(nn.Module):
         The block that all layers are evaluated with.
     """
 
-    def __init__(self, make: Callable[[], nn.Module], partition: Partition, comm: Communicator, seed: int):
+    def __init__(
+        self,
+        make: Callable[[], nn.Module],
+        partition: Partition,
+        comm: Communicator,
+        seed: int,
+        first_layer: int = 0,
+        splines: SplineLayers | None = None,
+    ):
         super().__init__()
-        self.partition, self.comm = partition, comm
-        first, count = partition.first(comm.rank), partition.count(comm.rank)
+        self.partition, self.comm, self.splines = partition, comm, splines
+        first, count = first_layer + partition.first(comm.rank), partition.count(comm.rank)
         with together(comm):
             made, tensors = self._make(make, seed, range(first, first + count))
+            if splines is not None:
+                _, rows = self._make(make, seed, range(splines.splines.num))
+                choices = zip(made.columns, rows, tensors, strict=True)
+                tensors = [row if column.is_parameter else tensor for column, row, tensor in choices]
         self.block = made
         self._frozen = [part for part in made.module.modules() if isinstance(part, nn.modules.batchnorm._NormBase)]
         self._frozen = [part for part in self._frozen if not part.training]
@@ -85,9 +104,18 @@ class StackedWeights(nn.Module):
         return block, stacked
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The columns (n, *shape), in the order of the block's."""
+        """The columns (n, *shape), in the order of the block's; of splines their values, a part of autograd's graph."""
         have = dict(self.named_parameters()) | dict(self.named_buffers())
+        if self.splines is not None:
+            names = [column.name for column in self.block.columns if column.is_parameter]
+            have |= dict(zip(names, Expand.apply(self.splines, *(have[name] for name in names)), strict=True))
         return tuple(have[column.name] for column in self.block.columns)
+
+    @property
+    def divided(self) -> frozenset[str]:
+        """Names of the parameters and buffers with a row for each layer owned here; others are alike on all ranks."""
+        of_layers = (column for column in self.block.columns if self.splines is None or not column.is_parameter)
+        return frozenset(column.name for column in of_layers)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -98,6 +126,11 @@ class StackedWeights(nn.Module):
     def device(self) -> torch.device:
         """Of all weights."""
         return next(self.parameters()).device
+
+    @property
+    def frozen(self) -> list[str]:
+        """Names of the batch normalisations of the block whose statistics stay as they are in training mode."""
+        return [name for name, part in self.block.module.named_modules() if any(part is each for each in self._frozen)]
 
     def set_mode(self, training: bool) -> None:
         """Training or evaluation mode of the block; frozen statistics stay frozen."""
@@ -112,7 +145,8 @@ class StackedWeights(nn.Module):
 
 def _gather(weights: StackedWeights, state: dict, prefix: str, local_metadata) -> None:
     for column in weights.block.columns:
-        state[prefix + column.name] = weights.gathered(state[prefix + column.name])
+        if column.name in weights.divided:
+            state[prefix + column.name] = weights.gathered(state[prefix + column.name])
 
 
 def _slice(weights: StackedWeights, state, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
@@ -121,6 +155,11 @@ def _slice(weights: StackedWeights, state, prefix, local_metadata, strict, missi
     for column in weights.block.columns:
         tensor = state.get(prefix + column.name)
         if tensor is None:
+            continue
+        if column.name not in weights.divided:
+            if len(tensor) != weights.splines.splines.num:
+                number = weights.splines.splines.num
+                errors.append(f"{prefix}{column.name} has {len(tensor)} coefficients, the splines have {number}")
             continue
         if len(tensor) != partition.num_rows:
             errors.append(f"{prefix}{column.name} has {len(tensor)} layers, the stack has {partition.num_rows}")

@@ -224,12 +224,13 @@ def tensors_by_name(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def stacks_by_name(model: nn.Module) -> dict[str, LayerParallel]:
-    """The stack that a parameter or buffer belongs to, by its name; those of other parts are missing."""
+    """The stack that a parameter or buffer with a row for each layer belongs to, by its name; others are missing."""
     return {
         f"{path}.layers.{name}".lstrip("."): part
         for path, part in model.named_modules()
         if isinstance(part, LayerParallel)
         for name, _ in tensors_by_name(part.layers)
+        if name in part.layers.divided
     }
 
 

@@ -1,5 +1,6 @@
 """Networks of several depths or widths: transfers, nested iteration, multi-level ResNets, MG/OPT, FAS in width."""
 
+from xbraid_py.multilevel.adaptive import AdaptiveOptions
 from xbraid_py.multilevel.cosine_cycles import CosineCycles
 from xbraid_py.multilevel.depth import DepthTransfer
 from xbraid_py.multilevel.mgopt import CycleRecord, MGOpt
@@ -20,6 +21,7 @@ from xbraid_py.multilevel.width_training import WidthRecord, WidthTraining
 from xbraid_py.multilevel.width_training_options import WidthTrainingOptions
 
 __all__ = [
+    "AdaptiveOptions",
     "ComposedTransfer",
     "CosineCycles",
     "CycleRecord",

@@ -27,7 +27,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xbraid_py.multilevel.transfer import hand_over, prolong_depth
+from xbraid_py.multilevel.transfer import hand_over, prolong_depth, refuse_splines
 from xbraid_py.network import ResidualNetwork
 
 INTERPOLATIONS = ("constant", "linear")
@@ -53,7 +53,7 @@ class DepthTransfer:
     Raises
     ------
     ValueError
-        If the depths do not fit, or a word is none of these.
+        If the depths do not fit, a word is none of these, or the weights are splines.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class DepthTransfer:
             raise ValueError(
                 f"fine num_layers={fine.grid.num_layers} must be {2 * coarse.grid.num_layers}, twice the coarse"
             )
+        refuse_splines(coarse.splines or fine.splines)
         if interpolation not in INTERPOLATIONS:
             raise ValueError(f"interpolation={interpolation!r} must be {' or '.join(INTERPOLATIONS)}; use constant")
         if restriction not in RESTRICTIONS:

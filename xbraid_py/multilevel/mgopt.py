@@ -16,6 +16,7 @@ from xbraid_py.multilevel.level_optim import Point
 from xbraid_py.multilevel.mgopt_options import MGOptOptions
 from xbraid_py.multilevel.portions import PortionedObjective, Samples
 from xbraid_py.multilevel.state_width import ComposedTransfer, StateWidthTransfer
+from xbraid_py.multilevel.transfer import refuse_splines
 from xbraid_py.multilevel.vcycle import Damping, Transfer, VCycle
 from xbraid_py.network import ResidualNetwork
 from xbraid_py.objective import Evaluation
@@ -102,13 +103,14 @@ class MGOpt:
     Raises
     ------
     ValueError
-        If the depth does not fit the number of levels.
+        If the depth does not fit the number of levels, or the weights are splines.
     """
 
     def __init__(
         self, problem: Problem, num_layers: int, options: MGOptOptions, portions: Sequence[Samples] | None = None
     ):
         schedule = options.steps()
+        refuse_splines(problem.architecture.splines)
         require_multiple("num_layers", num_layers, 2 ** (schedule.levels - 1), "2^(levels - 1)")
         self.options, self.schedule = options, schedule
         self.objectives = [

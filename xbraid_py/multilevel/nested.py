@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Literal
 
 from torch import Tensor
 
 from xbraid_py.grid import LayerGrid, require_multiple
+from xbraid_py.multilevel.adaptive import AdaptiveOptions, layers_to_cut
 from xbraid_py.multilevel.record import Record, Snapshot
 from xbraid_py.multilevel.transfer import prolong_depth
-from xbraid_py.network import InitialScales
+from xbraid_py.network import InitialScales, ResidualNetwork
+from xbraid_py.networks.splines import Splines
 from xbraid_py.objective import Evaluation
 from xbraid_py.optim import OneShot, OneShotOptions, Update
 from xbraid_py.problem import Problem
@@ -31,11 +33,19 @@ class NestedOptions:
         Updates on each level, the coarsest first, one number more than refinements.
     interpolation
         Of the weights in depth: piecewise constant or linear.
+    adaptive
+        Cut those layers alone where an indicator is large; all of them if not given. Then num_layers is what there
+        would be if all were cut each time, and the coarsest network is the same.
+    spline_refine
+        Where the weights are splines in depth, a refinement halves the intervals between their knots as well. The
+        splines of the network are then those of the finest one; otherwise those of all.
     """
 
     refinements: int = 2
     updates: tuple[int, ...] = (200, 125, 75)
     interpolation: Literal["constant", "linear"] = "constant"
+    adaptive: AdaptiveOptions | None = None
+    spline_refine: bool = False
 
     def __post_init__(self):
         if self.refinements < 0:
@@ -56,9 +66,22 @@ class NestedOptions:
         return NestedOptions(refinements=0, updates=(ceil(work),), interpolation=self.interpolation)
 
     def depths(self, num_layers: int) -> list[int]:
-        """Number of layers on each level, the coarsest first."""
+        """Number of layers on each level, the coarsest first; at most, where not all of them are cut."""
         require_multiple("num_layers", num_layers, 2**self.refinements, "2^refinements")
-        return [LayerGrid(num_layers >> level, 1.0).num_layers for level in range(self.refinements, -1, -1)]
+        found = [LayerGrid(num_layers >> level, 1.0).num_layers for level in range(self.refinements, -1, -1)]
+        most = self.adaptive and self.adaptive.max_layers
+        if most is not None and most < found[0]:
+            raise ValueError(f"max_layers={most} is less than the {found[0]} layers to begin with; use {num_layers}")
+        return found
+
+    def splines(self, finest: Splines | None) -> list[Splines | None]:
+        """Splines of each level, the coarsest first, from those of the network."""
+        if not self.spline_refine:
+            return [finest] * (self.refinements + 1)
+        if finest is None:
+            raise ValueError("spline_refine=True needs a network with splines; give network.splines.num, such as 11")
+        finest.coarsen(2**self.refinements)
+        return [finest.coarsen(2**level) for level in range(self.refinements, -1, -1)]
 
 
 class NestedIteration:
@@ -98,6 +121,10 @@ class NestedIteration:
             name = "cfactor" + " * 2^refinements" * (options.refinements > 0)
             require_multiple("num_layers", num_layers, cfactor * 2**options.refinements, name)
         self.depths = options.depths(num_layers)
+        shape = problem.architecture
+        self._problems = [
+            replace(problem, architecture=replace(shape, splines=each)) for each in options.splines(shape.splines)
+        ]
         for depth in self.depths:
             problem.hierarchies(depth)
         if problem.comm.size > num_layers:
@@ -108,6 +135,8 @@ class NestedIteration:
         self.scales, self.seed = scales, seed
         self._unit = problem.work_unit(num_layers)
         self._index = 0
+        self._grid = problem.grid(self.depths[0])
+        self._cut: tuple[int, ...] | None = None
         self._note: str | None = None
         self._before = {"records": 0, "work": 0.0, "evaluations": 0, "seconds": 0.0}
         self._is_over = False
@@ -120,7 +149,12 @@ class NestedIteration:
     @property
     def depth(self) -> int:
         """Number of layers of the present level."""
-        return self.depths[self._index]
+        return self._grid.num_layers
+
+    @property
+    def grid(self) -> LayerGrid:
+        """The layers of the present level."""
+        return self._grid
 
     @property
     def network(self):
@@ -133,7 +167,7 @@ class NestedIteration:
         With a snapshot, goes on from there; its own record is not yielded again, unless it is that of the end.
         """
         if snapshot is None:
-            self._begin(0, None)
+            self._begin(0, self._grid, None)
         else:
             self._restore(snapshot)
             if snapshot.is_final:
@@ -158,19 +192,23 @@ class NestedIteration:
             self._refine()
             self._before["seconds"] += time.perf_counter() - clock
 
-    def _begin(self, index: int, x: Tensor | None) -> None:
-        self._index = index
-        self.objective = self.problem.objective(self.depths[index])
+    def _begin(self, index: int, grid: LayerGrid, x: Tensor | None) -> None:
+        self._index, self._grid = index, grid
+        self.objective = self._problems[index].objective(grid)
         start = self.network.initial(self.scales, self.seed) if x is None else x
         self.one_shot = OneShot(self.objective, self.one_shot_options, start)
 
     def _refine(self) -> None:
         self._note = self.one_shot.note
+        coarse, x, how = self.network, self.one_shot.x, self.options.interpolation
+        grid = coarse.grid.refine(2)
+        if self.options.adaptive is not None:
+            self._cut = layers_to_cut(self.options.adaptive, self.problem, self.objective, x, how)
+            grid = coarse.grid.halve(self._cut)
         self._before["work"] += self.objective.work
         self._before["evaluations"] += self.objective.evaluations
-        coarse, x = self.network, self.one_shot.x
-        self._begin(self._index + 1, None)
-        self.one_shot.x = prolong_depth(coarse, self.network, x, self.options.interpolation)
+        self._begin(self._index + 1, grid, None)
+        self.one_shot.x = prolong_depth(coarse, self.network, x, how, self._cut)
 
     def _record(self, update: Update | None) -> Record:
         one_shot = self.one_shot
@@ -188,8 +226,10 @@ class NestedIteration:
             backtracks=one_shot.backtracks,
             note=self._note or one_shot.note,
             final=update is None,
+            cut=self._cut,
+            lengths=None if self._cut is None else self._grid.lengths or (1,) * self.depth,
         )
-        self._note = None
+        self._note = self._cut = None
         self._before["records"] += 1
         self._is_over = record.final
         return record
@@ -204,6 +244,8 @@ class NestedIteration:
             numbers={
                 "index": self._index,
                 "num_layers": self.depth,
+                **({} if self._grid.is_uniform else {"lengths": list(self._grid.lengths)}),
+                **({} if self.network.splines is None else {"splines": asdict(self.network.splines)}),
                 "number": one_shot.number,
                 "step": one_shot.step,
                 "scale": one_shot.quasi_newton.scale,
@@ -224,9 +266,20 @@ class NestedIteration:
             warm=warm,
         )
 
+    def grid_of(self, numbers: Mapping) -> LayerGrid:
+        """The layers of a snapshot with these numbers."""
+        lengths = numbers.get("lengths")
+        if lengths is not None:
+            return LayerGrid.of_lengths(lengths, self._grid.T)
+        return self.problem.grid(numbers["num_layers"])
+
+    def network_of(self, numbers: Mapping) -> ResidualNetwork:
+        """The network of a snapshot with these numbers."""
+        return self._problems[numbers["index"]].network(self.grid_of(numbers))
+
     def _restore(self, snapshot: Snapshot) -> None:
         numbers, vectors = snapshot.numbers, snapshot.vectors
-        self._begin(numbers["index"], vectors["weights"][0])
+        self._begin(numbers["index"], self.grid_of(numbers), vectors["weights"][0])
         one_shot, objective = self.one_shot, self.objective
         one_shot.number = numbers["number"]
         one_shot.step, one_shot.backtracks = numbers["step"], numbers["backtracks"]

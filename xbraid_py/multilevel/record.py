@@ -35,6 +35,10 @@ class Record:
         As in `optim.Update`; grad_norm is None at the end of the run.
     final : bool
         Whether this is the end of the run.
+    cut : tuple of int or None
+        At the first record after a refinement of chosen layers: those of the level before that were cut.
+    lengths : tuple of int or None
+        At such a record: lengths of the layers, as `LayerGrid` has them (all 1 where they are equal).
     """
 
     level: int
@@ -50,6 +54,8 @@ class Record:
     backtracks: int
     note: str | None = None
     final: bool = False
+    cut: tuple[int, ...] | None = None
+    lengths: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

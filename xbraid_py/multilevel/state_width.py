@@ -22,6 +22,7 @@ from torch import Tensor
 
 from xbraid_py.multilevel.layer_matrices import SCALINGS, LayerMatrices
 from xbraid_py.multilevel.matching import Matching, match
+from xbraid_py.multilevel.transfer import refuse_splines
 from xbraid_py.multilevel.vcycle import Transfer, renewed
 from xbraid_py.network import ResidualNetwork
 
@@ -81,7 +82,7 @@ class StateWidthTransfer:
     Raises
     ------
     ValueError
-        If the networks do not fit each other, or the scaling does not go with the activation.
+        If the networks do not fit each other, the scaling does not go with the activation, or the weights are splines.
     """
 
     coarse: ResidualNetwork
@@ -95,6 +96,7 @@ class StateWidthTransfer:
             raise ValueError(
                 f"coarse width={self.coarse.block.outputs} must be {wanted}, half of the fine one, rounded up"
             )
+        refuse_splines(self.coarse.splines or self.fine.splines)
         if self.coarse.partition != self.fine.partition:
             raise ValueError("coarse and fine network must have the same layers on the same ranks; use one partition")
         for network in (self.coarse, self.fine):

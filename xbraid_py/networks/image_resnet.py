@@ -35,8 +35,9 @@ class ImageResNet(nn.Module):
         Of the images.
     step_size : float
         h, the factor of every residual module, those of transitions included.
-    norm : {"batch", "group", "frozen", "none"}
-        Normalisation: batch, group, batch with statistics that do not move (0 and 1 until others are loaded), none.
+    norm : {"batch", "moving", "group", "frozen", "none"}
+        Normalisation: batch; batch with statistics that move once per update (`BatchNorm2d`); group; batch with
+        statistics that do not move (0 and 1 until others are loaded); none.
     groups : int
         Of a group normalisation; divides all filters.
     stem_stride : int

@@ -14,10 +14,12 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from xbraid_py.networks.batch_norm import Evaluation, Moments, MovingNorm, within
 from xbraid_py.networks.dropout import Dropout, at_position
 
 _BATCH_NORMS = nn.modules.batchnorm._NormBase
 _DROPOUTS = nn.modules.dropout._DropoutNd
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _RANDOM_NUMBERS = threading.RLock()  # ranks that are threads share one generator
 
 
@@ -32,7 +34,7 @@ class Column:
     shape : torch.Size
         In one layer.
     is_parameter : bool
-        Or a buffer that differs from layer to layer: frozen statistics of a batch normalisation.
+        Or a buffer that differs from layer to layer: statistics of a batch normalisation.
     """
 
     name: str
@@ -67,7 +69,8 @@ class ModuleBlock:
             f"{name}.{key}" if name else key
             for name, part in module.named_modules()
             if isinstance(part, _BATCH_NORMS)
-            for key in ("running_mean", "running_var")
+            # Where they do not move, nobody asks how many batches they have met.
+            for key in _STATISTICS[: 3 if isinstance(part, MovingNorm) else 2]
             if getattr(part, key) is not None
         }
         found = [Column(name, p.shape, True) for name, p in module.named_parameters()]
@@ -84,6 +87,20 @@ class ModuleBlock:
         self._dropouts = [part for part in module.modules() if isinstance(part, Dropout)]
         for number, part in enumerate(self._dropouts):
             part.number = number
+        named = [(name, part) for name, part in module.named_modules() if isinstance(part, MovingNorm)]
+        for number, (_, part) in enumerate(named):
+            part.number = number
+        self._norms = dict(named)
+
+    @property
+    def moving(self) -> dict[str, MovingNorm]:
+        """Norms whose statistics move in the mode that the module is in, by their names."""
+        return {name: part for name, part in self._norms.items() if part.training}
+
+    def moments(self, num_rows: int, start: bool = False) -> Moments | None:
+        """Room for what moves them, for so many layers; None if there are none. `start` as of `Evaluation`."""
+        norms = {part.number: part for part in self.moving.values()}
+        return Moments(norms, num_rows, start) if norms else None
 
     @property
     def is_random(self) -> bool:
@@ -104,35 +121,53 @@ class ModuleBlock:
         have = dict(module.named_parameters()) | dict(module.named_buffers())
         return [have[column.name].detach() for column in self.columns]
 
-    def __call__(self, tensors: Sequence[Tensor], u: Tensor, draw: int = 0, layer: int = 0) -> Tensor:
-        """F(u) (*S) with these columns of a layer."""
+    def __call__(
+        self,
+        tensors: Sequence[Tensor],
+        u: Tensor,
+        draw: int = 0,
+        layer: int = 0,
+        evaluation: Evaluation | None = None,
+    ) -> Tensor:
+        """F(u) (*S) with these columns of a layer; `evaluation` gets what its norms are given."""
         # `torch.func.functional_call` takes twice as long as a small block.
         kept = [places[0][0][places[0][1]] for places in self._places]
-        context = at_position(self.seed, draw, layer) if self._dropouts else nullcontext()
+        masks = at_position(self.seed, draw, layer) if self._dropouts else nullcontext()
+        norms = within(evaluation or Evaluation()) if self._norms else nullcontext()
         try:
             self._put(tensors)
-            with context:
+            with masks, norms:
                 return self.module(u)
         finally:
             self._put(kept)
 
-    def batched(self, tensors: Sequence[Tensor], u: Tensor) -> Tensor:
-        """F(u) of m layers at once: columns (m, *shape), states (m, *S)."""
+    def batched(self, tensors: Sequence[Tensor], u: Tensor, evaluation: Evaluation | None = None) -> Tensor:
+        """F(u) of m layers at once: columns (m, *shape), states (m, *S); `evaluation` as above."""
         names = [column.name for column in self.columns]
 
         def one(tensors, u):
-            return torch.func.functional_call(self.module, dict(zip(names, tensors, strict=True)), (u,))
+            found = Evaluation()
+            with within(found) if self._norms else nullcontext():
+                change = torch.func.functional_call(self.module, dict(zip(names, tensors, strict=True)), (u,))
+            return change, found.inputs
 
-        return torch.func.vmap(one)(tuple(tensors), u)
+        change, inputs = torch.func.vmap(one)(tuple(tensors), u)
+        if evaluation is not None:
+            evaluation.inputs.update(inputs)
+        return change
 
     def check_mode(self) -> None:
         """Raise `ValueError` if a part of the module would change from one evaluation of a layer to the next."""
         for name, part in self.module.named_modules():
+            if isinstance(part, MovingNorm):
+                continue
             if isinstance(part, _BATCH_NORMS) and (part.training or part.running_mean is None):
+                kind = type(part).__name__
+                ours = kind if kind in ("BatchNorm1d", "BatchNorm3d") else "BatchNorm2d"
                 raise ValueError(
-                    f"block has {type(part).__name__} ({name}) with statistics of the batch, which would change with "
-                    f"every sweep of the solver; use GroupNorm or LayerNorm, or freeze it: eval() before the block is "
-                    f"handed over"
+                    f"block has {kind} ({name}) with statistics of the batch, which would change with every sweep of "
+                    f"the solver; use xbraid_py.{ours}, whose statistics move once per update, or use GroupNorm or "
+                    f"LayerNorm, or freeze it: eval() before the block is handed over"
                 )
             if isinstance(part, _DROPOUTS) and part.training and part.p > 0.0:
                 raise ValueError(
@@ -151,7 +186,12 @@ class ModuleBlock:
         tensors = self.tensors_of(self.module)
         with torch.no_grad():
             before = u.clone()
-            first = self(tensors, u)
+            evaluation = Evaluation()
+            first = self(tensors, u, evaluation=evaluation)
+            idle = [part for part in self.moving.items() if part[1].number not in evaluation.inputs]
+            if idle:
+                kind = type(idle[0][1]).__name__
+                raise ValueError(f"block={name} has {kind} ({idle[0][0]}), which it does not use; leave it out")
             if not isinstance(first, Tensor) or first.shape != u.shape or first.dtype != u.dtype:
                 got = f"{tuple(first.shape)} {first.dtype}" if isinstance(first, Tensor) else type(first).__name__
                 raise ValueError(

@@ -63,10 +63,14 @@ class Layout:
         What this rank owns of each.
     dtype : torch.dtype
         Of the weights.
+    dealt : bool
+        Whether the rows of the layers are dealt out to the summands of `dots`. If not they all belong to one rank, the
+        first one, and to its first summand.
     """
 
     stacks: tuple[Stack, ...]
     dtype: torch.dtype = torch.float64
+    dealt: bool = True
 
     @cached_property
     def _sizes(self) -> list[int]:
@@ -114,7 +118,10 @@ class Layout:
         if not parts:
             return found
         length = layers // parts
-        if length > _AT_ONCE:
+        if not self.dealt:
+            found.zero_()
+            self._large_dots(a, b, layers, found[:, :, :1])
+        elif length > _AT_ONCE:
             self._large_dots(a, b, length, found)
         else:
             # What is multiplied at once is to stay in the cache.
@@ -134,7 +141,7 @@ class Layout:
         return found
 
     def _large_dots(self, a: Sequence[Tensor], b: Sequence[Tensor], length: int, found: Tensor) -> None:
-        """Those of the residual layers for shares that do not fit: piece by piece of each share."""
+        """Those of the residual layers for shares that may not fit: piece by piece of each share."""
         found.zero_()
         for share, piece in product(range(found.shape[2]), range(0, length, _AT_ONCE)):
             first = self._sizes[0] + share * length

@@ -10,7 +10,9 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional
 
-Norm = Literal["batch", "group", "frozen", "none"]
+from xbraid_py.networks.batch_norm import BatchNorm2d
+
+Norm = Literal["batch", "moving", "group", "frozen", "none"]
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):
@@ -32,7 +34,8 @@ def normalisation(norm: Norm, channels: int, groups: int) -> nn.Module:
     """One of `Norm` for so many channels; `groups` are those of a group normalisation."""
     if norm == "group":
         return nn.GroupNorm(groups, channels)
-    return {"batch": nn.BatchNorm2d, "frozen": FrozenBatchNorm2d, "none": nn.Identity}[norm](channels)
+    kinds = {"batch": nn.BatchNorm2d, "moving": BatchNorm2d, "frozen": FrozenBatchNorm2d, "none": nn.Identity}
+    return kinds[norm](channels)
 
 
 class ResidualModule(nn.Module):

@@ -1,0 +1,153 @@
+"""Stacks on grids whose steps differ in length, and with fewer pixels on coarse levels: against the loop, and errors.
+
+Shape letters: `N` layers.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from blocks import CASES, UNCHECKED, distance, gradients, loop_gradients, loss_of, reduced, unstacked
+
+from xbraid_py import MGRIT, LayerGrid, LayerParallel, SpatialCoarsening, in_windows, to_sequential
+
+RANKS = pytest.mark.ranks(1, 2, 3, 5)
+LENGTHS = (3, 1, 1, 2, 1, 4, 4, 1, 2, 2, 1, 1)
+GRID = LayerGrid.of_lengths(LENGTHS, 2.0)
+V = {"cycle": "V", "min_coarse": 1, "tol": 1e-14, "max_iter": 25}
+SOLVES = {
+    "exact": MGRIT(max_levels=1),
+    "V": MGRIT(cfactor=(2, 3), max_levels=3, **V),
+    "F midpoint": MGRIT(cfactor=3, max_levels=2, **{**V, "cycle": "F"}),
+    "one-shot": MGRIT(cfactor=3, max_levels=2, min_coarse=1, tol=1e-15, max_iter=12),
+}
+
+
+def looped(state, case, u, sizes):
+    """Output, gradients of input and weights of u_{n+1} = u_n + h_n F_n(u_n)."""
+    modules = unstacked(state, case)
+    start = u.clone().requires_grad_()
+    x = start
+    for module, h in zip(modules, sizes, strict=True):
+        x = x + h * module(x)
+    loss_of(x).backward()
+    return x.detach(), start.grad, loop_gradients(modules)
+
+
+def solved(stack, u):
+    start = u.clone().requires_grad_()
+    output = stack(start)
+    loss_of(output).backward()
+    stacks = getattr(stack, "windows", [stack])
+    parts = [gradients(each) for each in stacks]
+    return output.detach(), start.grad, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def far(found, wanted) -> float:
+    return max(distance(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@RANKS
+@pytest.mark.parametrize("solve", SOLVES)
+@pytest.mark.parametrize("block", ["dense", "mlp", "convolution"])
+def test_grids_with_steps_of_all_lengths(spmd, block, solve):
+    """The dense block steps through the kernels, the others through modules."""
+    case = CASES[block]
+
+    def body(comm):
+        stack = LayerParallel(case.block, GRID, comm=comm, mgrit=SOLVES[solve], accuracy=UNCHECKED, batched=False)
+        state = stack.state_dict()
+        found, exact = solved(stack, case.input()), looped(state, case, case.input(), GRID.sizes())
+        plain = to_sequential(stack)
+        with torch.no_grad():
+            end = plain(case.input())
+            evaluated = stack.eval()(case.input())
+        return far(found, exact), distance(end, exact[0]), distance(evaluated, exact[0])
+
+    for error, exported, evaluated in spmd(body):
+        assert error < 1e-10 and exported < 1e-13 and evaluated < 1e-13
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_all_intervals_at_once():
+    case = CASES["convolution"]
+    stack = LayerParallel(case.block, GRID, mgrit=SOLVES["V"], accuracy=UNCHECKED, batched=True)
+    assert far(solved(stack, case.input()), looped(stack.state_dict(), case, case.input(), GRID.sizes())) < 1e-10
+
+
+@RANKS
+def test_equal_lengths_are_no_lengths(spmd):
+    """The same bits as with a number of layers."""
+    case = CASES["mlp"]
+
+    def body(comm):
+        grids = (12, 2.0), (LayerGrid.of_lengths((5,) * 12, 2.0),)
+        stacks = [LayerParallel(case.block, *grid, comm=comm, accuracy=UNCHECKED, batched=False) for grid in grids]
+        first, second = (solved(stack, case.input()) for stack in stacks)
+        return torch.equal(first[0], second[0]) and all(torch.equal(first[2][n], second[2][n]) for n in first[2])
+
+    assert all(spmd(body))
+
+
+@RANKS
+def test_windows_of_such_a_grid(spmd):
+    case = CASES["mlp"]
+
+    def body(comm):
+        how = {"comm": comm, "mgrit": MGRIT(cfactor=2, max_levels=2, **V), "accuracy": UNCHECKED, "batched": False}
+        stack = in_windows(case.block, GRID, windows=3, **how)
+        return far(solved(stack, case.input()), looped(stack.state_dict(), case, case.input(), GRID.sizes()))
+
+    assert max(spmd(body)) < 1e-10
+
+
+@RANKS
+@pytest.mark.parametrize("states", ["carry", "restrict"])
+@pytest.mark.parametrize("windows", [1, 2])
+def test_fewer_pixels_on_coarse_levels(spmd, states, windows):
+    case = CASES["convolution"]
+    spatial = SpatialCoarsening(states=states, levels=(1,))
+
+    def body(comm):
+        how = {"comm": comm, "mgrit": MGRIT(cfactor=2, max_levels=2, **V), "accuracy": UNCHECKED, "batched": False}
+        stack = (
+            in_windows(case.block, 12, 2.0, windows=2, spatial=spatial, **how)
+            if windows == 2
+            else LayerParallel(case.block, 12, 2.0, spatial=spatial, **how)
+        )
+        found = solved(stack, case.input())
+        records = [each.record for each in getattr(stack, "windows", [stack])]
+        assert all(len(record.residuals) >= 2 and record.residuals[0] > 1e-4 for record in records)
+        assert all(record.residuals[-1] == record.residual < 1e-13 for record in records)
+        assert all(record.adjoint_residuals[-1] == record.adjoint_residual for record in records)
+        return far(found, looped(stack.state_dict(), case, case.input(), [2.0 / 12] * 12))
+
+    assert max(spmd(body)) < 1e-10
+
+
+@pytest.mark.ranks(1, 3)
+@pytest.mark.parametrize(
+    ("block", "options", "words"),
+    [
+        ("convolution", {"spatial": SpatialCoarsening(states="restrict")}, "states='restrict' is for V- and F-cycles"),
+        (
+            "convolution",
+            {"spatial": SpatialCoarsening(states="restrict"), "mgrit": MGRIT(cycle="V", nrelax=0)},
+            "nrelax=0 leaves what coarse pixels do not show as it is with states='restrict'; use nrelax=1",
+        ),
+        ("convolution", {"spatial": SpatialCoarsening(dims=3)}, "cannot be evaluated for states (6, 2, 3, 2)"),
+        ("mlp", {"spatial": SpatialCoarsening()}, "dims=2 pixel axes need a state of more axes than (6, 4)"),
+        ("attention", {"spatial": SpatialCoarsening()}, "cannot be evaluated for states (6, 2, 2)"),
+        ("dense sequences", {"spatial": SpatialCoarsening()}, "a DenseBlock has no pixels"),
+    ],
+)
+def test_bad_choices(spmd, block, options, words):
+    case = CASES[block]
+
+    def body(comm):
+        made = {"accuracy": UNCHECKED, "batched": False, "mgrit": MGRIT(cfactor=2), **options}
+        return reduced(comm, lambda: LayerParallel(case.block, 12, 2.0, comm, **made)(case.input()))
+
+    found = spmd(body)
+    assert len(set(found)) == 1, "the same on all ranks"
+    assert found[0] is not None and words in found[0], found[0]

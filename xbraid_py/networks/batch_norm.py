@@ -1,0 +1,182 @@
+"""Batch normalisation whose statistics move once per update, however often and wherever a layer is evaluated.
+
+Shape letters: `B` samples, `C` channels, `n` layers owned here, `m` of them evaluated at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+@dataclass
+class Evaluation:
+    """One evaluation of a layer of a stack, or of m layers at once.
+
+    Attributes
+    ----------
+    start : bool
+        Whether norms that have met no batch yet take their statistics from this one.
+    inputs : dict of int to Tensor
+        What each norm was given, (B, C, *) or (m, B, C, *), by its number in the block.
+    """
+
+    start: bool = False
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+
+
+_evaluation: ContextVar[Evaluation | None] = ContextVar("evaluation", default=None)
+
+
+@contextmanager
+def within(evaluation: Evaluation) -> Iterator[None]:
+    """Norms within belong to a layer of a stack: their statistics are given, and do not move."""
+    token = _evaluation.set(evaluation)
+    try:
+        yield
+    finally:
+        _evaluation.reset(token)
+
+
+class MovingNorm(nn.modules.batchnorm._BatchNorm):
+    """What the batch normalisations of all dimensions share.
+
+    The statistics that normalise are those of the updates before, in training too: constants of the gradient, and the
+    same in all relaxations of an update, forwards and backwards. Behind the forward solve of an update the mean and
+    the unbiased variance of the batch at its states are taken once, and move the running statistics once.
+
+    The first update has no statistics of updates before. It begins with a pass layer after layer, in which each norm
+    that has met no batch yet (`num_batches_tracked` 0) takes the mean and the variance of its input for its own, and
+    normalises with them.
+
+    Outside of a stack a call in training mode does the same: at the first call the statistics are set, later ones
+    normalise with the statistics before the call; behind it they move.
+
+    Parameters
+    ----------
+    num_features : int
+        C.
+    eps : float
+        Added to the variance.
+    momentum : float or None
+        Share of the new batch in the running statistics, from 0 to 1; None: the mean of all batches.
+    affine : bool
+        Whether there are a weight and a bias for each channel.
+
+    Raises
+    ------
+    ValueError
+        If `momentum` is out of its range; in training, if a batch has only one value for each channel.
+    """
+
+    number = 0  # among those of a block; set by the block
+
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True):
+        if momentum is not None and not 0.0 <= momentum <= 1.0:
+            raise ValueError(f"momentum={momentum} must be between 0 and 1, or None; use 0.1")
+        super().__init__(num_features, eps, momentum, affine)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """u (B, C, *) to the same shape."""
+        self._check_input_dim(u)
+        if not self.training:
+            return self._normalised(u, self.running_mean, self.running_var)
+        if u.numel() < 2 * self.num_features:
+            raise ValueError(f"u.shape={tuple(u.shape)} has one value for each channel; use at least 2 samples")
+        evaluation = _evaluation.get()
+        if evaluation is None:
+            found = moments(u)
+            self._start(found)
+            # Autograd keeps what the statistics were.
+            normalised = self._normalised(u, self.running_mean.clone(), self.running_var.clone())
+            self.move(self.running_mean, self.running_var, self.num_batches_tracked, found)
+            return normalised
+        if self.number in evaluation.inputs:
+            raise ValueError(
+                f"block uses one {type(self).__name__} twice, whose statistics are those of one place; use two of them"
+            )
+        evaluation.inputs[self.number] = u.detach()
+        if evaluation.start:
+            self._start(moments(u))
+        return self._normalised(u, self.running_mean, self.running_var)
+
+    def _start(self, found: tuple[Tensor, Tensor]) -> None:
+        if self.num_batches_tracked == 0:
+            self.running_mean.copy_(found[0])
+            self.running_var.copy_(found[1])
+
+    def _normalised(self, u: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        return functional.batch_norm(u, mean, variance, self.weight, self.bias, False, 0.0, self.eps)
+
+    @torch.no_grad()
+    def move(self, mean: Tensor, variance: Tensor, count: Tensor, found: tuple[Tensor, Tensor]) -> None:
+        """Move running statistics (*, C) that have met `count` (*) batches by the mean and variance of one more.
+
+        In place; the leading axes are those of the layers, if any.
+        """
+        count += 1
+        share = self.momentum
+        if share is None:
+            share = count.to(mean.dtype).reciprocal()[..., None]
+        for running, batch in zip((mean, variance), found, strict=True):
+            running.mul_(1.0 - share).add_(share * batch)
+
+
+class BatchNorm1d(MovingNorm, nn.BatchNorm1d):
+    """`torch.nn.BatchNorm1d` for states (B, C) or (B, C, L), its statistics moved once per update; see `MovingNorm`."""
+
+
+class BatchNorm2d(MovingNorm, nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d` for states (B, C, H, W), its statistics moved once per update; see `MovingNorm`."""
+
+
+class BatchNorm3d(MovingNorm, nn.BatchNorm3d):
+    """`torch.nn.BatchNorm3d` for states (B, C, D, H, W), its statistics moved once per update; see `MovingNorm`."""
+
+
+@torch.no_grad()
+def moments(u: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance (C,) of u (B, C, *)."""
+    # The layout in memory decides the order of summation; of layers evaluated at once it depends on their number.
+    variance, mean = torch.var_mean(u.detach().contiguous(), [0, *range(2, u.dim())])
+    return mean, variance
+
+
+class Moments:
+    """Mean and unbiased variance of what the norms of n layers were given by the last recorded relaxation.
+
+    Parameters
+    ----------
+    norms : mapping of int to MovingNorm
+        By their numbers.
+    num_rows : int
+        n.
+    start : bool
+        As of `Evaluation`.
+
+    Attributes
+    ----------
+    found : dict of int to pair of (n, C) tensors
+        By the numbers of the norms.
+    """
+
+    def __init__(self, norms: Mapping[int, MovingNorm], num_rows: int, start: bool = False):
+        self.start = start
+        self.found = {
+            number: tuple(norm.running_mean.new_empty((num_rows, norm.num_features)) for _ in range(2))
+            for number, norm in norms.items()
+        }
+
+    def take(self, rows: int | slice, evaluation: Evaluation) -> None:
+        """Those of an evaluation of one row, or of several at once."""
+        for number, (means, variances) in self.found.items():
+            inputs = evaluation.inputs[number]
+            some = [rows] if isinstance(rows, int) else range(*rows.indices(len(means)))
+            for row, u in zip(some, [inputs] if isinstance(rows, int) else inputs, strict=True):
+                means[row], variances[row] = moments(u)

@@ -1,0 +1,201 @@
+"""B-splines in depth: the weights of many layers from few coefficients.
+
+theta_n = sum_j B_j(t_n) c_j with M basis functions B_j of degree d on [0, 1]. The place t_n of layer n is the middle of
+its step as a part of the whole depth, so that M = N functions of degree 0 are the layers themselves. For any degree the
+matrix B_j(t_n) of N equal layers and M = N functions is regular, because t_n lies inside the support of B_n, and the
+weights of the layers are free. With centred knots, which are 1/M apart but further from the ends, B_n is largest near
+t_n, and the condition of this matrix is at most 11 for any N. With uniform knots it grows exponentially with N for
+d > 1, and is 800 for d = 3 and N = 16: take centred knots where M is near N.
+
+Shape letters: `M` basis functions, `n` places, `d` degree, `p` parameters of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from math import isclose
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DEGREES = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Splines:
+    """B-splines on [0, 1] with clamped ends.
+
+    Parameters
+    ----------
+    num
+        Basis functions M, and so coefficients of each weight; at least degree + 1.
+    degree
+        0 (piecewise constant) to 3 (cubic, twice differentiable).
+    knots
+        uniform: equal intervals. centred: the functions are centred on M equal layers. Or the ends of the M - degree
+        intervals as parts of the depth, rising from 0 to 1.
+    """
+
+    num: int
+    degree: int = 3
+    knots: Literal["uniform", "centred"] | tuple[float, ...] = "uniform"
+
+    def __post_init__(self):
+        for name, good in (("num", 8), ("degree", 3)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name}={value!r} must be a whole number; use {good}")
+        if self.degree not in DEGREES:
+            raise ValueError(f"degree={self.degree} must be 0, 1, 2 or 3; use 3")
+        if self.num <= self.degree:
+            raise ValueError(
+                f"num={self.num} must be at least {self.degree + 1}, one more than degree={self.degree}; "
+                f"use {self.degree + 5}"
+            )
+        if isinstance(self.knots, str):
+            if self.knots not in ("uniform", "centred"):
+                raise ValueError(f"knots={self.knots!r} must be uniform, centred or a list of numbers; use uniform")
+            return
+        knots = tuple(float(knot) for knot in self.knots)
+        rises = all(a < b for a, b in pairwise(knots))
+        if len(knots) != self.num_intervals + 1 or knots[0] != 0.0 or knots[-1] != 1.0 or not rises:
+            good = [round(knot, 3) for knot in _uniform(self.num_intervals)]
+            raise ValueError(
+                f"knots={list(self.knots)} must be num - degree + 1 = {self.num_intervals + 1} numbers that rise from "
+                f"0 to 1; use {good}"
+            )
+        # Splines with the same knots are equal.
+        object.__setattr__(self, "knots", "uniform" if knots == _uniform(self.num_intervals) else knots)
+
+    @property
+    def num_intervals(self) -> int:
+        """Intervals between knots."""
+        return self.num - self.degree
+
+    @property
+    def breaks(self) -> tuple[float, ...]:
+        """Ends of all intervals."""
+        if self.knots == "uniform":
+            return _uniform(self.num_intervals)
+        if self.knots == "centred":
+            inner = [(1.0 + self.degree / 2 + k) / self.num for k in range(self.num_intervals - 1)]
+            return (0.0, *inner, 1.0)
+        return self.knots
+
+    @cached_property
+    def _all_knots(self) -> np.ndarray:
+        """The knots with those of the ends d + 1 times."""
+        return np.concatenate([[0.0] * self.degree, self.breaks, [1.0] * self.degree])
+
+    def band(self, times: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """The functions that are not zero there: their numbers (n, d + 1), consecutive, and their values (n, d + 1).
+
+        Parameters
+        ----------
+        times : sequence of float
+            Places in [0, 1].
+
+        Raises
+        ------
+        ValueError
+            If one lies outside.
+        """
+        from scipy.interpolate import BSpline  # takes its time to load: only where there are splines
+
+        at = np.asarray(times, dtype=np.float64)
+        outside = at[~((at >= 0.0) & (at <= 1.0))]
+        if len(outside):
+            raise ValueError(f"times={outside[0]} must lie in 0 .. 1, as parts of the depth; use 0.5")
+        shape = (len(at), self.degree + 1)
+        if not len(at):
+            return torch.empty(shape, dtype=torch.int64), torch.empty(shape, dtype=torch.float64)
+        rows = BSpline.design_matrix(at, self._all_knots, self.degree)
+        return (
+            torch.from_numpy(rows.indices.reshape(shape).astype(np.int64)),
+            torch.from_numpy(rows.data.reshape(shape)),
+        )
+
+    def matrix(self, times: Sequence[float]) -> Tensor:
+        """Values B_j(t) of all functions, (n, M) in double precision; `ValueError` for a time outside [0, 1]."""
+        numbers, values = self.band(times)
+        return torch.zeros(len(numbers), self.num, dtype=torch.float64).scatter_(1, numbers, values)
+
+    def rows(self, times: Sequence[float], coefficients: Tensor) -> Tensor:
+        """Values (n, p) of the functions with the coefficients (M, p)."""
+        numbers, values = self.band(times)
+        return combined(numbers, values.to(coefficients.dtype), coefficients)
+
+    def fit(self, times: Sequence[float], rows: Tensor) -> Tensor:
+        """Coefficients (M, p) of the function that is nearest to the rows (n, p) at the times.
+
+        Exact where the matrix is regular; of several that are equally near the one with the least coefficients.
+        """
+        found = np.linalg.lstsq(self.matrix(times).numpy(), rows.double().numpy(), rcond=None)[0]
+        return torch.from_numpy(found).to(rows.dtype)
+
+    def refine(self) -> Splines:
+        """Splines on intervals of half the length; every function of these is one of those."""
+        halved = [each for a, b in pairwise(self.breaks) for each in (a, (a + b) / 2)]
+        return self._on((*halved, 1.0))
+
+    def coarsen(self, factor: int = 2) -> Splines:
+        """Splines on every `factor`-th knot.
+
+        Raises
+        ------
+        ValueError
+            If the number of intervals is no multiple of the factor.
+        """
+        count, rest = divmod(self.num_intervals, factor)
+        if rest:
+            fits = [each * factor + self.degree for each in (count, count + 1) if each]
+            raise ValueError(
+                f"num={self.num} makes num - degree = {self.num_intervals} intervals, not a multiple of {factor}; "
+                f"use {' or '.join(map(str, fits))}"
+            )
+        return self._on(self.breaks[::factor])
+
+    def _on(self, breaks: tuple[float, ...]) -> Splines:
+        count = len(breaks) - 1
+        return Splines(count + self.degree, self.degree, "uniform" if self.knots == "uniform" else breaks)
+
+    def insertion(self, fine: Splines) -> Tensor:
+        """Matrix (M of fine, M) that makes of coefficients here those of the same function there (knot insertion).
+
+        Raises
+        ------
+        ValueError
+            If the degrees differ, or a knot here is none there.
+        """
+        if fine.degree != self.degree:
+            raise ValueError(f"fine degree={fine.degree} must be {self.degree}, as here; use refine()")
+        lost = [knot for knot in self.breaks if not any(isclose(knot, other, abs_tol=1e-12) for other in fine.breaks)]
+        if lost:
+            raise ValueError(f"knots={lost[0]} is no knot of the fine splines, so functions are lost; use refine()")
+        # At these places, one for each function (Greville's), the fine functions make a matrix of good condition.
+        knots = fine._all_knots
+        places = sum(knots[k : k + fine.num] for k in range(1, fine.degree + 1)) / max(1, fine.degree)
+        if fine.degree == 0:
+            places = (knots[:-1] + knots[1:]) / 2
+        found = np.linalg.solve(fine.matrix(places).numpy(), self.matrix(places).numpy())
+        return torch.from_numpy(found)
+
+
+def combined(numbers: Tensor, values: Tensor, coefficients: Tensor) -> Tensor:
+    """Rows (n, p) from the numbers and values of `band` and the coefficients (M, p).
+
+    A row has the same bits whatever others there are: its products are added one after the other.
+    """
+    found = coefficients[numbers[:, 0]] * values[:, :1]
+    for k in range(1, numbers.shape[1]):
+        found += coefficients[numbers[:, k]] * values[:, k, None]
+    return found
+
+
+def _uniform(count: int) -> tuple[float, ...]:
+    return tuple(k / count for k in range(count + 1))
