@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint_sequential
 
 from xbraid_py import MGRIT, Accuracy, LayerParallel, ResidualStep, in_windows
 from xbraid_py.comm import Communicator, world
+from xbraid_py.grid import Partition
 
 CHANNELS, PIXELS = 16, 28
 T = 4.0
@@ -92,6 +93,8 @@ def measure(kind: str, number: int, num_layers: int, samples: int, updates: int,
 
     u = torch.randn((samples, CHANNELS, PIXELS, PIXELS), generator=torch.Generator().manual_seed(0))
     update(u[:1])
+    for root in range(comm.size):  # what messages of this length take is not the training's
+        comm.shift(comm.broadcast(u.clone(), root), Partition.balanced(comm.size, comm.size), 1)
     before, seconds = give_back(), []
     for _ in range(updates):
         comm.barrier()

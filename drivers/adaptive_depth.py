@@ -61,9 +61,9 @@ class Options:
         Of the uniform runs at their end.
     width
         Channels.
-    num_train
+    train_samples
         Training samples.
-    num_val
+    val_samples
         Validation samples.
     validate_every
         Updates between two validations.
@@ -82,15 +82,15 @@ class Options:
     first_seed: int = 0
     num_layers: int = 64
     width: int = 8
-    num_train: int = 5000
-    num_val: int = 5000
+    train_samples: int = 5000
+    val_samples: int = 5000
     validate_every: int = 5
     nested: NestedOptions = NestedOptions(adaptive=AdaptiveOptions())
     mgrit: MGRIT = MGRIT()
     smoke: bool = False
 
     def __post_init__(self):
-        for name in ("seeds", "num_train", "num_val", "validate_every"):
+        for name in ("seeds", "train_samples", "val_samples", "validate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1; use 5")
         if self.nested.adaptive is None:
@@ -105,8 +105,8 @@ class SmokeOptions(Options):
 
     seeds: int = 2
     num_layers: int = 32
-    num_train: int = 200
-    num_val: int = 200
+    train_samples: int = 200
+    val_samples: int = 200
     validate_every: int = 2
     nested: NestedOptions = NestedOptions(updates=(8, 6, 4), adaptive=AdaptiveOptions())
     mgrit: MGRIT = MGRIT(max_levels=1)
@@ -114,7 +114,7 @@ class SmokeOptions(Options):
 
 def samples(settings: Settings) -> tuple[Dataset, Dataset]:
     """Training and validation samples."""
-    numbers = settings["num_train"], settings["num_val"]
+    numbers = settings["train_samples"], settings["val_samples"]
     if settings["data"] == "peaks":
         return peaks.generate(*numbers, settings["seed"])
     halves = columns(mnist.load(settings["data_dir"]), num_train=numbers[0], num_test=numbers[1])
@@ -159,7 +159,7 @@ def train(settings: Settings, comm: Communicator) -> dict:
 
 def runs_of(options: Options, seed: int, make: Callable[[Settings], dict]) -> list[dict]:
     """The runs of a seed."""
-    names = ("data", "num_layers", "width", "num_train", "num_val", "validate_every")
+    names = ("data", "num_layers", "width", "train_samples", "val_samples", "validate_every")
     common = {name: getattr(options, name) for name in names} | {"seed": seed, "unit": options.num_layers}
     common |= {"data_dir": options.data_dir and str(options.data_dir), "mgrit": to_dict(options.mgrit)}
     nested = options.nested
@@ -183,7 +183,7 @@ def runs_of(options: Options, seed: int, make: Callable[[Settings], dict]) -> li
 def setup(options: Options, comm: Communicator) -> Callable[[], None]:
     """Check everything; returns the study."""
     if options.data == "mnist":
-        columns(mnist.load(options.data_dir), num_train=options.num_train, num_test=options.num_val)
+        columns(mnist.load(options.data_dir), num_train=options.train_samples, num_test=options.val_samples)
 
     def run() -> None:
         with together(options.out, train, comm) as make:

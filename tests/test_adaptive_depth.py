@@ -180,7 +180,8 @@ def by_hand(interpolation: str) -> dict[str, list[float]]:
         error = 2 * (ref.step(second, half, size / 2, "smooth_relu") - ref.step(row, u, size, "smooth_relu"))
         beside = [float((theta[m] - row).norm()) for m in (n - 1, n + 1) if 0 <= m < 16]
         found["richardson"].append(float(error.square().mean().sqrt()))
-        found["goal"].append(abs(float((adjoints[n] * error).sum())))
+        effects = [float(adjoints[n][:, b] @ error[:, b]) for b in range(error.shape[1])]
+        found["goal"].append(sum(abs(effect) for effect in effects))
         found["jump"].append(size * sum(beside) / len(beside))
     shares = {name: [value / sum(values) for value in values] for name, values in found.items()}
     shares["both"] = [a + b for a, b in zip(shares["richardson"], shares["jump"], strict=True)]
@@ -220,6 +221,36 @@ def test_layers_that_do_nothing_are_not_cut():
     for kind in ("goal", "richardson"):
         values = indicator(kind, objective, x, "constant")
         assert all(value > 0.0 for value in values[4:7]) and set(values[:4] + values[7:]) == {0.0}
+
+
+@pytest.mark.parametrize("kind", ["richardson", "goal", "jump"])
+def test_layers_come_where_the_weights_change(kind):
+    """Weights with a pulse in depth: fewer layers make a smaller error of the output than more of them evenly."""
+    made = problem(SerialCommunicator(), SEQUENTIAL)
+    rows = ref.random(2, 12, seed=4)
+
+    def at(grid):
+        network = made.network(grid)
+        x, h = network.initial(InitialScales(layers=0.0), 3), torch.tensor(grid.sizes(), dtype=torch.float64)
+        begins = (h.cumsum(0) - h)[:, None]
+        network.layout.rows(x)["layers"].copy_(0.2 * rows[0] + 4 * rows[1] * torch.exp(-(((begins - 1.3) / 0.05) ** 2)))
+        objective = made.objective(grid)
+        objective.evaluate(x)
+        return x, objective, objective._end
+
+    exact = at(LayerGrid(8192, 2.0))[2]
+    grid = LayerGrid(16, 2.0)
+    options = AdaptiveOptions(marking="share", fraction=0.25)
+    while grid.num_layers < 40:
+        x, objective, _ = at(grid)
+        grid = grid.halve(marked(options, indicator(kind, objective, x, "linear"), range(100)))
+    errors = [float((at(each)[2] - exact).norm()) for each in (grid, LayerGrid(160, 2.0))]
+    assert grid.num_layers < 50 and errors[0] < errors[1]
+    begin, front = 0.0, []
+    for size in grid.sizes():
+        front += [size] * (abs(begin - 1.3) < 0.06)
+        begin += size
+    assert max(front) < 0.5 * max(grid.sizes())
 
 
 def test_even_layers_are_spread():

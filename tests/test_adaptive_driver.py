@@ -169,7 +169,7 @@ def test_digits_and_bad_options(run_job, tmp_path):
     digits = tmp_path / "digits"
     digits.mkdir()
     write_digits(digits, 20, 10)
-    small = ["--data=mnist", f"--data_dir={digits}", "--num_train=20", "--num_val=10", "--num_layers=8"]
+    small = ["--data=mnist", f"--data_dir={digits}", "--train_samples=20", "--val_samples=10", "--num_layers=8"]
     done = run_job(words(tmp_path / "out", *small, "--nested.updates=2,2,2"), timeout=60)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "figures" / "grids.png").is_file()

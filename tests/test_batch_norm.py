@@ -43,6 +43,7 @@ def test_three_updates_equal_the_literal_loop(spmd, dims, solve, batched, recomp
         equal(found, exact)
 
 
+@pytest.mark.ranks(1, 3)
 @pytest.mark.parametrize("options", [{"momentum": None}, {"momentum": 1.0}, {"affine": False}])
 def test_momentum_and_weights_of_the_norm(spmd, options):
     case = case_of(1, **options)
@@ -71,6 +72,7 @@ def test_same_bits_on_any_number_of_ranks(spmd, batched, mgrit):
             assert all(mine["state"][name].equal(value) for name, value in wanted["state"].items())
 
 
+@pytest.mark.ranks(1, 3)
 @BATCHED
 @pytest.mark.parametrize("options", [{}, {"recompute": True}, {"recompute": "states"}, {"batched": True}])
 def test_statistics_move_once_however_often_the_layers_are_evaluated(spmd, options):
@@ -100,6 +102,7 @@ def test_statistics_move_once_however_often_the_layers_are_evaluated(spmd, optio
             assert distance(twice[name], 2.0 * value) < 1e-12
 
 
+@pytest.mark.ranks(1, 3)
 @pytest.mark.parametrize("recompute", [False, "states"])
 def test_an_adjoint_meets_the_statistics_of_its_own_call(spmd, recompute):
     """Two calls, that is two updates of the statistics, before the gradient of the first one."""
@@ -121,6 +124,7 @@ def test_an_adjoint_meets_the_statistics_of_its_own_call(spmd, recompute):
         assert distance(found, {name: literal.weights[f"layers.{name}"].grad for name in found}) < 1e-10
 
 
+@pytest.mark.ranks(1, 3)
 def test_where_statistics_stay_as_they_are(spmd):
     case = case_of()
 
@@ -144,6 +148,7 @@ def test_where_statistics_stay_as_they_are(spmd):
         assert distance(output, wanted) < 1e-10 and distance(after["layers.norm.running_mean"], literal.mean) < 1e-10
 
 
+@pytest.mark.ranks(1, 3)
 def test_a_norm_that_is_frozen_before_the_block_is_handed_over_never_moves(spmd):
     def make():
         block = Normed()

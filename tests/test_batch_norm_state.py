@@ -106,6 +106,7 @@ def test_a_run_goes_on_from_its_state_on_any_number_of_ranks(spmd):
         assert distance(plain, mine) < 1e-13 and tracked == [3] * N and all(modes)
 
 
+@pytest.mark.ranks(1, 3)
 def test_single_precision(spmd):
     case = case_of()
 
@@ -159,6 +160,7 @@ def test_that_of_torch_is_refused_and_ours_is_named(dims):
         case.stack(None, N)(case.input())
 
 
+@pytest.mark.ranks(1, 3)
 def test_a_norm_that_is_the_whole_block(spmd):
     def body(comm):
         def block():

@@ -130,6 +130,7 @@ def test_one_seed_is_one_network_on_any_number_of_ranks(spmd, batched):
         assert all(state[name].equal(value) for name, value in weights.items())
 
 
+@pytest.mark.ranks(1, 3)
 def test_masks_of_layers_updates_and_seeds_differ(spmd):
     """Seen from outside: equal weights in all layers, and outputs that differ with the seed and the update."""
     case = CASES[False]

@@ -203,6 +203,7 @@ REFINED = dict(splines=Splines(4 * 3 + 3, 3), spline_refine=True)
 ADAPTIVE = dict(adaptive=AdaptiveOptions(indicator="both"), refinements=1, updates=(3, 3))
 
 
+@pytest.mark.ranks(2, 3)
 @pytest.mark.parametrize("options", [{}, REFINED, ADAPTIVE], ids=["kept", "knots inserted", "adaptive"])
 def test_a_checkpoint_goes_on_and_is_exported_on_any_number_of_ranks(spmd, shared_tmp_path, tmp_path, options):
     def body(comm, out=shared_tmp_path / "together"):

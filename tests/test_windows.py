@@ -5,7 +5,6 @@ Shape letters: `N` layers, `W` windows.
 
 from __future__ import annotations
 
-import gc
 import weakref
 
 import pytest
@@ -15,7 +14,7 @@ from normed import SHAPES, Normed
 from torch import nn
 
 import xbraid_py
-from xbraid_py import MGRIT, Accuracy, LayerParallel, clip_grad_norm_, in_windows, share_loss, to_sequential
+from xbraid_py import MGRIT, Accuracy, LayerGrid, LayerParallel, clip_grad_norm_, in_windows, share_loss, to_sequential
 
 T = 2.0
 ALL = {**CASES, "moving": Case(Normed, SHAPES[1])}
@@ -91,6 +90,20 @@ def test_exact_windows_are_bitwise_one_stack(spmd, block, windows):
                 assert all(mine[key][name].equal(value) for name, value in wanted[key].items())
 
 
+def test_windows_of_a_grid_with_steps_of_several_lengths(spmd):
+    case = CASES["mlp"]
+    grid = LayerGrid(12, T, (1, 2, 3, 1, 1, 2, 4, 1, 1, 1, 2, 3))
+
+    def body(comm):
+        model = in_windows(case.block, grid, comm=comm, windows=2, mgrit=SOLVES["V"], accuracy=UNCHECKED, batched=False)
+        return run(model, case)
+
+    exact = run(LayerParallel(case.block, grid, mgrit=SOLVES["exact"]), case)
+    for found in spmd(body):
+        for mine, wanted in zip(found, exact, strict=True):
+            assert all(distance(mine[key], wanted[key]) < 1e-10 for key in ("output", "input", "weights", "state"))
+
+
 @pytest.mark.parametrize(("recompute", "check"), [("states", 0), ("all", 2)])
 @pytest.mark.parametrize("block", ["dense", "dropout", "moving"])
 def test_a_stack_that_solves_for_its_states_again(spmd, block, recompute, check):
@@ -134,7 +147,6 @@ class Watched(nn.Module):
 
 
 def alive() -> int:
-    gc.collect()
     return sum(ref() is not None for ref in Watched.seen)
 
 
@@ -270,6 +282,7 @@ def test_windows_differ_by_one_layer_or_one_interval():
     assert counts(40, 3, cycle="V") == [16, 12, 12]
 
 
+@pytest.mark.ranks(1, 3)
 @pytest.mark.parametrize(
     ("given", "message"),
     [

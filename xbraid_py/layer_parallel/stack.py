@@ -45,6 +45,7 @@ class LayerParallel(nn.Module):
 
     In training mode propagation is by MGRIT; in evaluation mode without gradients it is exact, layer after layer, the
     samples following each other through the ranks in portions (the first axis of the state is the samples').
+    Dropout and batch normalisation are those of this package: all evaluations of an update meet the same network.
 
     Parameters
     ----------

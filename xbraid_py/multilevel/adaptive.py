@@ -31,7 +31,7 @@ class AdaptiveOptions:
     ----------
     indicator
         Richardson: the error of a layer's step, by two steps half as long, with weights interpolated in depth. Goal:
-        that error times the adjoint behind the layer, its effect on the loss. Jump: the change of the weights to the
+        that error times the adjoint behind the layer, its effect on the loss of each sample. Jump: the change of the weights to the
         neighbours, times the size of the step. Both: Richardson and jump, each divided by its sum over the layers.
         Even: layers spread evenly over the network, whatever they do; for comparison.
     marking
@@ -108,7 +108,8 @@ def indicator(kind: str, objective: NetworkObjective, x: Tensor, interpolation: 
         objective.work += 3.0 * network.grid.num_layers
         if kind == "goal":
             pairs = zip(objective.adjoints(x), errors, strict=True)
-            found = [(adjoint * error).sum().abs() for adjoint, error in pairs]
+            # With the sum over the samples first, layers whose effects happen to cancel would never be cut.
+            found = [(adjoint * error).sum(0).abs().sum() for adjoint, error in pairs]
             columns.append(torch.stack(found) if found else errors.new_empty(0))
         else:
             columns.append(error_norms(errors))

@@ -112,7 +112,7 @@ def _over_work(kinds: dict[str, list[Row]], path: Path) -> None:
         axes.plot(units, np.mean(curves, 0), color=KINDS[kind], linewidth=1.6, label=kind)
     clean(axes, "work units, counted")
     axes.set_ylabel("validation accuracy (%)")
-    axes.set_xlim(left=0)
+    axes.set(xlim=(0, None), ylim=(max(0.0, min(np.mean(accuracies(rows)) for rows in kinds.values()) - 10), 100))
     axes.legend(loc="lower right", frameon=False)
     save(figure, path)
 
