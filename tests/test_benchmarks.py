@@ -51,6 +51,15 @@ SCRIPTS = {
         "--num_layers=8 --samples=4 --updates=2 --windows=2 --ranks=2 --kinds=checkpoint,windows".split(),
         {f"{what}_{kind}" for what in ("memory", "time") for kind in ("checkpoint_2_1", "windows_2_2")},
     ),
+    "spatial": (
+        ["--cases=2d", "--weights=random"],
+        {
+            f"{kind}_2d_random_{states}_{choice}"
+            for kind in ("iterations", "time")
+            for states in ("carry", "restrict")
+            for choice in ("galerkin", "same", "last")
+        },
+    ),
     "memory": (["--num_layers=64", "--samples=1000", "--updates=2"], {"ratio", "ratio_2"}),
 }
 

@@ -197,6 +197,22 @@ def test_averaged_weights_are_weighted_by_the_sizes():
     assert torch.equal(parts.theta, steps.theta) and torch.equal(parts.h, steps.h) and parts.parts == 2
 
 
+def test_a_gradient_is_corrected_in_proportion_to_the_sizes():
+    """What a change of the adjoints adds to the gradient of averaged weights, by the chain rule."""
+    theta, h = ref.random(6, BLOCK.num_parameters, seed=3), torch.tensor([1.0, 2.0, 4.0, 0.5, 0.5, 3.0]).double() / 8
+    states, gradient = ref.random(6, WIDTH, BATCH, seed=4), torch.zeros_like(theta)
+    before, after = ref.random(2, 2, WIDTH, BATCH, seed=5)
+    fine = Adjoint(ResidualSteps(BLOCK, theta, h), states, gradient)
+    fine.correct(before, after, fine.coarsen(3, "average", "euler"))
+    leaf = theta.clone().requires_grad_()
+    total = 0.0
+    for k in (0, 1):
+        own = slice(3 * k, 3 * k + 3)
+        row = (h[own, None] * leaf[own]).sum(0) / h[own].sum()
+        total += (ref.step(row, states[3 * k], float(h[own].sum()), "tanh") * (after - before)[k]).sum()
+    assert torch.allclose(gradient, torch.autograd.grad(total, leaf)[0], rtol=1e-12, atol=1e-15)
+
+
 # Regularisation.
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from blocks import CASES, UNCHECKED, distance, gradients, loop_gradients, loss_of, reduced, unstacked
+from blocks import CASES, UNCHECKED, C, Case, distance, gradients, loop_gradients, loss_of, reduced, unstacked
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from xbraid_py import MGRIT, LayerGrid, LayerParallel, SpatialCoarsening, in_windows, to_sequential
 
@@ -151,3 +153,25 @@ def test_bad_choices(spmd, block, options, words):
     found = spmd(body)
     assert len(set(found)) == 1, "the same on all ranks"
     assert found[0] is not None and words in found[0], found[0]
+
+
+class Checkpointed(nn.Module):
+    """A block that saves memory by itself."""
+
+    def __init__(self, use_reentrant: bool):
+        super().__init__()
+        self.linear, self.use_reentrant = nn.Linear(C, C), use_reentrant
+
+    def forward(self, u):
+        return checkpoint(lambda x: torch.tanh(self.linear(x)), u, use_reentrant=self.use_reentrant)
+
+
+@pytest.mark.ranks(1, 3)
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_blocks_that_are_evaluated_again_backwards(spmd, use_reentrant):
+    """They would be, with the weights of another layer, and give a wrong gradient without a word."""
+    case = Case(lambda: Checkpointed(use_reentrant), (6, C))
+    found = spmd(lambda comm: reduced(comm, lambda: case.stack(comm, num_layers=9)(case.input())))
+    assert len(set(found)) == 1 and "block=Checkpointed is evaluated again in the backward pass" in found[0]
+    assert "recompute=True" in found[0]

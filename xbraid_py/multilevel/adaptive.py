@@ -30,10 +30,10 @@ class AdaptiveOptions:
     Parameters
     ----------
     indicator
-        Richardson: the error of a layer's step, by two steps half as long, with weights interpolated in depth. Goal:
-        that error times the adjoint behind the layer, its effect on the loss of each sample. Jump: the change of the weights to the
-        neighbours, times the size of the step. Both: Richardson and jump, each divided by its sum over the layers.
-        Even: layers spread evenly over the network, whatever they do; for comparison.
+        Richardson: the error of a layer's step, by two steps half as long, their weights interpolated in depth. Goal:
+        that error times the adjoint behind the layer, its effect on the loss of each sample. Jump: the change of the
+        weights to the neighbours, times the size of the step. Both: Richardson and jump, each divided by its sum over
+        the layers. Even: layers spread evenly over the network, whatever they do; for comparison.
     marking
         Bulk: the fewest layers that make up this fraction of the sum of the indicator. Share: this fraction of the
         layers, those with the largest indicator.

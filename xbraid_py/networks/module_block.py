@@ -200,17 +200,44 @@ class ModuleBlock:
                 )
             if not torch.equal(u, before):
                 raise ValueError(f"block={name} overwrites its input; use a form not in place, as ReLU(inplace=False)")
-            if (
-                not torch.equal(
-                    first,
-                    self(tensors, u),
-                )
-                and not torch.isnan(first).any()
-            ):
+            if not torch.equal(first, self(tensors, u)) and not torch.isnan(first).any():
                 raise ValueError(
                     f"block={name} gives two results for one state; a layer must be a function of its state and its "
                     f"weights: use xbraid_py.Dropout for dropout"
                 )
+
+        self._check_gradient(tensors, u)
+
+    def _check_gradient(self, tensors: Sequence[Tensor], u: Tensor) -> None:
+        """Raise `ValueError` if the backward pass evaluates the module again, with other weights than forwards."""
+        # Not the weights that the module has itself.
+        tensors = [tensor + 0.5 * tensor.abs() + 0.01 if tensor.is_floating_point() else tensor for tensor in tensors]
+        x = u.requires_grad_()
+        kept = [places[0][0][places[0][1]] for places in self._places]
+        found = []
+        try:
+            with torch.enable_grad():
+                end = self(tensors, x)
+                if not end.requires_grad:
+                    return
+                found.append(torch.autograd.grad(end, x, torch.ones_like(end), allow_unused=True)[0])
+                end = self(tensors, x)
+                self._put(tensors)
+                found.append(torch.autograd.grad(end, x, torch.ones_like(end), allow_unused=True)[0])
+        except RuntimeError as error:
+            reason = error
+        else:
+            reason = None
+            # Not bit by bit: on a GPU sums may be made in any order. Other weights are far off.
+            if found[0] is None or not (found[0] - found[1]).norm() > 1e-3 * found[1].norm():
+                return
+        finally:
+            self._put(kept)
+        name = type(self.module).__name__
+        raise ValueError(
+            f"block={name} is evaluated again in the backward pass, as by torch.utils.checkpoint: "
+            f"by then it has the weights of another layer; leave that out, and use LayerParallel(..., recompute=True)"
+        ) from reason
 
     def _places_of(self, column: Column) -> list[tuple[dict, str]]:
         wanted = _get(self.module, column.name)
