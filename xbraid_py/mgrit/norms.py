@@ -6,6 +6,7 @@ Shape letters: `K` intervals owned here, `S` shape of a state.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import sqrt
 
 import torch
 from torch import Tensor
@@ -90,7 +91,6 @@ class Norm:
 
     def of_sums(self, sums: Tensor) -> list[Size]:
         """Norms from the shares of all intervals together, two numbers (residual, state) for each residual."""
-        tiny = torch.finfo(sums.dtype).tiny
-        pairs = sums.view(-1, 2)
-        both = torch.stack([pairs[:, 0], pairs[:, 0] / pairs[:, 1].clamp_min(tiny)], 1)
-        return [Size(*pair) for pair in (both.sqrt() if self.kind == 2 else both).tolist()]
+        numbers, tiny = sums.tolist(), torch.finfo(sums.dtype).tiny
+        pairs = [(r, r / max(s, tiny)) for r, s in zip(numbers[::2], numbers[1::2], strict=True)]
+        return [Size(*map(sqrt, pair)) if self.kind == 2 else Size(*pair) for pair in pairs]
