@@ -124,7 +124,10 @@ def _over_size(kinds: dict[str, list[Row]], path: Path) -> None:
     for kind, rows in kinds.items():
         sizes, values = [row["result"]["num_parameters"] for row in rows], accuracies(rows)
         axes.plot(sizes, values, ".", color=KINDS[kind], alpha=0.6)
-        axes.plot(np.mean(sizes), np.mean(values), "o", color=KINDS[kind], markersize=8, label=kind)
+        # As many layers as the adaptive run: one mean must not hide the other.
+        face = "none" if kind == "even" else KINDS[kind]
+        style = {"markersize": 11 if kind == "even" else 8, "markerfacecolor": face, "markeredgewidth": 2}
+        axes.plot(np.mean(sizes), np.mean(values), "o", color=KINDS[kind], label=kind, **style)
     clean(axes, "parameters")
     axes.set_ylabel("validation accuracy (%)")
     axes.legend(loc="lower right", frameon=False)
