@@ -1,12 +1,13 @@
 """Coarser pixels on coarse levels: iterations and time of MGRIT for convolutions, with and without.
 
-    python benchmarks/spatial.py [--quick] [--cases 2d,3d] [--weights diffusion,random,trained]
+    python benchmarks/spatial.py [--quick] [--cases 2d,3d] [--weights diffusion,stiff,random,trained]
 
 States of 64 x 64 or 16 x 16 x 16 pixels, 4 channels, 128 layers u + h tanh(K u + b), V-cycles with FCF-relaxation on 3
 levels until the relative residual is 1e-6, states and adjoints. Weights: "diffusion", discrete Laplacians with
-rates up to the limit of stability of the coarsest level without coarser pixels; "random", normal with deviation
-1/sqrt(inputs), smooth in depth; "trained", by 60 updates of Adam with exact gradients, which take noise out of smooth
-pictures. Interleaved, one thread; medians. Last line: `iterations_...` and `time_...` of each choice over none.
+rates up to the limit of stability of the coarsest level without coarser pixels; "stiff", the same up to that of the
+finest level, so that coarse steps are stable only where coarser pixels go with them, of pictures so faint that tanh is
+linear; "random", normal with deviation 1/sqrt(inputs), smooth in depth; "trained", by 60 updates of Adam with exact
+gradients, which take noise out of smooth pictures. Interleaved, one thread; medians. Last line: `iterations_...` and `time_...` of each choice over none.
 """
 
 from __future__ import annotations
@@ -71,9 +72,10 @@ def weights_of(kind: str, block: ModuleBlock, pixels: tuple[int, ...], num_layer
     dims, generator = len(pixels), torch.Generator().manual_seed(0)
     kernel = (CHANNELS, CHANNELS, *(3,) * dims)
     depth = torch.linspace(0.0, 1.0, num_layers, dtype=torch.float64)
-    if kind == "diffusion":
+    if kind in ("diffusion", "stiff"):
         # An Euler step of 16 layers, on the coarsest level, is stable up to a rate of 1 / (2 dims 16 h).
-        rates = num_layers / T / 16 / (2 * dims) * (0.5 + 0.5 * torch.cos(3.0 * depth) ** 2)
+        most = num_layers / T / (16 if kind == "diffusion" else 1) / (2 * dims)
+        rates = most * (0.5 + 0.5 * torch.cos(3.0 * depth) ** 2)
         rows = torch.zeros((num_layers, *kernel), dtype=torch.float64)
         for channel in range(CHANNELS):
             rows[:, channel, channel] = rates.view(-1, *(1,) * dims) * laplacian(dims)
@@ -130,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="64 layers, a quarter of the pixels, one round")
     parser.add_argument("--cases", default="2d,3d")
-    parser.add_argument("--weights", default="diffusion,random,trained")
+    parser.add_argument("--weights", default="diffusion,stiff,random,trained")
     parser.add_argument("--num_layers", type=int)
     parser.add_argument("--T", type=float, default=4.0)
     parser.add_argument("--rounds", type=int)
@@ -146,10 +148,11 @@ def main() -> None:
         u0 = u0 + 0.5 * torch.randn(u0.shape, generator=torch.Generator().manual_seed(3)).double()
         for kind in arguments.weights.split(","):
             theta = weights_of(kind, block, pixels, num_layers, arguments.T)
+            start = 1e-3 * u0 if kind == "stiff" else u0
             runs: dict[str, list[dict]] = {name: [] for name in CHOICES}
             for _ in range(rounds):
                 for name, choice in CHOICES.items():
-                    runs[name].append(solves(block, theta, u0, options, choice, arguments.T))
+                    runs[name].append(solves(block, theta, start, options, choice, arguments.T))
             print(f"\n{case}, {kind} weights, {num_layers} layers, {' x '.join(map(str, pixels))} pixels")
             print(f"{'coarse pixels':18}  iterations (states, adjoints)  seconds (both)  time over none")
             both = {name: [each["forward s"] + each["adjoint s"] for each in found] for name, found in runs.items()}

@@ -160,7 +160,9 @@ def test_no_layer_is_kept_between_the_passes(windows):
     for stack in model.windows:
         stack.layers.get_parameter("linear.weight").register_hook(lambda gradient: most.append(alive()))
     loss = loss_of(model(case.input()))
-    assert not Watched.seen, "no graph was made"
+    # The first call tries the block, once, with a graph.
+    assert alive() == 0, "no graph is left"
+    Watched.seen.clear()
     loss.backward()
     assert len(Watched.seen) == 12 and max(most) <= 12 // windows and alive() == 0
 
