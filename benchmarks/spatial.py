@@ -7,7 +7,8 @@ levels until the relative residual is 1e-6, states and adjoints. Weights: "diffu
 rates up to the limit of stability of the coarsest level without coarser pixels; "stiff", the same up to that of the
 finest level, so that coarse steps are stable only where coarser pixels go with them, of pictures so faint that tanh is
 linear; "random", normal with deviation 1/sqrt(inputs), smooth in depth; "trained", by 60 updates of Adam with exact
-gradients, which take noise out of smooth pictures. Interleaved, one thread; medians. Last line: `iterations_...` and `time_...` of each choice over none.
+gradients, which take noise out of smooth pictures. Interleaved, one thread; medians. Last line: `iterations_...` and
+`time_...` of each choice over none.
 """
 
 from __future__ import annotations
