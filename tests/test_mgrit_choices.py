@@ -27,9 +27,9 @@ def textbook(options, case, iterations):
 
 
 @pytest.mark.ranks(1, 2, 3, 5)
-@pytest.mark.parametrize("norm", [1, 2, "max"])
 @pytest.mark.parametrize(
-    ("c_weight", "start", "nrelax"), [(0.7, "coarsest", 1), (1.3, "full", 2), (1.0, "full", 0), (1.0, "full", 1)]
+    ("c_weight", "start", "nrelax", "norm"),
+    [(0.7, "coarsest", 1, 2), (1.3, "full", 2, 1), (1.3, "full", 2, "max"), (1.0, "full", 0, 2), (1.0, "full", 1, 2)],
 )
 def test_every_iteration_is_the_textbooks(spmd, c_weight, start, nrelax, norm):
     for (count, cfactor, levels), cycle in product(HIERARCHIES, "VF"):
