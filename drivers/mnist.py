@@ -13,36 +13,25 @@ F a 3x3 convolution behind GroupNorm and ReLU, or a dense layer. Adam, and a gra
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from xbraid_py import MGRIT, Accuracy, DenseBlock, LayerParallel
 from xbraid_py.comm import Communicator
 from xbraid_py.data import mnist
 from xbraid_py.io.launch import launch
-from xbraid_py.io.options import to_dict
-from xbraid_py.io.progress import setup_logging
-from xbraid_py.io.run_folder import claim
-from xbraid_py.io.tensorboard import require_tensorboard
-from xbraid_py.minibatch import Trained, evaluate, follow, read_resumed
-from xbraid_py.process_grid import ProcessGrid
+from xbraid_py.minibatch.digits import DigitOptions, prepare
 
-# What may differ between a run and its continuation: where things are, how often it looks, how ranks are shared out.
-FREE = (
-    *("out", "resume", "smoke", "data_dir", "record_every", "test_every", "checkpoint_every", "keep", "tensorboard"),
-    "replicas",
-)
 PIXELS = 28 * 28
-TEST_BATCH = 500
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(DigitOptions):
     """The MNIST job.
 
     Parameters
@@ -55,50 +44,8 @@ class Options:
         Final time; a step is T / num_layers.
     width
         Channels of the convolutional states (7 x 7 pixels), or numbers of a dense state.
-    epochs
-        Passes over the training images.
-    batch_size
-        Images of an update, of all replicas together.
-    learning_rate
-        Of Adam.
     schedule
         Of the learning rate: falling to zero along a cosine, or constant.
-    clip
-        2-norm above which the gradient is scaled down; not at all if not given.
-    max_updates
-        End after so many updates, whatever the epochs.
-    num_train
-        Use only the first so many training images; all if not given.
-    num_test
-        The same for the test images.
-    data_dir
-        Folder of the four files; by default mnist in the folder that XBRAID_DATA names, or in ../shared/data.
-    seed
-        Of initial weights and of the order of the images.
-    replicas
-        Copies of the network, each on as many ranks, that share out every batch; divides the number of ranks.
-    exact
-        Propagate layer after layer instead of by MGRIT.
-    record_every
-        Updates between two rows of the record.
-    test_every
-        Updates between two tests, the last of which ends the run.
-    checkpoint_every
-        Updates between two checkpoints.
-    keep
-        Newest checkpoints to keep, besides the best.
-    out
-        Folder of the record, the checkpoints and the picture.
-    resume
-        Checkpoint to go on from, or auto for the newest good one in the out folder (if there is one).
-    tensorboard
-        Write event files for TensorBoard as well.
-    smoke
-        A run of seconds: other defaults, each of which may still be given.
-    mgrit
-        Solver of the states.
-    adjoint
-        Solver of the adjoints; what is left at its default is taken from mgrit.
     accuracy
         What is asked of the gradients.
     """
@@ -107,38 +54,14 @@ class Options:
     num_layers: int = 32
     T: float = 2.0
     width: int = 16
-    epochs: int = 1
-    batch_size: int = 50
-    learning_rate: float = 5e-3
     schedule: Literal["cosine", "constant"] = "cosine"
-    clip: float | None = None
-    max_updates: int | None = None
-    num_train: int | None = None
-    num_test: int | None = None
-    data_dir: Path | None = None
-    seed: int = 0
-    replicas: int = 1
-    exact: bool = False
-    record_every: int = 10
-    test_every: int = 300
-    checkpoint_every: int = 100
-    keep: int = 3
     out: Path = Path("runs/mnist")
-    resume: str | None = None
-    tensorboard: bool = False
-    smoke: bool = False
-    mgrit: MGRIT = MGRIT()
-    adjoint: MGRIT = MGRIT()
     accuracy: Accuracy = Accuracy()
 
     def __post_init__(self):
-        sizes = ("width", "batch_size", "num_train", "num_test", "replicas")
-        for name in (*sizes, "epochs", "max_updates", "record_every", "test_every", "checkpoint_every", "keep"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1; use 10")
-        for name, good in (("learning_rate", "0.005"), ("clip", "1.0")):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)} must be positive and finite; use {good}")
+        super().__post_init__()
+        if self.width < 1:
+            raise ValueError(f"width={self.width} must be at least 1; use 10")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,62 +82,11 @@ class SmokeOptions(Options):
 
 def setup(options: Options, comm: Communicator) -> Callable[[], None]:
     """Read and check everything, without a message; returns the run."""
-    setup_logging(comm)
-    if comm.size % options.replicas:
-        raise ValueError(f"replicas={options.replicas} does not divide the {comm.size} rank(s); use 1")
-    alone = build(options, None)  # without ranks it sends no message, and refuses what others would refuse
-    if options.tensorboard:
-        require_tensorboard()
-    data = mnist.load(options.data_dir)
-    train_images, train_labels = data.train_images[: options.num_train], data.train_labels[: options.num_train]
-    test_images, test_labels = data.test_images[: options.num_test], data.test_labels[: options.num_test]
-    order = mnist.Batches(len(train_labels), options.batch_size, options.seed)
-    if options.batch_size < options.replicas:
-        raise ValueError(f"batch_size={options.batch_size} is too small for replicas={options.replicas}; use 100")
-    num_updates = min(options.epochs * len(order), options.max_updates or sys.maxsize)
-    folder = claim(options.out, comm)
-    start = read_resumed(options.resume, options.out, to_dict(options), FREE, alone)
 
-    def batches(done: int) -> Iterator[tuple[Tensor, Tensor]]:
-        minibatches = order.epoch(done // len(order))
-        for number in range(done, num_updates):
-            epoch, place = divmod(number, len(order))
-            if place == 0:
-                minibatches = order.epoch(epoch)
-            yield mnist.standardised(train_images[minibatches[place]]), train_labels[minibatches[place]]
+    def made(layers: Communicator | None) -> nn.Module:
+        return build(options, layers)
 
-    def tests() -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in zip(test_images.split(TEST_BATCH), test_labels.split(TEST_BATCH), strict=True):
-            yield mnist.standardised(images), labels
-
-    def run() -> None:
-        grid = ProcessGrid(comm, options.replicas)
-        model = build(options, grid.layers)
-        optimiser = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
-        cosine = None
-        if options.schedule == "cosine":
-            cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, num_updates)
-        tested = follow(
-            Trained(model=model, optimiser=optimiser, scheduler=cosine, grid=grid),
-            batches,
-            nn.functional.cross_entropy,
-            lambda: {"test_accuracy": evaluate(model, tests(), share_of_right_ones, grid)},
-            folder=folder,
-            configuration=to_dict(options),
-            num_updates=num_updates,
-            record_every=options.record_every,
-            test_every=options.test_every,
-            checkpoint_every=options.checkpoint_every,
-            keep=options.keep,
-            clip=options.clip,
-            start=start,
-            tensorboard=options.tensorboard,
-        )
-        if comm.rank == 0:
-            accuracy, seconds = 100 * tested["test_accuracy"], tested["seconds"]
-            print(f"test accuracy: {accuracy:.2f} %, {seconds:.1f} seconds of training", flush=True)
-
-    return run
+    return prepare(options, comm, made, mnist.standardised, constant_rate=options.schedule == "constant")
 
 
 def build(options: Options, comm: Communicator | None) -> nn.Sequential:
@@ -233,8 +105,7 @@ def build(options: Options, comm: Communicator | None) -> nn.Sequential:
         options.num_layers,
         options.T,
         comm,
-        mgrit=replace(options.mgrit, max_levels=1) if options.exact else options.mgrit,
-        adjoint=replace(options.adjoint, max_levels=1) if options.exact else options.adjoint,
+        **options.solvers,
         accuracy=options.accuracy,
         seed=options.seed,
     )
@@ -249,11 +120,6 @@ def conv_block(channels: int) -> nn.Sequential:
 def norm(channels: int) -> nn.GroupNorm:
     """Statistics over groups of four channels, or over all where four do not divide them."""
     return nn.GroupNorm(channels // 4 if channels % 4 == 0 else 1, channels)
-
-
-def share_of_right_ones(logits: Tensor, labels: Tensor) -> Tensor:
-    """Accuracy of a batch."""
-    return (logits.argmax(1) == labels).double().mean()
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ the gate z and the candidate those of a GRU; with `--kind implicit` the step is 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -26,23 +26,11 @@ from xbraid_py.comm import Communicator
 from xbraid_py.data import mnist
 from xbraid_py.data.mnist_sequences import ORDERS, sequences
 from xbraid_py.io.launch import launch
-from xbraid_py.io.options import to_dict
-from xbraid_py.io.progress import setup_logging
-from xbraid_py.io.run_folder import claim
-from xbraid_py.io.tensorboard import require_tensorboard
-from xbraid_py.minibatch import Trained, evaluate, follow, read_resumed
-from xbraid_py.process_grid import ProcessGrid
-
-# What may differ between a run and its continuation: where things are, how often it looks, how ranks are shared out.
-FREE = (
-    *("out", "resume", "smoke", "data_dir", "record_every", "test_every", "checkpoint_every", "keep", "tensorboard"),
-    *("replicas", "windows"),
-)
-TEST_BATCH = 500
+from xbraid_py.minibatch.digits import DigitOptions, prepare
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(DigitOptions):
     """The job on sequences.
 
     Parameters
@@ -65,48 +53,6 @@ class Options:
         Coarse steps: composed of fine ones with the same gates, or single long ones.
     windows
         Stretches that are solved one after the other: less memory, one more forward solve.
-    epochs
-        Passes over the training images.
-    batch_size
-        Images of an update, of all replicas together.
-    learning_rate
-        Of Adam; falls to zero along a cosine.
-    clip
-        2-norm above which the gradient is scaled down.
-    max_updates
-        End after so many updates, whatever the epochs.
-    num_train
-        Use only the first so many training images; all if not given.
-    num_test
-        The same for the test images.
-    data_dir
-        Folder of the four files; by default mnist in the folder that XBRAID_DATA names, or in ../shared/data.
-    seed
-        Of initial weights and of the order of the images.
-    replicas
-        Copies of the network, each on as many ranks, that share out every batch; divides the number of ranks.
-    exact
-        Propagate one step after the other instead of by MGRIT.
-    record_every
-        Updates between two rows of the record.
-    test_every
-        Updates between two tests, the last of which ends the run.
-    checkpoint_every
-        Updates between two checkpoints.
-    keep
-        Newest checkpoints to keep, besides the best.
-    out
-        Folder of the record, the checkpoints and the picture.
-    resume
-        Checkpoint to go on from, or auto for the newest good one in the out folder (if there is one).
-    tensorboard
-        Write event files for TensorBoard as well.
-    smoke
-        A run of seconds: other defaults, each of which may still be given.
-    mgrit
-        Solver of the states.
-    adjoint
-        Solver of the adjoints; what is left at its default is taken from mgrit.
     """
 
     order: Literal["rows", "columns", "pixels"] = "rows"
@@ -121,35 +67,14 @@ class Options:
     epochs: int = 3
     batch_size: int = 100
     learning_rate: float = 3e-3
-    clip: float = 1.0
-    max_updates: int | None = None
-    num_train: int | None = None
-    num_test: int | None = None
-    data_dir: Path | None = None
-    seed: int = 0
-    replicas: int = 1
-    exact: bool = False
-    record_every: int = 10
-    test_every: int = 300
-    checkpoint_every: int = 100
-    keep: int = 3
+    clip: float | None = 1.0
     out: Path = Path("runs/sequences")
-    resume: str | None = None
-    tensorboard: bool = False
-    smoke: bool = False
     mgrit: MGRIT = MGRIT(tol=0.1)
-    adjoint: MGRIT = MGRIT()
 
     def __post_init__(self):
-        sizes = ("batch_size", "num_train", "num_test", "replicas", "epochs", "max_updates")
-        for name in (*sizes, "record_every", "test_every", "checkpoint_every", "keep"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1; use 10")
+        super().__post_init__()
         if self.length is not None and self.length < 2:
             raise ValueError(f"length={self.length} must be at least 2; use 128")
-        for name, good in (("learning_rate", "0.003"), ("clip", "1.0")):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)} must be positive and finite; use {good}")
         if self.network == "torch" and (self.kind, self.dt) != ("plain", 1.0):
             raise ValueError(f"network='torch' has kind=plain and dt=1.0 only, not {self.kind} and {self.dt}")
 
@@ -182,8 +107,7 @@ class Classifier(nn.Module):
                 *sizes,
                 batch_first=True,
                 comm=comm,
-                mgrit=replace(options.mgrit, max_levels=1) if options.exact else options.mgrit,
-                adjoint=replace(options.adjoint, max_levels=1) if options.exact else options.adjoint,
+                **options.solvers,
                 kind=options.kind,
                 dt=options.dt,
                 coarse=options.coarse,
@@ -213,77 +137,14 @@ class Classifier(nn.Module):
 
 def setup(options: Options, comm: Communicator) -> Callable[[], None]:
     """Read and check everything, without a message; returns the run."""
-    setup_logging(comm)
-    if comm.size % options.replicas:
-        raise ValueError(f"replicas={options.replicas} does not divide the {comm.size} rank(s); use 1")
-    if options.batch_size < options.replicas:
-        raise ValueError(f"batch_size={options.batch_size} is too small for replicas={options.replicas}; use 100")
-    alone = Classifier(options, None)  # without ranks it sends no message, and refuses what others would refuse
-    if options.tensorboard:
-        require_tensorboard()
-    data = mnist.load(options.data_dir)
-    train_images, train_labels = data.train_images[: options.num_train], data.train_labels[: options.num_train]
-    test_images, test_labels = data.test_images[: options.num_test], data.test_labels[: options.num_test]
-    order = mnist.Batches(len(train_labels), options.batch_size, options.seed)
-    num_updates = min(options.epochs * len(order), options.max_updates or sys.maxsize)
-    folder = claim(options.out, comm)
-    start = read_resumed(options.resume, options.out, to_dict(options), FREE, alone)
+
+    def made(layers: Communicator | None) -> nn.Module:
+        return Classifier(options, layers)
 
     def read(images: Tensor) -> Tensor:
         return sequences(images, options.order, options.length)
 
-    def batches(done: int) -> Iterator[tuple[Tensor, Tensor]]:
-        minibatches = order.epoch(done // len(order))
-        for number in range(done, num_updates):
-            epoch, place = divmod(number, len(order))
-            if place == 0:
-                minibatches = order.epoch(epoch)
-            yield read(train_images[minibatches[place]]), train_labels[minibatches[place]]
-
-    def tests() -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in zip(test_images.split(TEST_BATCH), test_labels.split(TEST_BATCH), strict=True):
-            yield read(images), labels
-
-    def run() -> None:
-        grid = ProcessGrid(comm, options.replicas)
-        model = Classifier(options, grid.layers)
-        optimiser = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
-
-        def test() -> dict[str, float]:
-            solves = model.solves()
-            return {"test_accuracy": evaluate(model, tests(), share_of_right_ones, grid), **solves}
-
-        tested = follow(
-            Trained(
-                model=model,
-                optimiser=optimiser,
-                scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, num_updates),
-                grid=grid,
-            ),
-            batches,
-            nn.functional.cross_entropy,
-            test,
-            folder=folder,
-            configuration=to_dict(options),
-            num_updates=num_updates,
-            record_every=options.record_every,
-            test_every=options.test_every,
-            checkpoint_every=options.checkpoint_every,
-            keep=options.keep,
-            clip=options.clip,
-            start=start,
-            tensorboard=options.tensorboard,
-        )
-        if comm.rank == 0:
-            accuracy, seconds = 100 * tested["test_accuracy"], tested["seconds"]
-            print(f"test accuracy: {accuracy:.2f} %, {seconds:.1f} seconds of training", flush=True)
-
-    return run
-
-
-def share_of_right_ones(logits: Tensor, labels: Tensor) -> Tensor:
-    """Accuracy of a batch."""
-    return (logits.argmax(1) == labels).double().mean()
+    return prepare(options, comm, made, read, free=("windows",), also=Classifier.solves)
 
 
 if __name__ == "__main__":

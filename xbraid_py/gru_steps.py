@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Self
 
-import torch
 from torch import Tensor
 
 from xbraid_py.grid import Partition
 from xbraid_py.networks.gru import GruCell, Linearized, Sizes
+from xbraid_py.propagator import coarse_rows, sums
 
 COARSE = ("compose", "euler")
 _AT_ONCE = 1 << 16  # numbers of the gates that are linearised next: they are to stay in the cache
@@ -173,20 +173,13 @@ class GruSteps:
         if length == 1:
             return replace(self, parts=parts, _memory=_Memory())
         counts = (self.h > 0).to(self.h.dtype) if self.counts is None else self.counts
-        h, theta = _sum_of(self.h, length), self.theta[::length]
-        if weights == "average":
-            # One slice after the other: the order of summation must not depend on the number of rows.
-            whole = h.clamp_min(torch.finfo(h.dtype).tiny)[:, None, None]
-            shares = [self.h[j::length, None, None] / whole for j in range(length)]
-            theta = theta * shares[0]
-            for j in range(1, length):
-                theta.addcmul_(self.theta[j::length], shares[j])
+        theta, h = coarse_rows(self.theta, self.h, length, weights)
         return replace(
             self,
             theta=theta,
             h=h,
-            counts=_sum_of(counts, length) if self.coarse == "compose" else None,
-            sources=None if self.sources is None else _sum_of(self.sources, length),
+            counts=sums(counts, length) if self.coarse == "compose" else None,
+            sources=None if self.sources is None else sums(self.sources, length),
             parts=parts,
             _memory=_Memory(),
         )
@@ -200,11 +193,3 @@ class GruSteps:
 
         theta, h, counts, sources = (moved(rows) for rows in (self.theta, self.h, self.counts, self.sources))
         return replace(self, theta=theta, h=h, counts=counts, sources=sources, _memory=_Memory())
-
-
-def _sum_of(rows: Tensor, length: int) -> Tensor:
-    """Sums of every `length` rows, in their order."""
-    found = rows[::length].clone()
-    for j in range(1, length):
-        found += rows[j::length]
-    return found

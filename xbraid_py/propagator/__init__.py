@@ -3,7 +3,7 @@
 from xbraid_py.propagator.protocols import Propagator, StateTransfer, Steps
 from xbraid_py.propagator.residual_steps import ResidualSteps
 from xbraid_py.propagator.richardson import error_norms, halved, local_errors, output_error
-from xbraid_py.propagator.rows import coarse_rows
+from xbraid_py.propagator.rows import coarse_rows, sums
 from xbraid_py.propagator.solves import Adjoint, AdjointTrajectory, Forward
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "halved",
     "local_errors",
     "output_error",
+    "sums",
 ]

@@ -15,12 +15,23 @@ def rows_of(h: float | Tensor, rows: slice) -> float | Tensor:
     return h[rows] if isinstance(h, Tensor) else h
 
 
+def sums(rows: Tensor, length: int) -> Tensor:
+    """Sums (n / length, ...) of every `length` of rows (n, ...).
+
+    One slice after the other: the order of summation must not depend on the number of rows.
+    """
+    found = rows[::length].clone()
+    for j in range(1, length):
+        found += rows[j::length]
+    return found
+
+
 def coarse_rows(theta: Tensor, h: float | Tensor, length: int, weights: str) -> tuple[Tensor, float | Tensor]:
     """Weights and sizes of steps that stand for `length` rows each.
 
     Parameters
     ----------
-    theta : (n, p) tensor
+    theta : (n, ...) tensor
     h : float or (n,) tensor
     length : int
     weights : {"inject", "average"}
@@ -28,25 +39,18 @@ def coarse_rows(theta: Tensor, h: float | Tensor, length: int, weights: str) -> 
 
     Returns
     -------
-    (n / length, p) tensor
+    (n / length, ...) tensor
     float or (n / length,) tensor
     """
-    # One slice after the other: the order of summation must not depend on the number of rows.
-    size: float | Tensor = length * h
-    if isinstance(h, Tensor):
-        size = h[::length].clone()
-        for j in range(1, length):
-            size += h[j::length]
-    coarse = theta[::length]
-    if weights == "average" and isinstance(h, Tensor):
-        coarse = coarse * h[::length, None]
-        for j in range(1, length):
-            coarse += theta[j::length] * h[j::length, None]
-        # Steps that pad a sequence have size 0, and so may all of a coarse one.
-        coarse /= size[:, None].clamp_min(torch.finfo(size.dtype).tiny)
-    elif weights == "average":
-        coarse = coarse.clone()
-        for j in range(1, length):
-            coarse += theta[j::length]
-        coarse /= length
+    size = sums(h, length) if isinstance(h, Tensor) else length * h
+    if weights == "inject":
+        return theta[::length], size
+    if not isinstance(h, Tensor):
+        return sums(theta, length).div_(length), size
+    # Steps that pad a sequence have size 0, and so may all of a coarse one.
+    whole = size.clamp_min(torch.finfo(size.dtype).tiny)
+    shares = [(h[j::length] / whole).view(-1, *(1,) * (theta.dim() - 1)) for j in range(length)]
+    coarse = theta[::length] * shares[0]
+    for j in range(1, length):
+        coarse.addcmul_(theta[j::length], shares[j])
     return coarse, size
