@@ -21,8 +21,8 @@ import torch
 from xbraid_py.comm import Communicator
 from xbraid_py.data import peaks
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.problem import Architecture, Problem
-from xbraid_py.regularization import Regularization
+from xbraid_py.problem.problem import Architecture, Problem
+from xbraid_py.problem.regularization import Regularization
 
 torch.set_num_threads(1)
 

@@ -27,10 +27,10 @@ from torch.nn.functional import cross_entropy, linear
 from xbraid_py import kernels
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.kernels import fallback
-from xbraid_py.network import InitialScales
-from xbraid_py.networks.dense import DenseLayer
-from xbraid_py.objective import NetworkObjective
-from xbraid_py.regularization import Regularization
+from xbraid_py.layers.dense import DenseLayer
+from xbraid_py.problem.network import InitialScales
+from xbraid_py.problem.objective import NetworkObjective
+from xbraid_py.problem.regularization import Regularization
 
 ETA = 0.1
 AGREEMENT = 1e-12

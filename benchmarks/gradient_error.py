@@ -27,9 +27,9 @@ from torch import Tensor
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.data import peaks
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel import NestedIteration, NestedOptions
-from xbraid_py.network import InitialScales
+from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions
 from xbraid_py.optim import OneShotOptions
+from xbraid_py.problem.network import InitialScales
 
 WIDTH = 8
 PUBLISHED = "published"

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from xbraid_py import DenseBlock, LayerParallel, to_sequential
 from xbraid_py.comm import SerialCommunicator, world
-from xbraid_py.module_steps import ModuleSteps, Tape
-from xbraid_py.networks.module_block import ModuleBlock
-from xbraid_py.networks.transformer import DecoderBlock
+from xbraid_py.layers.module_block import ModuleBlock
+from xbraid_py.layers.module_steps import ModuleSteps, Tape
+from xbraid_py.layers.transformer import DecoderBlock
 
 AGREEMENT = 1e-4  # of float32 gradients
 SKIPPED = 2  # steps that do not count

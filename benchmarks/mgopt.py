@@ -18,10 +18,9 @@ from dataclasses import asdict, replace
 from statistics import mean
 
 import common
-
-from xbraid_py.mgopt_cases import Case, train
-from xbraid_py.report.mgopt_rows import Point, at_goal, best, ratios, reached, speedup, spread
-from xbraid_py.report.study_rows import Row
+from studies.mgopt.case import Case, train
+from studies.mgopt.rows import Point, at_goal, best, ratios, reached, speedup, spread
+from studies.rows import Row
 
 
 def run(case: Case) -> Row:

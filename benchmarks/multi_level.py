@@ -18,11 +18,10 @@ from functools import partial
 from pathlib import Path
 
 import common  # first: one thread
-
-from xbraid_py.image_cases import Case, train
-from xbraid_py.report.multi_level_study import differences, figures
-from xbraid_py.report.multi_level_tables import page
-from xbraid_py.study import Study
+from studies.multi_level.case import Case, train
+from studies.multi_level.page import differences, figures
+from studies.multi_level.tables import page
+from studies.study import Study
 
 REDUCED = Case(
     stem_stride=4, epochs=(42, 35, 35), precision="bfloat16", channels_last=True, train_images=5000, validate_every=14

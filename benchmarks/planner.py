@@ -19,9 +19,9 @@ from statistics import median
 import common
 
 from xbraid_py.comm import Communicator, world
-from xbraid_py.network import InitialScales
 from xbraid_py.optim import OneShot, OneShotOptions
 from xbraid_py.planner import SERIAL, Plan, Planner, Workload, assumed_machine, measure_costs, measure_machine
+from xbraid_py.problem.network import InitialScales
 
 # Enough updates for L-BFGS to have all its pairs before any of them counts.
 MEMORY = 10

@@ -23,13 +23,13 @@ import torch
 
 from xbraid_py.comm import Communicator, world
 from xbraid_py.data import peaks
-from xbraid_py.grid import LayerGrid
+from xbraid_py.layers.dense import DenseLayer
 from xbraid_py.mgrit import MGRIT, Hierarchy, Solver
-from xbraid_py.network import ResidualNetwork
-from xbraid_py.networks.dense import DenseLayer
-from xbraid_py.objective import NetworkObjective
+from xbraid_py.mgrit.grid import LayerGrid
 from xbraid_py.optim import Armijo, OneShot, OneShotOptions
-from xbraid_py.regularization import Regularization
+from xbraid_py.problem.network import ResidualNetwork
+from xbraid_py.problem.objective import NetworkObjective
+from xbraid_py.problem.regularization import Regularization
 
 ACTIVATIONS = {"SmoothReLu": "smooth_relu", "ReLu": "relu", "tanh": "tanh"}
 METHODS = {"Identity": "steepest", "L-BFGS": "lbfgs"}

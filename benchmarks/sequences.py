@@ -31,7 +31,7 @@ from xbraid_py import MGRIT, ParallelGRU
 from xbraid_py.comm import Communicator, world
 from xbraid_py.data import mnist
 from xbraid_py.data.mnist_sequences import sequences
-from xbraid_py.io.metrics import read
+from xbraid_py.run.record import read
 
 SCRIPT = Path(__file__).resolve()
 DRIVER = SCRIPT.parent.parent / "drivers" / "sequences.py"

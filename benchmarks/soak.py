@@ -20,13 +20,14 @@ from pathlib import Path
 import common
 
 from xbraid_py.comm import Communicator, world
-from xbraid_py.io.progress import Progress
-from xbraid_py.io.run_folder import claim
-from xbraid_py.io.training import Training
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel import NestedIteration, NestedOptions, Record, Snapshot
-from xbraid_py.network import InitialScales
+from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions
+from xbraid_py.multilevel.depth.record import Record, Snapshot
 from xbraid_py.optim import OneShotOptions
+from xbraid_py.problem.network import InitialScales
+from xbraid_py.recipes.classification_training import Training
+from xbraid_py.run.folder import claim
+from xbraid_py.run.progress import Progress
 
 NUM_LAYERS, SAMPLES, CHECKPOINT_EVERY = 32, 500, 10
 REQUESTS = ("Isend", "Irecv", "Ibcast", "Iallgatherv", "Ibarrier")

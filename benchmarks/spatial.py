@@ -23,8 +23,8 @@ from torch import nn
 
 from xbraid_py import MGRIT, Adjoint, Forward, Hierarchy, LayerGrid, Solver, SpatialCoarsening
 from xbraid_py.comm import SerialCommunicator
-from xbraid_py.module_steps import ModuleSteps
-from xbraid_py.networks.module_block import ModuleBlock
+from xbraid_py.layers.module_block import ModuleBlock
+from xbraid_py.layers.module_steps import ModuleSteps
 
 CHANNELS, BATCH = 4, 4
 PIXELS = {"2d": (64, 64), "3d": (16, 16, 16)}

@@ -20,10 +20,10 @@ import common
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel import NestedIteration, NestedOptions
-from xbraid_py.network import InitialScales
-from xbraid_py.objective import NetworkObjective
+from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions
 from xbraid_py.optim import OneShotOptions
+from xbraid_py.problem.network import InitialScales
+from xbraid_py.problem.objective import NetworkObjective
 
 
 def train(num_layers: int, nested: NestedOptions, samples: int, seed: int, options: MGRIT) -> list[NetworkObjective]:

@@ -21,7 +21,7 @@ from statistics import mean, median
 
 import common
 
-from xbraid_py.io.metrics import read
+from xbraid_py.run.record import read
 
 DRIVER = Path(__file__).resolve().parent.parent / "drivers" / "transformer.py"
 SMOOTH = 20

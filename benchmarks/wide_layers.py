@@ -22,7 +22,7 @@ from torch import Tensor
 
 from xbraid_py import kernels
 from xbraid_py.allocation import keep_freed_memory
-from xbraid_py.networks.dense import DenseLayer
+from xbraid_py.layers.dense import DenseLayer
 
 T = 5.0
 PRODUCTS = {"forward": 1, "adjoint": 3}  # a layer

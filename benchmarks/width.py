@@ -22,11 +22,12 @@ from statistics import median
 
 import common  # first: one thread
 import torch
+from studies.width.case import Case, train
+from studies.width.parts import COARSE
+from studies.width.rows import ratios
 from torch import nn
 
-from xbraid_py.report.width_rows import ratios
-from xbraid_py.width_cases import Case, Job, train
-from xbraid_py.width_cases.parts import COARSE
+from xbraid_py.recipes.width import Job
 
 SETTINGS = {"coarse": COARSE, "paper": {}}
 

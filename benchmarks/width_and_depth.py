@@ -17,9 +17,9 @@ from dataclasses import asdict, replace
 from statistics import median
 
 import common  # first: one thread
+from studies.mgopt.case import Case, train
 
-from xbraid_py.errors import RunError
-from xbraid_py.mgopt_cases.case import Case, train
+from xbraid_py.comm.errors import RunError
 
 
 def finished(case: Case) -> dict | None:

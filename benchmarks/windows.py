@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint_sequential
 
 from xbraid_py import MGRIT, Accuracy, LayerParallel, ResidualStep, in_windows
 from xbraid_py.comm import Communicator, world
-from xbraid_py.grid import Partition
+from xbraid_py.comm.partition import Partition
 
 CHANNELS, PIXELS = 16, 28
 T = 4.0

@@ -23,19 +23,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from xbraid_py.classification import ClassificationOptions
+from studies.adaptive_depth import page
+from studies.study import RUNS, Settings, together
+
 from xbraid_py.comm import Communicator
 from xbraid_py.data import mnist, peaks
 from xbraid_py.data.dataset import Dataset
 from xbraid_py.data.mnist_columns import columns
-from xbraid_py.io.launch import launch
-from xbraid_py.io.options import from_dict, to_dict
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel import AdaptiveOptions, NestedOptions
-from xbraid_py.network import InitialScales
-from xbraid_py.problem import Architecture
-from xbraid_py.report import adaptive_depth as page
-from xbraid_py.study import RUNS, Settings, together
+from xbraid_py.multilevel.depth.adaptive import AdaptiveOptions
+from xbraid_py.multilevel.depth.nested import NestedOptions
+from xbraid_py.problem.network import InitialScales
+from xbraid_py.problem.problem import Architecture
+from xbraid_py.recipes.classification import ClassificationOptions
+from xbraid_py.run.launch import launch
+from xbraid_py.run.options import from_dict, to_dict
 
 # Initial weights of the opening layer: 784 pixels add up to more than two coordinates do.
 OPENING = {"peaks": 1.0, "mnist": 0.1}

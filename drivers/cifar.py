@@ -21,15 +21,19 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
+from studies.multi_level.case import Case
+from studies.multi_level.outcome import folder_of, write_outcome
 
 from xbraid_py.comm import Communicator
-from xbraid_py.image_cases import Case, Following, ImageOptions, folder_of, follow, load_samples, write_outcome
-from xbraid_py.io.launch import launch
-from xbraid_py.io.options import to_dict
-from xbraid_py.io.progress import setup_logging
-from xbraid_py.io.run_folder import claim
-from xbraid_py.multilevel.resnet_training import ResNetTraining
-from xbraid_py.process_grid import ProcessGrid
+from xbraid_py.comm.replicas import ProcessGrid
+from xbraid_py.data.image_subsets import load_samples
+from xbraid_py.multilevel.resnet.training import ResNetTraining
+from xbraid_py.recipes.images import ImageOptions
+from xbraid_py.recipes.images_follow import Following, follow
+from xbraid_py.run.folder import claim
+from xbraid_py.run.launch import launch
+from xbraid_py.run.options import to_dict
+from xbraid_py.run.progress import setup_logging
 
 
 @dataclass(frozen=True, kw_only=True)

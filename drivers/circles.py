@@ -24,15 +24,17 @@ import torch
 
 from xbraid_py.comm import Communicator
 from xbraid_py.data import circles, peaks
-from xbraid_py.io.launch import launch
-from xbraid_py.io.options import to_dict
-from xbraid_py.io.progress import setup_logging
-from xbraid_py.io.run_folder import RunFolder, claim
-from xbraid_py.mgopt_cases import Following, Job, follow, perceptron_problem
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel import MGOpt, MGOptOptions
-from xbraid_py.multilevel.perceptron import perceptron_weights
-from xbraid_py.problem import Architecture
+from xbraid_py.multilevel.depth.mgopt import MGOpt
+from xbraid_py.multilevel.depth.mgopt_options import MGOptOptions
+from xbraid_py.problem.perceptron import perceptron_weights
+from xbraid_py.problem.problem import Architecture
+from xbraid_py.recipes.mgopt import Job, perceptron_problem
+from xbraid_py.recipes.mgopt_follow import Following, follow
+from xbraid_py.run.folder import RunFolder, claim
+from xbraid_py.run.launch import launch
+from xbraid_py.run.options import to_dict
+from xbraid_py.run.progress import setup_logging
 
 MAP_SIZE = 200
 
@@ -162,7 +164,7 @@ def draw(run: MGOpt, rows: list[dict], folder: RunFolder) -> None:
     mesh = peaks.mesh(MAP_SIZE, run.network.dtype)
     classes = run.network.predict(run.x, mesh).reshape(MAP_SIZE, MAP_SIZE)
     if folder.comm.rank == 0:
-        from xbraid_py.report import cycles, maps  # matplotlib takes its time to load: on one rank only
+        from xbraid_py.recipes.pictures import cycles, maps  # matplotlib takes its time to load: on one rank only
 
         cycles.over_cycles({str(run.schedule): rows}, folder.figures / "cycles.png")
         true = circles.class_of(*mesh.double().numpy()).reshape(classes.shape)

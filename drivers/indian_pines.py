@@ -21,17 +21,17 @@ from typing import Literal
 
 import torch
 
-from xbraid_py.classification import ClassificationOptions, prepare_job
 from xbraid_py.comm import Communicator
 from xbraid_py.data import indian_pines
 from xbraid_py.data.dataset import Dataset
-from xbraid_py.io.launch import launch
-from xbraid_py.io.run_folder import RunFolder
-from xbraid_py.multilevel import NestedIteration, NestedOptions
-from xbraid_py.network import InitialScales
-from xbraid_py.problem import Architecture
-from xbraid_py.regularization import Regularization
-from xbraid_py.scores import Scores
+from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions
+from xbraid_py.problem.network import InitialScales
+from xbraid_py.problem.problem import Architecture
+from xbraid_py.problem.regularization import Regularization
+from xbraid_py.recipes.classification import ClassificationOptions, prepare_job
+from xbraid_py.recipes.scores import Scores
+from xbraid_py.run.folder import RunFolder
+from xbraid_py.run.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ def finish(run: NestedIteration, folder: RunFolder, scene: indian_pines.Scene) -
     classes = run.network.predict(run.one_shot.x, scene.pixels).reshape(scene.truth.shape)
     if folder.comm.rank:
         return {}
-    from xbraid_py import report  # matplotlib takes its time to load: on one rank only
+    from xbraid_py.recipes import pictures as report  # matplotlib takes its time to load: on one rank only
 
     names = indian_pines.names(scene.train.num_classes)
     _, rows = report.read_metrics(folder.metrics)

@@ -20,15 +20,15 @@ import torch
 from indian_pines import Options as Job
 from rich.console import Console
 from rich.progress import track
+from studies.indian_pines import page
+from studies.study import RUNS, Settings, Study
 
 from xbraid_py.comm import Communicator, wrap
 from xbraid_py.data import indian_pines
-from xbraid_py.io.launch import launch
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel import NestedOptions
-from xbraid_py.report import scene_study as page
-from xbraid_py.scores import Scores
-from xbraid_py.study import RUNS, Settings, Study
+from xbraid_py.multilevel.depth.nested import NestedOptions
+from xbraid_py.recipes.scores import Scores
+from xbraid_py.run.launch import launch
 
 # Options that every run has as they are.
 NAMES = ("source", "num_train", "num_layers", "width", "dtype", "validate_every")

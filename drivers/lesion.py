@@ -24,20 +24,22 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from studies.lesion.lesion import Lesions, measured, read_trained, write_lesions
+from studies.multi_level.case import Case
 
 from xbraid_py.comm import Communicator
-from xbraid_py.image_cases import Case, Following, Samples, follow, load_samples
-from xbraid_py.image_cases.checkpoint import NAME
-from xbraid_py.image_cases.lesion import Lesions, measured, read_trained, write_lesions
-from xbraid_py.io.checkpoint import newest_good
-from xbraid_py.io.launch import launch
-from xbraid_py.io.options import to_dict
-from xbraid_py.io.progress import setup_logging
-from xbraid_py.io.run_checkpoint import checkpoint_folder
-from xbraid_py.io.run_folder import claim
-from xbraid_py.io.signals import Stopped, stop_agreed
-from xbraid_py.multilevel.resnet_training import ResNetTraining
-from xbraid_py.process_grid import ProcessGrid
+from xbraid_py.comm.replicas import ProcessGrid
+from xbraid_py.data.image_subsets import Samples, load_samples
+from xbraid_py.multilevel.resnet.training import ResNetTraining
+from xbraid_py.recipes.images_checkpoint import NAME
+from xbraid_py.recipes.images_follow import Following, follow
+from xbraid_py.run.folder import claim
+from xbraid_py.run.launch import launch
+from xbraid_py.run.options import to_dict
+from xbraid_py.run.progress import setup_logging
+from xbraid_py.run.resume import checkpoint_folder
+from xbraid_py.run.signals import Stopped, stop_agreed
+from xbraid_py.run.store.write import newest_good
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,14 +27,15 @@ import torch
 
 from xbraid_py.comm import Communicator
 from xbraid_py.data.mnist_columns import SCALINGS
-from xbraid_py.io.launch import launch
-from xbraid_py.io.options import to_dict
-from xbraid_py.io.progress import setup_logging
-from xbraid_py.io.run_folder import claim
-from xbraid_py.mgopt_cases import Following, Job, MnistSamples, follow
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel import LevelOptions, MGOptOptions
-from xbraid_py.problem import Architecture
+from xbraid_py.multilevel.depth.mgopt_options import LevelOptions, MGOptOptions
+from xbraid_py.problem.problem import Architecture
+from xbraid_py.recipes.mgopt import Job, MnistSamples
+from xbraid_py.recipes.mgopt_follow import Following, follow
+from xbraid_py.run.folder import claim
+from xbraid_py.run.launch import launch
+from xbraid_py.run.options import to_dict
+from xbraid_py.run.progress import setup_logging
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +174,7 @@ def setup(options: Options, comm: Communicator) -> Callable[[], None]:
 
     def draw(rows: list[dict]) -> None:
         if comm.rank == 0:
-            from xbraid_py.report import cycles  # matplotlib takes its time to load: on one rank only
+            from xbraid_py.recipes.pictures import cycles  # matplotlib takes its time to load: on one rank only
 
             cycles.over_cycles({str(job.training.schedule): rows}, folder.figures / "cycles.png")
 

@@ -18,13 +18,14 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
+from studies.mgopt import page
+from studies.mgopt.case import Case, train
+from studies.mgopt.parts import METHOD_PARTS, PARTS, Bases, competitors
+from studies.mgopt.rows import merit
+from studies.study import RUNS, Settings, Study, key
 
 from xbraid_py.comm import Communicator
-from xbraid_py.io.launch import launch
-from xbraid_py.mgopt_cases import METHOD_PARTS, PARTS, Bases, Case, competitors, train
-from xbraid_py.report import mgopt_study as page
-from xbraid_py.report.mgopt_rows import merit
-from xbraid_py.study import RUNS, Settings, Study, key
+from xbraid_py.run.launch import launch
 
 TUNING = 100  # the first seed that learning rates are tuned on
 

@@ -24,8 +24,8 @@ from torch import nn
 from xbraid_py import MGRIT, Accuracy, DenseBlock, LayerParallel
 from xbraid_py.comm import Communicator
 from xbraid_py.data import mnist
-from xbraid_py.io.launch import launch
-from xbraid_py.minibatch.digits import DigitOptions, prepare
+from xbraid_py.recipes.digits import DigitOptions, prepare
+from xbraid_py.run.launch import launch
 
 PIXELS = 28 * 28
 

@@ -20,12 +20,14 @@ from typing import Literal
 
 from rich.console import Console
 from rich.progress import track
+from studies.multi_level import page
+from studies.multi_level.case import Case, train
+from studies.study import RUNS, Settings, Study, key
 
 from xbraid_py.comm import Communicator
-from xbraid_py.image_cases import Case, ImageOptions, load_samples, train
-from xbraid_py.io.launch import launch
-from xbraid_py.report import multi_level_study as page
-from xbraid_py.study import RUNS, Settings, Study, key
+from xbraid_py.data.image_subsets import load_samples
+from xbraid_py.recipes.images import ImageOptions
+from xbraid_py.run.launch import launch
 
 MODELS = ("first", "last", "multilevel")
 # What the parts change of the multilevel model.

@@ -18,20 +18,20 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
+from studies.nested import page
+from studies.study import RUNS, Settings, Study
 
-from xbraid_py.classification import ClassificationOptions
 from xbraid_py.comm import Communicator, wrap
 from xbraid_py.data import peaks
 from xbraid_py.data.dataset import Dataset
-from xbraid_py.io.launch import launch
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel import NestedIteration, NestedOptions
-from xbraid_py.network import InitialScales
+from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions
 from xbraid_py.optim import OneShotOptions
-from xbraid_py.problem import Architecture
-from xbraid_py.regularization import Regularization
-from xbraid_py.report import nested_study as page
-from xbraid_py.study import RUNS, Settings, Study
+from xbraid_py.problem.network import InitialScales
+from xbraid_py.problem.problem import Architecture
+from xbraid_py.problem.regularization import Regularization
+from xbraid_py.recipes.classification import ClassificationOptions
+from xbraid_py.run.launch import launch
 
 # The paper's: small opening and classification layers, every L-BFGS pair taken, two iterations of V-cycles with
 # rediscretised coarse levels for every update (10 for the first three after a refinement), plain sums for the

@@ -17,13 +17,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from xbraid_py.classification import ClassificationOptions, prepare_job
 from xbraid_py.comm import Communicator
 from xbraid_py.data import peaks
 from xbraid_py.data.dataset import Dataset
-from xbraid_py.io.launch import launch
-from xbraid_py.io.run_folder import RunFolder
-from xbraid_py.multilevel import NestedIteration, NestedOptions
+from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions
+from xbraid_py.recipes.classification import ClassificationOptions, prepare_job
+from xbraid_py.run.folder import RunFolder
+from xbraid_py.run.launch import launch
 
 MAP_SIZE = 200
 
@@ -75,7 +75,7 @@ def draw(run: NestedIteration, folder: RunFolder) -> dict:
     """The pictures of a run."""
     classes = run.network.predict(run.one_shot.x, peaks.mesh(MAP_SIZE, run.problem.dtype)).reshape(MAP_SIZE, MAP_SIZE)
     if folder.comm.rank == 0:
-        from xbraid_py import report  # matplotlib takes its time to load: on one rank only
+        from xbraid_py.recipes import pictures as report  # matplotlib takes its time to load: on one rank only
 
         _, rows = report.read_metrics(folder.metrics)
         report.accuracy_over_work(rows, folder.figures / "accuracy.png")

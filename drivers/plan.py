@@ -10,8 +10,8 @@ The same as `xbraid-py plan`. Try
 
 from __future__ import annotations
 
-from xbraid_py.io.launch import launch
 from xbraid_py.planner.job import DESCRIPTION, Options, setup
+from xbraid_py.run.launch import launch
 
 if __name__ == "__main__":
     launch(Options, setup, description=DESCRIPTION)

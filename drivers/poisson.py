@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xbraid_py.comm import Communicator
+from xbraid_py.data.pde_source import SampleSource
 from xbraid_py.data.poisson import Poisson
-from xbraid_py.io.launch import launch
-from xbraid_py.multilevel.width_training_options import WidthTrainingOptions
-from xbraid_py.width_cases import SampleSource, WidthNetwork, WidthRunOptions, set_up
+from xbraid_py.multilevel.width.training_options import WidthTrainingOptions
+from xbraid_py.recipes.width_networks import WidthNetwork
+from xbraid_py.recipes.width_run_options import WidthRunOptions, set_up
+from xbraid_py.run.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,8 +25,8 @@ from xbraid_py import MGRIT, ParallelGRU
 from xbraid_py.comm import Communicator
 from xbraid_py.data import mnist
 from xbraid_py.data.mnist_sequences import ORDERS, sequences
-from xbraid_py.io.launch import launch
-from xbraid_py.minibatch.digits import DigitOptions, prepare
+from xbraid_py.recipes.digits import DigitOptions, prepare
+from xbraid_py.run.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)

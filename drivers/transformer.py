@@ -23,15 +23,18 @@ from torch import Tensor, nn
 
 from xbraid_py import MGRIT, Accuracy, LayerParallel
 from xbraid_py.comm import Communicator
+from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.data import text
-from xbraid_py.io.launch import launch
-from xbraid_py.io.options import to_dict
-from xbraid_py.io.progress import setup_logging
-from xbraid_py.io.run_folder import claim
-from xbraid_py.io.tensorboard import require_tensorboard
-from xbraid_py.minibatch import Trained, evaluate, follow, read_resumed
-from xbraid_py.networks.transformer import DecoderBlock, TokenEmbedding, TokenHead, generate
-from xbraid_py.process_grid import ProcessGrid
+from xbraid_py.layer_parallel.minibatch.state import Trained
+from xbraid_py.layer_parallel.minibatch.updates import evaluate
+from xbraid_py.layers.transformer import DecoderBlock, TokenEmbedding, TokenHead, generate
+from xbraid_py.recipes.digits_resume import read_resumed
+from xbraid_py.recipes.digits_run import follow
+from xbraid_py.run.folder import claim
+from xbraid_py.run.launch import launch
+from xbraid_py.run.options import to_dict
+from xbraid_py.run.progress import setup_logging
+from xbraid_py.run.tensorboard import require_tensorboard
 
 # What may differ between a run and its continuation: where things are, how often it looks, how ranks are shared out.
 FREE = (

@@ -20,14 +20,14 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
+from studies.study import RUNS, Settings, Study, key
+from studies.width import page
+from studies.width.case import Case, train
+from studies.width.parts import FIXED, SCAN, TUNED, Bases, competitors
+from studies.width.rows import merit
 
 from xbraid_py.comm import Communicator
-from xbraid_py.io.launch import launch
-from xbraid_py.report import width_study as page
-from xbraid_py.report.width_rows import merit
-from xbraid_py.study import RUNS, Settings, Study, key
-from xbraid_py.width_cases import FIXED, TUNED, Bases, Case, competitors, train
-from xbraid_py.width_cases.parts import SCAN
+from xbraid_py.run.launch import launch
 
 SAID = ("problem", "network", "method", "levels", "learning_rate", "seed")  # of a run that fails
 TUNING = 100  # the first seed that learning rates are tuned on

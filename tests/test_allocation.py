@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import job_environment
+from processes import job_environment
 
 # Blocks of the size of a few states, freed and asked for again: how many pages are mapped anew by the last rounds.
 BODY = """

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PROJECT
+from processes import PROJECT
 
 LEVELS = ("", "_32", "_64", "_iterative")
 CYCLES = ("one_shot", "V", "F", "published")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import PROJECT
+from processes import PROJECT
 
 DOCKERFILES = [PROJECT / "docker" / name for name in ("Dockerfile", "Dockerfile.cuda")]
 DEFINITION = PROJECT / "docker" / "xbraid_py.def"

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import PROJECT
+from processes import PROJECT
 
 
 @pytest.mark.job

@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT
+from processes import PROJECT
 
 pytestmark = pytest.mark.job
 

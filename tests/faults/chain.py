@@ -13,7 +13,7 @@ from pathlib import Path
 
 from disturbed import EVERY, Job, Lost, Wrong, check_finished, last_start, last_update, status
 
-from xbraid_py.io.checkpoint_read import newest_good, numbered
+from xbraid_py.run.store.read import newest_good, numbered
 
 # Numbers of ranks and the rank that is hit, so that each is hit in turn.
 HIT = ((2, 0), (3, 1), (4, 3), (2, 1), (3, 0), (4, 2), (3, 2), (1, 0), (4, 1), (4, 0))

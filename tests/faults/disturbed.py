@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
-from conftest import PROJECT, job_environment
+from processes import PROJECT, job_environment
 
-from xbraid_py.io.checkpoint_read import numbered
-from xbraid_py.io.metrics import read
+from xbraid_py.run.record import read
+from xbraid_py.run.store.read import numbered
 
 DRIVER = PROJECT / "drivers" / "peaks.py"
 EVERY = 5  # updates between two checkpoints

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, job_environment
+from processes import PROJECT, job_environment
 
 CLUSTER = PROJECT / "tests" / "slurm" / "cluster.sh"
 STAND_IN = PROJECT / "tests" / "slurm" / "stand_in.py"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from xbraid_py.cli.arguments import command_parser, parse
 from xbraid_py.cli.reader import RECORD, read_run
-from xbraid_py.io.tensorboard import require_tensorboard, write_events
+from xbraid_py.run.tensorboard import require_tensorboard, write_events
 
 
 def main(words: Sequence[str]) -> int:

@@ -59,7 +59,7 @@ def checkpoint_of(folder: Path, best: bool) -> Path:
     ValueError
         If there is no such checkpoint, or it is damaged.
     """
-    from xbraid_py.io.checkpoint_read import newest_good, verify  # loads torch and HDF5
+    from xbraid_py.run.store.read import newest_good, verify  # loads torch and HDF5
 
     if folder.is_file():
         verify(folder)
@@ -80,9 +80,9 @@ def export(source: Path, out: Path, driver: Path | None = None) -> tuple[int, st
     """Write the network of a checkpoint to a file, at once: the number of its residual layers, and how it is called."""
     import torch
 
-    from xbraid_py.export import ResidualStep, to_sequential
-    from xbraid_py.io.checkpoint import load
-    from xbraid_py.minibatch import is_of_minibatches
+    from xbraid_py.layer_parallel.export import ResidualStep, to_sequential
+    from xbraid_py.recipes.digits_resume import is_of_minibatches
+    from xbraid_py.run.store.write import load
 
     with load(source) as checkpoint:
         meta = checkpoint.meta
@@ -121,10 +121,10 @@ def trained_on_minibatches(source: Path, meta: Mapping[str, Any], driver: Path |
     """
     import yaml
 
-    from xbraid_py.export import to_sequential
-    from xbraid_py.io.checkpoint import load
-    from xbraid_py.io.options import parse as parse_options
-    from xbraid_py.minibatch import load_weights
+    from xbraid_py.layer_parallel.export import to_sequential
+    from xbraid_py.layer_parallel.minibatch.state import load_weights
+    from xbraid_py.run.options import parse as parse_options
+    from xbraid_py.run.store.write import load
 
     path = driver or DRIVERS / Path(str(meta.get("driver"))).name
     if not path.is_file():

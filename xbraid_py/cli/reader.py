@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from xbraid_py.io.tensorboard import number, scalars
+from xbraid_py.run.record import number, scalars
 
 STATUS, RECORD, CONFIGURATION, CHECKPOINTS, FIGURES, LOG = (
     "status.json",

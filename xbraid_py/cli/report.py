@@ -11,8 +11,8 @@ from typing import Any
 from xbraid_py.cli.arguments import command_parser, parse
 from xbraid_py.cli.reader import LOG, Run, read_run
 from xbraid_py.cli.summary import printable, progress, shown, summarize
-from xbraid_py.io.option_table import text
-from xbraid_py.io.tensorboard import number, scalars
+from xbraid_py.run.option_table import text
+from xbraid_py.run.record import number, scalars
 
 _ROWS = 40  # of the record in the page; the first and the last are among them
 _LOG_BYTES, _LOG_LINES = 20_000, 60

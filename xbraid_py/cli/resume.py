@@ -14,7 +14,7 @@ from typing import Any
 from xbraid_py.cli.arguments import command_parser, parse
 from xbraid_py.cli.reader import CONFIGURATION, Run, read_run
 from xbraid_py.cli.summary import printable, progress, summarize
-from xbraid_py.io.option_table import text
+from xbraid_py.run.option_table import text
 
 DRIVERS = Path(__file__).resolve().parents[2] / "drivers"
 _EPILOG = (

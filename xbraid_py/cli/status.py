@@ -12,17 +12,7 @@ from rich.text import Text
 
 from xbraid_py.cli.arguments import command_parser, parse
 from xbraid_py.cli.reader import NoRun, Run, read_run
-from xbraid_py.cli.summary import (
-    EXIT_NO_RUN,
-    STALE,
-    Summary,
-    duration,
-    printable,
-    progress,
-    shown,
-    summarize,
-    worst,
-)
+from xbraid_py.cli.summary import EXIT_NO_RUN, STALE, Summary, duration, printable, progress, shown, summarize, worst
 
 COLOURS = {"running": "green", "finished": "green", "failed": "red", "stale": "yellow", "stopped": "yellow"}
 _EPILOG = (

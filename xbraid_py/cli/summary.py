@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from xbraid_py.cli.reader import Run
-from xbraid_py.io.tensorboard import number
+from xbraid_py.run.record import number
 
 STALE = 60.0  # seconds without a sign of life
 STATES = ("starting", "running", "stopped", "finished", "failed")

@@ -16,7 +16,7 @@ from xbraid_py.cli.curves import draw, uses_log
 from xbraid_py.cli.reader import Run, RunReader
 from xbraid_py.cli.status import COLOURS, check_stale, console
 from xbraid_py.cli.summary import OVER, STALE, Summary, duration, printable, progress, shown, summarize
-from xbraid_py.io.tensorboard import number, scalars
+from xbraid_py.run.record import number, scalars
 
 # What is looked at first, by the ends of the names; three of them are drawn.
 _CURVES = (

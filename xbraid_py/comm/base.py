@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from xbraid_py.grid import Partition
+from xbraid_py.comm.partition import Partition
 
 
 class Communicator(ABC):

@@ -5,7 +5,6 @@ Shape letters: `B` samples, `H W` pixels. Samples lie outermost, as torch's imag
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -127,33 +126,6 @@ class ImageSets:
                 f"names holds {len(self.names)} names, must hold one for each of num_classes={self.num_classes} "
                 f"classes; use () if they have none"
             )
-
-
-def load_images(name: str, folder: str | os.PathLike | None = None) -> ImageSets:
-    """The data set of that name.
-
-    Parameters
-    ----------
-    name : str
-        `cifar10`, `cifar100` (with its 100 fine classes) or `stl10`.
-    folder : path-like, optional
-        Folder of its files, see `load_cifar10`, `load_cifar100` and `load_stl10`.
-
-    Raises
-    ------
-    FileNotFoundError
-        If training or test images are missing, with where they come from and how to name the folder.
-    ValueError
-        If there is no data set of that name, or for a damaged file, with its name.
-    """
-    # The readers build on this file, so that they are imported only here.
-    from xbraid_py.data.cifar import load_cifar10, load_cifar100
-    from xbraid_py.data.stl10 import load_stl10
-
-    readers = {"cifar10": load_cifar10, "cifar100": load_cifar100, "stl10": load_stl10}
-    if name not in readers:
-        raise ValueError(f"name={name!r} is none of {', '.join(readers)}; use 'cifar10'")
-    return readers[name](folder)
 
 
 def check_pixels(pixels: Tensor) -> None:

@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from xbraid_py.comm import Communicator
+from xbraid_py.comm.partition import Partition
 from xbraid_py.data.darcy import Darcy
 from xbraid_py.data.files import whole_number
 from xbraid_py.data.pde_dataset import PdeDataset
 from xbraid_py.data.poisson import Poisson
-from xbraid_py.grid import Partition
 
 # By name, as stored files know them.
 PROBLEMS = {"poisson": Poisson, "darcy": Darcy}

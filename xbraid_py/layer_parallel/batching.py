@@ -8,9 +8,9 @@ import warnings
 import torch
 from torch import Tensor
 
+from xbraid_py.layers.module_block import ModuleBlock
+from xbraid_py.layers.module_steps import ModuleSteps, Tape
 from xbraid_py.mgrit import Hierarchy
-from xbraid_py.module_steps import ModuleSteps, Tape
-from xbraid_py.networks.module_block import ModuleBlock
 
 _TRIALS = 3
 _FAR = 0.7

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from xbraid_py.comm.agreement import agree
 from xbraid_py.layer_parallel.batching import batched_pays
-from xbraid_py.layer_parallel.ranks import agree
 
 if TYPE_CHECKING:
     from xbraid_py.layer_parallel.stack import LayerParallel

@@ -2,47 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from xbraid_py.comm import Communicator
-from xbraid_py.grid import Partition
+from xbraid_py.comm.partition import Partition
 
 _PORTIONS = 4  # of a batch; the more, the fewer ranks wait, and the smaller the matrices
-
-
-@contextmanager
-def together(comm: Communicator) -> Iterator[None]:
-    """What raises `ValueError` or `TypeError` on one rank within raises on all: the others must not wait for it.
-
-    Nothing within may send a message.
-    """
-    problem = None
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        problem = error
-    failed = comm.first_error(None if problem is None else f"{problem}")
-    if problem is not None:
-        raise problem
-    if failed is not None:
-        raise ValueError(failed[1])
-
-
-def agree(comm: Communicator, key: Any, what: str) -> None:
-    """Raise the same `ValueError` on all ranks unless they pass the same key: else they would wait for each other.
-
-    A message of one number, since it comes before every call of a stack.
-    """
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()  # the same in all processes
-    number = torch.tensor([int.from_bytes(digest, "little") >> 1], dtype=torch.int64)
-    if len(set(comm.allgather(number, (1,) * comm.size).tolist())) > 1:
-        comm.same(key, what)
 
 
 def pipeline(

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from xbraid_py.comm import Communicator
-from xbraid_py.grid import LayerGrid
 from xbraid_py.layer_parallel.accuracy import TIGHTER, Controller, SolveRecord
+from xbraid_py.layers.pixels import PixelTransfer, SpatialCoarsening
 from xbraid_py.mgrit import MGRIT, Hierarchy, Solution, Solver
+from xbraid_py.mgrit.equations import Adjoint, Forward
+from xbraid_py.mgrit.grid import LayerGrid
 from xbraid_py.mgrit.hierarchy import Level
-from xbraid_py.propagator import Adjoint, Forward, Steps
-from xbraid_py.spatial import PixelTransfer, SpatialCoarsening
+from xbraid_py.mgrit.protocols import Steps
 
 # Makes the steps of the layers owned here; with True, of the kind that keeps the graphs of its layers.
 MakeSteps = Callable[[bool], Steps]

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from xbraid_py.comm import Communicator
-from xbraid_py.grid import LayerGrid, Partition
+from xbraid_py.comm.partition import Partition
 from xbraid_py.layer_parallel.window import Window
-from xbraid_py.networks.splines import Splines
-from xbraid_py.spline_weights import SplineLayers
+from xbraid_py.layers.spline_weights import SplineLayers
+from xbraid_py.layers.splines import Splines
+from xbraid_py.mgrit.grid import LayerGrid
 
 
 class Expand(torch.autograd.Function):

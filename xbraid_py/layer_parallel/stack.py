@@ -12,25 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator, wrap
-from xbraid_py.grid import LayerGrid
+from xbraid_py.comm.agreement import together
 from xbraid_py.layer_parallel.accuracy import Accuracy, Controller, SolveRecord
 from xbraid_py.layer_parallel.function import Propagate
 from xbraid_py.layer_parallel.inference import exact_output
 from xbraid_py.layer_parallel.input import agree_on_input
-from xbraid_py.layer_parallel.ranks import together
 from xbraid_py.layer_parallel.solves import Propagation, Solvers, for_adjoint
 from xbraid_py.layer_parallel.spline_columns import spline_layers
 from xbraid_py.layer_parallel.statistics import move_statistics, start_statistics
 from xbraid_py.layer_parallel.weights import StackedWeights
 from xbraid_py.layer_parallel.window import Window
+from xbraid_py.layers.batch_norm import Moments
+from xbraid_py.layers.dense_block import DenseBlock
+from xbraid_py.layers.dense_steps import ResidualSteps
+from xbraid_py.layers.module_block import ModuleBlock
+from xbraid_py.layers.module_steps import ModuleSteps, Tape
+from xbraid_py.layers.pixels import SpatialCoarsening
+from xbraid_py.layers.splines import Splines
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.module_steps import ModuleSteps, Tape
-from xbraid_py.networks.batch_norm import Moments
-from xbraid_py.networks.dense_block import DenseBlock
-from xbraid_py.networks.module_block import ModuleBlock
-from xbraid_py.networks.splines import Splines
-from xbraid_py.propagator import ResidualSteps, Steps
-from xbraid_py.spatial import SpatialCoarsening
+from xbraid_py.mgrit.grid import LayerGrid
+from xbraid_py.mgrit.protocols import Steps
 
 Recompute = Literal[False, True, "states", "all"]
 

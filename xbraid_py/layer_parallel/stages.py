@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator, wrap
+from xbraid_py.comm.agreement import agree, together
 from xbraid_py.layer_parallel.accuracy import Accuracy
-from xbraid_py.layer_parallel.ranks import agree, together
 from xbraid_py.layer_parallel.stack import LayerParallel, Recompute
+from xbraid_py.layers.image_resnet import ImageResNet, check_images
+from xbraid_py.layers.residual_block import ResidualBlock
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.networks.image_resnet import ImageResNet, check_images
-from xbraid_py.networks.residual_block import ResidualBlock
 
 
 class StageParallelResNet(nn.Module):

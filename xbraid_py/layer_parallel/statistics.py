@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from xbraid_py.layer_parallel.weights import StackedWeights
-from xbraid_py.networks.batch_norm import Moments
-from xbraid_py.propagator import Forward
+from xbraid_py.layers.batch_norm import Moments
+from xbraid_py.mgrit.equations import Forward
 
 if TYPE_CHECKING:
     from xbraid_py.layer_parallel.stack import LayerParallel

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator
-from xbraid_py.grid import Partition
-from xbraid_py.layer_parallel.ranks import together
+from xbraid_py.comm.agreement import together
+from xbraid_py.comm.partition import Partition
 from xbraid_py.layer_parallel.spline_columns import Expand
-from xbraid_py.networks.module_block import ModuleBlock, own_random_numbers
-from xbraid_py.spline_weights import SplineLayers
+from xbraid_py.layers.module_block import ModuleBlock, own_random_numbers
+from xbraid_py.layers.spline_weights import SplineLayers
 
 
 class StackedWeights(nn.Module):

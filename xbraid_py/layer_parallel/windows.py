@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator, wrap
-from xbraid_py.grid import LayerGrid, Partition, require_multiple
+from xbraid_py.comm.agreement import together
+from xbraid_py.comm.partition import Partition, require_multiple
 from xbraid_py.layer_parallel.accuracy import Accuracy, SolveRecord
-from xbraid_py.layer_parallel.ranks import together
 from xbraid_py.layer_parallel.solves import for_adjoint
 from xbraid_py.layer_parallel.stack import LayerParallel
 from xbraid_py.layer_parallel.window import Window
+from xbraid_py.layers.pixels import SpatialCoarsening
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.spatial import SpatialCoarsening
+from xbraid_py.mgrit.grid import LayerGrid
 
 
 class LayerWindows(nn.Module):

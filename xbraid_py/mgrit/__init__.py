@@ -1,9 +1,27 @@
-"""MGRIT with FAS: a multigrid solver for u_{n+1} = Phi(u_n) over all n at once."""
+"""MGRIT with FAS: a multigrid solver for u_{n+1} = Phi(u_n) over all n at once, and what it asks of Phi."""
 
+from xbraid_py.mgrit.equations import Adjoint, AdjointTrajectory, Forward
+from xbraid_py.mgrit.grid import LayerGrid
 from xbraid_py.mgrit.hierarchy import Hierarchy, Level
 from xbraid_py.mgrit.levels import Monitor, Solution
 from xbraid_py.mgrit.one_shot import COARSE_RELAXATIONS
 from xbraid_py.mgrit.options import MGRIT
+from xbraid_py.mgrit.protocols import Propagator, StateTransfer, Steps
 from xbraid_py.mgrit.solver import Solver
 
-__all__ = ["COARSE_RELAXATIONS", "MGRIT", "Hierarchy", "Level", "Monitor", "Solution", "Solver"]
+__all__ = [
+    "COARSE_RELAXATIONS",
+    "MGRIT",
+    "Adjoint",
+    "AdjointTrajectory",
+    "Forward",
+    "Hierarchy",
+    "LayerGrid",
+    "Level",
+    "Monitor",
+    "Propagator",
+    "Solution",
+    "Solver",
+    "StateTransfer",
+    "Steps",
+]

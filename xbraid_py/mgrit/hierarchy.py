@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from xbraid_py.grid import LayerGrid, Partition, require_multiple
+from xbraid_py.comm.partition import Partition, require_multiple
+from xbraid_py.mgrit.grid import LayerGrid
 from xbraid_py.mgrit.options import MGRIT
 
 

@@ -19,7 +19,7 @@ from xbraid_py.comm import Communicator
 from xbraid_py.mgrit.hierarchy import Hierarchy, Level
 from xbraid_py.mgrit.norms import Norm, Size
 from xbraid_py.mgrit.options import MGRIT
-from xbraid_py.propagator import Propagator, StateTransfer
+from xbraid_py.mgrit.protocols import Propagator, StateTransfer
 
 
 class Monitor(Protocol):

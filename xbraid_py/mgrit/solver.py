@@ -11,7 +11,7 @@ from xbraid_py.mgrit.levels import Levels, Monitor, Solution
 from xbraid_py.mgrit.norms import Stop
 from xbraid_py.mgrit.one_shot import OneShotCycle
 from xbraid_py.mgrit.options import MGRIT
-from xbraid_py.propagator import Propagator
+from xbraid_py.mgrit.protocols import Propagator
 
 
 class Solver:

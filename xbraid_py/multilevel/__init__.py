@@ -1,24 +1,24 @@
 """Networks of several depths or widths: transfers, nested iteration, multi-level ResNets, MG/OPT, FAS in width."""
 
-from xbraid_py.multilevel.adaptive import AdaptiveOptions
-from xbraid_py.multilevel.cosine_cycles import CosineCycles
-from xbraid_py.multilevel.depth import DepthTransfer
-from xbraid_py.multilevel.mgopt import CycleRecord, MGOpt
-from xbraid_py.multilevel.mgopt_options import LevelOptions, MGOptOptions
-from xbraid_py.multilevel.nested import NestedIteration, NestedOptions
-from xbraid_py.multilevel.record import Record, Snapshot
-from xbraid_py.multilevel.resnet_refinement import refine
-from xbraid_py.multilevel.resnet_training import ResNetTraining
-from xbraid_py.multilevel.resnet_training_options import EpochRecord, ResNetTrainingOptions
-from xbraid_py.multilevel.schedule import Schedule
-from xbraid_py.multilevel.state_width import ComposedTransfer, StateWidthTransfer
-from xbraid_py.multilevel.stochastic import Minibatches, StochasticCycle
-from xbraid_py.multilevel.transfer import prolong_depth
-from xbraid_py.multilevel.vcycle import Damping, Transfer, VCycle
-from xbraid_py.multilevel.width import WidthOptions, WidthTransfer
-from xbraid_py.multilevel.width_layout import Layout
-from xbraid_py.multilevel.width_training import WidthRecord, WidthTraining
-from xbraid_py.multilevel.width_training_options import WidthTrainingOptions
+from xbraid_py.multilevel.cycle.schedule import Schedule
+from xbraid_py.multilevel.cycle.stochastic import Minibatches, StochasticCycle
+from xbraid_py.multilevel.cycle.vcycle import Damping, Transfer, VCycle
+from xbraid_py.multilevel.depth.adaptive import AdaptiveOptions
+from xbraid_py.multilevel.depth.depth_transfer import DepthTransfer
+from xbraid_py.multilevel.depth.mgopt import CycleRecord, MGOpt
+from xbraid_py.multilevel.depth.mgopt_options import LevelOptions, MGOptOptions
+from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions
+from xbraid_py.multilevel.depth.record import Record, Snapshot
+from xbraid_py.multilevel.depth.transfer import prolong_depth
+from xbraid_py.multilevel.resnet.cycles import CosineCycles
+from xbraid_py.multilevel.resnet.refinement import refine
+from xbraid_py.multilevel.resnet.training import ResNetTraining
+from xbraid_py.multilevel.resnet.training_options import EpochRecord, ResNetTrainingOptions
+from xbraid_py.multilevel.width.layout import Layout
+from xbraid_py.multilevel.width.state_width import ComposedTransfer, StateWidthTransfer
+from xbraid_py.multilevel.width.training import WidthRecord, WidthTraining
+from xbraid_py.multilevel.width.training_options import WidthTrainingOptions
+from xbraid_py.multilevel.width.transfer import WidthOptions, WidthTransfer
 
 __all__ = [
     "AdaptiveOptions",

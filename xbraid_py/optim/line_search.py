@@ -8,7 +8,7 @@ from math import isfinite
 
 from torch import Tensor
 
-from xbraid_py.objective import Evaluation
+from xbraid_py.optim.objective import Evaluation
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from xbraid_py.grid import Partition
+from xbraid_py.comm.partition import Partition
 from xbraid_py.planner.machine import Machine
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from xbraid_py.grid import Partition
+from xbraid_py.comm.partition import Partition
 from xbraid_py.mgrit import COARSE_RELAXATIONS, Hierarchy
 from xbraid_py.planner.clocks import Clock, counts, in_order, moves
 from xbraid_py.planner.machine import Costs, SolveCosts, StepCost

@@ -11,12 +11,12 @@ from typing import Literal
 import torch
 
 from xbraid_py.comm import Communicator
-from xbraid_py.grid import LayerGrid
+from xbraid_py.mgrit.grid import LayerGrid
 from xbraid_py.planner.machine import CLUSTER, Link
 from xbraid_py.planner.probe import Workload
 from xbraid_py.planner.recommend import advice, measured_planner
 from xbraid_py.planner.table import headings, lines, show
-from xbraid_py.problem import Architecture
+from xbraid_py.problem.problem import Architecture
 
 DESCRIPTION = "Plan: how long a weight update takes on how many ranks, by which cycle, and which is best."
 

@@ -15,11 +15,11 @@ from statistics import median
 import torch
 
 from xbraid_py.comm import Communicator, SerialCommunicator, world
-from xbraid_py.grid import Partition
+from xbraid_py.comm.partition import Partition
 from xbraid_py.planner.machine import CLUSTER, SHARED_MEMORY, Link, Machine
 from xbraid_py.planner.measure import Slowdowns, cores_and_ranks, measure_costs
 from xbraid_py.planner.probe import Workload, timed
-from xbraid_py.problem import Architecture
+from xbraid_py.problem.problem import Architecture
 
 _REPEATS, _LAPS = 7, 10
 _LARGE = 1 << 16  # bytes: less than this says nothing of the bandwidth

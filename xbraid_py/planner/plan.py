@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from xbraid_py.grid import LayerGrid
 from xbraid_py.mgrit import MGRIT, Hierarchy
+from xbraid_py.mgrit.grid import LayerGrid
 
 
 @dataclass(frozen=True, kw_only=True)

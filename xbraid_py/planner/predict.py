@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from xbraid_py.grid import Partition
+from xbraid_py.comm.partition import Partition
 from xbraid_py.planner.clocks import Clock, Clocks, counts, in_order
 from xbraid_py.planner.cycles import SolveWalk
 from xbraid_py.planner.machine import Costs, Machine

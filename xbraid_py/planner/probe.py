@@ -13,11 +13,11 @@ import torch
 
 from xbraid_py.comm import Communicator, SerialCommunicator
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.network import InitialScales
+from xbraid_py.mgrit.equations import Adjoint, Forward
 from xbraid_py.optim import OneShot, OneShotOptions
-from xbraid_py.problem import Architecture, Problem
-from xbraid_py.propagator import Adjoint, Forward
-from xbraid_py.regularization import Regularization
+from xbraid_py.problem.network import InitialScales
+from xbraid_py.problem.problem import Architecture, Problem
+from xbraid_py.problem.regularization import Regularization
 
 _INTERVAL, _COARSENING, _COARSE_LAYERS = 8, 4, 16
 # The calls of `SolveCosts`.

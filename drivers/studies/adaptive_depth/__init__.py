@@ -1,0 +1,1 @@
+"""Layers cut in two where it is worth it."""

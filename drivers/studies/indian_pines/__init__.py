@@ -1,0 +1,1 @@
+"""Nested iteration on Indian Pines (paper 001)."""

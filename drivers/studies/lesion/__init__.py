@@ -1,0 +1,1 @@
+"""Lesions of trained residual networks (paper 003)."""

@@ -1,0 +1,265 @@
+"""Lesions of trained residual networks (paper 003, section 3.3), and the norms of their states and residual modules.
+
+A lesion leaves blocks of a trained network out, or changes their order, and looks at the test images again. The first
+block of a stage that has another shape than the others, a transition, keeps its place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from studies.multi_level.case import Case
+from xbraid_py.comm import Communicator
+from xbraid_py.comm.errors import RunError
+from xbraid_py.comm.partition import Partition
+from xbraid_py.comm.replicas import ProcessGrid
+from xbraid_py.data.image_subsets import Samples
+from xbraid_py.layers.image_resnet import ImageResNet, residual_norms, with_blocks
+from xbraid_py.multilevel.resnet.training import ResNetTraining
+from xbraid_py.recipes.images import ImageOptions
+from xbraid_py.recipes.images_checkpoint import NAME, ImageState, read_images
+from xbraid_py.run.options import from_dict
+from xbraid_py.run.store.read import no_state, restoring
+from xbraid_py.run.store.write import CheckpointError, load
+
+ROWS, PAGE = "lesion.jsonl", "lesion.md"
+# Images whose norms are taken together: the same on any number of ranks.
+_PORTION = 500
+Order = list[list[int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesions:
+    """What is done to a network besides leaving out each of its blocks alone.
+
+    Parameters
+    ----------
+    draws
+        Orders in which blocks are left out at random, and shuffled orders; each from a seed of its own.
+    seed
+        Of the first draw.
+    """
+
+    draws: int = 5
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.draws < 1:
+            raise ValueError(f"draws={self.draws} must be at least 1; use 5")
+
+    def random(self, draw: int) -> torch.Generator:
+        """The random numbers of a draw, from 0."""
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + draw)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network in its checkpoint.
+
+    Attributes
+    ----------
+    case : Case
+        How it was trained.
+    state : ImageState
+        Where its training had come to.
+    """
+
+    case: Case
+    state: ImageState
+
+
+def read_trained(path: str | os.PathLike, device: str = "cpu") -> Trained:
+    """Read a checkpoint of a run on images, at any of its epochs; no message.
+
+    Parameters
+    ----------
+    path : path-like
+    device : {"cpu", "cuda"}
+        Where it is to be looked at, whatever it was trained on.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing, damaged, or no checkpoint of such a run.
+    """
+    path = Path(path)
+    with load(path) as checkpoint, restoring(path):
+        if checkpoint.meta.get("run") != NAME:
+            raise no_state(path, f"its run is {checkpoint.meta.get('run')!r}, not {NAME}")
+        configuration = checkpoint.meta["configuration"]
+        # A job of several runs has lists of models and seeds, and in a checkpoint those of the run alone.
+        names = ("model", "seed")
+        one = {name: configuration[name] if name in configuration else configuration[f"{name}s"][0] for name in names}
+        one |= {each.name: configuration[each.name] for each in fields(ImageOptions) if each.name in configuration}
+        case = from_dict(Case, one | {"device": device})
+    return Trained(case, read_images(str(path), path.parent, configuration, (), case.training.cycles.total))
+
+
+def transitions(network: ImageResNet) -> list[bool]:
+    """Of each block, in their order, whether it is a transition."""
+    return [block.is_transition for stage in network.stages for block in stage]
+
+
+def places(network: ImageResNet) -> list[tuple[int, int]]:
+    """Stage and number in the stage of each block, in their order, from 0."""
+    return [(s, j) for s, count in enumerate(network.blocks) for j in range(count)]
+
+
+def without(network: ImageResNet, gone: Sequence[tuple[int, int]]) -> Order:
+    """The order of all blocks but those at `gone`, see `with_blocks`."""
+    return [[j for j in range(count) if (s, j) not in gone] for s, count in enumerate(network.blocks)]
+
+
+def random_removals(network: ImageResNet, random: torch.Generator) -> Iterator[tuple[int, Order]]:
+    """Yield 1, 2, 4, ... and an order with so many blocks left out at random, transitions never.
+
+    What is left out once stays out, so that the orders of one draw differ in the number alone.
+    """
+    chosen = [place for place, is_fixed in zip(places(network), transitions(network), strict=True) if not is_fixed]
+    chosen = [chosen[k] for k in torch.randperm(len(chosen), generator=random)]
+    count = 1
+    while count <= len(chosen):
+        yield count, without(network, chosen[:count])
+        count *= 2
+
+
+def shuffled(network: ImageResNet, random: torch.Generator) -> Order:
+    """All blocks in a random order within their stages, transitions first; not the usual one if there is another."""
+    usual = without(network, ())
+    fixed = [int(stage[0].is_transition) for stage in network.stages]
+    while True:
+        found = []
+        for order, first in zip(usual, fixed, strict=True):
+            moved = torch.randperm(len(order) - first, generator=random).tolist()
+            found.append(order[:first] + [first + k for k in moved])
+        if found != usual or all(len(order) - first < 2 for order, first in zip(usual, fixed, strict=True)):
+            return found
+
+
+def mean_norms(training: ResNetTraining) -> Tensor:
+    """Norms of states and residual modules over the test images, those shared by the ranks; collective.
+
+    Returns
+    -------
+    (blocks, 2) tensor, float64
+        Means over the images of the L2 norms of Y_j and of h F(Y_j), see `residual_norms`.
+    """
+    pixels, labels = training.test
+    ranks, rank = (training.grid.replicas, training.grid.replica) if training.grid else (1, 0)
+    portions = Partition.balanced(-(-len(labels) // _PORTION), ranks)
+    rows = torch.zeros(portions.count(rank), 2 * sum(training.network.blocks), dtype=torch.float64)
+    for row in range(len(rows)):
+        first = (portions.first(rank) + row) * _PORTION
+        some = pixels[first : first + _PORTION]
+        found = residual_norms(training.network, training.pipeline.standardise(some, training.dtype))
+        pairs = [(each.input, each.residual) for each in found]
+        rows[row] = len(some) * torch.tensor(pairs, dtype=torch.float64).flatten()
+    if training.grid:
+        total = training.grid.data.ordered_sum(rows, [portions.count(each) for each in range(ranks)])
+    else:
+        total = rows.cumsum(0)[-1]
+    return (total / len(labels)).view(-1, 2)
+
+
+def measure(training: ResNetTraining, lesions: Lesions) -> dict[str, Any]:
+    """Look at the network of a training, and at lesions of it, on its test images in evaluation mode; collective.
+
+    Returns
+    -------
+    dict
+        "accuracy" of the whole network; "norms", [stage, block, norm of Y_j, norm of h F(Y_j)] of each block; and
+        accuracies "left_out", without each of the blocks; "random", by the number (a word) of blocks left out, one for
+        each draw; and "shuffled", one for each draw. All the same on all ranks.
+    """
+    network = training.network
+
+    def accuracy(order: Order) -> float:
+        training.network = with_blocks(network, order)
+        try:
+            return _rounded(1.0 - training.evaluate()[1])
+        finally:
+            training.network = network
+
+    random: dict[str, list[float]] = {}
+    for draw in range(lesions.draws):
+        for count, order in random_removals(network, lesions.random(draw)):
+            random.setdefault(str(count), []).append(accuracy(order))
+    norms = [[_rounded(value) for value in pair] for pair in mean_norms(training).tolist()]
+    return {
+        "accuracy": accuracy(without(network, ())),
+        "norms": [[*place, *pair] for place, pair in zip(places(network), norms, strict=True)],
+        "left_out": [accuracy(without(network, [place])) for place in places(network)],
+        "random": random,
+        "shuffled": [accuracy(shuffled(network, lesions.random(draw))) for draw in range(lesions.draws)],
+    }
+
+
+def measured(trained: Trained, samples: Samples, lesions: Lesions, comm: Communicator) -> dict[str, Any]:
+    """The row of a network for tables and pictures, "settings" and "result" (see `measure`); collective.
+
+    Raises
+    ------
+    RunError
+        On all ranks, if the checkpoint holds another network than it says.
+    """
+    case = trained.case
+    training = case.make(case.model, case.seed, samples, ProcessGrid(comm, comm.size))
+    try:
+        trained.state.restore(training)
+    except CheckpointError as error:  # on all ranks alike
+        raise RunError(str(error)) from error
+    settings = {
+        "data": case.data,
+        "model": case.model,
+        "blocks": list(training.network.blocks),
+        "filters": list(case.channels),
+        "step_size": training.network.step_size,
+        "norm": case.norm,
+        "seed": case.seed,
+        "epoch": trained.state.record.epoch,
+        "checkpoint": str(trained.state.path),
+        "test_images": samples.test.num_samples,
+    }
+    return {"settings": settings, "result": measure(training, lesions)}
+
+
+def write_lesions(rows: Sequence[dict[str, Any]], out: Path, comm: Communicator) -> None:
+    """Write `lesion.jsonl`, `lesion.md` and the pictures, and print the tables; collective.
+
+    Raises
+    ------
+    RunError
+        On all ranks, if a file cannot be written.
+    """
+    problem = None
+    if comm.rank == 0:
+        # matplotlib takes its time to load: on one rank only
+        from studies.lesion import figures as lesion_figures
+        from studies.lesion import tables as lesion_tables
+
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / ROWS).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            text = lesion_tables.page(rows)
+            (out / PAGE).write_text(text, encoding="utf-8")
+            lesion_figures.write(rows, out)
+        except OSError as error:
+            problem = f"the tables in {out} could not be written: {error}; make room, or give another --out"
+        else:
+            print(text, flush=True)
+    problem = comm.bcast(problem)
+    if problem is not None:
+        raise RunError(problem)
+
+
+def _rounded(value: float) -> float:
+    """Six digits are more than any table shows."""
+    return float(f"{value:.6g}")

@@ -1,0 +1,1 @@
+"""MG/OPT in depth on circles, MNIST and peaks (paper 000)."""

@@ -1,0 +1,1 @@
+"""Multi-level residual networks on images (paper 003)."""

@@ -1,0 +1,1 @@
+"""Nested iteration on peaks (paper 001)."""

@@ -1,0 +1,208 @@
+"""Studies: many runs with other settings each, every one made once, on all cores, and kept when it is over.
+
+A study has a folder with one file, `runs.jsonl`: a line for every run that is over. What is there is not made again,
+so a study that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TextIO
+
+from xbraid_py.comm import Communicator
+from xbraid_py.comm.errors import RunError
+from xbraid_py.run.lock import take
+
+logger = logging.getLogger(__name__)
+
+RUNS = "runs.jsonl"
+Settings = Mapping[str, Any]
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Study:
+    """The runs of a study.
+
+    Parameters
+    ----------
+    folder : Path
+        Of `runs.jsonl`; made if there is none.
+    work : callable
+        `work(settings)` makes one run and returns its result, JSON-able. It must be a function of a module, since other
+        processes call it, and may raise `RunError`: then the run counts as failed, with the message as its result.
+    workers : int
+        Processes that make runs at the same time, each with one thread.
+    """
+
+    folder: Path
+    work: Callable[[Settings], Result]
+    workers: int = 1
+
+    def __post_init__(self):
+        if self.workers < 1:
+            raise ValueError(f"workers={self.workers} must be at least 1; use 2")
+
+    def finished(self) -> dict[str, Result]:
+        """Results of the runs that are over, by `key` of their settings.
+
+        Raises
+        ------
+        ValueError
+            If a line but the last one is no result. A last line that breaks off is left out: the run is made again.
+        """
+        path = self.folder / RUNS
+        if not path.exists():
+            return {}
+        *lines, rest = path.read_bytes().decode(errors="replace").split("\n")
+        if rest:
+            logger.warning("%s: the last line breaks off; that run is made again", path)
+        found = {}
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+                found[key(row["settings"])] = row
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}, line {number}: found {line[:60]!r}, which is no run; remove it") from error
+        return found
+
+    def run(self, settings: Sequence[Settings]) -> Iterator[Result]:
+        """Make all runs that are not yet over; yields each when it is: "settings" and "result" or "failure".
+
+        Those that were over before come first.
+
+        Raises
+        ------
+        ValueError
+            If settings occur twice, or another process makes runs in this folder.
+        RunError
+            If a process has died (of lack of memory, say); what is over is kept.
+        """
+        keys = [key(each) for each in settings]
+        if len(set(keys)) < len(keys):
+            raise ValueError("settings holds the same settings twice; every run is made once")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = take(self.folder)
+        try:
+            over = self.finished()
+            self._cut()
+            yield from (over[each] for each in keys if each in over)
+            yield from self._make([each for each, name in zip(settings, keys, strict=True) if name not in over])
+        finally:
+            lock.release()
+
+    def _cut(self) -> None:
+        """Remove a last line that breaks off."""
+        path = self.folder / RUNS
+        if path.exists() and not (raw := path.read_bytes()).endswith(b"\n"):
+            with path.open("r+b") as file:
+                file.truncate(raw.rfind(b"\n") + 1)
+
+    def _make(self, settings: Iterable[Settings]) -> Iterator[Result]:
+        # Fresh processes: what this one has loaded and opened stays here.
+        pool = ProcessPoolExecutor(self.workers, get_context("spawn"), _start_worker)
+        try:
+            waiting = {pool.submit(_attempt, self.work, dict(each)) for each in settings}
+            with (self.folder / RUNS).open("a", encoding="utf-8") as file:
+                while waiting:
+                    over, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                    for future in over:
+                        row = future.result()
+                        _keep(file, row)
+                        yield row
+        except BrokenProcessPool as error:
+            raise RunError(
+                "a process of the study has died; start again to go on, with fewer workers perhaps"
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def together(
+    folder: Path, work: Callable[[Settings, Communicator], Result], comm: Communicator
+) -> Iterator[Callable[[Settings], Result]]:
+    """A study whose runs are made on all ranks together, one after the other; collective.
+
+    Parameters
+    ----------
+    folder : Path
+        As of `Study`; rank 0 reads and writes there.
+    work : callable
+        `work(settings, comm)` makes one run; every rank must return the same.
+    comm : Communicator
+
+    Yields
+    ------
+    callable
+        `make(settings)` gives a row as `Study.run` does, of a run that is made now unless it was over before.
+
+    Raises
+    ------
+    RunError
+        On all ranks: another process makes runs in this folder, or its file holds something else.
+    """
+    lock, found, problem = None, {}, None
+    if comm.rank == 0:
+        try:
+            lock = take(folder)
+            study = Study(folder, _attempt)
+            found = study.finished()
+            study._cut()
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    problem, found = comm.bcast((problem, found))
+    if problem is not None:
+        raise RunError(problem)
+    over = dict(found)  # each rank its own: ranks that are threads are handed the same one
+
+    def make(settings: Settings) -> Result:
+        name = key(settings)
+        if name not in over:
+            over[name] = _attempt(lambda each: work(each, comm), dict(settings))
+            if comm.rank == 0:
+                with (folder / RUNS).open("a", encoding="utf-8") as file:
+                    _keep(file, over[name])
+        return over[name]
+
+    try:
+        yield make
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def key(settings: Settings) -> str:
+    """What tells runs apart: the settings as JSON, their names sorted."""
+    return json.dumps(settings, sort_keys=True)
+
+
+def _keep(file: TextIO, row: Result) -> None:
+    """Append a row to the file of runs, durably."""
+    file.write(json.dumps(row) + "\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _start_worker() -> None:
+    import torch  # the processes of a study are as many as there are cores
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C goes to all of them: these end at once, and say nothing
+
+
+def _attempt(work: Callable[[Settings], Result], settings: Settings) -> Result:
+    try:
+        return {"settings": settings, "result": work(settings)}
+    except RunError as error:
+        return {"settings": settings, "failure": str(error)}

@@ -1,0 +1,1 @@
+"""Multilevel training in width on Poisson and Darcy (paper 002)."""

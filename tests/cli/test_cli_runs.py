@@ -1,0 +1,279 @@
+"""The commands that make something of a run: `resume`, `export`, `events` and `plan`."""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from processes import PROJECT, job_environment, run_job
+from runs_on_disk import CONFIGURATION, make_run, status, write_record
+from small_runs import nested
+
+from xbraid_py import MGRIT, LayerParallel
+from xbraid_py.cli import main
+from xbraid_py.cli.export import module_of
+from xbraid_py.comm import SerialCommunicator
+from xbraid_py.layer_parallel.minibatch.state import Trained
+from xbraid_py.multilevel.depth.nested_state import save_run
+from xbraid_py.recipes.digits_resume import Position, save_trained
+from xbraid_py.run.options import to_dict
+from xbraid_py.run.store.keep import CheckpointStore, Score
+
+PEAKS = PROJECT / "drivers" / "peaks.py"
+PEAKS_OPTIONS = {"num_layers": 16, "nested": {"refinements": 1, "updates": [3, 4]}, "num_val": 50, "data_dir": None}
+
+
+def command(capsys, *words) -> list[str]:
+    """The words of the command that `resume --print` prints."""
+    assert main(["resume", *map(str, words), "--print"]) == 0
+    return shlex.split(capsys.readouterr().out)
+
+
+# ---- resume
+
+
+def test_the_command_that_continues_a_run(tmp_path, capsys):
+    folder = make_run(tmp_path / "a run", said=status("stopped", ranks=1))
+    driver = tmp_path / "my driver.py"
+    driver.touch()
+    expected = [sys.executable, str(driver), f"--config={folder / 'config.yaml'}", "--resume=auto", f"--out={folder}"]
+    assert command(capsys, folder, f"--driver={driver}") == expected
+    assert main(["resume", str(folder), f"--driver={driver}", "--print", "--", "--keep", "2"]) == 0
+    assert shlex.split(capsys.readouterr().out) == [*expected, "--keep", "2"]
+
+
+def test_ranks_and_launchers(tmp_path, capsys):
+    folder = make_run(tmp_path / "run", said=status("failed", ranks=3))
+    driver = f"--driver={PEAKS}"
+    beside = Path(sys.executable).parent / "mpirun"
+    mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
+    if mpirun:
+        assert command(capsys, folder, driver)[:4] == [mpirun, "-n", "3", sys.executable]
+        assert command(capsys, folder, driver, "--ranks=5")[:3] == [mpirun, "-n", "5"]
+    assert command(capsys, folder, driver, "--ranks=1")[0] == sys.executable
+    assert command(capsys, folder, driver, "--ranks=1", "--launcher=env -u X -n")[:5] == ["env", "-u", "X", "-n", "1"]
+    for words, message in (
+        (["--ranks=0"], "ranks=0 must be at least 1"),
+        (["--launcher=nonesuch -n"], "is no command"),
+    ):
+        assert main(["resume", str(folder), driver, *words]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_finished_run_is_left_alone(tmp_path, capsys):
+    folder = make_run(tmp_path / "run", said=status("finished"))
+    assert main(["resume", str(folder)]) == 0
+    assert "is finished (update 12 / 40): there is nothing to continue" in capsys.readouterr().out
+
+
+def test_the_driver_is_found(tmp_path, capsys):
+    folder = make_run(tmp_path / "run", said=status(ranks=1))
+    write_record(folder, [{"kind": "header", "driver": "elsewhere/peaks.py"}])
+    assert command(capsys, folder)[1] == str(PEAKS), "by its name"
+    write_record(folder, [{"kind": "header"}])
+    (folder / "config.yaml").write_text(yaml.safe_dump(PEAKS_OPTIONS))
+    assert command(capsys, folder)[1] == str(PEAKS), "by its options"
+    (folder / "config.yaml").write_text("nobody_has_this_option: 1\n")
+    assert main(["resume", str(folder), "--print"]) == 2
+    assert "does not say which program it was made by; use --driver=" in capsys.readouterr().err
+    write_record(folder, [{"kind": "header", "driver": "nowhere.py"}])
+    assert main(["resume", str(folder), "--print"]) == 2
+    assert "driver=nowhere.py is no file" in capsys.readouterr().err
+
+
+def test_options_from_the_record(tmp_path, capsys):
+    folder = make_run(tmp_path / "run", said=status(ranks=1))
+    (folder / "config.yaml").unlink()
+    said = command(capsys, folder, f"--driver={PEAKS}")
+    options = ["--seed=0", "--num_layers=8", "--mgrit.cycle=V", "--mgrit.max_iter=2", "--data_dir=null"]
+    assert said[2:] == [*options, "--resume=auto", f"--out={folder}"]
+    (folder / "metrics.jsonl").unlink()
+    assert main(["resume", str(folder), f"--driver={PEAKS}"]) == 2
+    assert "says nowhere with which options it was started: no metrics.jsonl; no config.yaml" in capsys.readouterr().err
+
+
+def test_the_command_is_run(tmp_path):
+    folder = make_run(tmp_path / "run", said=status(ranks=1))
+    driver = tmp_path / "driver.py"
+    driver.write_text("import sys; print(sys.argv[1:]); sys.exit(7)")
+    words = [sys.executable, "-m", "xbraid_py", "resume", folder, f"--driver={driver}", "--", "--x=1"]
+    done = subprocess.run(words, env=job_environment(), cwd=PROJECT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 7 and done.stderr.startswith(sys.executable)
+    assert done.stdout.strip() == str([f"--config={folder}/config.yaml", "--resume=auto", f"--out={folder}", "--x=1"])
+
+
+@pytest.mark.job
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("configuration", ["file", "record"])
+def test_a_real_run_goes_on(tmp_path, configuration):
+    out = tmp_path / "run"
+    tiny = ["--num_layers=16", "--num_train=50", "--num_val=40", "--network.width=3", "--checkpoint_every=2"]
+    tiny += ["--nested.refinements=1", "--nested.updates=3,4", f"--out={out}"]
+    first = run_job([PEAKS, *tiny], timeout=100)
+    assert first.returncode == 0, first.stderr
+    for path in sorted((out / "checkpoints").glob("update_*.h5"))[1:]:
+        path.unlink()
+    (out / "checkpoints" / "best.h5").unlink(missing_ok=True)
+    (out / "config.yaml").unlink(missing_ok=True)
+    (out / "status.json").unlink(missing_ok=True)
+    if configuration == "file":
+        header = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
+        (out / "config.yaml").write_text(yaml.safe_dump(header["configuration"]))
+    again = run_job(["-m", "xbraid_py", "resume", out, "--ranks=2"], timeout=150)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
+
+
+# ---- export
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of two updates of a small network, and the network's logits of some features."""
+    folder = make_run(tmp_path_factory.mktemp("trained") / "run")
+    (folder / "checkpoints" / "update_000010.h5").unlink()
+    run = nested(SerialCommunicator(), (1, 1), num_layers=16)
+    configuration = CONFIGURATION | {"network": {"T": 2.0, "activation": "smooth_relu", "width": 3, "bias": "vector"}}
+    for record in run.run():
+        save_run(folder / "checkpoints", run, record.update, "nested", configuration)
+    network, x = run.network, run.one_shot.x
+    features = torch.linspace(-2, 2, 20, dtype=torch.float64).reshape(2, 10)
+    u = network.steps(x).relax(network.open(x, features)[None], 16, None, None)[0]
+    return folder, features, network.classify(x, u)
+
+
+def test_the_exported_module_is_the_network(tmp_path, capsys, trained):
+    folder, features, logits = trained
+    out = tmp_path / "net.pt"
+    assert main(["export", str(folder), str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "update_00000" in said and "16 layers" in said and f"torch.load({str(out)!r}, weights_only=False)" in said
+    code = f"import sys, torch; model = torch.load({str(out)!r}, weights_only=False); "
+    code += (
+        f"print(model(torch.tensor({features.T.tolist()}, dtype=torch.float64)).tolist(), 'mpi4py.MPI' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=job_environment(), cwd=PROJECT, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith(" False"), "without MPI"
+    found = torch.tensor(json.loads(done.stdout.rpartition(" ")[0]), dtype=torch.float64)
+    assert torch.allclose(found.T, logits, rtol=1e-12, atol=1e-12)
+
+
+def test_export_replaces_nothing_unasked(tmp_path, capsys, trained):
+    folder, out = trained[0], tmp_path / "net.pt"
+    out.write_text("mine")
+    assert main(["export", str(folder), str(out)]) == 2
+    assert f"OUT={out} exists; give another name, or --force to replace it" in capsys.readouterr().err
+    assert out.read_text() == "mine"
+    assert main(["export", str(folder), str(out), "--force"]) == 0
+    assert out.read_bytes() != b"mine" and list(tmp_path.iterdir()) == [out]
+    for bad, message in ((tmp_path, "is a folder"), (tmp_path / "none" / "x.pt", "which is no folder")):
+        assert main(["export", str(folder), str(bad)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_best_and_the_newest_good_checkpoint(tmp_path, capsys, caplog, trained):
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0], folder)
+    first, *_, last = sorted((folder / "checkpoints").glob("*.h5"))
+    assert main(["export", str(folder), str(tmp_path / "a.pt"), "--best"]) == 2
+    assert "holds no best.h5; leave out --best" in capsys.readouterr().err
+    shutil.copy(first, first.with_name("best.h5"))
+    assert main(["export", str(folder), str(tmp_path / "a.pt"), "--best"]) == 0
+    assert "best.h5" in capsys.readouterr().out
+    last.write_bytes(last.read_bytes()[:-500])
+    assert main(["export", str(folder), str(tmp_path / "b.pt")]) == 0
+    assert last.name not in capsys.readouterr().out and last.name in caplog.text
+    assert main(["export", str(last), str(tmp_path / "c.pt")]) == 2
+    assert "truncated, damaged or no HDF5 file" in capsys.readouterr().err
+    empty = make_run(tmp_path / "empty")
+    assert main(["export", str(empty), str(tmp_path / "c.pt")]) == 2
+    assert "holds no good checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "c.pt").exists()
+
+
+@pytest.fixture
+def on_minibatches(tmp_path, monkeypatch):
+    """A checkpoint as `drivers/mnist.py` writes it, and the network that is in it."""
+    program = module_of(PROJECT / "drivers" / "mnist.py")
+    options = program.SmokeOptions(variant="dense", mgrit=MGRIT(cfactor=4), seed=3)
+    model = program.build(options, None)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    trained = Trained(model=model, optimiser=torch.optim.Adam(model.parameters()))
+    monkeypatch.setattr(sys, "argv", ["somewhere/mnist.py"])
+    folder = make_run(tmp_path / "digits")
+    (folder / "checkpoints" / "update_000010.h5").unlink()
+    store = CheckpointStore(folder / "checkpoints")
+    save_trained(store, SerialCommunicator(), trained, Position(update=5), to_dict(options), Score(objective=1.0), {})
+    return folder, model
+
+
+def test_a_network_trained_on_minibatches(tmp_path, capsys, on_minibatches):
+    folder, model = on_minibatches
+    out, images = tmp_path / "net.pt", torch.rand(5, 1, 28, 28)
+    assert main(["export", str(folder), str(out), "--best"]) == 0
+    assert "8 layers" in capsys.readouterr().out
+    found = torch.load(out, weights_only=False)
+    assert not found.training and not any(isinstance(part, LayerParallel) for part in found.modules())
+    with torch.no_grad():
+        assert torch.allclose(found(images), model.eval()(images), rtol=1e-6, atol=1e-6)
+
+
+def test_the_driver_of_a_network_trained_on_minibatches(tmp_path, capsys, on_minibatches):
+    folder, _ = on_minibatches
+    (path,) = (folder / "checkpoints").glob("update*")
+    out, driver = tmp_path / "net.pt", tmp_path / "mine.py"
+    text = (PROJECT / "drivers" / "mnist.py").read_text()
+    driver.write_text(text)
+    assert main(["export", str(path), str(out), f"--driver={driver}"]) == 0
+    assert out.exists() and capsys.readouterr().err == ""
+    own = text.replace("nn.Linear(PIXELS", "Opening(PIXELS").replace(
+        "def norm(", "class Opening(nn.Linear):\n    pass\n\n\ndef norm("
+    )
+    for program, message in (
+        ("x = 1", "has no Options and build; use --driver="),
+        (own, "defines parts of the network, Opening; put them into a module"),
+        (text.replace("width: int = 16", "wide: int = 16"), "width"),
+        (text.replace("nn.Linear(width, mnist.NUM_CLASSES)", "nn.Linear(width, 7)"), "holds another network"),
+    ):
+        driver.write_text(program)
+        assert main(["export", str(path), str(out), "--force", f"--driver={driver}"]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["export", str(path), str(out), "--force", f"--driver={tmp_path / 'none.py'}"]) == 2
+    assert "none.py is no file; use --driver=FILE" in capsys.readouterr().err
+
+
+# ---- events, plan
+
+
+def test_events(tmp_path, capsys):
+    pytest.importorskip("tensorboard", reason="needs tensorboard: pip install 'xbraid_py[tensorboard]'")
+    folder = make_run(tmp_path / "run")
+    assert main(["events", str(folder)]) == 0
+    assert f"tensorboard --logdir {folder / 'tensorboard'}" in capsys.readouterr().out
+    assert len(list((folder / "tensorboard").iterdir())) == 1
+    write_record(folder, [{"kind": "header"}])
+    assert main(["events", str(folder)]) == 2
+    assert "holds no rows yet" in capsys.readouterr().err
+
+
+@pytest.mark.job
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("size", [1, 2])
+def test_plan_on_the_command_line(tmp_path, size):
+    out = tmp_path / "plan.json"
+    words = ["-m", "xbraid_py", "plan", "--num_layers=64", "--batch=200", "--ranks=1,2", f"--json={out}"]
+    job = run_job(words, size, timeout=100)
+    assert (job.returncode, job.stderr) == (0, "")
+    assert [each["num_ranks"] for each in json.loads(out.read_text())["predictions"]] == [1, 2]
+    job = run_job(["-m", "xbraid_py", "plan", "--rank=3"], size)
+    assert job.returncode == 2 and "try xbraid-py plan --help" in job.stderr

@@ -1,0 +1,134 @@
+"""The kinds of communicators: serial runs, threads that fail, launchers, and what `wrap` takes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from xbraid_py.comm import Communicator, LaunchError, SerialCommunicator, check_launcher, launcher_rank, wrap
+from xbraid_py.comm.threads import ThreadCommunicator, run_threads
+
+
+def test_serial_runs_have_nobody_to_talk_to():
+    comm = SerialCommunicator()
+    with pytest.raises(ValueError, match="^dest=1: a serial run"):
+        comm.isend(torch.zeros(1), 1)
+    with pytest.raises(ValueError, match="^source=1: a serial run"):
+        comm.recv(torch.zeros(1), 1)
+
+
+def test_a_failing_thread_ends_the_others():
+    def body(comm):
+        if comm.rank == 1:
+            raise ZeroDivisionError("rank 1")
+        comm.recv(torch.empty(1), 1)  # never sent
+
+    before = threading.active_count()
+    with pytest.raises(ZeroDivisionError, match="rank 1"):
+        run_threads(3, body)
+    assert threading.active_count() == before
+
+
+def test_abort_of_a_thread_ends_the_others():
+    def body(comm):
+        if comm.rank == 2:
+            comm.abort(3)
+        comm.bcast(None, root=2)
+
+    with pytest.raises(SystemExit) as raised:
+        run_threads(3, body)
+    assert raised.value.code == 3
+
+
+@pytest.mark.parametrize("out", [torch.empty(2, dtype=torch.float64), torch.empty(3)], ids=["shape", "dtype"])
+def test_threads_notice_what_mpi_would_mangle(out):
+    def body(comm):
+        if comm.rank == 0:
+            comm.isend(torch.zeros(3, dtype=torch.float64), 1)
+        else:
+            comm.recv(out, 0)
+
+    with pytest.raises(ValueError, match="^rank 1 expects .* from rank 0"):
+        run_threads(2, body)
+
+
+def test_threads_notice_wrong_counts():
+    with pytest.raises(ValueError, match=r"^counts=\[1, 1\] but the ranks sent \[2, 2\]"):
+        run_threads(2, lambda comm: comm.allgather(torch.zeros(2), [1, 1]))
+
+
+LAUNCHERS = [
+    ("PMI_SIZE", "PMI_RANK"),
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+    ("SLURM_NTASKS", "SLURM_PROCID"),
+]
+
+
+@pytest.mark.parametrize(("size_name", "rank_name"), LAUNCHERS)
+def test_launchers_are_believed(size_name, rank_name):
+    environ = {size_name: "4", rank_name: "3"}
+    check_launcher(4, environ)
+    assert launcher_rank(environ) == 3
+    with pytest.raises(LaunchError, match=rf"^{size_name}=4 but MPI sees 1 process\(es\).*beside this python.*pmi2"):
+        check_launcher(1, environ)
+
+
+def test_no_launcher_no_complaint():
+    check_launcher(1, {})
+    assert launcher_rank({}) == 0
+
+
+def test_the_innermost_launcher_counts():
+    # mpirun inside a SLURM allocation: the allocation holds more tasks than the job has ranks.
+    environ = {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "PMI_SIZE": "2", "PMI_RANK": "1"}
+    check_launcher(2, environ)
+    assert launcher_rank(environ) == 1
+
+
+def test_independent_processes_notice_their_launcher(run_job):
+    job = run_job(["-c", "from xbraid_py.comm import world; world()"], env={"SLURM_NTASKS": "3", "SLURM_PROCID": "0"})
+    assert job.returncode != 0
+    assert "LaunchError: SLURM_NTASKS=3 but MPI sees 1 process(es)" in job.stderr
+
+
+def test_a_single_process_is_a_serial_run(run_job):
+    code = "from mpi4py import MPI; from xbraid_py.comm import *; print(type(world()), type(wrap(MPI.COMM_SELF)))"
+    job = run_job(["-c", code])
+    assert job.stdout.count("SerialCommunicator") == 2, job.stderr
+
+
+def test_wrap_takes_what_a_caller_has(spmd):
+    def body(comm):
+        assert wrap(comm) is comm
+        assert isinstance(wrap(None), SerialCommunicator)
+        return isinstance(comm, Communicator) and (comm.size == 1) == isinstance(comm, SerialCommunicator)
+
+    assert all(spmd(body))
+
+
+def test_mpi4py_is_not_needed_without_a_launcher():
+    code = "import sys, torch, xbraid_py.comm; sys.exit('mpi4py' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_threads_are_the_default_stand_in():
+    assert all(type(comm) is ThreadCommunicator for comm in run_threads(2, lambda comm: comm))
+
+
+JOB = """
+import torch
+from xbraid_py.comm import world
+comm = world()
+if comm.rank == 1:
+    comm.abort(7)
+comm.recv(torch.empty(1), 1)
+"""
+
+
+def test_abort_ends_a_job_that_waits(run_job):
+    assert run_job(["-c", JOB], ranks=3).returncode == 7

@@ -1,0 +1,288 @@
+"""The peaks driver from the outside: what a run leaves, how bad input ends, and how killed runs go on."""
+
+import importlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from bad_input import BAD, make_inputs
+from processes import PROJECT, end_job, finish_job, start_job
+
+from xbraid_py.run.options import parse, to_dict
+from xbraid_py.run.record import read
+from xbraid_py.run.store.write import load, newest_good
+
+# The jobs of all tests are started by the first one.
+pytestmark = [pytest.mark.job, pytest.mark.timeout(400)]
+
+DRIVER = PROJECT / "drivers" / "peaks.py"
+CASES = PROJECT / "tests" / "helpers" / "driver_cases.py"
+TINY = [
+    *("--num_layers=16", "--num_train=50", "--num_val=40", "--network.width=3"),
+    *("--mgrit.min_coarse=2", "--mgrit.intervals=4"),  # 16 layers by the one-shot cycle, 8 one after the other
+    *("--nested.refinements=1", "--nested.updates=4,16", "--optim.boost_updates=1"),
+    *("--checkpoint_every=1", "--keep=99", "--validate_every=2"),
+]
+SHORT = "--nested.updates=3,2"
+KILLED_AT = (2, 6)  # updates, one on each level
+FEW_LAYERS = ["--num_layers=2", "--nested.refinements=0", "--nested.updates=1", "--mgrit.max_levels=1"]
+
+
+def updates_of(out: Path) -> list[dict]:
+    """The rows of a record, without the clock."""
+    rows = read(out / "metrics.jsonl") if (out / "metrics.jsonl").exists() else []
+    return [{key: row[key] for key in row if key != "seconds"} for row in rows if row["kind"] == "update"]
+
+
+def agree(found: list[dict], expected: list[dict]) -> bool:
+    """Whether rows are the same, numbers to 1e-9."""
+
+    def same(a, b):
+        return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-14) if isinstance(b, float) else a == b
+
+    pairs = zip(found, expected, strict=True)
+    return len(found) == len(expected) and all(
+        list(row) == list(other) and all(same(row[key], other[key]) for key in row) for row, other in pairs
+    )
+
+
+def ranks_of(job: subprocess.Popen) -> list[int]:
+    """Processes of the ranks of a job started by mpirun: its descendants that run this python."""
+    parents, found = {}, []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            words = path.read_text().rsplit(")", 1)[1].split()
+            command = path.with_name("cmdline").read_bytes().split(b"\0")[0]
+        except OSError:  # it has just ended
+            continue
+        parents[int(path.parent.name)] = int(words[1])
+        if command == sys.executable.encode():
+            found.append(int(path.parent.name))
+
+    def is_descendant(pid):
+        while pid in parents and pid != job.pid:
+            pid = parents[pid]
+        return pid == job.pid
+
+    return sorted(pid for pid in found if is_descendant(pid))
+
+
+def kill_one_rank(out: Path, at: int, which: int) -> subprocess.CompletedProcess:
+    """A run on 3 ranks of which one is killed once update `at` is recorded."""
+    job = start_job([DRIVER, *TINY, f"--out={out}"], ranks=3)
+    try:
+        for _ in range(20_000):
+            if job.poll() is not None or any(row["update"] >= at for row in updates_of(out)):
+                break
+            time.sleep(0.005)
+        ranks = ranks_of(job)
+        assert len(ranks) == 3, f"no 3 ranks but {ranks}: {end_job(job)}"
+        os.kill(ranks[which], signal.SIGKILL)
+        return finish_job(job, timeout=10)
+    finally:
+        if job.poll() is None:
+            end_job(job)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Folder in which all jobs have run: two that were killed, and one each on 1, 2 and 3 ranks with many cases."""
+    folder = tmp_path_factory.mktemp("driver")
+    make_inputs(folder)
+    for which, at in enumerate(KILLED_AT):
+        job = kill_one_rank(folder / f"killed{at}", at, -which)
+        (folder / f"killed{at}.status").write_text(str(job.returncode))
+    for size in (1, 2, 3):
+        tiny = {"full": [], "compare": [SHORT, "--compare"]} if size == 1 else {}
+        for at in KILLED_AT:
+            shutil.copytree(folder / f"killed{at}", folder / f"after{at}_{size}")
+            tiny[f"after{at}"] = ["--resume=auto"]
+        if size == 3:
+            for name in ("finished", "again"):
+                shutil.copytree(folder / "compare_1", folder / f"{name}_3")
+            tiny["finished"] = [SHORT, "--resume=auto"]
+            tiny["again"] = [SHORT, "--compare", f"--resume={folder}/again_3/checkpoints/update_000002.h5"]
+        cases = [[name, [*TINY, f"--out={folder}/{name}_{size}", *words]] for name, words in tiny.items()]
+        if size != 2:
+            cases.append(["smoke", ["--smoke", f"--out={folder}/smoke_{size}"]])
+            cases += [
+                [name, [*TINY, f"--out={folder}/bad_{size}", word.replace("FOLDER", str(folder))]]
+                for name, (word, _, _) in BAD.items()
+            ]
+        if size == 3:
+            cases.insert(0, ["ranks", [*TINY, *FEW_LAYERS, f"--out={folder}/few"]])
+        (folder / f"cases{size}.json").write_text(json.dumps(cases))
+        job = finish_job(start_job([CASES, folder / f"cases{size}.json"], ranks=size), timeout=150)
+        (folder / f"cases{size}.status").write_text(f"{job.returncode} {job.stdout}{job.stderr}")
+    return folder
+
+
+def case(folder: Path, name: str, size: int) -> tuple[int, str, str]:
+    """Status of a case on all ranks, and what rank 0 printed; the others must not have printed anything."""
+    paths = [folder / f"{name}_{size}_{rank}" for rank in range(size)]
+    assert paths[-1].with_suffix(".status").exists(), (folder / f"cases{size}.status").read_text()
+    statuses = {int(path.with_suffix(".status").read_text()) for path in paths}
+    printed = [path.with_suffix(suffix).read_text() for path in paths for suffix in (".out", ".err")]
+    assert len(statuses) == 1 and not any(printed[2:]), printed[2:]
+    return statuses.pop(), printed[0], printed[1]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_smoke_run_leaves_record_checkpoints_and_pictures(folder, size):
+    status, out, err = case(folder, "smoke", size)
+    left = folder / f"smoke_{size}"
+    assert (status, err) == (0, "")
+    rows = updates_of(left)
+    assert [row["update"] for row in rows] == list(range(21))
+    assert {row["num_layers"] for row in rows} == {16, 32} and rows[-1]["final"]
+    assert out.splitlines()[-1] == f"final validation accuracy: {100 * rows[-1]['val_accuracy']:.2f} %"
+    assert rows[-1]["val_accuracy"] > 0.4  # it has learned something: by chance it is 0.2
+    for path in (
+        "checkpoints/update_000020.h5",
+        *(f"figures/{name}.png" for name in ("accuracy", "classes", "convergence")),
+    ):
+        assert (left / path).stat().st_size > 1000
+    assert (left / "figures" / "classes.png").read_bytes().startswith(b"\x89PNG")
+    header = read(left / "metrics.jsonl")[0]
+    assert header["ranks"] == size and header["configuration"]["num_layers"] == 32
+
+
+def test_validations_and_checkpoints_are_made_as_often_as_asked_for(folder):
+    rows = updates_of(folder / "full_1")
+    assert [row["update"] for row in rows if row["val_accuracy"] is None] == list(range(1, 20, 2))
+    # Of 40 points for validation; of the 50 for training it would be another share.
+    right = [40 * row["val_accuracy"] for row in rows if row["val_accuracy"] is not None]
+    assert right == pytest.approx([round(count) for count in right], abs=1e-9)
+    assert any(50 * row["val_accuracy"] % 1 > 0.01 for row in rows[::2])
+    for name, updates in (("full_1", range(21)), ("smoke_1", (10, 15, 20))):
+        found = sorted(path.name for path in (folder / name / "checkpoints").iterdir())
+        assert found == ["best.h5", *(f"update_{update:06d}.h5" for update in updates)]
+        checkpointed = [row for row in rows if row["val_accuracy"] is not None]
+        if name == "full_1":
+            best = max(checkpointed, key=lambda row: (row["val_accuracy"], -row["objective"]))
+            with load(folder / name / "checkpoints" / "best.h5") as file:
+                assert file.meta["update"] == best["update"]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_run_leaves_its_configuration_log_and_status(folder, monkeypatch, size):
+    left = folder / f"smoke_{size}"
+    configuration = yaml.safe_load((left / "config.yaml").read_text())
+    assert configuration == read(left / "metrics.jsonl")[0]["configuration"]
+    monkeypatch.syspath_prepend(DRIVER.parent)
+    options = parse(importlib.import_module("peaks").Options, [f"--config={left / 'config.yaml'}"])
+    assert to_dict(options) == configuration
+    assert (left / "log.txt").read_text().splitlines()[-1].endswith("finished")
+    status = json.loads((left / "status.json").read_text())
+    last = updates_of(left)[-1]
+    assert (status["state"], status["update"], status["total"], status["ranks"]) == ("finished", 20, 20, size)
+    assert (status["objective"], status["accuracy"]) == (last["objective"], last["val_accuracy"])
+
+
+def test_a_killed_run_is_left_running_and_goes_on_to_be_finished(folder):
+    at = KILLED_AT[0]
+    left = json.loads((folder / f"killed{at}" / "status.json").read_text())
+    assert left["state"] in ("starting", "running") and left["total"] == 20
+    assert json.loads((folder / f"after{at}_2" / "status.json").read_text())["state"] == "finished"
+
+
+def test_a_smoke_run_is_the_same_on_3_ranks(folder):
+    assert agree(updates_of(folder / "smoke_3"), updates_of(folder / "smoke_1"))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_message(folder, name, size):
+    _, expected, message = BAD[name]
+    status, out, err = case(folder, name, size)
+    pattern = re.escape(message.replace("FOLDER", str(folder))).replace(r"\.\.\.", ".*")
+    said = [line for line in err.splitlines() if "is not the published file" not in line]
+    assert status == expected and out == ""
+    assert re.fullmatch(f"error: {pattern}", said[0])
+    assert said[1:] in ([], ["try peaks.py --help"])
+    assert not (folder / f"bad_{size}" / "figures").exists()
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_the_same_message_on_3_ranks(folder, name):
+    assert case(folder, name, 1) == case(folder, name, 3)
+
+
+def test_more_ranks_than_layers(folder):
+    message = "error: 3 ranks are more than num_layers=2; use at most 2 ranks\n"
+    assert case(folder, "ranks", 3) == (2, "", message)
+
+
+def test_the_status_of_ranks_is_that_of_the_job(folder):
+    # The last case is the one that fails during the run; the resumed runs on 2 ranks are fine.
+    for size, status in ((1, 1), (2, 0), (3, 1)):
+        assert (folder / f"cases{size}.status").read_text() == f"{status} "
+
+
+@pytest.mark.parametrize("at", KILLED_AT)
+def test_a_killed_rank_ends_the_job_and_leaves_a_good_checkpoint(folder, at):
+    assert int((folder / f"killed{at}.status").read_text()) != 0
+    rows = updates_of(folder / f"killed{at}")
+    assert at <= rows[-1]["update"] < 20 and not rows[-1]["final"]
+    newest = newest_good(folder / f"killed{at}" / "checkpoints")
+    # An update is recorded before its checkpoint is written.
+    assert int(newest.stem.split("_")[1]) in (rows[-1]["update"], rows[-1]["update"] - 1)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("at", KILLED_AT)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(folder, at, size):
+    status, out, _ = case(folder, f"after{at}", size)
+    expected = updates_of(folder / "full_1")
+    rows = updates_of(folder / f"after{at}_{size}")
+    assert status == 0 and [row["update"] for row in rows] == list(range(21))
+    assert agree(rows, expected)
+    assert out.splitlines()[-1] == case(folder, "full", 1)[1].splitlines()[-1]
+    kinds = [row["kind"] for row in read(folder / f"after{at}_{size}" / "metrics.jsonl")]
+    assert kinds.count("resume") == 1 and kinds.count("header") == 1
+    assert (folder / f"after{at}_{size}" / "figures" / "accuracy.png").exists()
+
+
+def test_a_run_that_is_over_can_be_resumed(folder):
+    status, out, _ = case(folder, "finished", 3)
+    expected = [row for row in updates_of(folder / "compare_1") if row["run"] == "nested"]
+    found = [row for row in updates_of(folder / "finished_3") if row["run"] == "nested"]
+    assert status == 0 and agree(found, expected)
+    assert out.splitlines() == [
+        f"the run in {folder}/finished_3 is finished; to train again, start without --resume",
+        case(folder, "compare", 1)[1].splitlines()[-1],
+    ]
+
+
+def test_the_run_of_comparison_follows_and_is_recorded_once(folder):
+    rows = updates_of(folder / "compare_1")
+    assert [(row["run"], row["update"]) for row in rows] == [
+        *(("nested", update) for update in range(6)),
+        *(("non-nested", update) for update in range(5)),
+    ]
+    assert {row["num_layers"] for row in rows[6:]} == {16} and rows[-1]["final"]
+    status, out, _ = case(folder, "again", 3)
+    # In the file the runs may take turns.
+    found = sorted(updates_of(folder / "again_3"), key=lambda row: (row["run"], row["update"]))
+    assert status == 0 and agree(found, rows)
+    assert out.splitlines()[-1] == case(folder, "compare", 1)[1].splitlines()[-1]
+
+
+def test_a_job_is_resumed_in_its_run_of_comparison(folder, run_job):
+    out = folder / "last"
+    shutil.copytree(folder / "compare_1", out)
+    for path in (out / "checkpoints" / "non-nested").glob("*[34].h5"):
+        path.unlink()
+    job = run_job([DRIVER, *TINY, SHORT, "--compare", "--resume=auto", f"--out={out}"])
+    assert job.returncode == 0, job.stderr
+    assert agree(updates_of(out), updates_of(folder / "compare_1"))
+    assert job.stdout.splitlines()[-1] == case(folder, "compare", 1)[1].splitlines()[-1]

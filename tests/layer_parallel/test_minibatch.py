@@ -1,0 +1,219 @@
+"""Training on minibatches: against a literal loop, over ranks and replicas, what a run leaves, and a loss of NaN."""
+
+import json
+import math
+
+import pytest
+import torch
+import yaml
+from blocks import linear
+from torch import nn
+
+from xbraid_py import MGRIT, Accuracy, DenseBlock, LayerParallel, RunError
+from xbraid_py.comm.replicas import ProcessGrid
+from xbraid_py.comm.threads import run_threads
+from xbraid_py.layer_parallel.minibatch.alike import check_alike
+from xbraid_py.layer_parallel.minibatch.state import Trained
+from xbraid_py.layer_parallel.minibatch.updates import evaluate, solve_records, train
+from xbraid_py.recipes.digits_run import follow
+from xbraid_py.run.folder import claim
+from xbraid_py.run.record import read
+
+CONVERGED = MGRIT(cycle="V", cfactor=2, max_iter=8, min_coarse=2)
+
+
+def batches(count=6, samples=7):
+    """Inputs (samples, 3) and classes 0 .. 1."""
+    random = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(samples, 3, generator=random, dtype=torch.float64) for _ in range(count)]
+    return [(each, (each.sum(1) > 0).long()) for each in inputs]
+
+
+def model_on(comm, num_layers=8, **options):
+    stack = LayerParallel(lambda: DenseBlock(4, "tanh"), num_layers, 2.0, comm, **options)
+    return nn.Sequential(linear(3, 4, 2), stack, linear(4, 2, 3)).double()
+
+
+def accuracy_of(logits, labels):
+    return (logits.argmax(1) == labels).double().mean()
+
+
+def plain_model():
+    """The same network without a stack: weights in `layers`, one row each."""
+    model = model_on(None)
+    weights = {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}
+
+    def predict(u):
+        u = u @ weights["0.weight"].T + weights["0.bias"]
+        for W, b in zip(weights["1.layers.weight"], weights["1.layers.bias"], strict=True):
+            u = u + 2.0 / 8 * torch.tanh(u @ W.T + b)
+        return u @ weights["2.weight"].T + weights["2.bias"]
+
+    return weights, predict
+
+
+def literal(clip=None, rates=(0.1,) * 6):
+    """Losses, norms of gradients, and weights in the end, by the loop that everybody writes."""
+    weights, predict = plain_model()
+    optimiser = torch.optim.Adam(weights.values(), lr=rates[0])
+    losses, norms = [], []
+    for (inputs, targets), rate in zip(batches(), rates, strict=True):
+        optimiser.param_groups[0]["lr"] = rate
+        optimiser.zero_grad()
+        loss = nn.functional.cross_entropy(predict(inputs), targets)
+        loss.backward()
+        norms.append(math.sqrt(sum(float(p.grad.square().sum()) for p in weights.values())))
+        if clip is not None and norms[-1] > clip:
+            for p in weights.values():
+                p.grad *= clip / norms[-1]
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    return losses, norms, {name: value.detach() for name, value in weights.items()}
+
+
+def trained(comm, replicas=1, clip=None, halving=False):
+    """Rows, and the weights of all layers."""
+    grid = ProcessGrid(comm, replicas)
+    model = model_on(grid.layers, mgrit=CONVERGED)
+    optimiser = torch.optim.Adam(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimiser, 0.5) if halving else None
+    loss = nn.functional.cross_entropy
+    rows = list(train(model, batches(), loss, optimiser, scheduler=scheduler, clip=clip, grid=grid))
+    state = {name: value.tolist() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    return rows, state
+
+
+@pytest.mark.parametrize("clip", [None, 0.7])
+@pytest.mark.parametrize("halving", [False, True])
+@pytest.mark.ranks(1, 3)
+def test_the_same_as_a_literal_loop(spmd, clip, halving):
+    losses, norms, weights = literal(clip, [0.1 * 0.5**k if halving else 0.1 for k in range(6)])
+    assert min(norms) < 0.7 < max(norms), "the clipping would never, or always, take place"
+    for rows, state in spmd(lambda comm: trained(comm, clip=clip, halving=halving)):
+        assert [row["update"] for row in rows] == [1, 2, 3, 4, 5, 6]
+        assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-9)
+        assert [row["learning_rate"] for row in rows] == [0.1 * 0.5 ** (k * halving) for k in range(6)]
+        assert [row["grad_norm"] for row in rows] == (pytest.approx(norms, rel=1e-8) if clip else [None] * 6)
+        for name, value in weights.items():
+            assert torch.allclose(torch.tensor(state[name], dtype=value.dtype), value, rtol=0, atol=1e-8), name
+
+
+@pytest.mark.ranks(2, 4)
+def test_replicas_share_out_a_batch(spmd):
+    # 7 samples: the shares differ in their length.
+    losses, _, weights = literal()
+    for rows, state in spmd(lambda comm: trained(comm, replicas=comm.size if comm.size % 2 else 2)):
+        assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-9)
+        for name, value in weights.items():
+            assert torch.allclose(torch.tensor(state[name], dtype=value.dtype), value, rtol=0, atol=1e-8), name
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.ranks(2)
+def test_evaluation_counts_every_sample_once(spmd, replicas):
+    parts = [*batches(2), *batches(1, 3)]
+    _, predict = plain_model()
+    right = sum(int((predict(inputs).argmax(1) == targets).sum()) for inputs, targets in parts)
+
+    def body(comm):
+        grid = ProcessGrid(comm, comm.size if comm.size % replicas else replicas)
+        model = model_on(grid.layers)
+        found = evaluate(model, parts, accuracy_of, grid)
+        return found, model.training, evaluate(model.eval(), parts, accuracy_of, grid) == found, model.training
+
+    results = spmd(body)
+    assert results == [(right / 17, True, True, False)] * len(results)
+
+
+def test_an_evaluation_without_batches_is_refused():
+    with pytest.raises(ValueError, match="batches is empty; use at least one batch"):
+        evaluate(model_on(None), [], accuracy_of)
+
+
+@pytest.mark.ranks(1, 2)
+def test_a_loss_of_nan_ends_the_run_on_all_ranks(spmd):
+    def body(comm):
+        model = model_on(comm)
+        data = batches(3)
+        data[1][0][4, 2] = math.nan
+        optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+        rows = train(model, data, nn.functional.cross_entropy, optimiser)
+        next(rows)
+        kept = [p.detach().clone() for p in model.parameters()]
+        try:
+            next(rows)
+        except RunError as error:
+            return str(error), all(torch.equal(a, b) for a, b in zip(kept, model.parameters(), strict=True))
+
+    for message, unchanged in spmd(body):
+        assert message.startswith("update 2: the loss is nan; use") and unchanged
+
+
+@pytest.mark.ranks(2)
+def test_what_a_run_leaves(spmd, shared_tmp_path):
+    out = shared_tmp_path / "run"
+    # No gradient is good enough for this bound: the solver is changed after update 1.
+    accuracy = Accuracy(gradient_error=1e-9, check=4, max_level=1)
+
+    def body(comm):
+        model = model_on(comm, mgrit=MGRIT(cycle="V", cfactor=2, max_iter=1), accuracy=accuracy)
+        tested = follow(
+            Trained(model=model, optimiser=torch.optim.SGD(model.parameters(), lr=0.1)),
+            lambda done: batches(7)[done:],
+            nn.functional.cross_entropy,
+            lambda: {"test_accuracy": evaluate(model, batches(1), accuracy_of)},
+            folder=claim(out, comm),
+            configuration={"num_layers": 8},
+            num_updates=7,
+            record_every=3,
+            test_every=4,
+            checkpoint_every=3,
+            keep=2,
+        )
+        return tested, [record.update for record in solve_records(model)]
+
+    for _ in range(2):
+        results = spmd(body)
+    header, *rows = read(out / "metrics.jsonl")
+    assert header["configuration"] == {"num_layers": 8}
+    assert yaml.safe_load((out / "config.yaml").read_text()) == {"num_layers": 8}
+    found = json.loads((out / "status.json").read_text())
+    assert (found["state"], found["update"], found["total"]) == ("finished", 7, 7)
+    assert found["accuracy"] == results[0][0]["test_accuracy"] and "levels of a stack" in (out / "log.txt").read_text()
+    names = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert names == ["best.h5", "update_000006.h5", "update_000007.h5"]
+    updates = [row["update"] for row in rows if row["kind"] == "update"]
+    assert updates == [1, 2, 3, 5, 6, 7], "1: the first, a change; 2, 5: measured; 3, 6: every third; 7: the last"
+    stacks = [row["stacks"][0] for row in rows if row["kind"] == "update"]
+    assert [stack["measured"] for stack in stacks] == [True, True, False, True, False, False]
+    assert [stack["event"] != "" for stack in stacks] == [True, *[False] * 5] and stacks[0]["gradient_error"] > 1e-9
+    tests = [row for row in rows if row["kind"] == "test"]
+    assert [row["update"] for row in tests] == [4, 7]
+    for tested, numbers in results:
+        assert tested["test_accuracy"] == tests[-1]["test_accuracy"] and numbers == [7]
+    assert (out / "figures" / "training.png").stat().st_size > 1000
+    assert (out / "earlier-1" / "metrics.jsonl").exists(), "the record of the first run is set aside"
+
+
+def test_a_model_without_stacks():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    rows = list(train(model, batches(2), nn.functional.cross_entropy, torch.optim.SGD(model.parameters(), lr=0.1)))
+    assert [row["stacks"] for row in rows] == [[], []] and rows[1]["seconds"] >= rows[0]["seconds"] > 0
+
+
+@pytest.mark.parametrize(("replicas", "part"), [(1, "0.weight"), (2, "1.layers.weight"), (2, "2.bias")])
+def test_ranks_with_different_models_are_refused(replicas, part):
+    """As when no seed was set before the model was built."""
+
+    def body(comm):
+        grid = ProcessGrid(comm, replicas)
+        model = model_on(grid.layers)
+        with torch.no_grad():
+            model.get_parameter(part).add_(float(comm.rank))
+        trained = Trained(model=model, optimiser=torch.optim.SGD(model.parameters(), lr=0.1), grid=grid)
+        with pytest.raises(ValueError, match=f"^{part} is not the same on ranks 0 and 1; draw it from one seed"):
+            check_alike(trained.model, comm)
+        check_alike(model_on(grid.layers), comm)
+
+    run_threads(2, body)

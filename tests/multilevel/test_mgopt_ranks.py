@@ -1,0 +1,106 @@
+"""Layer-parallel MG/OPT with coarse levels on fewer ranks: who owns what, and the same result as on one rank."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mgopt_runs import EXACT, last, mgopt, points
+from small_runs import gathered
+
+from xbraid_py.comm.partition import Partition
+from xbraid_py.mgrit import MGRIT
+from xbraid_py.multilevel.depth.mgopt_options import LevelOptions, MGOptOptions
+
+GD = LevelOptions(learning_rate=(0.3, 0.2, 0.1))
+METHODS = {
+    "gd": GD,
+    "adam": LevelOptions(method=("adam",), learning_rate=(0.01,)),
+    "momentum": LevelOptions(method=("momentum",), learning_rate=(0.05,)),
+    "lbfgs": LevelOptions(method=("lbfgs",), learning_rate=(1.0,), line_search=True),
+}
+SOLVERS = {
+    "layer after layer": EXACT,
+    "one-shot": MGRIT(cfactor=4, max_iter=3),
+    "V-cycles": MGRIT(cycle="V", cfactor=2, max_levels=2, tol=1e-13, max_iter=40),
+}
+
+
+def test_rows_on_the_first_ranks():
+    assert Partition.balanced(10, 5, 3) == Partition((0, 4, 7, 10, 10, 10))
+    assert Partition.balanced(2, 4, 3) == Partition((0, 1, 2, 2, 2))
+    assert Partition.balanced(10, 3, 3) == Partition.balanced(10, 3)
+    with pytest.raises(ValueError, match=r"^in_use=4 must lie in 1 .. num_ranks=3; use 3$"):
+        Partition.balanced(10, 3, 4)
+    with pytest.raises(ValueError, match=r"^in_use=0 must lie in"):
+        Partition.balanced(10, 3, 0)
+
+
+def test_how_many_ranks():
+    options = MGOptOptions(min_layers=16)
+    assert [options.ranks(num_layers, 4) for num_layers in (128, 64, 63, 32, 31, 8, 1)] == [4, 4, 3, 2, 1, 1, 1]
+    assert MGOptOptions(min_layers=0).ranks(1, 4) == 4
+    with pytest.raises(ValueError, match="^min_layers=-1 must be at least 0; use 16$"):
+        MGOptOptions(min_layers=-1)
+
+
+def ends(run):
+    """What is left of a run of three cycles, on every rank."""
+    record = last(run, 3)
+    owners = [objective.network.partition.ranks_in_use for objective in run.objectives]
+    return owners, record.evaluation.value, record.work, record.counted, gathered(run.network, run.x)
+
+
+@pytest.mark.ranks(1, 2, 4)
+@pytest.mark.parametrize("mgrit", SOLVERS.values(), ids=SOLVERS)
+@pytest.mark.parametrize("min_layers", [0, 8])
+def test_three_cycles_are_those_on_one_rank(spmd, mgrit, min_layers):
+    how = {"num_layers": 32, "levels": 4, "mgrit": mgrit, "min_layers": min_layers, "optim": GD}
+
+    def body(comm):
+        return comm.size, ends(mgopt(comm, **how))
+
+    _, value, work, counted, weights = ends(mgopt(**how))
+    for size, (owners, its_value, its_work, its_counted, its_weights) in spmd(body):
+        if min_layers:
+            assert owners == [size, min(size, 2), 1, 1]
+        assert its_value == pytest.approx(value, rel=1e-9)
+        assert (its_work, its_counted) == (work, pytest.approx(counted))
+        for name, rows in weights.items():
+            torch.testing.assert_close(its_weights[name], rows, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.parametrize("optim", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("interpolation, restriction", [("constant", "inject"), ("linear", "average")])
+def test_every_optimiser_and_transfer(spmd, optim, interpolation, restriction):
+    how = {"num_layers": 32, "levels": 4, "min_layers": 8, "optim": optim, "line_search": True, "metric": "L2"}
+    how |= {"interpolation": interpolation, "restriction": restriction}
+    how["carry_momentum"] = 0.5 if optim.method in (("adam",), ("momentum",)) else 0.0
+
+    def body(comm):
+        return ends(mgopt(comm, **how))
+
+    expected = ends(mgopt(**how))
+    for found in spmd(body):
+        assert found[1] == pytest.approx(expected[1], rel=1e-9)
+        for name, rows in expected[4].items():
+            torch.testing.assert_close(found[4][name], rows, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.ranks(2, 4)
+def test_minibatches(spmd):
+    def batches(cycle):
+        train, which = points(), (torch.arange(20) + 20 * cycle) % 60
+        return train.features[:, which].contiguous(), train.labels[which]
+
+    def body(comm):
+        run = mgopt(comm, num_layers=32, levels=4, min_layers=8, optim=GD)
+        record = list(run.run(4, batches))[-1]
+        return record.evaluation.value, gathered(run.network, run.x)
+
+    alone = mgopt(num_layers=32, levels=4, optim=GD)
+    value = list(alone.run(4, batches))[-1].evaluation.value
+    for found, weights in spmd(body):
+        assert found == pytest.approx(value, rel=1e-9)
+        for name, rows in gathered(alone.network, alone.x).items():
+            torch.testing.assert_close(weights[name], rows, rtol=1e-9, atol=1e-9)

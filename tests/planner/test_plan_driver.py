@@ -1,0 +1,60 @@
+"""The planner from the outside: its driver, and a training job that asks for a plan."""
+
+import json
+
+import pytest
+from processes import PROJECT, run_job
+
+from xbraid_py.run.record import read
+
+pytestmark = [pytest.mark.job, pytest.mark.timeout(200)]
+
+PLAN, PEAKS = PROJECT / "drivers" / "plan.py", PROJECT / "drivers" / "peaks.py"
+TINY = [
+    *("--num_layers=16", "--num_train=50", "--num_val=40", "--network.width=3", "--nested.refinements=1"),
+    *("--nested.updates=3,4", "--checkpoint_every=2", "--plan=auto"),
+]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_plan_for_several_numbers_of_ranks(tmp_path, size):
+    out = tmp_path / "plan.json"
+    job = run_job([PLAN, "--num_layers=64", "--batch=200", "--ranks=1,2,64", f"--json={out}"], size, timeout=100)
+    assert (job.returncode, job.stderr) == (0, "")
+    found = json.loads(out.read_text())
+    predictions = found["predictions"]
+    assert [each["num_ranks"] for each in predictions] == [1, 2, 64]
+    assert all(each["seconds"] > 0 and each["speedup"] > 0 for each in predictions)
+    assert predictions[0]["speedup"] == pytest.approx(1.0)
+    assert "fastest" in job.stdout.lower() and "speedup" in job.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--ranks=0"], "ranks="),
+        (["--num_layers=0"], "num_layers=0 must be at least 1"),
+        (["--cycles=W"], "cycles"),
+        (["--rank=3"], "unknown option --rank"),
+    ],
+)
+def test_bad_options_are_one_message(words, message):
+    job = run_job([PLAN, *words])
+    assert job.returncode == 2 and job.stdout == ""
+    assert job.stderr.startswith("error: ") and message in job.stderr and "Traceback" not in job.stderr
+
+
+def test_a_planned_job_goes_on_as_it_was_planned(tmp_path):
+    out = tmp_path / "run"
+    first = run_job([PEAKS, *TINY, f"--out={out}"], 2, timeout=100)
+    assert first.returncode == 0 and "plan for 2 ranks" in first.stderr, first.stderr
+    rows = read(out / "metrics.jsonl")
+    planned = rows[0]["configuration"]["mgrit"]
+    for path in sorted((out / "checkpoints").glob("update_*.h5"))[1:]:
+        path.unlink()
+    (out / "checkpoints" / "best.h5").unlink()
+    again = run_job([PEAKS, *TINY, "--resume=auto", f"--out={out}"], 1, timeout=100)
+    assert (again.returncode, again.stderr) == (0, ""), "nothing is measured"
+    assert again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
+    resumed = next(row for row in read(out / "metrics.jsonl") if row["kind"] == "resume")
+    assert resumed["configuration"]["mgrit"] == planned

@@ -1,0 +1,275 @@
+"""Options of a driver: precedence, spellings, conversions, and the message for everything that is wrong."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from xbraid_py.run.options import OptionError, parse, to_dict, to_yaml
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solver:
+    """The solver.
+
+    Parameters
+    ----------
+    cfactor : int or tuple of int
+        Layers of an interval.
+    tol : float
+        Tolerance, not negative.
+    warm_start : bool
+        Begin from the last states.
+    """
+
+    cfactor: int | tuple[int, ...] = 4
+    tol: float = 0.0
+    warm_start: bool = False
+
+    def __post_init__(self):
+        if self.tol < 0:
+            raise ValueError(f"tol={self.tol} must not be negative; use 0.0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The experiment.
+
+    Parameters
+    ----------
+    num_layers : int
+        Number of layers.
+    updates : tuple of int
+        Weight updates of every level.
+    activation : str
+        Activation of the layers.
+    data_dir : Path, optional
+        Folder of the data files.
+    resume : str, optional
+        Checkpoint to go on from.
+    smoke : bool
+        A run of seconds.
+    mgrit : Solver
+        Forward solver.
+    coarse : Solver, optional
+        Another solver.
+    """
+
+    num_layers: int = 64
+    updates: tuple[int, ...] = (200, 125, 75)
+    activation: Literal["relu", "tanh"] = "tanh"
+    data_dir: Path | None = None
+    resume: str | None = None
+    rate: float = 1.0
+    smoke: bool = False
+    mgrit: Solver = Solver(cfactor=8)
+    coarse: Solver | None = None
+    seeds: tuple[int, ...] | None = field(default=None)
+
+    def __post_init__(self):
+        if isinstance(self.mgrit.cfactor, int) and self.num_layers % self.mgrit.cfactor:
+            raise ValueError(f"num_layers={self.num_layers} is not a multiple of cfactor={self.mgrit.cfactor}; use 64")
+
+
+def parsed(*words):
+    return parse(Options, words, prog="peaks.py", description="Peaks.")
+
+
+def message(*words):
+    with pytest.raises(OptionError) as caught:
+        parsed(*words)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(content, name="run.yaml"):
+        path = tmp_path / name
+        path.write_text(content)
+        return str(path)
+
+    return write
+
+
+def test_nothing_given_is_the_defaults():
+    assert parsed() == Options()
+
+
+def test_command_line_beats_files_beats_defaults_in_any_order(config):
+    first = config("num_layers: 16\nrate: 1e-3\nupdates: [1, 2]\nmgrit: {tol: 0.5, warm_start: true}\n", "a.yaml")
+    second = config("rate: 2\nmgrit.tol: 0.25\n", "b.yaml")
+    options = parsed("--num_layers=32", f"--config={first}", "--config", second)
+    assert options == Options(
+        num_layers=32, rate=2.0, updates=(1, 2), mgrit=Solver(cfactor=8, tol=0.25, warm_start=True)
+    )
+    assert isinstance(options.rate, float)
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["--data-dir", "/x"], {"data_dir": Path("/x")}),
+        (["--data_dir=3"], {"data_dir": Path("3")}),
+        (["--resume=3"], {"resume": "3"}),
+        (["--resume=a=b"], {"resume": "a=b"}),
+        (["--resume=x", "--resume=null"], {}),
+        (["--rate=1e-3"], {"rate": 0.001}),
+        (["--rate", "-2"], {"rate": -2.0}),
+        (["--smoke"], {"smoke": True}),
+        (["--smoke", "--rate=3"], {"smoke": True, "rate": 3.0}),
+        (["--smoke=true"], {"smoke": True}),
+        (["--smoke", "true"], {"smoke": True}),
+        (["--smoke", "--no-smoke"], {}),
+        (["--smoke", "--smoke=false"], {}),
+        (["--activation=relu"], {"activation": "relu"}),
+        (["--updates=3,4"], {"updates": (3, 4)}),
+        (["--updates=[3, 4]"], {"updates": (3, 4)}),
+        (["--updates=3"], {"updates": (3,)}),
+        (["--seeds=1,2"], {"seeds": (1, 2)}),
+        (["--seeds=1", "--seeds=null"], {}),
+        (["--mgrit.cfactor=2"], {"mgrit": Solver(cfactor=2)}),
+        (["--mgrit.cfactor=2,4"], {"mgrit": Solver(cfactor=(2, 4))}),
+        (["--mgrit.warm-start"], {"mgrit": Solver(cfactor=8, warm_start=True)}),
+        (["--mgrit.warm_start", "--no_mgrit.warm_start"], {}),
+        (["--mgrit={tol: 0.5}"], {"mgrit": Solver(cfactor=8, tol=0.5)}),
+        (["--coarse.tol=1"], {"coarse": Solver(tol=1.0)}),
+        (["--coarse.tol=1", "--coarse=null"], {}),
+        (["--coarse=null", "--coarse.tol=1"], {"coarse": Solver(tol=1.0)}),
+        # Valid only together: neither is tried alone.
+        (["--num_layers=9", "--mgrit.cfactor=3"], {"num_layers": 9, "mgrit": Solver(cfactor=3)}),
+    ],
+)
+def test_spellings(words, expected):
+    assert parsed(*words) == Options(**expected)
+
+
+def test_a_group_from_a_file_of_its_own(config):
+    assert parsed(f"--mgrit={config('tol: 0.5')}") == Options(mgrit=Solver(cfactor=8, tol=0.5))
+
+
+@pytest.mark.parametrize(
+    "words, parts",
+    [
+        (["--num_layer=3"], ["unknown option --num_layer;", "did you mean --num_layers?"]),
+        (["--mgrit.cfactr=3"], ["unknown option --mgrit.cfactr;", "did you mean --mgrit.cfactor?"]),
+        (["--cfactor", "3"], ["unknown option --cfactor;", "did you mean --mgrit.cfactor?"]),
+        (["--confg=a"], ["did you mean --config?"]),
+        (["--smok"], ["did you mean --smoke?"]),
+        (["-smoke"], ["unknown option -smoke;", "did you mean --smoke?"]),
+        (["--zzzz"], ["unknown option --zzzz;", "--help"]),
+        (["--mgrit={cfactr: 3}"], ["unknown option mgrit.cfactr in", "did you mean mgrit.cfactor?"]),
+        (["--updates", "1", "2"], ["'2' belongs to no option", "200,125,75"]),
+        (["peaks"], ["'peaks' belongs to no option"]),
+        (["--num-layers"], ["--num-layers needs a value; use --num-layers=64"]),
+        (["--num_layers", "--smoke"], ["--num_layers needs a value"]),
+        (["--config"], ["--config needs a value"]),
+        (["--num-layers=abc"], ["--num-layers=abc is not an int; use --num_layers=64"]),
+        (["--num_layers=3.5"], ["--num_layers=3.5 is not an int"]),
+        (["--num_layers=null"], ["--num_layers=null is not an int"]),
+        (["--rate=fast"], ["--rate=fast is not a float; use --rate=1.0"]),
+        (["--smoke=2"], ["--smoke=2 is not a bool (true or false); use --smoke=false"]),
+        (["--activation=gelu"], ["--activation=gelu is not one of relu, tanh; use --activation=tanh"]),
+        (["--updates=1,x"], ["--updates=1,x is not a list of int; use --updates=200,125,75"]),
+        (["--mgrit.cfactor=2,x"], ["--mgrit.cfactor=2,x is not an int or a list of int; use --mgrit.cfactor=8"]),
+        (["--coarse.tol=x"], ["--coarse.tol=x is not a float; use --coarse.tol=0.0"]),
+        (["--mgrit=3"], ["--mgrit=3 is a group of options; use --mgrit.cfactor=8"]),
+        (["--mgrit=null"], ["--mgrit=null is a group of options"]),
+        (["--mgrit={"], ["--mgrit={ is not YAML"]),
+        (["--mgrit.tol=-1"], ["tol=-1.0 must not be negative; use 0.0"]),
+        (["--coarse.tol=-1"], ["tol=-1.0 must not be negative; use 0.0"]),
+        (["--num_layers=9"], ["num_layers=9 is not a multiple of cfactor=8; use 64"]),
+    ],
+)
+def test_one_message_for_what_is_wrong(words, parts):
+    text = message(*words)
+    for part in parts:
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    "content, parts",
+    [
+        ("mgrit: {cfactr: 3}", ["unknown option mgrit.cfactr in ", "run.yaml; did you mean mgrit.cfactor?"]),
+        ("num_layer: 3", ["unknown option num_layer in", "did you mean num_layers?"]),
+        ("num_layers: many", ["num_layers=many in", "is not an int; use num_layers=64"]),
+        ("updates: [1, a]", ["updates=1,a in", "is not a list of int; use updates=200,125,75"]),
+        ("updates: 3", ["updates=3 in"]),
+        ("smoke: 1", ["smoke=1 in", "is not a bool"]),
+        ("mgrit: 3", ["mgrit=3 in", "is a group of options; use mgrit.cfactor=8"]),
+        ("mgrit: {tol: -1}", ["tol=-1.0 must not be negative"]),
+        ("a: [1", ["run.yaml is not YAML"]),
+        ("- 1", ["run.yaml holds no `name: value` lines"]),
+    ],
+)
+def test_one_message_for_what_is_wrong_in_a_file(config, content, parts):
+    text = message(f"--config={config(content)}")
+    for part in parts:
+        assert part in text
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(OptionError, match="--config=.*none.yaml cannot be read: No such file") as caught:
+        parsed(f"--config={tmp_path / 'none.yaml'}")
+    assert isinstance(caught.value.__cause__, OSError)
+    assert "cannot be read: Is a directory" in message("--config", str(tmp_path))
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    assert "cannot be read: not a text file" in message(f"--config={tmp_path / 'binary'}")
+
+
+def test_an_empty_file_changes_nothing(config):
+    assert parsed(f"--config={config('')}") == Options()
+
+
+def test_an_option_without_default_is_asked_for():
+    @dataclass(frozen=True)
+    class Needy:
+        depth: int
+
+    assert parse(Needy, ["--depth=3"]) == Needy(3)
+    with pytest.raises(OptionError, match="--depth must be given"):
+        parse(Needy, [])
+    with pytest.raises(OptionError, match="--depth=x is not an int; use --depth=1"):
+        parse(Needy, ["--depth=x"])
+
+
+def printed(capsys, *words):
+    with pytest.raises(SystemExit) as end:
+        parsed(*words)
+    assert end.value.code == 0
+    out, err = capsys.readouterr()
+    assert not err
+    return out
+
+
+def test_help_comes_from_the_docstrings(capsys):
+    text = printed(capsys, "--num_layers=3", "--help")
+    for part in ["peaks.py", "Peaks.", "--num_layers", "Number of layers.", "--mgrit.tol", "Tolerance, not negative."]:
+        assert part in text
+    assert "default: 64" in text and "--config FILE" in text and "--print_config" in text
+
+
+def test_printed_configuration_is_a_configuration(capsys, config):
+    words = ["--mgrit.cfactor=2,4", "--data_dir=/x", "--rate=1e-5", "--coarse.tol=3", "--smoke"]
+    text = printed(capsys, *words, "--print_config")
+    assert parsed(f"--config={config(text)}") == parsed(*words)
+
+
+def test_only_the_first_rank_prints(capsys, monkeypatch):
+    for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "3")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "2")
+    assert printed(capsys, "--help") == ""
+    assert printed(capsys, "--print_config") == ""
+
+
+def test_options_as_plain_data():
+    options = Options(data_dir=Path("/x"), coarse=Solver(cfactor=(2, 4)))
+    plain = to_dict(options)
+    assert json.loads(json.dumps(plain)) == plain
+    assert plain["updates"] == [200, 125, 75] and plain["data_dir"] == "/x"
+    assert plain["coarse"] == {"cfactor": [2, 4], "tol": 0.0, "warm_start": False}
+    assert to_yaml(options).startswith("num_layers: 64\nupdates:\n- 200\n")

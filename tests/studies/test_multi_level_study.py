@@ -1,0 +1,120 @@
+"""The study of multi-level residual networks: parts, defaults, page and figures; driver and benchmark."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+
+import pytest
+from cifar_files import write_cifar10
+from processes import PROJECT
+from studies.multi_level import page
+from studies.statistics import Summary
+from test_multi_level_report import row
+
+from xbraid_py.comm import SerialCommunicator
+
+NAMES = runpy.run_path(str(PROJECT / "drivers" / "multi_level_study.py"))
+TINY = {"epochs": (1, 1), "blocks": (1, 2), "filters": (4, 8), "batch_size": 8, "stem_stride": 2, "seeds": 1}
+TINY |= {"train_images": 24, "test_images": 10, "norm": "group", "workers": 1}
+EXTRA = {
+    "train_images": 10_000,
+    "stem_stride": 2,
+    "eta_max": 0.2,
+    "eta_min": 1e-3,
+    "precision": "bfloat16",
+    "reset": True,
+}
+
+
+def rows():
+    """Two seeds: the multilevel model is 0.01 and 0.03 worse at the end, in 60 and 50 % of the time."""
+    last = [row("last", error, 30.0, 100, seed, **EXTRA) for seed, error in ((0, 0.4), (1, 0.44))]
+    grown = [
+        row("multilevel", 0.4 + 0.032, 18.0, 60, 0, **EXTRA),
+        row("multilevel", 0.44 + 0.096, 15.0, 60, 1, **EXTRA),
+    ]
+    first = [row("first", 0.5, 8.0, 25, seed, **EXTRA) for seed in (0, 1)]
+    return [*last, *grown, *first]
+
+
+def test_differences_are_paired():
+    text = page.differences(rows())
+    (line,) = (each for each in text.splitlines() if each.startswith("| ResNet-50-i"))
+    summary = Summary.of([1.0, 3.0])
+    assert f"+2.00 ({summary.low:+.2f} to {summary.high:+.2f}) | 45.0 | 2" in line
+    assert page.differences([each for each in rows() if each["settings"]["model"] != "last"]) == ""
+
+
+def test_figures():
+    found = page.figures(rows())
+    assert found["time_saved"] == pytest.approx(0.45) and found["work_saved"] == pytest.approx(0.4)
+    assert found["error_last_cycle"] == pytest.approx(1.25 * 0.42 / 4)
+    assert found["error_multi_level"] == pytest.approx(1.25 * (0.432 + 0.536) / 2 / 4)
+    assert found["deviation_last_cycle"] == pytest.approx(1.25 * 0.04 / 2**0.5 / 4)
+
+
+def test_page(tmp_path):
+    changed = [row("multilevel", 0.4, 18.0, 60, seed, **EXTRA | {"reset": False}) for seed in (0, 1)]
+    failed = {"settings": row("last", seed=2, **EXTRA)["settings"], "failure": "the loss is nan"}
+    text = page.write({"models": [*rows(), failed], "reset": [*rows(), *changed]}, tmp_path)
+    assert (tmp_path / page.PAGE).read_text() == text
+    assert "10,000 training images" in text and "filters 16-32-64" in text and "cycles of 2/1/1 epochs" in text
+    assert "| ResNet-50-i, reset=False | -0.63" in text and "seed 2: the loss is nan" in text
+    assert (tmp_path / "figures" / "figure6.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("part", NAMES["CHANGES"])
+def test_parts(part):
+    found = list(NAMES["cases"](NAMES["Options"](seeds=2), part))
+    models = [case.model for case in found if case.seed == 1]
+    assert models[:3] == ["first", "last", "multilevel"] and len(models) == (3 if part == "models" else 4)
+    changes = NAMES["CHANGES"][part]
+    assert all(getattr(found[-1], name) == value for name, value in changes.items())
+    assert len({repr(case) for case in found}) == len(found)
+
+
+@pytest.mark.parametrize(
+    "words, epochs, seeds",
+    [([], (42, 35, 35), 5), (["--protocol=paper"], (60, 50, 50), 3), (["--protocol", "paper"], (60, 50, 50), 3)],
+)
+def test_defaults_of_the_protocols(words, epochs, seeds):
+    options = NAMES["chosen"](words)()
+    assert (options.epochs, options.seeds) == (epochs, seeds)
+    assert NAMES["chosen"](["--smoke", *words]) is NAMES["SmokeOptions"]
+
+
+def test_wrong_options():
+    with pytest.raises(ValueError, match=r"^seeds=0 must be at least 1; use 5$"):
+        NAMES["Options"](seeds=0)
+    with pytest.raises(ValueError, match=r"^parts=\[\] must be some of models, reset"):
+        NAMES["Options"](parts=())
+
+
+def test_the_study_runs_and_goes_on(tmp_path, capsys):
+    options = NAMES["Options"](
+        **TINY, data_dir=write_cifar10(tmp_path), out=tmp_path / "out", parts=("models", "reset")
+    )
+    NAMES["setup"](options, SerialCommunicator())()
+    assert "4 runs, 0 of them over" in capsys.readouterr().out
+    made = [json.loads(line) for line in (tmp_path / "out" / "runs.jsonl").read_text().splitlines()]
+    assert len(made) == 4 and all("result" in each for each in made)
+    NAMES["setup"](options, SerialCommunicator())()
+    assert "4 runs, 4 of them over" in capsys.readouterr().out
+
+
+@pytest.mark.job
+def test_the_benchmark_prints_its_figures(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(PROJECT / "benchmarks"))
+    names = runpy.run_path(str(PROJECT / "benchmarks" / "multi_level.py"))
+    quick = dict(
+        epochs=(1, 1), blocks=(1, 2), filters=(4, 8), batch_size=8, train_images=24, test_images=10, norm="group"
+    )
+    names["main"].__globals__["QUICK"] = names["replace"](names["QUICK"], **quick)
+    words = ["multi_level.py", "--quick", "--workers", "1", "--data_dir", str(write_cifar10(tmp_path))]
+    monkeypatch.setattr(sys, "argv", words)
+    names["main"]()
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])["figures"]
+    assert figures["work_saved"] == pytest.approx(0.25)
+    assert {"time_saved", "error_multi_level", "error_last_cycle"} <= figures.keys()

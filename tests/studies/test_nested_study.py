@@ -1,0 +1,100 @@
+"""The study of nested iteration: it runs, goes on where it was, and its page says what is in its rows."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from processes import PROJECT
+from studies.nested import page
+
+DRIVER = PROJECT / "drivers" / "nested_study.py"
+
+
+def row(run, seed, accuracy, regime="paper", width=8, tikhonov=1e-5, change=None):
+    """A run of 100 updates, a second each, whose accuracy rises evenly; the nested one is twice as fast."""
+    speed = 0.5 if run == "nested" else 1.0
+    settings = {"regime": regime, "width": width, "layers": 1e-6, "tikhonov": tikhonov, "run": run, "seed": seed}
+    settings |= {"updates": [50, 25, 25]} | ({"change": change} if change else {})
+    curve = [[0, 16, k, speed * k, speed * k, accuracy * k / 100] for k in range(101)]
+    result = {
+        "val_accuracy": accuracy,
+        "square_accuracy": accuracy / 2,
+        "work": speed * 100,
+        "seconds": speed * 100,
+        "updates": 100,
+        "curve": curve,
+    }
+    return {"settings": settings, "result": result}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    out = tmp_path_factory.mktemp("page")
+    pairs = [("nested", (0.90, 0.92, 0.97)), ("non-nested", (0.80, 0.90, 0.91))]
+    rows = [row(run, seed, value) for run, values in pairs for seed, value in enumerate(values)]
+    rows += [row("nested", seed, 0.5, change=change) for seed in range(2) for change in ("every", "no boost", "linear")]
+    page.write([*rows, {"settings": {"regime": "paper"}, "failure": "not finite"}], out)
+    return out, (out / page.PAGE).read_text()
+
+
+def test_the_table_of_figure_3(written):
+    _, text = written
+    assert text.startswith("12 runs, 1 failed.")
+    assert "| mean | 93.00 % | 87.00 % | 92.3 % | 90.7 % |" in text
+    assert "| median | 92.00 % | 90.00 % | 94 % | 91.8 % |" in text
+    assert "| deviation | 3.61 % | 6.08 % | 5.18 % | 6.08 % |" in text
+    # Differences of 10, 2 and 6 points: mean 6, deviation 4, t(2) = 4.303, so 9.94 to either side.
+    assert (
+        "3 pairs. Nested less non-nested: +6.00 points in the mean (95 %: -3.94 to +15.94), nested ahead in 3." in text
+    )
+    assert "0.50 times the layer steps of the non-nested one, in 0.50 times its seconds" in text
+    assert "drawn uniformly from the square: nested 46.50 %, non-nested 43.50 %." in text
+
+
+def test_accuracy_over_work(written):
+    _, text = written
+    # A unit is a second. After 25 of them half of the nested run is over and a quarter of the other one.
+    assert "| after 25 work units | 46.5 % | 21.8 % | +24.8" in text
+    assert "| 90 % reached after (median; runs that do) | 49 units (3 of 3) | 100 units (2 of 3) |" in text
+    assert "| 95 % reached after (median; runs that do) | - (1 of 3) | - (0 of 3) |" in text
+
+
+def test_changes_and_pictures(written):
+    out, text = written
+    assert "| the paper's regime | linear | 1e-06 | 50.00 ± 0.00 % (2) |  |  |" in text
+    names = {"accuracies.png", "mean_over_work.png", "best_paper_8.png", "after_refinement.png"}
+    assert {path.name for path in (out / "figures").iterdir()} == names
+
+
+def test_a_part_of_the_study_has_a_page(tmp_path):
+    page.write([row("nested", 0, 0.9)], tmp_path)
+    assert "## Width 8, the paper's regime" in (tmp_path / page.PAGE).read_text()
+    page.write([], tmp_path)
+    assert (tmp_path / page.PAGE).read_text() == "0 runs, 0 failed.\n"
+
+
+@pytest.mark.job
+def test_the_driver_goes_on_where_it_was(run_job, tmp_path):
+    words = ["--smoke", "--parts=interpolation", "--inits=1", "--workers=2", f"--out={tmp_path}"]
+    first = run_job([DRIVER, *words], timeout=150)
+    assert first.returncode == 0, first.stderr
+    rows = (tmp_path / "runs.jsonl").read_text()
+    assert len(rows.splitlines()) == 2 and all("result" in json.loads(line) for line in rows.splitlines())
+    again = run_job([DRIVER, *words], timeout=150)
+    assert again.returncode == 0 and (tmp_path / "runs.jsonl").read_text() == rows
+    assert (tmp_path / "study.md").read_text().startswith("2 runs, 0 failed.")
+
+
+@pytest.mark.job
+@pytest.mark.parametrize(
+    ("ranks", "word", "message"),
+    [
+        (1, "--parts=figure4", "parts=figure4 is none of figure3, defaults, open"),
+        (1, "--workers=0", "workers=0 must be at least 1"),
+        (2, "--smoke", "2 ranks: the study has workers of its own; start it without mpirun"),
+    ],
+)
+def test_wrong_options(run_job, tmp_path, ranks, word, message):
+    job = run_job([DRIVER, word, f"--out={tmp_path}"], ranks=ranks)
+    assert job.returncode == 2 and message in job.stderr

@@ -1,0 +1,213 @@
+"""Data-parallel times layer-parallel: a grid of ranks, batches dealt out, gradients averaged over the replicas."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from xbraid_py.comm import wrap
+from xbraid_py.comm.partition import Partition
+from xbraid_py.comm.share import map_nested
+
+# A message of gradients holds at most so many bytes.
+MESSAGE_BYTES = 25_000_000
+
+_NO_COUNT, _BAD_COUNT = -1, -2
+
+
+class ProcessGrid:
+    """`replicas` copies of a network, each on as many ranks, its layers shared out among them.
+
+    The ranks of a replica are neighbours: with 6 ranks and 2 replicas, ranks 0 to 2 are the first. All ranks of
+    `comm` make the grid together.
+
+    Parameters
+    ----------
+    comm : Communicator or mpi4py.MPI.Comm or None
+        All ranks; None for a serial run.
+    replicas : int
+        Number of replicas; divides the number of ranks.
+
+    Attributes
+    ----------
+    layers : Communicator
+        The ranks of this replica, for layer-parallelism.
+    data : Communicator
+        The ranks that hold the same stretch of layers, one in each replica, in the order of the replicas.
+    replica : int
+        Which replica this rank belongs to.
+    replicas : int
+        Number of replicas.
+
+    Raises
+    ------
+    ValueError
+        On all ranks, if `replicas` does not divide their number or is not the same on all.
+    """
+
+    def __init__(self, comm: Any = None, replicas: int = 1):
+        comm = wrap(comm)
+        comm.same(replicas, "replicas")
+        if not isinstance(replicas, int) or replicas < 1 or comm.size % replicas:
+            raise ValueError(f"replicas={replicas!r} does not divide the {comm.size} rank(s); use {_fits(comm.size)}")
+        per_replica = comm.size // replicas
+        self.replicas = replicas
+        self.replica = comm.rank // per_replica
+        self.layers = comm.split(self.replica, comm.rank)
+        self.data = comm.split(comm.rank % per_replica, comm.rank)
+
+    def shard(self, batch: Any) -> Any:
+        """This replica's share of a batch, without copying: a block of samples, longer ones first.
+
+        Parameters
+        ----------
+        batch : tensor, or nested tuple, list or dict of tensors
+            Shape (B, ...) each, with the same number B of samples; entries that are None stay so.
+
+        Returns
+        -------
+        The same structure, B / replicas samples each, rounded up for the first replicas and down for the others.
+
+        Raises
+        ------
+        ValueError
+            If there are fewer samples than replicas, or tensors differ in their number of samples.
+        TypeError
+            If `batch` holds anything else than tensors and None.
+        """
+        sizes: list[int] = []
+        map_nested(batch, lambda leaf: sizes.append(_samples(leaf)) if leaf is not None else None)
+        if len(set(sizes)) > 1:
+            raise ValueError(f"batch holds tensors of {sizes} samples; the first axis of all must be the same")
+        if sizes and sizes[0] < self.replicas:
+            raise ValueError(
+                f"batch of {sizes[0]} sample(s) is too small for replicas={self.replicas}; "
+                f"use at least {self.replicas} samples, or drop the last batch of an epoch"
+            )
+        shares = Partition.balanced(sizes[0] if sizes else 0, self.replicas)
+        mine = slice(shares.bounds[self.replica], shares.bounds[self.replica + 1])
+        return map_nested(batch, lambda leaf: None if leaf is None else leaf[mine])
+
+    def average_gradients(
+        self, parameters: torch.nn.Module | Iterable[torch.Tensor], samples: int | None = None
+    ) -> None:
+        """Replace the gradients by their averages over the replicas; call it after `backward`.
+
+        All ranks take part, with the same parameters in every replica. A parameter that has a gradient in some
+        replicas counts as zero in the others; one that has none in any keeps none. The average is summed in the order
+        of the replicas, and bitwise the same in all of them.
+
+        Parameters
+        ----------
+        parameters : Module or iterable of tensors
+            Whose gradients; those that do not require any are left out.
+        samples : int, optional
+            Samples of this replica's share. The averages are weighted by them, as in the mean over the joined
+            batch; without it all replicas weigh the same.
+
+        Raises
+        ------
+        ValueError
+            On all replicas, if their parameters differ in number, shape or type, or their `samples` make no weights.
+        """
+        if isinstance(parameters, torch.nn.Module):
+            parameters = parameters.parameters()
+        wanted = [p for p in parameters if p.requires_grad]
+        weight = self._agree(wanted, samples)
+        with torch.no_grad():
+            flats = self._flat_gradients(wanted)
+            for pieces in _buckets([flat for _, flat in flats]):
+                mine = torch.cat(pieces).mul_(weight)
+                mean = self.data.ordered_sum(mine[None], [1] * self.replicas)
+                for piece, part in zip(pieces, mean.split([piece.numel() for piece in pieces]), strict=True):
+                    piece.copy_(part)
+            for parameter, flat in flats:
+                if not parameter.grad.is_contiguous():  # then `flat` is a copy of it
+                    parameter.grad.copy_(flat.view_as(parameter.grad))
+
+    def broadcast_parameters(self, module: torch.nn.Module) -> None:
+        """Overwrite the parameters and buffers of all replicas by those of the first; all ranks take part.
+
+        Raises
+        ------
+        ValueError
+            On all replicas, if their modules differ in names, shapes or types.
+        """
+        tensors = dict([*module.named_parameters(), *module.named_buffers()])
+        self.data.same([(name, tuple(t.shape), str(t.dtype)) for name, t in tensors.items()], "parameters")
+        for tensor in tensors.values():
+            self.data.broadcast(tensor, 0)
+
+    def _agree(self, parameters: list[torch.Tensor], samples: int | None) -> float:
+        """Weight of this replica, once all replicas have agreed on what is to come."""
+        kind = zlib.crc32(repr([(tuple(p.shape), str(p.dtype)) for p in parameters]).encode())
+        valid = samples is None or (isinstance(samples, int) and samples >= 0)
+        count = _BAD_COUNT if not valid else _NO_COUNT if samples is None else samples
+        all_counts, kinds = self._of_all_replicas([count, kind]).T.tolist()
+        if len(set(kinds)) > 1:
+            raise ValueError(
+                f"parameters differ between the replicas, this is replica {self.replica}; build them alike"
+            )
+        if all_counts == [_NO_COUNT] * self.replicas:
+            return 1 / self.replicas
+        if min(all_counts) < 0 or sum(all_counts) == 0:
+            raise ValueError(
+                f"samples={samples!r} on replica {self.replica}: every replica must pass a number from 0 on, not all "
+                f"of them 0, or all of them None; use the length of the replica's share"
+            )
+        return count / sum(all_counts)
+
+    def _flat_gradients(self, parameters: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Parameters with a gradient in some replica, with this replica's as a vector: a view where there is one."""
+        missing = [p.grad is None for p in parameters]
+        wanted = [True] * len(parameters)
+        if self._of_all_replicas([any(missing)]).any():
+            wanted = (self._of_all_replicas(missing) == 0).any(0).tolist()
+        found = []
+        for parameter, has_gradient in zip(parameters, wanted, strict=True):
+            if has_gradient:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                found.append((parameter, parameter.grad.reshape(-1)))
+        return found
+
+    def _of_all_replicas(self, numbers: list[int]) -> torch.Tensor:
+        """Integers of every replica, shape (replicas, len(numbers))."""
+        return self.data.allgather(torch.tensor([numbers], dtype=torch.int64), [1] * self.replicas)
+
+
+def _samples(leaf: Any) -> int:
+    if not isinstance(leaf, torch.Tensor):
+        raise TypeError(f"batch holds a {type(leaf).__name__}; use tensors, and torch.as_tensor for arrays")
+    if not leaf.ndim:
+        raise ValueError("batch holds a tensor of shape (); the first axis must be the samples")
+    return len(leaf)
+
+
+def _buckets(flats: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Vectors in pieces, joined to lists of one type and device and of at most `MESSAGE_BYTES`."""
+    groups: dict[Any, list[torch.Tensor]] = {}
+    for flat in flats:
+        groups.setdefault((flat.dtype, flat.device), []).append(flat)
+    for group in groups.values():
+        limit = MESSAGE_BYTES // group[0].element_size()
+        bucket: list[torch.Tensor] = []
+        room = limit
+        for piece in (piece for flat in group for piece in flat.split(limit)):
+            if piece.numel() > room:
+                yield bucket
+                bucket, room = [], limit
+            bucket.append(piece)
+            room -= piece.numel()
+        yield bucket
+
+
+def _fits(size: int) -> str:
+    """Divisors of `size` in words: `1, 2 or 4`."""
+    low = [d for d in range(1, math.isqrt(size) + 1) if size % d == 0]
+    divisors = sorted({*low, *(size // d for d in low)})
+    return " or ".join([", ".join(map(str, divisors[:-1])), str(divisors[-1])][len(divisors) == 1 :])

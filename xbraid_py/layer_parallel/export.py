@@ -1,0 +1,202 @@
+"""Export: layer-parallel stacks and training checkpoints as plain torch modules, for processes without MPI.
+
+Shape letters: `N` layers, `B` batch, `S` shape of a state.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from xbraid_py.comm import Communicator
+from xbraid_py.kernels.activation import ACTIVATIONS, activation
+from xbraid_py.layer_parallel import LayerParallel, LayerWindows
+from xbraid_py.layers.splines import Splines
+from xbraid_py.mgrit.grid import LayerGrid
+
+_STACKS = ("opening", "layers", "classification")
+
+
+class ResidualStep(nn.Module):
+    """u + h F(u).
+
+    Parameters
+    ----------
+    block : nn.Module
+        F; maps a state to a tensor of the same shape.
+    h : float
+        Step size.
+    frozen : sequence of str
+        Names of parts of the block that `train()` leaves in evaluation mode: batch normalisations with frozen
+        statistics.
+    """
+
+    def __init__(self, block: nn.Module, h: float, frozen: Sequence[str] = ()):
+        super().__init__()
+        self.block, self.h, self.frozen = block, float(h), tuple(frozen)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """u (*S) to (*S)."""
+        return u + self.h * self.block(u)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        for name in self.frozen:
+            self.block.get_submodule(name).eval()
+        return self
+
+    def extra_repr(self) -> str:
+        return f"h={self.h:g}"
+
+
+class PlainDense(nn.Module):
+    """sigma(W u + b) on the last axis of u (*, inputs).
+
+    Parameters
+    ----------
+    weight : (outputs, inputs) tensor
+    bias : (outputs or 1,) tensor
+        One bias for each output, or one number for all of them.
+    activation : str
+        One of `kernels.activation.ACTIVATIONS`.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, activation: str):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+        self.activation = activation
+
+    def forward(self, u: Tensor) -> Tensor:
+        """u (*, inputs) to (*, outputs)."""
+        bias = self.bias.expand(len(self.weight))
+        return activation(self.activation).value(nn.functional.linear(u, self.weight, bias))
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]}, {self.weight.shape[0]}, activation={self.activation!r}"
+
+
+def to_sequential(source: nn.Module | str | os.PathLike, device: torch.device | str = "cpu") -> nn.Module:
+    """The same network as a plain torch module with all its layers, that knows nothing of ranks.
+
+    A stack becomes an `nn.Sequential` of N `ResidualStep`s, whose outputs are those of exact propagation. What comes
+    out shares nothing with the source; it can be copied, pickled, and loaded where there is no MPI. `Dropout` in it is
+    plain dropout.
+
+    Parameters
+    ----------
+    source : LayerParallel, nn.Module, str or path
+        A stack; a module that holds stacks, of which a copy is made with each stack replaced; or a checkpoint of nested
+        iteration, such as `drivers/peaks.py` writes. Modules: collective, every rank passes its own.
+        A file: every rank reads it for itself.
+    device : torch.device or str
+        Where the result is to be.
+
+    Returns
+    -------
+    nn.Module
+        The same on every rank, with the source's types, modes and `requires_grad`: an `nn.Sequential` for a stack,
+        otherwise a module of the source's class. From a checkpoint `nn.Sequential(opening, layers, classification)`,
+        which maps features (B, features) to logits (B, classes).
+
+    Raises
+    ------
+    ValueError
+        If a module holds no stack, or keeps a communicator outside of its stacks; if a file is no such checkpoint.
+    TypeError
+        If `source` is neither a module nor a path.
+    """
+    if isinstance(source, nn.Module):
+        return _of_module(source).to(device)
+    if isinstance(source, str | os.PathLike):
+        return _of_checkpoint(source).to(device)
+    raise TypeError(
+        f"source={type(source).__name__} must be a LayerParallel, a module that holds one, or the path of a checkpoint"
+    )
+
+
+def _of_module(source: nn.Module) -> nn.Module:
+    stacks = [part for part in source.modules() if isinstance(part, LayerParallel)]
+    if not stacks:
+        raise ValueError(
+            f"source={type(source).__name__} holds no LayerParallel, so it is a plain module already; "
+            f"use copy.deepcopy(source)"
+        )
+    windows = [part for part in source.modules() if isinstance(part, LayerWindows)]
+    inside = {id(part) for stack in stacks for part in stack.modules()}
+    for name, part in source.named_modules():
+        for key, value in vars(part).items() if id(part) not in inside else ():
+            if isinstance(value, Communicator):
+                path = f"{name}.{key}".lstrip(".")
+                raise ValueError(f"source.{path} is a communicator, which has no copy; keep it outside of the module")
+    # What is in the memo is not copied again: each stack comes out as its plain form, wherever it is referred to.
+    plain: dict[int, nn.Module] = {id(stack): _of_stack(stack) for stack in stacks}
+    for each in windows:
+        plain[id(each)] = nn.Sequential(*(step for stack in each.windows for step in plain[id(stack)]))
+        plain[id(each)].training = each.training
+    return copy.deepcopy(source, plain)
+
+
+def _of_stack(stack: LayerParallel) -> nn.Sequential:
+    block, weights = stack.layers.block, stack.layers
+    gathered = [weights.gathered(tensor) for tensor in weights.tensors()]
+    steps = []
+    for layer, h in enumerate(stack.sizes):
+        module = copy.deepcopy(block.module)
+        place = dict(module.named_parameters()) | dict(module.named_buffers())
+        for column, rows, own in zip(block.columns, gathered, weights.tensors(), strict=True):
+            with torch.no_grad():
+                place[column.name].copy_(rows[layer])
+            if column.is_parameter:
+                place[column.name].requires_grad_(own.requires_grad)
+        steps.append(ResidualStep(module, h, weights.frozen))
+    found = nn.Sequential(*steps)
+    # Parts of a block may have modes of their own.
+    for part in (found, *steps):
+        part.training = stack.training
+    return found
+
+
+def _of_checkpoint(path: str | os.PathLike) -> nn.Sequential:
+    from xbraid_py.run.store.write import CheckpointError, load  # loads HDF5, which modules have no use for
+
+    with load(path) as checkpoint:
+        configuration = checkpoint.meta.get("configuration")
+        shape = configuration.get("network") if isinstance(configuration, dict) else None
+        names = {f"weights/{stack}.{name}" for stack in _STACKS for name in ("weight", "bias")}
+        known = isinstance(shape, dict) and {"T", "activation"} <= shape.keys() and shape["activation"] in ACTIVATIONS
+        if not known or not names <= set(checkpoint.names()):
+            raise CheckpointError(
+                f"checkpoint {path} holds no network trained by nested iteration; give a file of the checkpoints "
+                f"folder of drivers/peaks.py, such as runs/peaks/checkpoints/update_000040.h5"
+            )
+        # Layers of different sizes are those of a run that has cut only some of them.
+        snapshot = checkpoint.meta.get("snapshot", {})
+        lengths, splines = snapshot.get("lengths"), snapshot.get("splines")
+        count = snapshot.get("num_layers") if splines else checkpoint.total("weights/layers.weight")
+        grid = LayerGrid(count, shape["T"], lengths and tuple(lengths))
+        middles = {"layers": (Splines(**splines), grid.middles())} if splines else {}
+        (opening,), layers, (classification,) = (
+            _layers(
+                checkpoint, stack, "identity" if stack == "classification" else shape["activation"], middles.get(stack)
+            )
+            for stack in _STACKS
+        )
+    sizes = grid.sizes()
+    steps = (ResidualStep(layer, h) for layer, h in zip(layers, sizes, strict=True))
+    return nn.Sequential(opening, nn.Sequential(*steps), classification)
+
+
+def _layers(
+    checkpoint, stack: str, activation: str, places: tuple[Splines, Sequence[float]] | None
+) -> list[PlainDense]:
+    weights, biases = (checkpoint.rows(f"weights/{stack}.{name}") for name in ("weight", "bias"))
+    if places is not None:
+        splines, times = places
+        weights, biases = (
+            splines.rows(times, rows.flatten(1)).unflatten(1, rows.shape[1:]) for rows in (weights, biases)
+        )
+    return [PlainDense(w.clone(), b.clone(), activation) for w, b in zip(weights, biases, strict=True)]

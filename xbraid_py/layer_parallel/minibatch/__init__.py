@@ -1,0 +1,1 @@
+"""Training of torch modules on minibatches: updates, state, and whether ranks hold one model."""

@@ -1,0 +1,256 @@
+"""What a checkpoint holds of a model, its optimiser and its solvers: global arrays and numbers, and back on any ranks.
+
+Weights and moments of the layers of a stack are arrays of all N layers, of which each rank has its rows; whatever lies
+around the stacks is the same on every rank, and comes from rank 0. Of replicas, which are alike, the first one writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xbraid_py.comm import Communicator
+from xbraid_py.comm.replicas import ProcessGrid
+from xbraid_py.layer_parallel import LayerParallel
+from xbraid_py.run.store.write import Checkpoint, CheckpointError, Shard
+
+WEIGHTS, MOMENTS, SCALARS, RANDOM = "weights", "optimizer", "optimizer_scalars", "random_state"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """All that changes while a model is trained.
+
+    Parameters
+    ----------
+    model : Module
+        With layer-parallel stacks in it or none.
+    optimiser : torch.optim.Optimizer
+        Of `model.parameters()`; what it keeps of a parameter are numbers and tensors of the parameter's shape, as
+        those of SGD, Adam and the like.
+    scheduler : torch.optim.lr_scheduler.LRScheduler, optional
+    grid : ProcessGrid, optional
+        The model's stacks are on `grid.layers`.
+
+    Raises
+    ------
+    ValueError
+        If the optimiser has a parameter that is not the model's.
+    """
+
+    model: nn.Module
+    optimiser: torch.optim.Optimizer
+    scheduler: Any = None
+    grid: ProcessGrid | None = None
+
+    def __post_init__(self):
+        _names_in(self.optimiser, self.model)
+
+    @property
+    def stacks(self) -> list[LayerParallel]:
+        """The stacks, in the order of the model."""
+        return [part for part in self.model.modules() if isinstance(part, LayerParallel)]
+
+    def is_finite(self) -> bool:
+        """Whether all weights on this rank are finite."""
+        return all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
+
+    def shards(self, comm: Communicator) -> dict[str, Shard]:
+        """What this rank writes: "weights/NAME" with the names of `state_dict()`, "optimizer/KEY/NAME", and so on.
+
+        Parameters
+        ----------
+        comm : Communicator
+            All ranks of the job.
+
+        Raises
+        ------
+        ValueError
+            If the optimiser keeps something else than numbers and tensors of the parameters' shapes.
+        """
+        found: dict[str, Shard] = {}
+        owners = stacks_by_name(self.model)
+        is_first = comm.rank == 0
+
+        def add(name: str, tensor: Tensor, stack: LayerParallel | None) -> None:
+            if stack is None and is_first:
+                rows = tensor.detach().reshape(tensor.shape or (1,))
+                found[name] = Shard(rows, 0, len(rows))
+            elif stack is not None and (self.grid is None or self.grid.replica == 0):
+                partition = stack.layers.partition
+                found[name] = Shard(tensor.detach(), partition.first(stack.comm.rank), partition.num_rows)
+
+        for name, tensor in tensors_by_name(self.model):
+            add(f"{WEIGHTS}/{name}", tensor, owners.get(name))
+        for name, parameter in _names_in(self.optimiser, self.model):
+            for key, value in self.optimiser.state.get(parameter, {}).items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    add(f"{MOMENTS}/{key}/{name}", value, owners.get(name))
+                elif isinstance(value, Tensor) and value.dim() == 0:
+                    add(f"{SCALARS}/{key}/{name}", value, None)
+                else:
+                    raise ValueError(
+                        f"optimiser={type(self.optimiser).__name__} keeps a {key} that is no number and not of the "
+                        f"shape of its parameter, which no checkpoint holds; use torch.optim.Adam"
+                    )
+        add(RANDOM, torch.get_rng_state(), None)
+        return found
+
+    def numbers(self, comm: Communicator) -> dict:
+        """What is not in the arrays, JSON-able; complete on rank 0. Collective."""
+        solvers = comm.gather([stack.solver_state() for stack in self.stacks])
+        replicas = self.grid.replicas if self.grid else 1
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimiser.param_groups]
+        return {
+            "groups": groups,
+            "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
+            # Each replica solves for other samples, so its solvers may have been tightened when others were not.
+            "solvers": solvers[:: comm.size // replicas] if solvers else [],
+        }
+
+    def load(self, checkpoint: Checkpoint, numbers: Mapping) -> None:
+        """Take over what a checkpoint holds, whatever the number of ranks that wrote it; sends no message.
+
+        With the number of replicas that wrote it each takes over the state of its own solvers. With another one all
+        take that of the replica that solved most exactly.
+
+        Parameters
+        ----------
+        checkpoint : Checkpoint
+        numbers : mapping
+            As `numbers` has made them.
+
+        Raises
+        ------
+        CheckpointError
+            If the file is damaged, or holds another model, another optimiser or none.
+        """
+        load_weights(checkpoint, self.model)
+        self._load_optimiser(checkpoint, numbers["groups"])
+        if (self.scheduler is None) != (numbers["scheduler"] is None):
+            raise CheckpointError(f"{checkpoint.path} was written with another schedule; start without --resume")
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(dict(numbers["scheduler"]))
+        grid = self.grid
+        if grid and grid.replicas == len(numbers["solvers"]):
+            states = numbers["solvers"][grid.replica]
+        else:
+            states = max(numbers["solvers"], key=_exactness)
+        for stack, state in zip(self.stacks, states, strict=True):
+            stack.load_solver_state(state)
+        torch.set_rng_state(checkpoint.rows(RANDOM))
+
+    def _load_optimiser(self, checkpoint: Checkpoint, saved: list[Mapping]) -> None:
+        owners = stacks_by_name(self.model)
+        names = _names_in(self.optimiser, self.model)
+        index = {name: number for number, (name, _) in enumerate(names)}
+        state: dict[int, dict[str, Tensor]] = {}
+        for array in checkpoint.names():
+            kind, _, rest = array.partition("/")
+            key, _, name = rest.partition("/")
+            if kind in (MOMENTS, SCALARS) and name in index:
+                stack = owners.get(name) if kind == MOMENTS else None
+                rows = _own_rows(checkpoint, array, stack)
+                shape = names[index[name]][1].shape if kind == MOMENTS else ()
+                state.setdefault(index[name], {})[key] = rows.reshape(shape)
+        fresh = self.optimiser.state_dict()["param_groups"]
+        if len(saved) != len(fresh):
+            raise CheckpointError(f"{checkpoint.path} was written with another optimiser; start without --resume")
+        groups = [
+            # JSON knows no tuples.
+            own | {key: tuple(v) if isinstance(own.get(key), tuple) else v for key, v in group.items()}
+            for own, group in zip(fresh, saved, strict=True)
+        ]
+        self.optimiser.load_state_dict({"state": state, "param_groups": groups})
+        for number, values in state.items():
+            kept = self.optimiser.state[names[number][1]]
+            for key, value in values.items():
+                # Of what is one number torch makes the type of the weights, with other bits.
+                if kept[key].dtype != value.dtype:
+                    kept[key] = value.to(kept[key].device)
+
+
+def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Overwrite the parameters and buffers of a model by those of a checkpoint; sends no message.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    model : Module
+        Like the one that was saved; its stacks may be on any number of ranks.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is damaged, or holds another model.
+    """
+    check_weights(checkpoint, model)
+    owners = stacks_by_name(model)
+    for name, tensor in tensors_by_name(model):
+        rows = _own_rows(checkpoint, f"{WEIGHTS}/{name}", owners.get(name))
+        with torch.no_grad():
+            tensor.copy_(rows.reshape(tensor.shape))
+
+
+def check_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Raise `CheckpointError` unless a checkpoint holds just the parameters and buffers of a model; no message."""
+    owners = stacks_by_name(model)
+    held = {name.partition("/")[2] for name in checkpoint.names() if name.startswith(f"{WEIGHTS}/")}
+    wanted = dict(tensors_by_name(model))
+    where = f"{checkpoint.path} holds another network than this run's"
+    use = "start without --resume, or with the options and the data of that run"
+    for name in sorted(held ^ wanted.keys()):
+        raise CheckpointError(f"{where}: {'no ' if name in wanted else ''}{name}; {use}")
+    for name, tensor in wanted.items():
+        stack = owners.get(name)
+        rows = stack.grid.num_layers if stack is not None else tensor.shape[0] if tensor.dim() else 1
+        shape = (rows, *tensor.shape[1:])
+        found = checkpoint.shape(f"{WEIGHTS}/{name}"), checkpoint.rows(f"{WEIGHTS}/{name}", 0, 0).dtype
+        if found != (shape, tensor.dtype):
+            raise CheckpointError(f"{where}: {name} of {found[0]} {found[1]}, not {shape} {tensor.dtype}; {use}")
+
+
+def tensors_by_name(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers under the names of `state_dict()`; what is shared under its first name only."""
+    yield from model.named_parameters()
+    passing = {
+        f"{path}.{key}".lstrip(".") for path, part in model.named_modules() for key in part._non_persistent_buffers_set
+    }
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name not in passing)
+
+
+def stacks_by_name(model: nn.Module) -> dict[str, LayerParallel]:
+    """The stack that a parameter or buffer with a row for each layer belongs to, by its name; others are missing."""
+    return {
+        f"{path}.layers.{name}".lstrip("."): part
+        for path, part in model.named_modules()
+        if isinstance(part, LayerParallel)
+        for name, _ in tensors_by_name(part.layers)
+        if name in part.layers.divided
+    }
+
+
+def _names_in(optimiser: torch.optim.Optimizer, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of an optimiser in its order, with their names in the model."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    if any(id(parameter) not in names for parameter in found):
+        raise ValueError("optimiser holds a parameter that is not the model's; use model.parameters()")
+    return [(names[id(parameter)], parameter) for parameter in found]
+
+
+def _own_rows(checkpoint: Checkpoint, name: str, stack: LayerParallel | None) -> Tensor:
+    if stack is None:
+        return checkpoint.rows(name)
+    partition, rank = stack.layers.partition, stack.comm.rank
+    count = partition.count(rank)
+    return checkpoint.rows(name, partition.first(rank) if count else 0, count)
+
+
+def _exactness(states: list[Mapping]) -> tuple:
+    """How exactly the stacks of a replica are solved."""
+    return tuple((state["accuracy"]["exact"], state["accuracy"]["level"]) for state in states)

@@ -1,0 +1,145 @@
+"""Updates on minibatches, and the mean of a measure over a data set; all ranks call with the same batches."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xbraid_py.comm.errors import RunError
+from xbraid_py.comm.replicas import ProcessGrid
+from xbraid_py.layer_parallel import SolveRecord, clip_grad_norm_
+
+# A batch: what goes into the model, and what should come out; the first axis of both is the samples.
+Batch = tuple[Tensor, Tensor]
+# A mean over samples, of the model's output and what should come out.
+Measure = Callable[[Tensor, Tensor], Tensor]
+
+
+def train(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    loss: Measure,
+    optimiser: torch.optim.Optimizer,
+    *,
+    scheduler: Any = None,
+    clip: float | None = None,
+    grid: ProcessGrid | None = None,
+    done: int = 0,
+    seconds: float = 0.0,
+) -> Iterator[dict]:
+    """Update the weights once for every batch; each update is made when its row is asked for.
+
+    Parameters
+    ----------
+    model : Module
+        With layer-parallel stacks in it or none.
+    batches : iterable of pair of (B, ...) tensor
+        Inputs and targets, the same on all ranks, of the whole batch whatever the number of replicas.
+    loss : callable
+        `loss(model(inputs), targets)`, a scalar: the mean over the samples.
+    optimiser : torch.optim.Optimizer
+        Of `model.parameters()`.
+    scheduler : torch.optim.lr_scheduler.LRScheduler, optional
+        Steps once after every update.
+    clip : float, optional
+        2-norm of the gradient of the whole model above which it is scaled down to this.
+    grid : ProcessGrid, optional
+        Each replica takes its share of every batch, and the gradients are averaged; the stacks are on `grid.layers`.
+    done : int
+        Updates made before; `batches` begin behind them.
+    seconds : float
+        Spent in them.
+
+    Yields
+    ------
+    dict
+        "kind": "update", "update" (from `done` + 1), "loss" (of the whole batch, before the update), "learning_rate",
+        "seconds" spent in updates so far, "grad_norm" (before clipping, None without), and "stacks": for every
+        layer-parallel stack what its solves did (`SolveRecord.as_dict()`), in the order of the model.
+
+    Raises
+    ------
+    RunError
+        On all ranks, if the loss is not finite; the weights are those of the update before.
+    """
+    model.train()
+    for number, batch in enumerate(batches, start=done + 1):
+        start = time.perf_counter()
+        inputs, targets = grid.shard(batch) if grid else batch
+        optimiser.zero_grad()
+        value = loss(model(inputs), targets)
+        mean = _mean_over_replicas(float(value.detach()), len(inputs), grid)
+        if not math.isfinite(mean):
+            raise RunError(f"update {number}: the loss is {mean}; use a smaller learning rate, or clip the gradients")
+        value.backward()
+        if grid:
+            grid.average_gradients(model, samples=len(inputs))
+        norm = clip_grad_norm_(model, clip) if clip is not None else None
+        rate = optimiser.param_groups[0]["lr"]
+        optimiser.step()
+        if scheduler is not None:
+            scheduler.step()
+        seconds += time.perf_counter() - start
+        yield {
+            "kind": "update",
+            "update": number,
+            "loss": mean,
+            "learning_rate": float(rate),
+            "seconds": seconds,
+            "grad_norm": norm,
+            "stacks": [record.as_dict() for record in solve_records(model)],
+        }
+
+
+def evaluate(model: nn.Module, batches: Iterable[Batch], measure: Measure, grid: ProcessGrid | None = None) -> float:
+    """Mean of a measure over all samples, in evaluation mode and without gradients, so by exact propagation.
+
+    Parameters
+    ----------
+    model : Module
+        Is left in the mode that it was in.
+    batches : iterable of pair of (B, ...) tensor
+        Inputs and targets, the same on all ranks.
+    measure : callable
+        `measure(model(inputs), targets)`, a scalar: the mean over the samples.
+    grid : ProcessGrid, optional
+        The replicas take the batches in turn.
+
+    Raises
+    ------
+    ValueError
+        If there is no batch.
+    """
+    replica, replicas = (grid.replica, grid.replicas) if grid else (0, 1)
+    was_training = model.training
+    model.eval()
+    total = torch.zeros(1, 2, dtype=torch.float64)
+    with torch.no_grad():
+        for inputs, targets in islice(batches, replica, None, replicas):
+            value = float(measure(model(inputs), targets))
+            total += torch.tensor([[value * len(inputs), len(inputs)]], dtype=torch.float64)
+    model.train(was_training)
+    summed, samples = (grid.data.ordered_sum(total, [1] * replicas) if grid else total[0]).tolist()
+    if samples == 0:
+        raise ValueError("batches is empty; use at least one batch")
+    return summed / samples
+
+
+def solve_records(model: nn.Module) -> list[SolveRecord]:
+    """What the last solves of the layer-parallel stacks in a model did, in the order of the model."""
+    found = (getattr(part, "record", None) for part in model.modules())
+    return [record for record in found if isinstance(record, SolveRecord)]
+
+
+def _mean_over_replicas(value: float, samples: int, grid: ProcessGrid | None) -> float:
+    if grid is None:
+        return value
+    weighted = torch.tensor([[value * samples, samples]], dtype=torch.float64)
+    summed, count = grid.data.ordered_sum(weighted, [1] * grid.replicas).tolist()
+    return summed / count

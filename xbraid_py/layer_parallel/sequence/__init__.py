@@ -1,0 +1,6 @@
+"""Recurrent networks that are parallel over the steps of a sequence."""
+
+from xbraid_py.layer_parallel.sequence.function import SequenceRecord
+from xbraid_py.layer_parallel.sequence.gru import ParallelGRU
+
+__all__ = ["ParallelGRU", "SequenceRecord"]

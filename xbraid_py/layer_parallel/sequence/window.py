@@ -1,0 +1,182 @@
+"""A window of a sequence through all stacked layers and back: one solve for each layer and direction.
+
+Shape letters: `n` steps of the window owned here, `M` steps of the window, `B` batch, `H` hidden size, `F` inputs of a
+layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from xbraid_py.layer_parallel.sequence.plan import SequencePlan
+from xbraid_py.layer_parallel.sequence.sums import weight_gradient
+from xbraid_py.layers.gru import GruCell, affine
+from xbraid_py.layers.gru_steps import GruSteps
+from xbraid_py.mgrit import Solution
+from xbraid_py.mgrit.equations import Adjoint, Forward
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """The weights of one layer, as `torch.nn.GRU` has them; biases may be None."""
+
+    of_input: Tensor
+    of_state: Tensor
+    input_bias: Tensor | None
+    state_bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What a layer leaves for its adjoint: its input (n, B, F), its steps, the states (n, B, H) they start from."""
+
+    x: Tensor
+    steps: GruSteps
+    states: Tensor
+
+
+class _Adjoint(Adjoint):
+    """The adjoints of a sequence: affine in those behind each step, since every output may have a slope."""
+
+    def correct(self, before: Tensor, after: Tensor, coarse: Adjoint) -> None:
+        # A change of the adjoints goes through the linear part alone.
+        super().correct(before, after, replace(coarse, steps=replace(coarse.steps, sources=None)))
+
+
+class Window:
+    """One window: made by its forward solves.
+
+    Parameters
+    ----------
+    plan : SequencePlan
+    index : int
+        Number of the window.
+    cell : GruCell
+    weights : sequence of LayerWeights
+        Of all layers, the lowest first.
+    x : (n, B, F) tensor
+        Inputs of the steps owned here; those that pad the sequence are not read.
+    starts : sequence of (B, H) tensor
+        States of the layers before the window; read on the first rank.
+    dt : float
+        Step size.
+    coarse : {"compose", "euler"}
+        See `GruSteps`.
+    exact : bool
+        One step after the other.
+
+    Attributes
+    ----------
+    outputs : (n, B, H) tensor
+        Of the uppermost layer.
+    ends : list of (B, H) tensor
+        States of the layers behind the window, on every rank.
+    solutions : list of Solution
+        Of the layers.
+    """
+
+    def __init__(
+        self,
+        plan: SequencePlan,
+        index: int,
+        cell: GruCell,
+        weights: Sequence[LayerWeights],
+        x: Tensor,
+        starts: Sequence[Tensor],
+        *,
+        dt: float,
+        coarse: str,
+        exact: bool,
+    ):
+        self.plan, self.comm, self.weights = plan, plan.solvers.comm, weights
+        partition, rank = plan.partition, self.comm.rank
+        self.first, self.exact = partition.first(rank), exact
+        # Steps of the sequence; those behind them leave the state as it is.
+        self.count = plan.count(index)
+        numbers = torch.arange(self.first, self.first + partition.count(rank), device=x.device)
+        h = dt * (numbers < self.count).to(x.dtype)
+        solver = plan.solvers.sequential if exact else plan.solvers.forward_at(0)
+        self.layers: list[_Layer] = []
+        self.ends: list[Tensor] = []
+        self.solutions: list[Solution] = []
+        for layer, start in zip(weights, starts, strict=True):
+            a = affine(x, layer.of_input, layer.input_bias)
+            steps = GruSteps(cell, a, layer.of_state, layer.state_bias, h, coarse)
+            states = x.new_empty((*x.shape[:2], cell.hidden_size))
+            solution = solver.solve(Forward(steps, states, start), start)
+            self.layers.append(_Layer(x, steps, states))
+            self.solutions.append(replace(solution, warm=()))
+            self.ends.append(self._from_owner(solution.end, start, plan.window - 1))
+            x = self._outputs(states, self.ends[-1])
+        self.outputs = x
+
+    def _from_owner(self, state: Tensor | None, like: Tensor, row: int) -> Tensor:
+        """A state of the owner of a step, on every rank."""
+        root = self.plan.partition.owner(row)
+        own = self.comm.rank == root
+        return self.comm.broadcast(state.contiguous() if own else torch.empty_like(like), root)
+
+    def _outputs(self, states: Tensor, end: Tensor) -> Tensor:
+        """What the steps make: the input of each one's successor, and behind the last one the end of the window."""
+        found = torch.empty_like(states)
+        following = self.comm.shift(states[:1], self.plan.partition, -1) if len(states) else None
+        if len(states):
+            found[:-1] = states[1:]
+            if following is not None:
+                found[-1:] = following
+        # The steps from the last one of the sequence on have one output, the corrected one of the solve.
+        found[max(0, self.count - 1 - self.first) :] = end
+        return found
+
+    def backward(
+        self, slopes: Tensor | None, carry: list[Tensor], with_input: bool
+    ) -> tuple[list[tuple[Tensor, ...]], Tensor | None, list[Solution]]:
+        """Gradients of the weights of each layer, and of the inputs (n, B, F) if asked for; the adjoint solutions.
+
+        Parameters
+        ----------
+        slopes : (n, B, H) tensor or None
+            Gradient of the outputs; those of the steps that pad the sequence are ignored.
+        carry : list of (B, H) tensor
+            Gradients of the ends of the layers, the same on every rank; replaced by those of the starts.
+        with_input : bool
+        """
+        plan, comm = self.plan, self.comm
+        solver = plan.solvers.sequential if self.exact else plan.solvers.adjoint_at(0)
+        found: list[tuple[Tensor, ...]] = []
+        solutions = []
+        for number in reversed(range(len(self.layers))):
+            layer, weights, start = self.layers[number], self.weights[number], carry[number]
+            steps = layer.steps
+            if slopes is not None:
+                row = self.count - 1
+                last = slopes[row - self.first] if comm.rank == plan.partition.owner(row) else None
+                start = start + self._from_owner(last, start, row)
+                steps = replace(steps, sources=self._sources(slopes))
+            gradient = torch.empty_like(steps.theta)
+            solution = solver.solve(_Adjoint(steps, layer.states, gradient), start)
+            solutions.append(solution)
+            carry[number] = self._from_owner(solution.end, start, 0)
+            of_input = weight_gradient(gradient, layer.x, plan.intervals, comm)
+            state_slopes = steps.weight_slopes(layer.states, gradient)
+            of_state = weight_gradient(state_slopes, layer.states, plan.intervals, comm)
+            steps.forget()
+            found.append((of_input[0], of_state[0], of_input[1], of_state[1]))
+            slopes = affine(gradient, weights.of_input.t(), None) if number or with_input else None
+        return found[::-1], slopes, solutions[::-1]
+
+    def _sources(self, slopes: Tensor) -> Tensor:
+        """What the adjoint gets behind each step: the gradient of the output of the step before."""
+        found = torch.zeros_like(slopes)
+        before = self.comm.shift(slopes[-1:], self.plan.partition, +1) if len(slopes) else None
+        if len(slopes):
+            found[1:] = slopes[:-1]
+            if before is not None:
+                found[:1] = before
+        # The output of the last step of the sequence is the end of the window; that of padding is nobody's.
+        found[max(0, self.count - self.first) :] = 0
+        return found

@@ -1,0 +1,224 @@
+"""What holds for any propagator by itself, forwards or backwards.
+
+Shape letters: `n` rows (steps), `m` intervals of `c` rows, `S` shape of a state.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xbraid_py.layers.checking import coarse
+from xbraid_py.layers.checking.report import Found, Rule, faults
+from xbraid_py.layers.checking.subject import Subject, bad_cost, different, differs, distance, worst
+
+
+def _shapes(given: Subject) -> Found:
+    propagator, x, c = given.propagator, given.x, given.cfactor
+    found = []
+    if propagator.direction != given.direction:
+        found.append(f"direction={propagator.direction!r} instead of {given.direction:+d}")
+    found += bad_cost("cost", propagator.cost)
+    found += differs("empty(3)", propagator.empty(3), (3, *x.shape[1:]), x)
+    found += differs("step", given.step(x), x.shape, x)
+    points = given.points(c)
+    return faults(found + differs("relax", given.relax(points, c), points.shape, x))
+
+
+def _kept(given: Subject) -> Found:
+    """Arguments, and the states that a propagator holds, are as they were, and results are new tensors."""
+    x, c, found = given.x.clone(), given.cfactor, []
+    points, tau = given.points(c), given.random(x)
+    held = getattr(given.propagator, "states", None)
+    arrays = {"x": x, "points": points, "tau": tau} | ({"states": held} if isinstance(held, Tensor) else {})
+    before = {name: array.clone() for name, array in arrays.items()}
+    results = {"step": (given.propagator.step(x), x)}
+    results["relax"] = (given.propagator.relax(points, c, tau), points)
+    for name, array in arrays.items():
+        if different(array, before[name]):
+            found.append(f"{name} was overwritten")
+    for name, (result, argument) in results.items():
+        if result.untyped_storage().data_ptr() == argument.untyped_storage().data_ptr():
+            found.append(f"{name} returns its argument, or a part of it")
+    return faults(found)
+
+
+def _determined(given: Subject) -> Found:
+    """The same twice, also when something else was asked for in between."""
+    c, points = given.cfactor, given.points(given.cfactor)
+    first, ends = given.step(given.x), given.relax(points, c)
+    first, ends = first.clone(), ends.clone()
+    given.relax(given.random_points(c), c)
+    given.step(given.random(given.x))
+    count = different(given.step(given.x), first) + different(given.relax(points, c), ends)
+    return Found(count + different(given.step(given.x), first), 0, f"{count} numbers differ" if count else "")
+
+
+def _apart(given: Subject) -> Found:
+    """What comes of a row must not change with the states of other rows."""
+    n = len(given.x)
+    whole, numbers, figures = given.step(given.x), torch.arange(n), [0.0]
+    for bit in range((n - 1).bit_length()):  # any two rows differ in one of the bits of their numbers
+        for value in (0, 1):
+            mine = (((numbers >> bit) & 1) == value).to(given.x.device)
+            x = given.x + given.random(given.x)
+            x[mine] = given.x[mine]
+            figures.append(distance(given.step(x)[mine], whole[mine]))
+    return Found(worst(figures), given.tolerance)
+
+
+def _relaxed(given: Subject) -> Found:
+    """Intervals of one row, of c, and one of all rows."""
+    figures = []
+    for c in sorted({1, given.cfactor, len(given.x)}):
+        points = given.random_points(c)
+        figures.append(distance(given.relax(points, c), given.literal(points, c)[0]))
+    return Found(worst(figures), given.tolerance)
+
+
+def _corrected(given: Subject) -> Found:
+    figures = []
+    for c in sorted({1, given.cfactor, len(given.x)}):
+        points, tau = given.random_points(c), 0.1 * given.random(given.x)
+        figures.append(distance(given.relax(points, c, tau), given.literal(points, c, tau)[0]))
+    return Found(worst(figures), given.tolerance)
+
+
+def _inputs(given: Subject) -> Found:
+    figures = []
+    for c in sorted({1, given.cfactor, len(given.x)}):
+        for tau in (None, 0.1 * given.random(given.x)):
+            points, inputs = given.points(c), torch.full_like(given.x, torch.nan)
+            given.relax(points, c, tau, inputs)
+            figures.append(distance(inputs, given.literal(points, c, tau)[1]))
+    return Found(worst(figures), given.tolerance)
+
+
+def _recorded(given: Subject) -> Found | str:
+    held, c = getattr(given.propagator, "states", None), given.cfactor
+    if not isinstance(held, Tensor) or held.shape != given.x.shape:
+        return "the propagator has no attribute `states` with a row for each step"
+    # From where the states may have come before: a propagator may keep more of the last recorded relaxation.
+    points, before = given.points(c), held.clone()
+    held.fill_(torch.nan)
+    ends = given.propagator.relax(points.clone(), c, None, True).clone()
+    expected, inputs = given.literal(points, c)
+    found = worst([distance(held, inputs), distance(ends, expected)])
+    held.copy_(before)
+    return Found(found, given.tolerance)
+
+
+def _moved(given: Subject) -> Found:
+    """Each rank steps its own rows: one row, some, and the rest."""
+    n = len(given.x)
+    bounds = tuple(sorted({0, min(1, n), (n + 1) // 2, n}))
+    whole, figures = given.step(given.x), []
+    for rank, (first, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        rows = slice(first, end)
+        figures.append(distance(given.part(rank, bounds).step(given.x[rows].clone()), whole[rows]))
+    return Found(worst(figures), given.tolerance)
+
+
+def _without_rows(given: Subject) -> Found:
+    x, c, n = given.x, given.cfactor, len(given.x)
+    nothing, none = given.part(1, (0, n, n)), x[:0]
+    found = differs("step", nothing.step(none.clone()), none.shape, x)
+    found += differs("relax", nothing.relax(none.clone(), c, none.clone(), False, none.clone()), none.shape, x)
+    coarser = nothing.coarsen(c, "average", "euler", 1)
+    empty = coarser.empty(0)
+    return faults(found + differs("the coarse step", coarser.step(empty), empty.shape, x))
+
+
+FIRST = ("shapes and types", "arguments kept", "the same twice")
+RULES = (
+    Rule(
+        "shapes and types",
+        _shapes,
+        "the solver counts on the direction (+1 forwards, -1 for adjoints), on a cost, and on states (n, *S) of one "
+        "shape and type; look at what is named here first",
+    ),
+    Rule(
+        "arguments kept",
+        _kept,
+        "step and relax must return new tensors and leave their arguments and the recorded states as they are: the "
+        "solver uses all of them again; look for operations in place (x += ..., x.add_(...)) and for views",
+        FIRST[:1],
+    ),
+    Rule(
+        "the same twice",
+        _determined,
+        "the same states give other results when they are stepped again: every sweep would solve another equation; "
+        "look for random numbers (xbraid_py.Dropout has a mask that stays), statistics that move, and caches",
+        FIRST[:2],
+    ),
+    Rule(
+        "rows apart",
+        _apart,
+        "what comes of a row changes with the states of other rows, but these are other times; look for a mean, a "
+        "norm or a product over the first axis of x",
+        FIRST,
+    ),
+    Rule(
+        "relax",
+        _relaxed,
+        "relax(points, c) is not c calls of step: row i of step must be the layer that relax uses as row i, counted in "
+        "the direction of propagation (adjoints begin at the last row of each interval)",
+        (*FIRST, "rows apart"),
+    ),
+    Rule(
+        "relax with tau",
+        _corrected,
+        "tau (n, *S) is to be added behind each step, its row i behind layer i; without it relax is right",
+        (*FIRST, "relax"),
+    ),
+    Rule(
+        "inputs",
+        _inputs,
+        "relax must write what goes into layer i to row i of `inputs`: not what comes out of it, and tau included",
+        (*FIRST, "relax with tau"),
+    ),
+    Rule(
+        "recorded states",
+        _recorded,
+        "relax with record=True must leave the input of layer i in row i of `states`, where the adjoint is taken, and "
+        "return the same ends",
+        (*FIRST, "inputs"),
+    ),
+    Rule(
+        "coarse propagator",
+        coarse.rows,
+        "coarsen(c, weights, scheme, parts) must give a propagator with the same direction, a cost, and one row for "
+        "each interval of c rows, for all choices of weights and scheme, and again from a coarse one",
+        (*FIRST, "relax"),
+    ),
+    Rule(
+        "coarse step",
+        coarse.one_step,
+        "one coarse step is far from the c steps it stands for, in units of what they change: the solver would "
+        "converge slowly or not at all; look at the size c h of the coarse step and at its weights, or take a smaller "
+        "cfactor or more layers",
+        (*FIRST, "coarse propagator"),
+    ),
+    Rule(
+        "coarse step with h halved",
+        coarse.halved_steps,
+        "the distance of a coarse step from the two steps it stands for does not fall by a factor 4 with h halved, as "
+        "that of two steps of one equation does: look at its size 2 h, and at its weights, which are theirs",
+        (*FIRST, "coarse step"),
+    ),
+    Rule(
+        "redistribute",
+        _moved,
+        "a propagator that got some of the rows by redistribute(comm, source, target) does not step these rows as the "
+        "whole one does; look for what differs from layer to layer and was not handed over",
+        (*FIRST, "rows apart"),
+    ),
+    Rule(
+        "ranks without rows",
+        _without_rows,
+        "on more ranks than intervals some have no rows: step, relax and coarsen have to take tensors (0, *S)",
+        (*FIRST, "coarse propagator", "redistribute"),
+    ),
+)
+FORWARD_ONLY = ("recorded states", "coarse step with h halved")
+BACKWARD_RULES = tuple(rule for rule in RULES if rule.name not in FORWARD_ONLY)

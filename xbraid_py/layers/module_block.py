@@ -1,0 +1,269 @@
+"""A torch module as the F of u + h F(u, theta), its weights taken from rows of numbers.
+
+Shape letters: `n` layers, `m` of them evaluated at once, `p` numbers of a row, `S` shape of a state.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from xbraid_py.layers.batch_norm import Evaluation, Moments, MovingNorm, within
+from xbraid_py.layers.dropout import Dropout, at_position
+
+_BATCH_NORMS = nn.modules.batchnorm._NormBase
+_DROPOUTS = nn.modules.dropout._DropoutNd
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_RANDOM_NUMBERS = threading.RLock()  # ranks that are threads share one generator
+
+
+@dataclass(frozen=True)
+class Column:
+    """One parameter of the block: a stretch of the row of every layer.
+
+    Attributes
+    ----------
+    name : str
+        As the module's `named_parameters` or `named_buffers` call it.
+    shape : torch.Size
+        In one layer.
+    is_parameter : bool
+        Or a buffer that differs from layer to layer: statistics of a batch normalisation.
+    """
+
+    name: str
+    shape: torch.Size
+    is_parameter: bool
+
+    @property
+    def size(self) -> int:
+        """Numbers in a row."""
+        return prod(self.shape)
+
+
+class ModuleBlock:
+    """F(u) of a torch module, with weights from outside.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Maps a state to a tensor of the same shape. It is used for all layers in turn; its own weights are not read.
+    seed : int
+        Of the masks of `Dropout`.
+
+    Raises
+    ------
+    ValueError
+        If its weights have several types, or none.
+    """
+
+    def __init__(self, module: nn.Module, seed: int = 0):
+        self.module, self.seed = module, seed
+        statistics = {
+            f"{name}.{key}" if name else key
+            for name, part in module.named_modules()
+            if isinstance(part, _BATCH_NORMS)
+            # Where they do not move, nobody asks how many batches they have met.
+            for key in _STATISTICS[: 3 if isinstance(part, MovingNorm) else 2]
+            if getattr(part, key) is not None
+        }
+        found = [Column(name, p.shape, True) for name, p in module.named_parameters()]
+        found += [Column(name, b.shape, False) for name, b in module.named_buffers() if name in statistics]
+        self.columns = tuple(found)
+        if not self.columns:
+            raise ValueError(f"block={type(module).__name__} has no weights; its layers could not differ")
+        types = {p.dtype for p in module.parameters()}
+        if len(types) > 1:
+            raise ValueError(f"block={type(module).__name__} mixes {sorted(map(str, types))}; use one type")
+        self.row_size = sum(column.size for column in self.columns)
+        # Where each tensor is kept in the module; more than one place for weights that are shared within it.
+        self._places = [self._places_of(column) for column in self.columns]
+        self._dropouts = [part for part in module.modules() if isinstance(part, Dropout)]
+        for number, part in enumerate(self._dropouts):
+            part.number = number
+        named = [(name, part) for name, part in module.named_modules() if isinstance(part, MovingNorm)]
+        for number, (_, part) in enumerate(named):
+            part.number = number
+        self._norms = dict(named)
+
+    @property
+    def moving(self) -> dict[str, MovingNorm]:
+        """Norms whose statistics move in the mode that the module is in, by their names."""
+        return {name: part for name, part in self._norms.items() if part.training}
+
+    def moments(self, num_rows: int, start: bool = False) -> Moments | None:
+        """Room for what moves them, for so many layers; None if there are none. `start` as of `Evaluation`."""
+        norms = {part.number: part for part in self.moving.values()}
+        return Moments(norms, num_rows, start) if norms else None
+
+    @property
+    def is_random(self) -> bool:
+        """Whether masks depend on the layer."""
+        return any(part.training and part.p > 0.0 for part in self._dropouts)
+
+    def split(self, theta: Tensor) -> list[Tensor]:
+        """Views (n, *shape) of the columns of rows (n, p)."""
+        parts = theta.split([column.size for column in self.columns], dim=1)
+        return [part.view(-1, *column.shape) for part, column in zip(parts, self.columns, strict=True)]
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Rows (n, p) of columns (n, *shape)."""
+        return torch.cat([tensor[:, None].flatten(1) for tensor in tensors], 1)  # a parameter may be one number
+
+    def tensors_of(self, module: nn.Module) -> list[Tensor]:
+        """The columns of one layer as another module of the same kind has them."""
+        have = dict(module.named_parameters()) | dict(module.named_buffers())
+        return [have[column.name].detach() for column in self.columns]
+
+    def __call__(
+        self,
+        tensors: Sequence[Tensor],
+        u: Tensor,
+        draw: int = 0,
+        layer: int = 0,
+        evaluation: Evaluation | None = None,
+    ) -> Tensor:
+        """F(u) (*S) with these columns of a layer; `evaluation` gets what its norms are given."""
+        # `torch.func.functional_call` takes twice as long as a small block.
+        kept = [places[0][0][places[0][1]] for places in self._places]
+        masks = at_position(self.seed, draw, layer) if self._dropouts else nullcontext()
+        norms = within(evaluation or Evaluation()) if self._norms else nullcontext()
+        try:
+            self._put(tensors)
+            with masks, norms:
+                return self.module(u)
+        finally:
+            self._put(kept)
+
+    def batched(self, tensors: Sequence[Tensor], u: Tensor, evaluation: Evaluation | None = None) -> Tensor:
+        """F(u) of m layers at once: columns (m, *shape), states (m, *S); `evaluation` as above."""
+        names = [column.name for column in self.columns]
+
+        def one(tensors, u):
+            found = Evaluation()
+            with within(found) if self._norms else nullcontext():
+                change = torch.func.functional_call(self.module, dict(zip(names, tensors, strict=True)), (u,))
+            return change, found.inputs
+
+        change, inputs = torch.func.vmap(one)(tuple(tensors), u)
+        if evaluation is not None:
+            evaluation.inputs.update(inputs)
+        return change
+
+    def check_mode(self) -> None:
+        """Raise `ValueError` if a part of the module would change from one evaluation of a layer to the next."""
+        for name, part in self.module.named_modules():
+            if isinstance(part, MovingNorm):
+                continue
+            if isinstance(part, _BATCH_NORMS) and (part.training or part.running_mean is None):
+                kind = type(part).__name__
+                ours = kind if kind in ("BatchNorm1d", "BatchNorm3d") else "BatchNorm2d"
+                raise ValueError(
+                    f"block has {kind} ({name}) with statistics of the batch, which would change with every sweep of "
+                    f"the solver; use xbraid_py.{ours}, whose statistics move once per update, or use GroupNorm or "
+                    f"LayerNorm, or freeze it: eval() before the block is handed over"
+                )
+            if isinstance(part, _DROPOUTS) and part.training and part.p > 0.0:
+                raise ValueError(
+                    f"block has {type(part).__name__} ({name}): another mask in every sweep of the solver is another "
+                    f"network; use xbraid_py.Dropout({part.p}), whose mask depends on the layer and the update alone"
+                )
+
+    def check_state(self, shape: torch.Size, like: Tensor) -> None:
+        """Raise `ValueError` unless the module maps states of that shape to such states, always to the same ones.
+
+        `like` has their type and device. The same on all ranks: the state is made up.
+        """
+        generator = torch.Generator().manual_seed(0)
+        u = torch.randn(shape, generator=generator, dtype=like.dtype).to(like.device)
+        name = type(self.module).__name__
+        tensors = self.tensors_of(self.module)
+        with torch.no_grad():
+            before = u.clone()
+            evaluation = Evaluation()
+            first = self(tensors, u, evaluation=evaluation)
+            idle = [part for part in self.moving.items() if part[1].number not in evaluation.inputs]
+            if idle:
+                kind = type(idle[0][1]).__name__
+                raise ValueError(f"block={name} has {kind} ({idle[0][0]}), which it does not use; leave it out")
+            if not isinstance(first, Tensor) or first.shape != u.shape or first.dtype != u.dtype:
+                got = f"{tuple(first.shape)} {first.dtype}" if isinstance(first, Tensor) else type(first).__name__
+                raise ValueError(
+                    f"block={name} makes {got} of a state {tuple(u.shape)} {u.dtype}; it must keep shape and type "
+                    f"(F of u + h F(u), without the sum)"
+                )
+            if not torch.equal(u, before):
+                raise ValueError(f"block={name} overwrites its input; use a form not in place, as ReLU(inplace=False)")
+            if not torch.equal(first, self(tensors, u)) and not torch.isnan(first).any():
+                raise ValueError(
+                    f"block={name} gives two results for one state; a layer must be a function of its state and its "
+                    f"weights: use xbraid_py.Dropout for dropout"
+                )
+
+        self._check_gradient(tensors, u)
+
+    def _check_gradient(self, tensors: Sequence[Tensor], u: Tensor) -> None:
+        """Raise `ValueError` if the backward pass evaluates the module again, with other weights than forwards."""
+        # Not the weights that the module has itself.
+        tensors = [tensor + 0.5 * tensor.abs() + 0.01 if tensor.is_floating_point() else tensor for tensor in tensors]
+        x = u.requires_grad_()
+        kept = [places[0][0][places[0][1]] for places in self._places]
+        found = []
+        try:
+            with torch.enable_grad():
+                end = self(tensors, x)
+                if not end.requires_grad:
+                    return
+                found.append(torch.autograd.grad(end, x, torch.ones_like(end), allow_unused=True)[0])
+                end = self(tensors, x)
+                self._put(tensors)
+                found.append(torch.autograd.grad(end, x, torch.ones_like(end), allow_unused=True)[0])
+        except RuntimeError as error:
+            reason = error
+        else:
+            reason = None
+            # Not bit by bit: on a GPU sums may be made in any order. Other weights are far off.
+            if found[0] is None or not (found[0] - found[1]).norm() > 1e-3 * found[1].norm():
+                return
+        finally:
+            self._put(kept)
+        name = type(self.module).__name__
+        raise ValueError(
+            f"block={name} is evaluated again in the backward pass, as by torch.utils.checkpoint: "
+            f"by then it has the weights of another layer; leave that out, and use LayerParallel(..., recompute=True)"
+        ) from reason
+
+    def _places_of(self, column: Column) -> list[tuple[dict, str]]:
+        wanted = _get(self.module, column.name)
+        found = []
+        for part in self.module.modules():
+            keep = part._parameters if column.is_parameter else part._buffers
+            found += [(keep, key) for key, value in keep.items() if value is wanted]
+        return found
+
+    def _put(self, tensors: Sequence[Tensor]) -> None:
+        for places, tensor in zip(self._places, tensors, strict=True):
+            for keep, key in places:
+                keep[key] = tensor
+
+
+def _get(module: nn.Module, name: str) -> Tensor:
+    *path, last = name.split(".")
+    for part in path:
+        module = getattr(module, part)
+    return getattr(module, last)
+
+
+@contextmanager
+def own_random_numbers(seed: int) -> Iterator[None]:
+    """Random numbers within start from the seed, and those without go on as if nothing had happened."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with _RANDOM_NUMBERS, torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

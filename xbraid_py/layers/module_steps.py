@@ -1,0 +1,279 @@
+"""The steps u + h F(u, theta_i) of any torch module F: values, transposed Jacobians, and graphs that are kept.
+
+Shape letters: `n` rows (layers) owned here, `m` intervals of `c` rows, `S` shape of a state, `p` numbers of a row of
+weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from xbraid_py.comm.partition import Partition
+from xbraid_py.layers.batch_norm import Evaluation, Moments
+from xbraid_py.layers.module_block import ModuleBlock
+from xbraid_py.layers.rows import coarse_rows
+
+
+@dataclass
+class _Graph:
+    """What autograd has kept of some rows: from `start` and the `weights` (columns of all rows) to `end`."""
+
+    start: Tensor
+    weights: list[Tensor]
+    end: Tensor
+
+
+@dataclass
+class Tape:
+    """Graphs of the last recorded relaxation, so that adjoints need not evaluate the layers again.
+
+    Attributes
+    ----------
+    graphs : dict of int to _Graph
+        By the first row they stand for; batched, by its place in an interval.
+    length : int
+        Rows of each graph.
+    keep : bool
+        Whether adjoints may come through a graph more than once.
+    """
+
+    graphs: dict[int, _Graph] = field(default_factory=dict)
+    length: int = 0
+    keep: bool = True
+
+    def clear(self, length: int) -> None:
+        """Forget all graphs, before those of so many rows are recorded."""
+        self.graphs.clear()
+        self.length = length
+
+
+@dataclass(frozen=True)
+class ModuleSteps:
+    """The steps of consecutive layers of one kind; the same interface as `ResidualSteps`.
+
+    Parameters
+    ----------
+    block : ModuleBlock
+        F.
+    theta : (n parts, p) tensor
+        Weights, a row for each part of each step.
+    h : float
+        Step size.
+    layers : tuple of int
+        Numbers of the layers the rows come from, which fix the masks of dropout.
+    draw : int
+        Number of the update, which fixes them too.
+    batched : bool
+        Evaluate all intervals in one call (`torch.func.vmap`), or one after the other.
+    tape : Tape, optional
+        Keeps the graphs of recorded relaxations.
+    moments : Moments, optional
+        Gets the statistics of the batch from recorded relaxations.
+    scheme, parts
+        As of `ResidualSteps`.
+    """
+
+    block: ModuleBlock
+    theta: Tensor
+    h: float | Tensor
+    layers: tuple[int, ...]
+    draw: int = 0
+    batched: bool = False
+    tape: Tape | None = None
+    moments: Moments | None = None
+    scheme: str = "euler"
+    parts: int = 1
+
+    @property
+    def cost(self) -> float:
+        """Evaluations of F in one step."""
+        return self.parts * (1.0 if self.scheme == "euler" else 2.0)
+
+    def coarsen(self, cfactor: int, weights: str, scheme: str, parts: int = 1) -> ModuleSteps:
+        """See `ResidualSteps.coarsen`."""
+        length = cfactor * self.parts // parts
+        if length == 1:
+            return replace(self, parts=parts, tape=None)
+        theta, h = coarse_rows(self.theta, self.h, length, weights)
+        layers = self.layers[::length]
+        return replace(self, theta=theta, layers=layers, h=h, scheme=scheme, parts=parts, tape=None)
+
+    def redistribute(self, comm, source: Partition, target: Partition) -> Self:
+        """The steps of the rows that `target` gives to this rank."""
+        source, target = source.refine(self.parts), target.refine(self.parts)
+        theta = comm.redistribute(self.theta.contiguous(), source, target)
+        numbers = torch.tensor(self.layers, dtype=torch.int64)
+        layers = tuple(comm.redistribute(numbers, source, target).tolist())
+        h = comm.redistribute(self.h, source, target) if isinstance(self.h, Tensor) else self.h
+        return replace(self, theta=theta, layers=layers, h=h, tape=None)
+
+    def relax(
+        self,
+        points: Tensor,
+        cfactor: int,
+        tau: Tensor | None = None,
+        inputs: Tensor | None = None,
+        record: bool = False,
+    ) -> Tensor:
+        """`cfactor` steps from the beginning of each interval (m, *S) to its end, tau (m c, *S) added to each.
+
+        The input of each step is written to `inputs` (m c, *S). With `record` the tape keeps the graphs.
+        """
+        length = cfactor * self.parts
+        tape, moments = (self.tape, self.moments) if record else (None, None)
+        if tape is not None:
+            tape.clear(length)
+        ends = torch.empty_like(points)
+        if not len(points):
+            return ends
+        columns = self.block.split(self.theta.detach())
+        with torch.set_grad_enabled(tape is not None):
+            # Batched, all intervals are one long state; else one interval after the other.
+            for k in [slice(None)] if self.batched else range(len(points)):
+                first = 0 if self.batched else k * length
+                x = start = points[k].detach().requires_grad_() if tape is not None else points[k]
+                leaves, weights = self._of_interval(columns, first, length, tape is not None)
+                for j in range(cfactor):
+                    step = slice(j, None, cfactor) if self.batched else k * cfactor + j
+                    if inputs is not None:
+                        inputs[step] = x.detach()
+                    for part in range(j * self.parts, (j + 1) * self.parts):
+                        row = slice(part, None, length) if self.batched else first + part
+                        evaluation = Evaluation(moments.start) if moments is not None else None
+                        x = x + self._increment(weights[part], x, row, evaluation)
+                        if moments is not None:
+                            moments.take(row, evaluation)
+                    if tau is not None:
+                        x = x + tau[step]
+                if tape is not None:
+                    tape.graphs[first] = _Graph(start, leaves, x)
+                ends[k] = x.detach()
+        return ends
+
+    def relax_adjoint(
+        self,
+        states: Tensor,
+        points: Tensor,
+        cfactor: int,
+        tau: Tensor | None = None,
+        inputs: Tensor | None = None,
+        gradient: Tensor | None = None,
+    ) -> Tensor:
+        """The same backwards, at the given states (m c parts, *S); see `kernels.relax_adjoint`."""
+        length = cfactor * self.parts
+        ends = torch.empty_like(points)
+        if not len(points):
+            return ends
+        columns = None if gradient is None else self._differentiable(gradient)
+        taped = self._taped(length) if tau is None and inputs is None else 0
+        rows = None if taped else self._rows(self.theta)
+        for k in [slice(None)] if self.batched else range(len(points)):
+            first = 0 if self.batched else k * length
+            v = points[k]
+            if taped:
+                for start in reversed(range(first, first + length, taped)):
+                    v = self._through(self.tape.graphs[start], v, columns, start, taped)
+                ends[k] = v
+                continue
+            for j in reversed(range(cfactor)):
+                step = slice(j, None, cfactor) if self.batched else k * cfactor + j
+                if inputs is not None:
+                    inputs[step] = v
+                for part in reversed(range(j * self.parts, (j + 1) * self.parts)):
+                    row = slice(part, None, length) if self.batched else first + part
+                    v = self._back(rows, row, states[row], v, columns)
+                if tau is not None:
+                    v = v + tau[step]
+            ends[k] = v
+        return ends
+
+    def _taped(self, length: int) -> int:
+        """Rows of each graph on the tape, if graphs make up intervals of that length; else 0."""
+        if self.tape is None or not self.tape.graphs or length % self.tape.length:
+            return 0
+        return self.tape.length if length == self.tape.length or not self.batched else 0
+
+    def _through(self, graph: _Graph, v: Tensor, columns: list[Tensor] | None, first: int, length: int) -> Tensor:
+        """v (*S) through the transposed Jacobian of a graph; the gradient of its rows goes to `columns`."""
+        wanted = () if columns is None else [leaf for leaf in graph.weights if leaf.requires_grad]
+        # A solve comes back with other adjoints. Where none does, memory is given back on the way.
+        options = {"retain_graph": self.tape.keep, "allow_unused": True, "materialize_grads": True}
+        back, *found = torch.autograd.grad(graph.end, (graph.start, *wanted), v, **options)
+        for column, part in zip(columns or (), found, strict=True):
+            if self.batched:
+                column.unflatten(0, (-1, length)).copy_(part)
+            else:
+                column[first : first + length] = part
+        return back
+
+    def _back(self, rows, row: int | slice, u: Tensor, v: Tensor, columns: list[Tensor] | None) -> Tensor:
+        """v (*S) through the transposed Jacobian of one step at u (*S), evaluated anew."""
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            weights = self._weights(rows, row) if columns is None else self._leaves(rows, row)
+            change = self._increment(weights, u, row)
+        if not change.requires_grad:
+            return v
+        wanted = [leaf for leaf in weights if leaf.requires_grad]
+        back, *found = torch.autograd.grad(change, (u, *wanted), v, allow_unused=True, materialize_grads=True)
+        if columns is not None:
+            for column, part in zip(columns, found, strict=True):
+                column[row] = part
+        return v + back
+
+    def _increment(
+        self, weights: Sequence[Tensor], u: Tensor, row: int | slice, evaluation: Evaluation | None = None
+    ) -> Tensor:
+        """What a step adds to u (*S): h F(u), or h F(u + h/2 F(u))."""
+
+        def field_of(x: Tensor) -> Tensor:
+            if self.batched:
+                return self.block.batched(weights, x, evaluation)
+            return self.block(weights, x, self.draw, self.layers[row], evaluation)
+
+        h = self.h
+        if isinstance(h, Tensor):
+            h = h[row].view(-1, *(1,) * (u.dim() - 1)) if self.batched else h[row]
+        change = field_of(u)
+        if self.scheme == "midpoint":
+            change = field_of(u + h / 2 * change)
+        return h * change
+
+    def _of_interval(self, columns: list[Tensor], first: int, length: int, graph: bool) -> tuple[list, list]:
+        """The columns of an interval (length, *shape), batched (m, length, *shape), and the weights of each row."""
+        # For a graph the columns are its leaves: a leaf for each row and column takes as long as a small block.
+        leaves = []
+        for column, kind in zip(columns, self.block.columns, strict=True):
+            part = column.unflatten(0, (-1, length)) if self.batched else column[first : first + length]
+            leaves.append(part.detach().requires_grad_(graph and kind.is_parameter))
+        return leaves, list(zip(*(leaf.unbind(int(self.batched)) for leaf in leaves), strict=True))
+
+    def _rows(self, theta: Tensor) -> list:
+        """Columns of the rows: batched as (n, *shape), else unbound into one tensor for each row."""
+        columns = self.block.split(theta.detach())
+        return columns if self.batched else [column.unbind(0) for column in columns]
+
+    def _weights(self, rows, row: int | slice) -> list[Tensor]:
+        return [column[row] for column in rows]
+
+    def _leaves(self, rows, row: int | slice) -> list[Tensor]:
+        """The weights of a row as leaves of a graph of their own."""
+        kinds = self.block.columns
+        return [
+            column[row].detach().requires_grad_(kind.is_parameter) for column, kind in zip(rows, kinds, strict=True)
+        ]
+
+    def _differentiable(self, gradient: Tensor) -> list[Tensor]:
+        """The columns of the parameters in a gradient (n, p); frozen statistics have none, theirs are set to 0."""
+        found = []
+        for column, kind in zip(self.block.split(gradient), self.block.columns, strict=True):
+            if kind.is_parameter:
+                found.append(column)
+            else:
+                column.zero_()
+        return found

@@ -1,0 +1,1 @@
+"""The V-cycle of minimization over levels, whatever these are."""

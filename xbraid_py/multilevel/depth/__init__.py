@@ -1,0 +1,1 @@
+"""Networks of several depths: nested iteration, adaptive depth, MG/OPT."""

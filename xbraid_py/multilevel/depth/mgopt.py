@@ -1,0 +1,235 @@
+"""MG/OPT in depth, and in width too: the hierarchy of networks, and a run of cycles with its record."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import isfinite
+
+from torch import Tensor
+
+from xbraid_py.comm.errors import RunError
+from xbraid_py.comm.partition import require_multiple
+from xbraid_py.multilevel.cycle.vcycle import Damping, Transfer, VCycle
+from xbraid_py.multilevel.depth.depth_transfer import DepthTransfer
+from xbraid_py.multilevel.depth.mgopt_options import MGOptOptions
+from xbraid_py.multilevel.depth.transfer import refuse_splines
+from xbraid_py.multilevel.width.state_width import ComposedTransfer, StateWidthTransfer
+from xbraid_py.optim import Armijo
+from xbraid_py.optim.levels import Point
+from xbraid_py.optim.objective import Evaluation
+from xbraid_py.problem.network import ResidualNetwork
+from xbraid_py.problem.portions import PortionedObjective, Samples
+from xbraid_py.problem.problem import Problem
+from xbraid_py.problem.regularization import Regularization
+
+
+def coarsened(regularization: Regularization, factor: int) -> Regularization:
+    """The regularisation of a level that has fewer layers by a factor (paper 000, section 4: beta 2^(L-l)).
+
+    Plain sums are multiplied by the factor, so that those over the layers stay multiples of the same time integral;
+    time integrals are that already.
+    """
+    if regularization.measure == "integral":
+        return regularization
+    weights = {name: factor * getattr(regularization, name) for name in ("tikhonov", "ddt", "classification")}
+    return replace(regularization, **weights)
+
+
+def level_scale(network: ResidualNetwork, metric: str, moves: str) -> Tensor | None:
+    """The diagonal D of the optimisers (`GradientDescent`) for a network; None where it is 1."""
+    if metric == "euclidean" and moves == "all":
+        return None
+    scale = network.layout.zeros()
+    for name, rows in network.layout.rows(scale).items():
+        if moves in ("all", "layers" if name == "layers" else "ends"):
+            rows.fill_(1.0 / network.grid.h if metric == "L2" and name == "layers" else 1.0)
+    return scale
+
+
+@dataclass(frozen=True)
+class CycleRecord:
+    """The state of a run after a cycle; what it cost does not include this record.
+
+    Attributes
+    ----------
+    cycle : int
+        Cycles so far, a full-multigrid start included as one.
+    evaluation : Evaluation
+        The objective of the finest level.
+    work : float
+        Work units so far by eq. 10, one being a gradient on the finest level.
+    counted : float
+        The same by counting evaluations of a layer on all levels and ranks, those of line searches included; of the
+        solvers the work is counted as it is, where eq. 10 takes a gradient for a gradient. A narrower layer counts as
+        the numbers of its matrix.
+    gradients : tuple of int
+        Gradients so far on each level, the finest first.
+    seconds : float
+        Time so far.
+    """
+
+    cycle: int
+    evaluation: Evaluation
+    work: float
+    counted: float
+    gradients: tuple[int, ...]
+    seconds: float
+
+
+class MGOpt:
+    """A run of MG/OPT in depth.
+
+    Parameters
+    ----------
+    problem : Problem
+    num_layers : int
+        Of the finest network, a multiple of 2^(levels - 1).
+    options : MGOptOptions
+    portions : sequence of Samples, optional
+        All samples, where there are too many to be propagated together; those of the problem are the first portion.
+
+    Attributes
+    ----------
+    x : Tensor
+        Weights of the finest network, to be set before `run`; zeros at first.
+    objectives : list of NetworkObjective or PortionedObjective
+        The finest first.
+    costs : list of float
+        Of a gradient on each level, in work units.
+    cycle : VCycle
+
+    Raises
+    ------
+    ValueError
+        If the depth does not fit the number of levels, or the weights are splines.
+    """
+
+    def __init__(
+        self, problem: Problem, num_layers: int, options: MGOptOptions, portions: Sequence[Samples] | None = None
+    ):
+        schedule = options.steps()
+        refuse_splines(problem.architecture.splines)
+        require_multiple("num_layers", num_layers, 2 ** (schedule.levels - 1), "2^(levels - 1)")
+        self.options, self.schedule = options, schedule
+        self.objectives = [
+            self._problem_of(problem, level, num_layers).objective(num_layers >> level)
+            for level in range(schedule.levels)
+        ]
+        if portions is not None:
+            self.objectives = [PortionedObjective(each, portions) for each in self.objectives]
+        networks = [objective.network for objective in self.objectives]
+        width = networks[0].block.outputs
+        # A dense layer costs what its matrix has of numbers.
+        self._areas = [(network.block.outputs / width) ** 2 for network in networks]
+        self.costs = [area / 2**level for level, area in enumerate(self._areas)]
+        moves = [options.fine_moves] + [options.coarse_moves] * (schedule.levels - 1)
+        smoothers = [
+            options.optim.build(level, objective, level_scale(objective.network, options.metric, moves[level]))
+            for level, objective in enumerate(self.objectives)
+        ]
+        self.cycle = VCycle(
+            self.objectives,
+            self._transfers(problem, networks),
+            smoothers,
+            schedule.pre,
+            schedule.post,
+            schedule.coarse,
+            cycle=options.cycle,
+            line_search=Armijo() if options.line_search else None,
+            damping=Damping(momentum=options.carry_momentum),
+        )
+        self._unit = problem.work_unit(num_layers)
+        self.x = networks[0].layout.zeros()
+
+    def _problem_of(self, problem: Problem, level: int, num_layers: int, width_level: int | None = None) -> Problem:
+        """The problem of a level: regularisation by its depth, width, and perhaps fewer ranks."""
+        ranks = self.options.ranks(num_layers >> level, problem.comm.size) if level else problem.ranks
+        width, halvings = problem.architecture.width, level if width_level is None else width_level
+        for _ in range(min(halvings, self.options.narrow)):
+            width = (width + 1) // 2
+        return replace(
+            problem,
+            regularization=coarsened(problem.regularization, 2**level),
+            ranks=ranks,
+            architecture=replace(problem.architecture, width=width),
+        )
+
+    def _transfers(self, problem: Problem, networks: Sequence[ResidualNetwork]) -> list[Transfer]:
+        how, found = (self.options.interpolation, self.options.restriction), []
+        for level, (fine, coarse) in enumerate(zip(networks, networks[1:], strict=False)):
+            if level < self.options.narrow:
+                depth = fine.grid.num_layers
+                between = self._problem_of(problem, level, depth << level, level + 1).network(depth)
+                width = StateWidthTransfer(between, fine, self.options.scaling)
+                found.append(ComposedTransfer([width, DepthTransfer(coarse, between, *how)]))
+            else:
+                found.append(DepthTransfer(coarse, fine, *how))
+        return found
+
+    @property
+    def network(self) -> ResidualNetwork:
+        """The finest network."""
+        return self.objectives[0].network
+
+    def run(
+        self,
+        max_cycles: int,
+        batches: Callable[[int], Samples] | None = None,
+        done: CycleRecord | None = None,
+    ) -> Iterator[CycleRecord]:
+        """Make cycles; yields a record before the first and after each, when `x` are the weights it is of.
+
+        Parameters
+        ----------
+        max_cycles : int
+            Cycles in all.
+        batches : callable, optional
+            `batches(k)` are the samples of cycle k, counted from 0, on all levels (paper 000, algorithm 3). Then a
+            record has the objective on those of the next cycle. Not for an objective in portions.
+        done : CycleRecord, optional
+            Where an earlier run has come to, with its weights in `x`: the next record is that of the cycle after it.
+
+        Raises
+        ------
+        RunError
+            If the objective is not finite.
+        """
+        objective, schedule, options = self.objectives[0], self.schedule, self.options
+        if done is None:
+            done = CycleRecord(-1, Evaluation(0.0, 0.0, 0.0, 0.0), 0.0, 0.0, (0,) * len(self.objectives), 0.0)
+        work, seconds, point = done.work, done.seconds, Point(self.x)
+        for cycle in range(max(0, done.cycle), max_cycles + 1):
+            if batches is not None:
+                samples = batches(cycle)
+                for each in self.objectives:
+                    each.use(*samples)
+                point = Point(point.x)  # what is known of it is of other samples
+            spent = sum(each.work * area for each, area in zip(self.objectives, self._areas, strict=True))
+            counted = done.counted + spent / self._unit
+            own = (each.gradients for each in self.objectives)
+            gradients = tuple(before + now for before, now in zip(done.gradients, own, strict=True))
+            clock = time.perf_counter()
+            # The next cycle begins with this very evaluation.
+            if point.evaluation is None:
+                point = Point(point.x, objective.evaluate(point.x))
+            evaluated = time.perf_counter() - clock
+            if not isfinite(point.evaluation.value):
+                raise RunError(
+                    f"the objective is {point.evaluation.value} after {cycle} cycles: it must be finite; use a smaller "
+                    f"step size (optim.learning_rate={options.optim.learning_rate[0] / 10:g})"
+                )
+            self.x = point.x
+            if cycle > done.cycle:
+                yield CycleRecord(cycle, point.evaluation, work, counted, gradients, seconds)
+            if cycle == max_cycles:
+                return
+            clock = time.perf_counter()
+            if cycle == 0 and options.full_multigrid:
+                point = self.cycle.full_multigrid(point.x, options.full_multigrid)
+                work += schedule.full_multigrid_work(options.full_multigrid, options.cycle, self.costs)
+            else:
+                point = self.cycle.run(point)
+                work += schedule.work(options.cycle, self.costs)
+            seconds += evaluated + time.perf_counter() - clock

@@ -1,0 +1,296 @@
+"""Nested iteration: train a shallow network, prolong its weights to a deeper one, go on there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from math import ceil
+from typing import Literal
+
+from torch import Tensor
+
+from xbraid_py.comm.partition import require_multiple
+from xbraid_py.layers.splines import Splines
+from xbraid_py.mgrit.grid import LayerGrid
+from xbraid_py.multilevel.depth.adaptive import AdaptiveOptions, layers_to_cut
+from xbraid_py.multilevel.depth.record import Record, Snapshot
+from xbraid_py.multilevel.depth.transfer import prolong_depth
+from xbraid_py.optim import OneShot, OneShotOptions, Update
+from xbraid_py.optim.objective import Evaluation
+from xbraid_py.problem.network import InitialScales, ResidualNetwork
+from xbraid_py.problem.problem import Problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class NestedOptions:
+    """Schedule of a nested iteration (paper 001, algorithm 1 and eq. 8).
+
+    Parameters
+    ----------
+    refinements
+        Number of refinements; 0 trains the deep network alone.
+    updates
+        Updates on each level, the coarsest first, one number more than refinements.
+    interpolation
+        Of the weights in depth: piecewise constant or linear.
+    adaptive
+        Cut those layers alone where an indicator is large; all of them if not given. Then num_layers is what there
+        would be if all were cut each time, and the coarsest network is the same.
+    spline_refine
+        Where the weights are splines in depth, a refinement halves the intervals between their knots as well. The
+        splines of the network are then those of the finest one; otherwise those of all.
+    """
+
+    refinements: int = 2
+    updates: tuple[int, ...] = (200, 125, 75)
+    interpolation: Literal["constant", "linear"] = "constant"
+    adaptive: AdaptiveOptions | None = None
+    spline_refine: bool = False
+
+    def __post_init__(self):
+        if self.refinements < 0:
+            raise ValueError(f"refinements={self.refinements} must be at least 0; use 2")
+        if len(self.updates) != self.refinements + 1:
+            raise ValueError(
+                f"updates={list(self.updates)} must have refinements + 1 = {self.refinements + 1} numbers, the "
+                f"coarsest level first; use {[100] * (self.refinements + 1)}"
+            )
+        if min(self.updates) < 0:
+            raise ValueError(f"updates={list(self.updates)} must all be at least 0; use {[100] * len(self.updates)}")
+        if self.interpolation not in ("constant", "linear"):
+            raise ValueError(f"interpolation={self.interpolation!r} must be constant or linear; use constant")
+
+    def non_nested(self) -> NestedOptions:
+        """The schedule that trains the finest network alone, with as much work (paper 001, section 3.1)."""
+        work = sum(count / 2 ** (self.refinements - index) for index, count in enumerate(self.updates))
+        return NestedOptions(refinements=0, updates=(ceil(work),), interpolation=self.interpolation)
+
+    def depths(self, num_layers: int) -> list[int]:
+        """Number of layers on each level, the coarsest first; at most, where not all of them are cut."""
+        require_multiple("num_layers", num_layers, 2**self.refinements, "2^refinements")
+        found = [LayerGrid(num_layers >> level, 1.0).num_layers for level in range(self.refinements, -1, -1)]
+        most = self.adaptive and self.adaptive.max_layers
+        if most is not None and most < found[0]:
+            raise ValueError(f"max_layers={most} is less than the {found[0]} layers to begin with; use {num_layers}")
+        return found
+
+    def splines(self, finest: Splines | None) -> list[Splines | None]:
+        """Splines of each level, the coarsest first, from those of the network."""
+        if not self.spline_refine:
+            return [finest] * (self.refinements + 1)
+        if finest is None:
+            raise ValueError("spline_refine=True needs a network with splines; give network.splines.num, such as 11")
+        finest.coarsen(2**self.refinements)
+        return [finest.coarsen(2**level) for level in range(self.refinements, -1, -1)]
+
+
+class NestedIteration:
+    """Algorithm 1 of paper 001; with no refinement, plain one-shot training.
+
+    Parameters
+    ----------
+    problem : Problem
+    num_layers : int
+        Depth of the finest network.
+    options : NestedOptions
+    one_shot : OneShotOptions
+    scales : InitialScales
+        Of the initial weights of the coarsest network.
+    seed : int
+
+    Attributes
+    ----------
+    objective : NetworkObjective
+        Of the present level.
+    one_shot : OneShot
+        The optimiser there; `one_shot.x` are the weights.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        num_layers: int,
+        options: NestedOptions,
+        one_shot: OneShotOptions,
+        scales: InitialScales,
+        seed: int = 0,
+    ):
+        cfactor = problem.forward.cfactor_of(0, num_layers)
+        if cfactor is not None and (problem.forward.cfactor is not None or problem.forward.cycle != "one-shot"):
+            # Said in terms of the finest network, which is what a user chooses.
+            name = "cfactor" + " * 2^refinements" * (options.refinements > 0)
+            require_multiple("num_layers", num_layers, cfactor * 2**options.refinements, name)
+        self.depths = options.depths(num_layers)
+        shape = problem.architecture
+        self._problems = [
+            replace(problem, architecture=replace(shape, splines=each)) for each in options.splines(shape.splines)
+        ]
+        for depth in self.depths:
+            problem.hierarchies(depth)
+        if problem.comm.size > num_layers:
+            raise ValueError(
+                f"{problem.comm.size} ranks are more than num_layers={num_layers}; use at most {num_layers} ranks"
+            )
+        self.problem, self.options, self.one_shot_options = problem, options, one_shot
+        self.scales, self.seed = scales, seed
+        self._unit = problem.work_unit(num_layers)
+        self._index = 0
+        self._grid = problem.grid(self.depths[0])
+        self._cut: tuple[int, ...] | None = None
+        self._note: str | None = None
+        self._before = {"records": 0, "work": 0.0, "evaluations": 0, "seconds": 0.0}
+        self._is_over = False
+
+    @property
+    def level(self) -> int:
+        """Present level of the nesting; 0 is the finest."""
+        return self.options.refinements - self._index
+
+    @property
+    def depth(self) -> int:
+        """Number of layers of the present level."""
+        return self._grid.num_layers
+
+    @property
+    def grid(self) -> LayerGrid:
+        """The layers of the present level."""
+        return self._grid
+
+    @property
+    def network(self):
+        """The network of the present level."""
+        return self.objective.network
+
+    def run(self, snapshot: Snapshot | None = None) -> Iterator[Record]:
+        """Train; yields a record before each update and one at the end.
+
+        With a snapshot, goes on from there; its own record is not yielded again, unless it is that of the end.
+        """
+        if snapshot is None:
+            self._begin(0, self._grid, None)
+        else:
+            self._restore(snapshot)
+            if snapshot.is_final:
+                yield self._record(None)
+                return
+        skip = snapshot is not None
+        while True:
+            updates = self.one_shot.run(self.options.updates[self._index])
+            while True:
+                clock = time.perf_counter()
+                update = next(updates, None)
+                self._before["seconds"] += time.perf_counter() - clock
+                if update is None:
+                    break
+                if not skip:
+                    yield self._record(update)
+                skip = False
+            if self._index == self.options.refinements:
+                yield self._record(None)
+                return
+            clock = time.perf_counter()
+            self._refine()
+            self._before["seconds"] += time.perf_counter() - clock
+
+    def _begin(self, index: int, grid: LayerGrid, x: Tensor | None) -> None:
+        self._index, self._grid = index, grid
+        self.objective = self._problems[index].objective(grid)
+        start = self.network.initial(self.scales, self.seed) if x is None else x
+        self.one_shot = OneShot(self.objective, self.one_shot_options, start)
+
+    def _refine(self) -> None:
+        self._note = self.one_shot.note
+        coarse, x, how = self.network, self.one_shot.x, self.options.interpolation
+        grid = coarse.grid.refine(2)
+        if self.options.adaptive is not None:
+            self._cut = layers_to_cut(self.options.adaptive, self.problem, self.objective, x, how)
+            grid = coarse.grid.halve(self._cut)
+        self._before["work"] += self.objective.work
+        self._before["evaluations"] += self.objective.evaluations
+        self._begin(self._index + 1, grid, None)
+        self.one_shot.x = prolong_depth(coarse, self.network, x, how, self._cut)
+
+    def _record(self, update: Update | None) -> Record:
+        one_shot = self.one_shot
+        record = Record(
+            level=self.level,
+            num_layers=self.depth,
+            update=self._before["records"],
+            work=(self._before["work"] + self.objective.work) / self._unit,
+            seconds=self._before["seconds"],
+            evaluations=self._before["evaluations"] + self.objective.evaluations,
+            evaluation=one_shot.evaluation,
+            adjoint_residual=self.objective.adjoint_residual,
+            grad_norm=None if update is None else update.grad_norm,
+            step=one_shot.step,
+            backtracks=one_shot.backtracks,
+            note=self._note or one_shot.note,
+            final=update is None,
+            cut=self._cut,
+            lengths=None if self._cut is None else self._grid.lengths or (1,) * self.depth,
+        )
+        self._note = self._cut = None
+        self._before["records"] += 1
+        self._is_over = record.final
+        return record
+
+    def snapshot(self) -> Snapshot:
+        """All that the rest of the run depends on, now."""
+        one_shot, objective = self.one_shot, self.objective
+        warm = {"state": objective.warm or (), "adjoint": objective.adjoint_warm or ()}
+        # The run goes on to overwrite what the one-shot cycle keeps.
+        warm = {name: tuple(rows.clone() for rows in levels) for name, levels in warm.items()}
+        return Snapshot(
+            numbers={
+                "index": self._index,
+                "num_layers": self.depth,
+                **({} if self._grid.is_uniform else {"lengths": list(self._grid.lengths)}),
+                **({} if self.network.splines is None else {"splines": asdict(self.network.splines)}),
+                "number": one_shot.number,
+                "step": one_shot.step,
+                "scale": one_shot.quasi_newton.scale,
+                "backtracks": one_shot.backtracks,
+                "evaluation": asdict(one_shot.evaluation),
+                "adjoint_residual": objective.adjoint_residual,
+                "work": objective.work,
+                "evaluations": objective.evaluations,
+                "is_final": self._is_over,
+                "before": dict(self._before),
+            },
+            vectors={
+                "weights": [one_shot.x],
+                "gradient": [] if one_shot.gradient is None else [one_shot.gradient],
+                "s": one_shot.quasi_newton.s,
+                "y": one_shot.quasi_newton.y,
+            },
+            warm=warm,
+        )
+
+    def grid_of(self, numbers: Mapping) -> LayerGrid:
+        """The layers of a snapshot with these numbers."""
+        lengths = numbers.get("lengths")
+        if lengths is not None:
+            return LayerGrid.of_lengths(lengths, self._grid.T)
+        return self.problem.grid(numbers["num_layers"])
+
+    def network_of(self, numbers: Mapping) -> ResidualNetwork:
+        """The network of a snapshot with these numbers."""
+        return self._problems[numbers["index"]].network(self.grid_of(numbers))
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        numbers, vectors = snapshot.numbers, snapshot.vectors
+        self._begin(numbers["index"], self.grid_of(numbers), vectors["weights"][0])
+        one_shot, objective = self.one_shot, self.objective
+        one_shot.number = numbers["number"]
+        one_shot.step, one_shot.backtracks = numbers["step"], numbers["backtracks"]
+        one_shot.evaluation = Evaluation(**numbers["evaluation"])
+        one_shot.gradient = vectors["gradient"][0] if vectors["gradient"] else None
+        one_shot.quasi_newton.restore(vectors["s"], vectors["y"])
+        one_shot.quasi_newton.scale = numbers["scale"]
+        objective.warm, objective.adjoint_warm = (snapshot.warm.get(name) or None for name in ("state", "adjoint"))
+        objective.adjoint_residual = numbers["adjoint_residual"]
+        objective.work, objective.evaluations = numbers["work"], numbers["evaluations"]
+        self._before = dict(numbers["before"])
+        if snapshot.is_final:
+            self._before["records"] -= 1  # the end is recorded again

@@ -1,0 +1,1 @@
+"""Multi-level residual networks: blocks doubled between cycles of a cosine learning rate."""

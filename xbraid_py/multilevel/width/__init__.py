@@ -1,0 +1,1 @@
+"""Networks of several widths: the full approximation scheme in width."""

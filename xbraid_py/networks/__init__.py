@@ -1,1 +1,0 @@
-"""Layers as functions of stacked weights: tensors in, tensors out, no messages."""

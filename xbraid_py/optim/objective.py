@@ -1,0 +1,46 @@
+"""What an optimizer knows of a problem: a value, a gradient, and how good the solves behind them are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The objective at one point.
+
+    Attributes
+    ----------
+    value, loss : float
+        With and without regularisation.
+    accuracy : float
+        Share of the samples that are classified rightly.
+    residual : float
+        Relative residual of the state solve.
+    """
+
+    value: float
+    loss: float
+    accuracy: float
+    residual: float
+
+
+class Objective(Protocol):
+    """What an optimiser knows of the problem."""
+
+    def evaluate(self, x: Tensor, max_iter: int | None = None, error: float | None = None) -> Evaluation:
+        """The objective at the flat vector x.
+
+        Solvers make up to `max_iter` iterations if their options ask for fewer, and until the value is wrong by no more
+        than `error`, as far as they can tell; 0 asks for all iterations.
+        """
+
+    def gradient(self, x: Tensor, max_iter: int | None = None, exact: bool = False) -> Tensor:
+        """The gradient at x, where `evaluate` has been called last; with all iterations if `exact`."""
+
+    def dots(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+        """Dot products over all ranks of each of some flat vectors with each of others, (len(a), len(b))."""

@@ -1,0 +1,1 @@
+"""The dense classifier as an objective of its weights."""

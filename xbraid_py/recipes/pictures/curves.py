@@ -1,0 +1,129 @@
+"""Curves of a run: accuracy over work, objective and residuals over updates."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from xbraid_py.recipes.pictures.records import runs_of, sections_of, updates_of, wall_work_units
+from xbraid_py.recipes.pictures.style import ADJOINT, GREY, RED, STATE, clean, line, note, save
+
+
+def accuracy_over_work(rows: Sequence[dict], path: str | os.PathLike, unit: float | None = None) -> None:
+    """Picture of the validation accuracy over work units (the paper's figure 4).
+
+    One line for every level of the nesting, coloured by depth, and a red one for the non-nested run, if
+    there is one: on the left over measured work units (`wall_work_units`), on the right over counted ones.
+
+    Parameters
+    ----------
+    rows : sequence of dict
+        Records of a run, or of a nested and a non-nested one.
+    path : path-like
+        The PNG to write, its folder included.
+    unit : float, optional
+        Seconds of a measured work unit, for rows that are not all updates of a run.
+
+    Raises
+    ------
+    ValueError
+        If there is no update among the rows.
+    """
+    updates = updates_of(rows)
+    works = [("work units, counted", [row["work"] for row in updates])]
+    wall = wall_work_units(updates) if unit is None else [row["seconds"] / unit for row in updates]
+    if wall:
+        works.insert(0, ("work units, wall-clock time", wall))
+    figure = Figure(figsize=(4.6 * len(works) + 0.4, 3.8), layout="constrained")
+    panels = figure.subplots(1, len(works), sharey=True, squeeze=False)[0]
+    for axes, (label, work) in zip(panels, works, strict=True):
+        for run, entries in runs_of([row | {"work": units} for row, units in zip(updates, work, strict=True)]):
+            _draw_accuracy(axes, run, entries)
+        clean(axes, label)
+        axes.set_xlim(left=0)
+    panels[0].set(ylabel="validation accuracy (%)", ylim=(None, 100))
+    if panels[0].lines:
+        panels[0].legend(loc="lower right", frameon=False)
+    else:
+        note(panels[0], "validation accuracy was not evaluated")
+    save(figure, path)
+
+
+def _draw_accuracy(axes: Axes, run: str, entries: list[dict]) -> None:
+    last: list[tuple[float, float]] = []
+    for (num_layers, section), colour in _coloured(run, entries):
+        points = [(row["work"], 100 * row["val_accuracy"]) for row in section if row["val_accuracy"] is not None]
+        if points:
+            # From the last point of the level before, so that the run is one line.
+            line(axes, last + points, colour, f"{num_layers} layers" + ", non-nested" * (run == "non-nested"))
+            last = points[-1:]
+
+
+def convergence(rows: Sequence[dict], path: str | os.PathLike) -> None:
+    """Picture of the objective, and of the residuals of states and adjoints, over the updates.
+
+    One column of panels for every run, with a thin line where the network was refined.
+
+    Parameters
+    ----------
+    rows : sequence of dict
+        Records of a run, or of a nested and a non-nested one.
+    path : path-like
+        The PNG to write, its folder included.
+
+    Raises
+    ------
+    ValueError
+        If there is no update among the rows.
+    """
+    runs = list(runs_of(rows))
+    figure = Figure(figsize=((8.0, 10.0)[len(runs) - 1], 5.2), layout="constrained")
+    panels = figure.subplots(2, len(runs), sharex="col", sharey="row", squeeze=False)
+    for (upper, lower), (run, entries) in zip(panels.T, runs, strict=True):
+        for (num_layers, section), colour in _coloured(run, entries):
+            _draw_positive(upper, section, "objective", colour, f"{num_layers} layers")
+        for axes in (upper, lower):
+            axes.set_yscale("log")
+            clean(axes, "update" if axes is lower else "")
+            for _, section in list(sections_of(entries))[1:]:
+                axes.axvline(section[0]["update"] - 0.5, color=GREY, linewidth=0.8, linestyle=":", zorder=0)
+        # Objectives span few decades: ticks at 1, 2 and 5, written as plain numbers.
+        upper.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        upper.yaxis.set_major_formatter("{x:g}")
+        upper.yaxis.set_minor_formatter(NullFormatter())
+        _draw_positive(lower, entries, "state_residual", STATE, "states")
+        _draw_positive(lower, entries, "adjoint_residual", ADJOINT, "adjoints")
+        if len(runs) > 1:
+            upper.set_title(run)
+        upper.legend(loc="upper right", frameon=False)
+        if lower.get_legend_handles_labels()[0]:
+            # Above the panel: residuals fill it from top to bottom.
+            lower.legend(loc="lower right", bbox_to_anchor=(1, 0.98), frameon=False, ncols=2)
+        else:
+            note(lower, "no residual above 0 was recorded")
+    panels[0, 0].set_ylabel("objective")
+    panels[1, 0].set_ylabel("relative residual")
+    save(figure, path)
+
+
+def _draw_positive(axes: Axes, entries: list[dict], field: str, colour, label: str) -> None:
+    if points := [(row["update"], row[field]) for row in entries if (row[field] or 0) > 0]:
+        line(axes, points, colour, label)
+
+
+def _coloured(run: str, entries: list[dict]):
+    """The sections of a run with a colour each: darker the deeper, and red for the non-nested run."""
+    sections = list(sections_of(entries))
+    colours = [RED] * len(sections) if run == "non-nested" else depth_colours(len(sections))
+    return zip(sections, colours, strict=True)
+
+
+def depth_colours(count: int) -> np.ndarray:
+    """Colours of so many depths, darker the deeper."""
+    return colormaps["YlGnBu"](np.linspace(0.45, 0.95, count) if count > 1 else [0.85])

@@ -1,7 +1,0 @@
-"""Pictures of runs, drawn from their records, and maps of classes."""
-
-from xbraid_py.report.curves import accuracy_over_work, convergence
-from xbraid_py.report.maps import class_map, scene_map
-from xbraid_py.report.records import read_metrics, wall_work_units
-
-__all__ = ["accuracy_over_work", "class_map", "convergence", "read_metrics", "scene_map", "wall_work_units"]

@@ -1,0 +1,263 @@
+"""The folder of a run: its lock, configuration, record, log and status, and what a driver does after every update."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import weakref
+from collections.abc import Iterator, Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from xbraid_py.comm import Communicator
+from xbraid_py.comm.errors import RunError
+from xbraid_py.run.lock import RunLock, take
+from xbraid_py.run.record import MetricsWriter
+from xbraid_py.run.signals import Stopped, stop_agreed
+from xbraid_py.run.status import RunStatus, mark_ended
+
+# What a run leaves in its folder, and what makes room for the next one.
+CONFIG, METRICS, LOG, CHECKPOINTS = "config.yaml", "metrics.jsonl", "log.txt", "checkpoints"
+LEFT = (CONFIG, METRICS, LOG, "status.json", CHECKPOINTS, "figures", "tensorboard")
+_FAILED = 255  # beyond the numbers of signals
+
+_log = logging.getLogger(__name__)
+_under_way: weakref.WeakSet[RunFolder] = weakref.WeakSet()
+
+
+class RunFolder:
+    """The folder of a run, for all ranks of it; made by `claim`. Only rank 0 writes.
+
+    A driver claims its folder in its set-up, and then::
+
+        with folder.open(configuration, total=100, append=resumed):
+            for row in train(...):
+                folder.write(row)
+                stop = folder.update(row["update"], row["loss"], accuracy)
+                if stop or row["update"] % checkpoint_every == 0:
+                    path = save(...)
+                if stop:
+                    raise folder.stopped(path)
+
+    Attributes
+    ----------
+    path : Path
+    comm : Communicator
+    checkpoints, figures, metrics : Path
+        Two folders and the record in it.
+    """
+
+    def __init__(self, path: Path, comm: Communicator, lock: RunLock | None):
+        self.path, self.comm = path, comm
+        self.checkpoints, self.figures, self.metrics = path / CHECKPOINTS, path / "figures", path / METRICS
+        self._lock = lock
+        self._status: RunStatus | None = None
+        self._record: MetricsWriter | None = None
+        self._handler: _LogFile | None = None
+        self._failure: OSError | None = None
+        self._update, self._signal = 0, 0
+
+    def set_aside(self, names: tuple[str, ...] = LEFT) -> Path | None:
+        """Move what an earlier run has left into a folder `earlier-N`; its path if there was something. On rank 0."""
+        return set_aside(self.path, names) if self.comm.rank == 0 else None
+
+    @contextlib.contextmanager
+    def open(
+        self, configuration: Mapping[str, Any], total: int | None = None, done: int = 0, append: bool = False
+    ) -> Iterator[None]:
+        """A run in this folder from its start to its end; collective at the start. Releases the folder at the end.
+
+        Writes `config.yaml`, opens the record and the log, and keeps `status.json` up to date: "finished" after the
+        block, "stopped" if it is left by `Stopped` or by Ctrl-C, "failed" if by anything else.
+
+        Parameters
+        ----------
+        configuration : mapping
+            The options, JSON-able (`xbraid_py.run.options.to_dict`).
+        total : int, optional
+            Updates in all, if that is known.
+        done : int
+            Updates before this start.
+        append : bool
+            Go on with the record that is there.
+
+        Raises
+        ------
+        RunError
+            On all ranks, if the folder cannot be written.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.release)
+            if self.comm.rank == 0:
+                with self.guarded():
+                    self._start(stack, configuration, total, done, append)
+            _under_way.add(self)
+            stack.callback(_under_way.discard, self)
+            self._agree()
+            try:
+                yield
+                # The last rows may have failed: everyone is told before the run is called finished.
+                self._agree()
+            except Stopped as stop:
+                self._end("stopped", str(stop))
+                raise
+            except KeyboardInterrupt:
+                self._end("stopped", "interrupted")
+                raise
+            except RunError as error:
+                self._end("failed", str(error))
+                raise
+            except BaseException as error:
+                # Whatever it is, it goes on its way. It may have met this rank alone.
+                text = f"rank {self.comm.rank}: {type(error).__name__}: {error}"
+                self._end("failed", text)
+                mark_ended(self.path, "failed", text)
+                raise
+            self._end("finished", "")
+
+    def _start(self, stack, configuration, total, done, append) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(dict(configuration), sort_keys=False)
+        _write(self.path / CONFIG, f"# python {sys.argv[0]} --config {self.path / CONFIG}\n{text}")
+        self._handler = _LogFile(self.path / LOG)
+        stack.callback(self._close_log)
+        logging.getLogger("xbraid_py").addHandler(self._handler)
+        self._record = stack.enter_context(MetricsWriter(self.metrics, self.comm, configuration, append=append))
+        stack.callback(setattr, self, "_record", None)
+        self._status = RunStatus(self.path, self.comm.size, total, done)
+        self._status.change("starting")
+        self.log(f"{'goes on' if append else 'starts'} on {self.comm.size} rank(s): {' '.join(sys.argv)}")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append an object to the record; if that fails, the next `update` says so on all ranks. No message."""
+        if self._record is not None and self._failure is None:
+            with self.guarded():
+                self._record.write(row)
+
+    def log(self, text: str) -> None:
+        """Append text to `log.txt`, and not to the screen. No message."""
+        if self._handler is not None:
+            self._handler.emit(_log.makeRecord(_log.name, logging.INFO, "", 0, text, (), None))
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """What one rank alone does: an `OSError` of it becomes a `RunError` of all ranks at the next `update`."""
+        try:
+            yield
+        except OSError as error:
+            self._failure = self._failure or error
+
+    def update(self, number: int, objective: float | None = None, accuracy: float | None = None) -> bool:
+        """The end of a weight update; collective: one byte from each rank.
+
+        Parameters
+        ----------
+        number : int
+            Updates so far.
+        objective, accuracy : float, optional
+            For the status; what is None stays as it was.
+
+        Returns
+        -------
+        bool
+            Whether a signal has asked the run to stop; the same on all ranks. Then write a checkpoint, and
+            `raise folder.stopped(path)`.
+
+        Raises
+        ------
+        RunError
+            On all ranks, if something that rank 0 had to write could not be written.
+        """
+        if self._status is not None:
+            self._status.update(number, objective, accuracy)
+        self._update = number
+        self._signal = self._agree()
+        return bool(self._signal)
+
+    def stopped(self, path: Path) -> Stopped:
+        """What to raise on all ranks, once the checkpoint `path` of the last `update` is there."""
+        why = f" by {signal.Signals(self._signal).name}" if self._signal else ""
+        return Stopped(f"stopped{why} after update {self._update}; --resume auto goes on from {path}")
+
+    def release(self) -> None:
+        """Let other jobs use the folder."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _agree(self) -> int:
+        """The signal that a rank was sent, if any; raises on all ranks if one has failed."""
+        found = stop_agreed(self.comm, _FAILED if self._failure else None)
+        if found == _FAILED:
+            failure, self._failure = self._failure, None
+            rank, text = self.comm.first_error(str(failure) if failure else None)
+            raise RunError(f"rank {rank} cannot write to {self.path}: {text}; make room, or give another --out")
+        return found
+
+    def _end(self, state: str, message: str) -> None:
+        self.log(message if state == "stopped" else f"{state}{message and ': '}{message}")
+        if self._status is not None:
+            self._status.change(state, message)
+
+    def _close_log(self) -> None:
+        logging.getLogger("xbraid_py").removeHandler(self._handler)
+        self._handler.close()
+        self._handler = None
+
+
+class _LogFile(logging.FileHandler):
+    """Appends to a file; a disk that refuses is no reason to end a run, and shows up elsewhere."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, mode="a", encoding="utf-8")
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+
+    def handleError(self, record):
+        pass
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            super().close()
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def claim(out: str | os.PathLike, comm: Communicator) -> RunFolder:
+    """Lock a folder for a run; for the set-up of a driver, on all ranks, without a message.
+
+    Raises
+    ------
+    ValueError
+        On rank 0, if another job has the folder.
+    OSError
+        On rank 0, if it cannot be written.
+    """
+    return RunFolder(Path(out), comm, take(out) if comm.rank == 0 else None)
+
+
+def set_aside(out: Path, names: tuple[str, ...] = LEFT) -> Path | None:
+    """Move files and folders of `out` into a new folder `earlier-N` of it; its path, None if there was nothing."""
+    found = [name for name in names if (out / name).exists()]
+    if not found:
+        return None
+    aside = next(path for n in count(1) if not (path := out / f"earlier-{n}").exists())
+    for name in found:
+        (aside / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).rename(aside / name)
+    return aside
+
+
+def last_words(message: str, state: str = "failed") -> None:
+    """Leave in the status of runs under way that this process, one of their ranks, ends the job at once."""
+    for folder in list(_under_way):
+        mark_ended(folder.path, state, message)

@@ -1,0 +1,238 @@
+"""How a driver starts and how it ends: options, ranks, set-up, run, one message for whatever goes wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import NoReturn, TypeVar
+
+import torch
+
+from xbraid_py.comm import Communicator, launcher_rank, world
+from xbraid_py.comm.errors import RunError
+from xbraid_py.run import signals
+from xbraid_py.run.folder import last_words
+from xbraid_py.run.options import OptionError, parse
+
+T = TypeVar("T")
+
+BAD_INPUT, RUN_FAILED, INTERRUPTED = 2, 1, 128 + signal.SIGINT
+
+_TWICE = 0.2  # seconds within which two SIGTERM are one
+
+_log = logging.getLogger(__name__)
+
+
+def launch(
+    options_class: type[T],
+    setup: Callable[[T, Communicator], Callable[[], None]],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str | None = None,
+    description: str = "",
+) -> None:
+    """Run a driver on the ranks of this job, each with one thread, and end the job whatever happens.
+
+    `setup(options, comm)` validates everything, reads the files and returns the run, a function without
+    arguments. It must send no message: it may fail on one rank alone, and only afterwards do the ranks agree
+    whether to go on.
+
+    ==========================================  ==========================================  ======
+    what happens                                what is printed                             status
+    ==========================================  ==========================================  ======
+    wrong option, launcher of another MPI       one message, rank 0                         2
+    ValueError, TypeError, OSError in set-up    one message, rank 0                         2
+    `RunError`, raised by all ranks             one message, rank 0                         1
+    any other exception, on any rank or thread  its traceback and its rank; ends all ranks  1
+    SIGTERM or SIGUSR1, see below               where it goes on, rank 0                    75
+    a second SIGTERM                            `terminated`, rank 0; ends all ranks        143
+    Ctrl-C                                      `interrupted`, rank 0; ends all ranks       130
+    reader of the output gone (`| head`)        nothing; ends all ranks                     1
+    ==========================================  ==========================================  ======
+
+    `SystemExit` passes through; all ranks must raise it, or none.
+
+    SIGTERM and SIGUSR1, to any rank or to all, are noted. During the set-up they end all ranks after it, before the
+    run. During the run it is the run that asks for them after each update (`RunFolder.update`), writes a checkpoint
+    and raises `Stopped` on all ranks. After its last update a run ends as if nothing had been sent. Before `launch`
+    is called, while a program is still being loaded, they end the process as they end any other (143 and 138).
+    A second SIGTERM ends the job at once, at any time; two within a fifth of a second are one, which a launcher and a
+    batch system have both passed on.
+
+    Parameters
+    ----------
+    options_class : type
+        Frozen dataclass of the driver's options, see `xbraid_py.run.options.parse`.
+    setup : callable
+        Set-up as above.
+    argv : sequence of str, optional
+        Words of the command line; those of this process by default.
+    prog, description : str, optional
+        Name and purpose of the driver for the help.
+
+    Raises
+    ------
+    SystemExit
+        With the status of the table for what fails in order, 0 after `--help`.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"  # for what is loaded from here on
+    torch.set_num_threads(1)
+    job = _Job()
+    job.watch()
+    if job.rank > 0:
+        warnings.simplefilter("ignore")
+    problem = None
+    try:
+        options = parse(options_class, argv, prog=prog, description=description)
+    except OptionError as error:
+        problem = str(error)
+        if not isinstance(error.__cause__, OSError):
+            job.fail(BAD_INPUT, f"{problem}\ntry {prog or os.path.basename(sys.argv[0])} --help")
+        # A file may be unreadable on one rank alone, so this is for the ranks to agree on.
+    # mpi4py warns of what LaunchError says.
+    warnings.filterwarnings("ignore", message="suspicious MPI execution environment")
+    try:
+        comm = world()
+    except (RuntimeError, ImportError) as error:
+        # LaunchError, or mpi4py finds no MPI library.
+        job.fail(BAD_INPUT, str(error))
+    job.join(comm)
+    if problem is None:
+        try:
+            run = setup(options, comm)
+        except BrokenPipeError:
+            raise
+        except (ValueError, TypeError, OSError) as error:
+            _log.debug("set-up failed", exc_info=True)
+            problem = str(error) or type(error).__name__
+    job.agree(problem)
+    try:
+        if signals.stop_agreed(comm):
+            raise signals.Stopped("stopped before the run has begun; start again")
+        run()
+        # Here a lost reader is still met by the hook; at the exit of the interpreter it no longer is.
+        sys.stdout.flush()
+    except RunError as error:
+        job.fail(RUN_FAILED, str(error))
+    except signals.Stopped as stop:
+        job.end(signals.STOPPED, str(stop))
+
+
+class _Job:
+    """The ways in which this process, one rank of a job, ends the job."""
+
+    def __init__(self):
+        self.comm: Communicator | None = None
+        self.rank = launcher_rank()
+        self._ending = threading.Lock()
+
+    def join(self, comm: Communicator) -> None:
+        """From here on the other ranks can be reached."""
+        self.comm = comm
+        self.rank = comm.rank
+
+    def watch(self) -> None:
+        """Meet uncaught exceptions of all threads, and Ctrl-C even while MPI waits for a message."""
+        sys.excepthook = self._uncaught
+        threading.excepthook = lambda failed: self._uncaught(failed.exc_type, failed.exc_value, failed.exc_traceback)
+        signal.signal(signal.SIGINT, _interrupt_once)
+        signals.install()
+        # Python runs its signal handlers between two instructions of the main thread, which may wait in
+        # MPI for ever. The number of the signal is written to this socket at once.
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._await_signal, args=(reader, writer), daemon=True).start()
+
+    def fail(self, status: int, message: str) -> NoReturn:
+        """End in order, all ranks together: rank 0 prints what was wrong."""
+        self.end(status, f"error: {message}")
+
+    def end(self, status: int, message: str) -> NoReturn:
+        """End in order, all ranks together: rank 0 prints the message."""
+        if self.rank == 0:
+            _say(message)
+        # A rank that fails alone, against the rules, would wait for the others for ever.
+        signal.alarm(20)
+        raise SystemExit(status)
+
+    def agree(self, problem: str | None) -> None:
+        """Go on if no rank has a problem; otherwise end all of them with that of the lowest rank."""
+        problems = self.comm.bcast(self.comm.gather(problem))
+        failed = [rank for rank, text in enumerate(problems) if text is not None]
+        if failed:
+            alone = f"rank {failed[0]} of {self.comm.size}: " if len(failed) < self.comm.size else ""
+            self.fail(BAD_INPUT, alone + problems[failed[0]])
+
+    def _uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if kind is SystemExit:
+            return
+        if kind is KeyboardInterrupt:
+            self._interrupted()
+        if issubclass(kind, BrokenPipeError):
+            self._end(RUN_FAILED, "")
+        text = "".join(traceback.format_exception(kind, error, trace))
+        last_words(f"rank {self.rank}: {kind.__name__}: {error}")
+        # Where all ranks fail alike, rank 0 ends the others before they repeat the same traceback.
+        time.sleep(min(1.0 + 0.2 * self.rank, 3.0) if self.rank else 0.0)
+        self._end(RUN_FAILED, f"rank {self.rank} of {self.comm.size}:\n{text}" if self.comm else text)
+
+    def _interrupted(self) -> NoReturn:
+        self._end_by_signal(INTERRUPTED, "interrupted", patience=2.0)
+
+    def _end_by_signal(self, status: int, word: str, patience: float) -> NoReturn:
+        last_words(word, state="stopped")
+        # Rank 0 speaks for all: the others leave it the time to do so.
+        time.sleep(0.0 if self.rank == 0 else patience)
+        self._end(status, word if self.rank == 0 else "")
+
+    def _await_signal(self, reader: socket.socket, writer: socket.socket) -> None:
+        asked_at = None
+        while True:
+            number = reader.recv(1)[0]
+            if number == signal.SIGINT:
+                time.sleep(1.0)  # for the main thread to unwind, if it can
+                self._interrupted()
+            if number == signal.SIGTERM:
+                now = time.monotonic()
+                asked_at = now if asked_at is None else asked_at
+                if now - asked_at > _TWICE:
+                    self._end_by_signal(signals.TERMINATED, "terminated", patience=0.5)
+
+    def _end(self, status: int, text: str) -> NoReturn:
+        """End the whole job at once; the first thread to come here does it."""
+        self._ending.acquire()
+        if text:
+            _say(text)
+            # A launcher may drop what it has not yet read from a rank when the abort reaches it.
+            time.sleep(0.4)
+        # A last resort, should MPI itself be stuck: the launcher notices the death of a rank.
+        signal.alarm(5)
+        if self.comm:
+            self.comm.abort(status)
+        os._exit(status)
+
+
+def _interrupt_once(number, frame) -> NoReturn:
+    # Launcher and terminal may both send it; one is enough.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _say(text: str) -> None:
+    """Print to stderr, in one piece so that ranks do not mix; a reader that has gone is no error."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text.rstrip() + "\n")
+        sys.stderr.flush()

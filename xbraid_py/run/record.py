@@ -1,0 +1,242 @@
+"""The record of a run: `metrics.jsonl`, a header object and then one JSON object per weight update."""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from xbraid_py.comm import Communicator
+from xbraid_py.kernels import BACKEND
+from xbraid_py.run.store.files import library_versions, publish
+
+
+class MetricsWriter:
+    """Writes the record on rank 0; on other ranks it does nothing, and it never sends a message.
+
+    A context manager. Each line goes to the operating system whole and at once, so that a killed run leaves at most
+    one incomplete line. Numbers that JSON lacks (NaN, infinities) become null.
+
+    The first line is a header: `{"kind": "header", "driver": ..., "configuration": ..., "versions": ..., "ranks": ...,
+    "host": ..., "date": ...}`. Where lines are appended to a record that has one, a line of the same content and the
+    kind "resume" says that the run went on, on which ranks and versions.
+
+    Parameters
+    ----------
+    path : path-like
+        The file; its folder is made if there is none.
+    comm : Communicator
+    header : mapping
+        The configuration, as JSON-able values (paths are written as text).
+    append : bool
+        Go on with an existing record (see `truncate_after`) instead of replacing it.
+    mpi_library : str, optional
+        What the MPI library says of its version, for the header.
+
+    Raises
+    ------
+    TypeError
+        On rank 0, if a value is none that JSON has.
+    OSError
+        On rank 0, if the file cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        comm: Communicator,
+        header: Mapping[str, Any],
+        append: bool = False,
+        mpi_library: str | None = None,
+    ):
+        self.path = Path(path)
+        self._append = append
+        self._is_writer = comm.rank == 0
+        self._ranks = comm.size
+        self._header = header
+        self._mpi_library = mpi_library
+        self._file = None
+
+    def __enter__(self) -> Self:
+        if self._is_writer:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            goes_on = self._append and self.path.exists() and self.path.stat().st_size > 0
+            # Unbuffered, so that a line is one write, and nothing of it is written again after an error.
+            self._file = open(self.path, "ab" if goes_on else "wb", buffering=0)
+            self.write({"kind": "resume" if goes_on else "header", **self._about()})
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one object. Zero-dimensional arrays and tensors are numbers, others lists."""
+        if not self._is_writer:
+            return
+        if self._file is None:
+            raise ValueError(f"the record {self.path} is not open; write inside `with MetricsWriter(...) as record:`")
+        line = json.dumps(_plain(row), allow_nan=False).encode("ascii") + b"\n"
+        if os.fstat(self._file.fileno()).st_nlink == 0:
+            # Every further line would go into a file that nobody can open any more.
+            raise FileNotFoundError(errno.ENOENT, f"the record {self.path} has been removed under the run")
+        if self._file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, f"record {self.path} not written: {os.strerror(errno.ENOSPC)}")
+
+    def _about(self) -> dict[str, Any]:
+        host = {
+            "machine": platform.machine(),
+            "system": platform.system(),
+            "cpus": os.cpu_count(),
+            "python": platform.python_version(),
+            "mpi": self._mpi_library,
+            "kernels": BACKEND,
+        }
+        return {
+            "driver": sys.argv[0],
+            "configuration": self._header,
+            "versions": library_versions(),
+            "ranks": self._ranks,
+            "host": host,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+
+
+def _plain(value: Any) -> Any:
+    """`value` in terms of JSON; whatever else is in it is left for `json.dumps` to refuse."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):  # arrays and tensors
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value
+
+
+def read(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """All objects of a record, the header first; an incomplete last line, as a killed run leaves it, is left out.
+
+    Raises
+    ------
+    ValueError
+        If the file does not begin with a header, or another line than the last is damaged.
+    """
+    return [row for _, row in _lines(Path(path))]
+
+
+def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Complete lines, with their line ends, and what they say."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):  # the latter for deep nesting
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f"record {path}: line {number} is no JSON object; remove the line, or give another file")
+        found.append((line, row))
+    if found and found[0][1].get("kind") != "header":
+        raise ValueError(f"record {path}: the first line is no header; give a metrics.jsonl that a run has written")
+    return found
+
+
+def truncate_after(path: str | os.PathLike, update: int, run: str | None = None) -> int:
+    """Drop the rows that a run resumed at `update` writes again; one rank calls this, before it appends.
+
+    Parameters
+    ----------
+    path : path-like
+        The record; a missing one is left missing.
+    update : int
+        Rows whose "update" is this or more are dropped, and so is an incomplete last line.
+    run : str, optional
+        Drop rows of this "run" only; those of other runs in the same record stay.
+
+    Returns
+    -------
+    int
+        Number of rows dropped.
+
+    Raises
+    ------
+    ValueError
+        If the file is no record, or a line before the last is damaged.
+    OSError
+        If the file cannot be replaced; it is replaced at once, never left half written.
+    """
+    path = Path(path)
+    if not path.exists():
+        return 0
+    lines = _lines(path)
+    kept = [line for line, row in lines if not _is_repeated(row, update, run)]
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(b"".join(kept))
+        publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return len(lines) - len(kept)
+
+
+def _is_repeated(row: Mapping[str, Any], update: int, run: str | None) -> bool:
+    number = row.get("update")
+    return isinstance(number, int | float) and number >= update and (run is None or row.get("run") == run)
+
+
+# What says of a row which one it is, and so is no quantity of its own.
+_PLACES = ("kind", "run", "update")
+
+
+def number(value: Any) -> float | None:
+    """`value` as a float, or None unless it is a finite number (and no truth value)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        found = float(value)
+    except OverflowError:  # an int of hundreds of digits
+        return None
+    return found if math.isfinite(found) else None
+
+
+def scalars(row: Mapping[str, Any]) -> dict[str, float]:
+    """The quantities of a row of a record that are finite numbers.
+
+    Parameters
+    ----------
+    row : mapping
+        With groups of quantities in it, or lists of groups: `{"stacks": [{"residual": 0.1}]}` holds
+        "stacks.0.residual".
+
+    Returns
+    -------
+    dict of str to float
+        Without "update", which says where the row belongs.
+    """
+    return dict(_scalars(row, "", 0))
+
+
+def _scalars(row: Mapping[str, Any], prefix: str, depth: int) -> Iterator[tuple[str, float]]:
+    for name, value in row.items():
+        groups = {f"{name}": value}
+        if isinstance(value, list):
+            groups = {f"{name}.{index}": item for index, item in enumerate(value) if isinstance(item, Mapping)}
+        for key, item in groups.items():
+            if isinstance(item, Mapping) and depth < 3:
+                yield from _scalars(item, f"{prefix}{key}.", depth + 1)
+            elif (prefix or name not in _PLACES) and (found := number(item)) is not None:
+                yield f"{prefix}{key}", found

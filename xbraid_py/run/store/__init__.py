@@ -1,0 +1,1 @@
+"""Checkpoints as HDF5 files of global arrays."""
