@@ -11,11 +11,12 @@ import platform
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from xbraid_py.comm import Communicator
-from xbraid_py.kernels import BACKEND
 from xbraid_py.run.store.files import library_versions, publish
+
+if TYPE_CHECKING:
+    from xbraid_py.comm import Communicator
 
 
 class MetricsWriter:
@@ -92,6 +93,8 @@ class MetricsWriter:
             raise OSError(errno.ENOSPC, f"record {self.path} not written: {os.strerror(errno.ENOSPC)}")
 
     def _about(self) -> dict[str, Any]:
+        from xbraid_py.kernels import BACKEND  # loads torch, which whoever reads a record needs not
+
         host = {
             "machine": platform.machine(),
             "system": platform.system(),
