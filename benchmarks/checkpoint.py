@@ -24,7 +24,7 @@ from xbraid_py.comm import Communicator, world
 from xbraid_py.comm.partition import Partition
 from xbraid_py.run.store.write import Shard, file_name, save
 
-# Shares of the bytes: weights and the two halves of the memory of an optimiser.
+# Shares of the bytes: weights and the two halves of the memory of an optimizer.
 ARRAYS = {"weights/layers.weight": 0.2, "optimizer/s/layers.weight": 0.4, "optimizer/y/layers.weight": 0.4}
 WIDTH = 64
 GOAL = 3.0

@@ -21,7 +21,7 @@ import torch
 from xbraid_py.comm import Communicator
 from xbraid_py.data import peaks
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.problem.problem import Architecture, Problem
+from xbraid_py.problem.problem import DenseResNetOptions, Problem
 from xbraid_py.problem.regularization import Regularization
 
 torch.set_num_threads(1)
@@ -67,7 +67,7 @@ def problem(
         features=train.features,
         labels=train.labels,
         num_classes=train.num_classes,
-        architecture=Architecture(width=width),
+        architecture=DenseResNetOptions(width=width),
         regularization=Regularization() if regularization is None else regularization,
         forward=options,
         adjoint=options.for_adjoint(),

@@ -28,7 +28,6 @@ from xbraid_py.comm import SerialCommunicator
 from xbraid_py.data import peaks
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions
-from xbraid_py.optim import OneShotOptions
 from xbraid_py.problem.network import InitialScales
 
 WIDTH = 8
@@ -36,7 +35,7 @@ PUBLISHED = "published"
 REPORTED = {64: 1.1, 256: 0.7, 1024: 0.37}
 _V = MGRIT(cycle="V", cfactor=4, nrelax=1, max_iter=2, coarse_weights="inject", coarse_step="euler")
 # Solvers of states and adjoints.
-CYCLES = {cycle: (MGRIT(cycle=cycle), MGRIT(cycle=cycle).for_adjoint()) for cycle in ("one-shot", "V", "F")}
+CYCLES = {cycle: (MGRIT(cycle=cycle), MGRIT(cycle=cycle).for_adjoint()) for cycle in ("lagged", "V", "F")}
 CYCLES[PUBLISHED] = (_V, _V.for_adjoint(max_iter=1))
 
 
@@ -49,14 +48,14 @@ def over_the_job(num_layers: int, nested: NestedOptions, samples: int, seed: int
     """Errors before the updates of each depth, or before every second, third ... of them."""
     comm = SerialCommunicator()
     ours, serial = (common.problem(comm, options, samples, seed=seed) for options in (MGRIT(), common.SERIAL))
-    run = NestedIteration(ours, num_layers, nested, OneShotOptions(), InitialScales(), seed)
+    run = NestedIteration(ours, num_layers, options=nested, seed=seed)
     errors: dict[int, list[float]] = {}
     for record in run.run():
         if run.depth not in errors:
             errors[run.depth], exact = [], serial.objective(run.depth)
         if not record.final and run.one_shot.number % every == 0:
-            exact.evaluate(run.one_shot.x)
-            errors[run.depth].append(relative(run.one_shot.gradient, exact.gradient(run.one_shot.x)))
+            exact.evaluate(run.weights)
+            errors[run.depth].append(relative(run.one_shot.gradient, exact.gradient(run.weights)))
     return errors
 
 

@@ -4,7 +4,7 @@
     python benchmarks/graph.py --cpu
 
 Forward and backward of u + h relu(W u + b), T=5, float32, one device, one process. Ours is `LayerParallel` of
-`DenseBlock` with the one-shot cycle, its intervals evaluated in one call, for several numbers of intervals. The
+`DenseBlock` with the lagged cycle, its intervals evaluated in one call, for several numbers of intervals. The
 opponents are the plain loop over `nn.Linear` with autograd, and the same captured once and replayed. Beside each time
 stands the relative error (2-norm, gradients of all weights) against the eager loop, and the relaxations of states
 and adjoints. Every solve starts cold.
@@ -24,7 +24,7 @@ import common
 import torch
 from torch import Tensor, nn
 
-from xbraid_py import MGRIT, Accuracy, DenseBlock, LayerParallel, to_sequential
+from xbraid_py import MGRIT, DenseBlock, GradientControl, LayerParallel, to_sequential
 
 T = 5.0
 
@@ -79,7 +79,7 @@ def stack_of(num_layers: int, width: int, intervals: int, device: str) -> LayerP
         num_layers,
         T,
         mgrit=MGRIT(intervals=intervals, max_levels=2),
-        accuracy=Accuracy(check=0, adapt=False),
+        accuracy=GradientControl(check=0, adapt=False),
     ).to(device)
 
 

@@ -5,7 +5,7 @@
 All in float32, one thread a rank; times are of forward and backward. Three parts:
 
 overhead: a stack of 32 layers with `MGRIT(max_levels=1)` on one rank, against a plain loop over the same modules in
-torch; outputs and gradients agree first. `overhead_BLOCK` is the median of the quotients of neighbouring times.
+torch; outputs and gradients agree first. `overhead_BLOCK` is the median of the quotients of neighboring times.
 batched: so many intervals of one layer evaluated one after the other, against all in one call (`torch.func.vmap`).
 `batched_BLOCK` is how many times faster the one call is with 8 intervals, forward and backward together.
 ranks: a step of a stack of 64 layers (T=5, new samples every time) with default options, against exact propagation
@@ -42,7 +42,7 @@ def perceptron() -> nn.Module:
 
 
 def convolution(channels: int) -> Callable[[], nn.Module]:
-    """Two convolutions with a normalisation."""
+    """Two convolutions with a normalization."""
 
     def make() -> nn.Module:
         pair = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2)]
@@ -126,7 +126,7 @@ def batched(blocks: list[str], intervals: list[int], rounds: int) -> dict[str, f
             seconds = {}
             bodies = {}
             for is_batched in (False, True):
-                steps = ModuleSteps(block, theta, 0.01, tuple(range(count)), batched=is_batched, tape=Tape())
+                steps = ModuleSteps(block, theta, 0.01, tuple(range(count)), vmap=is_batched, tape=Tape())
                 bodies[is_batched, "forward"] = lambda steps=steps, points=points: steps.relax(
                     points, 1, None, None, True
                 )
@@ -177,7 +177,7 @@ def take_turns(name: str, num_layers: int, steps: int) -> None:
         ]
         record = ours.record
         row = {"error": (squares[0] / squares[1]) ** 0.5, "estimate": record.gradient_error, "mode": record.mode}
-        row |= {"iterations": [record.iterations, record.adjoint_iterations], "batched": bool(ours._batched)}
+        row |= {"iterations": [record.iterations, record.adjoint_iterations], "vmap": bool(ours._vmap)}
         common.report(times | row)
 
 

@@ -4,7 +4,7 @@
 
 Starts a job for each number of ranks with the `mpirun` beside this Python. A job measures the constants of the
 planner and the updates in turns, each depth several times, and compares medians. An update is a state solve with its
-loss, an adjoint solve and a direction of L-BFGS with all its pairs; the one-shot cycle makes one sweep, and a fixed
+loss, an adjoint solve and a direction of L-BFGS with all its pairs; the lagged cycle makes one sweep, and a fixed
 step takes the place of the line search. Last line: the figure `worst_error`, the largest relative error over all
 numbers of ranks and depths, and `median_error`, their median.
 """
@@ -29,8 +29,8 @@ INTERVALS = 8
 
 
 def plans(ranks: int, num_layers: int) -> dict[str, Plan]:
-    """The plans to compare: the one-shot cycle with its defaults, and on one rank serial propagation."""
-    one_shot = {"one-shot": Plan(cfactors=(num_layers // INTERVALS,))}
+    """The plans to compare: the lagged cycle with its defaults, and on one rank serial propagation."""
+    one_shot = {"lagged": Plan(cfactors=(num_layers // INTERVALS,))}
     return {"serial": SERIAL, **one_shot} if ranks == 1 else one_shot
 
 
@@ -39,7 +39,7 @@ class Updates:
 
     def __init__(self, workload: Workload, comm: Communicator, plan: Plan):
         options = plan.options(workload.num_layers)
-        if plan.cycle == "one-shot":
+        if plan.cycle == "lagged":
             options = replace(options, max_iter=1)
         objective = workload.problem(comm, options).objective(workload.num_layers)
         one_shot = OneShotOptions(memory=MEMORY, boost_updates=0, fixed_step=1e-3)

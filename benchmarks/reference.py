@@ -1,9 +1,9 @@
-"""Reproduces published optimisation histories: every NAME.cfg of a folder against its NAME.optim.dat.
+"""Reproduces published optimization histories: every NAME.cfg of a folder against its NAME.optim.dat.
 
     python benchmarks/reference.py FOLDER [--mgrit [CYCLE]] [--quick]
     mpirun -n 3 python benchmarks/reference.py FOLDER --mgrit
 
-A configuration describes a dense network on peaks, its objective, the optimiser and the propagation, in the keys
+A configuration describes a dense network on peaks, its objective, the optimizer and the propagation, in the keys
 of the C++ code that wrote the history. The network is propagated sequentially, or, with `braid_maxlevels` above 1
 or `--mgrit`, by MGRIT to a relative residual of 1e-13. Printed are the largest relative deviations of a file's
 objectives, losses and gradient norms, and whether all accuracies agree.
@@ -27,7 +27,7 @@ from xbraid_py.layers.dense import DenseLayer
 from xbraid_py.mgrit import MGRIT, Hierarchy, Solver
 from xbraid_py.mgrit.grid import LayerGrid
 from xbraid_py.optim import Armijo, OneShot, OneShotOptions
-from xbraid_py.problem.network import ResidualNetwork
+from xbraid_py.problem.network import DenseResNet
 from xbraid_py.problem.objective import NetworkObjective
 from xbraid_py.problem.regularization import Regularization
 
@@ -75,7 +75,7 @@ def mgrit_options(config: dict[str, str], num_layers: int, forced: str | None) -
     )
 
 
-def initial_weights(network: ResidualNetwork, config: dict[str, str]) -> torch.Tensor:
+def initial_weights(network: DenseResNet, config: dict[str, str]) -> torch.Tensor:
     """C's rand() from srand(1), one number a parameter: opening, layers, classification; scaled."""
     libc = ctypes.CDLL(None)
     libc.srand(1)
@@ -103,7 +103,7 @@ def run(config: dict[str, str], comm: Communicator, forced: str | None, quick: b
     grid = LayerGrid(int(config["nlayers"]) - 2, float(config["T"]))
     options = mgrit_options(config, grid.num_layers, forced)
     hierarchy = Hierarchy.plan(options, grid, comm.size)
-    network = ResidualNetwork(
+    network = DenseResNet(
         DenseLayer(int(config["nfeatures"]), width, activation, "scalar"),
         DenseLayer(width, width, activation, "scalar"),
         DenseLayer(width, int(config["nclasses"]), "identity"),
@@ -169,7 +169,7 @@ def main() -> None:
         "--mgrit",
         nargs="?",
         const="V",
-        choices=["V", "F", "one-shot"],
+        choices=["V", "F", "lagged"],
         help="propagate by MGRIT even where a file asks for serial, by this cycle (V)",
     )
     parser.add_argument("--quick", action="store_true", help="the first 5 rows of each file")

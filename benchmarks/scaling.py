@@ -65,9 +65,9 @@ def draw(found: dict[str, list[Prediction]], title: str, path: Path) -> None:
     figure = Figure(figsize=(9.0, 4.0), layout="constrained")
     speedup, efficiency = figure.subplots(1, 2)
     for name, row in found.items():
-        colour, line, marker = STYLES[name]
+        color, line, marker = STYLES[name]
         ranks = [each.num_ranks for each in row]
-        style = {"color": colour, "linestyle": line, "marker": marker, "markersize": 4, "label": name}
+        style = {"color": color, "linestyle": line, "marker": marker, "markersize": 4, "label": name}
         speedup.loglog(ranks, [each.speedup for each in row], **style)
         efficiency.semilogx(ranks, [100 * each.efficiency for each in row], **style)
     speedup.loglog(ranks, ranks, color="0.8", linewidth=1, label="ideal", zorder=0)

@@ -92,16 +92,16 @@ def trained(theta, block: ModuleBlock, pixels, T: float, generator: torch.Genera
     """Weights that take noise out of pictures; half as many pixels along each axis in training."""
     pixels = tuple(each // 2 for each in pixels)
     theta = theta.clone().requires_grad_()
-    optimiser = torch.optim.Adam([theta], lr=1e-2)
+    optimizer = torch.optim.Adam([theta], lr=1e-2)
     for _ in range(60):
         clean = pictures(pixels, 4, generator)
         u = clean + 0.5 * torch.randn(clean.shape, generator=generator).double()
         for row in theta:
             u = u + T / len(theta) * block([part[0] for part in block.split(row[None])], u)
         loss = nn.functional.mse_loss(u, clean)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     print(f"trained to a mean squared error of {loss.item():.3g} (noise 0.25)")
     return theta.detach()
 

@@ -1,4 +1,4 @@
-"""Fine sweeps of the one-shot cycle for each state and adjoint solve, over the whole peaks job.
+"""Fine sweeps of the lagged cycle for each state and adjoint solve, over the whole peaks job.
 
     python benchmarks/sweeps.py [--quick] [--seeds 5]
 
@@ -21,15 +21,13 @@ import common
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions
-from xbraid_py.optim import OneShotOptions
-from xbraid_py.problem.network import InitialScales
 from xbraid_py.problem.objective import NetworkObjective
 
 
 def train(num_layers: int, nested: NestedOptions, samples: int, seed: int, options: MGRIT) -> list[NetworkObjective]:
     """The objectives of all levels after a run, the coarsest first."""
     problem = common.problem(SerialCommunicator(), options, samples, seed=seed)
-    run = NestedIteration(problem, num_layers, nested, OneShotOptions(), InitialScales(), seed)
+    run = NestedIteration(problem, num_layers, options=nested, seed=seed)
     found = {}
     for _ in run.run():
         found[run.depth] = run.objective

@@ -1,4 +1,4 @@
-"""Time of a weight update on two ranks with the one-shot cycle, against one rank with serial propagation.
+"""Time of a weight update on two ranks with the lagged cycle, against one rank with serial propagation.
 
     python benchmarks/update.py [--quick] [--depths 256,1024] [--ranks 2] [--rounds 3] [--seeds 20]
 
@@ -32,7 +32,7 @@ from xbraid_py.problem.network import InitialScales
 SKIPPED = 5  # updates that do not count: more than those with boosted solves
 
 
-def optimiser(comm, options: MGRIT, num_layers: int, samples: int, seed: int, change: float = 0.0) -> OneShot:
+def optimizer(comm, options: MGRIT, num_layers: int, samples: int, seed: int, change: float = 0.0) -> OneShot:
     """A training at its start, with initial weights changed by a share of their size."""
     objective = common.problem(comm, options, samples, seed=seed).objective(num_layers)
     return OneShot(objective, OneShotOptions(), (1 + change) * objective.network.initial(InitialScales(), seed))
@@ -41,10 +41,10 @@ def optimiser(comm, options: MGRIT, num_layers: int, samples: int, seed: int, ch
 def take_turns(num_layers: int, updates: int, samples: int, seed: int) -> None:
     """What the ranks of a job do: report seconds of updates of both kinds, in turns, and counts."""
     comm = world()
-    ours = optimiser(comm, MGRIT(), num_layers, samples, seed)
-    serial = optimiser(SerialCommunicator(), common.SERIAL, num_layers, samples, seed) if comm.rank == 0 else None
+    ours = optimizer(comm, MGRIT(), num_layers, samples, seed)
+    serial = optimizer(SerialCommunicator(), common.SERIAL, num_layers, samples, seed) if comm.rank == 0 else None
     # One update more than counts: the last one that counts then ends with a gradient, like the others.
-    steps = {"one-shot": ours.run(updates + 1), "serial": serial.run(updates + 1) if serial else None}
+    steps = {"lagged": ours.run(updates + 1), "serial": serial.run(updates + 1) if serial else None}
     row: dict = {name: [] for name in steps}
     for number in range(updates + 1):
         for name, each in steps.items():
@@ -67,10 +67,10 @@ def take_turns(num_layers: int, updates: int, samples: int, seed: int) -> None:
 
 
 def deviations(num_layers: int, updates: int, samples: int, seed: int) -> tuple[float, float]:
-    """Relative deviation after all updates: of the one-shot cycle, and of a serial run with changed weights."""
+    """Relative deviation after all updates: of the lagged cycle, and of a serial run with changed weights."""
     values = []
     for options, change in ((common.SERIAL, 0.0), (MGRIT(), 0.0), (common.SERIAL, 1e-6)):
-        run = optimiser(SerialCommunicator(), options, num_layers, samples, seed, change)
+        run = optimizer(SerialCommunicator(), options, num_layers, samples, seed, change)
         for _ in run.run(updates):
             pass
         # More iterations than there are intervals: nothing is left of the solver's error.
@@ -107,8 +107,8 @@ def main() -> None:
         ratios = []
         for seed in range(rounds):
             row = common.job(__file__, arguments.ranks, f"--job={seed}", f"--depths={depth}", *handed_on)
-            times = {name: row[name][SKIPPED:] for name in ("serial", "one-shot")}
-            found = [a / b for a, b in zip(times["serial"], times["one-shot"], strict=True)]
+            times = {name: row[name][SKIPPED:] for name in ("serial", "lagged")}
+            found = [a / b for a, b in zip(times["serial"], times["lagged"], strict=True)]
             ratios += found
             spreads = [common.Spread.of([1e3 * each for each in times[name]]) for name in times]
             print(
@@ -120,7 +120,7 @@ def main() -> None:
         print(f"        speedup: {common.Spread.of(ratios)}", flush=True)
     seeds = arguments.seeds or (2 if arguments.quick else 20)
     pairs = [deviations(depths[0], arguments.updates, arguments.samples, seed) for seed in range(seeds)]
-    for name, found in zip(("one-shot", "serial, changed by 1e-6"), zip(*pairs, strict=True), strict=True):
+    for name, found in zip(("lagged", "serial, changed by 1e-6"), zip(*pairs, strict=True), strict=True):
         print(
             f"objective against serial, {depths[0]} layers, {name}: median {100 * median(found):+.2f} %; "
             + " ".join(f"{100 * each:+.1f}" for each in found)

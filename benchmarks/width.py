@@ -57,13 +57,13 @@ def plain(job: Job, rate: float, momentum: float, steps: int) -> Callable[[], No
     """So many steps of torch's SGD on the same network and minibatches."""
     layout, x = job.training.auxiliary(0)
     module, minibatches = layout.module(x), job.training.minibatches
-    optimiser = torch.optim.SGD(module.parameters(), lr=rate, momentum=momentum)
+    optimizer = torch.optim.SGD(module.parameters(), lr=rate, momentum=momentum)
 
     def body() -> None:
         for inputs, targets in minibatches.draw(steps):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             nn.functional.mse_loss(module(inputs), targets).backward()
-            optimiser.step()
+            optimizer.step()
 
     return body
 

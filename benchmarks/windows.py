@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint_sequential
 
-from xbraid_py import MGRIT, Accuracy, LayerParallel, ResidualStep, in_windows
+from xbraid_py import MGRIT, GradientControl, LayerParallel, ResidualStep, in_windows
 from xbraid_py.comm import Communicator, world
 from xbraid_py.comm.partition import Partition
 
@@ -63,7 +63,7 @@ def block() -> nn.Module:
 def network(kind: str, number: int, num_layers: int, comm: Communicator) -> tuple[nn.Module, Callable]:
     """What is trained, and what evaluates it; `number` of windows or segments."""
     mgrit = common.SERIAL if comm.size == 1 else SEVERAL
-    options = {"mgrit": mgrit, "accuracy": Accuracy(check=0, adapt=False), "batched": False}
+    options = {"mgrit": mgrit, "accuracy": GradientControl(check=0, adapt=False), "vmap": False}
     if kind == "windows":
         model = in_windows(block, num_layers, T, comm, windows=number, **options)
     elif kind in ("kept", "recompute"):

@@ -34,7 +34,7 @@ from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.depth.adaptive import AdaptiveOptions
 from xbraid_py.multilevel.depth.nested import NestedOptions
 from xbraid_py.problem.network import InitialScales
-from xbraid_py.problem.problem import Architecture
+from xbraid_py.problem.problem import DenseResNetOptions
 from xbraid_py.recipes.classification import ClassificationOptions
 from xbraid_py.run.launch import launch
 from xbraid_py.run.options import from_dict, to_dict
@@ -98,7 +98,7 @@ class Options:
         if self.nested.adaptive is None:
             raise ValueError("nested.adaptive=None leaves nothing to compare; use nested.adaptive.indicator=richardson")
         self.nested.depths(self.num_layers)
-        Architecture(width=self.width)
+        DenseResNetOptions(width=self.width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,7 @@ def train(settings: Settings, comm: Communicator) -> dict:
     options = ClassificationOptions(
         num_layers=settings["num_layers"],
         seed=settings["seed"],
-        network=Architecture(width=settings["width"]),
+        network=DenseResNetOptions(width=settings["width"]),
         initial=InitialScales(opening=OPENING[settings["data"]]),
         nested=from_dict(NestedOptions, schedule),
         mgrit=from_dict(MGRIT, settings["mgrit"]),
@@ -142,7 +142,7 @@ def train(settings: Settings, comm: Communicator) -> dict:
         if not grids or record.num_layers != len(grids[-1]):
             grids.append(run.grid.sizes())
         if record.final or record.update % settings["validate_every"] == 0:
-            predicted = run.network.predict(run.one_shot.x, validation.features)
+            predicted = run.network.predict(run.weights, validation.features)
             accuracy = float((predicted == validation.labels).double().mean())
             curve.append([record.update, round(record.work, 3), record.num_layers, accuracy])
     return {

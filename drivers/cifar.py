@@ -1,6 +1,6 @@
 """CIFAR-10, CIFAR-100 and STL-10 by multi-level residual networks (paper 003): shallow first, doubled in depth twice.
 
-    Y_{j+1} = Y_j + h F(Y_j, theta_j),    F two times batch normalisation, ReLU and a 3x3 convolution,
+    Y_{j+1} = Y_j + h F(Y_j, theta_j),    F two times batch normalization, ReLU and a 3x3 convolution,
 
 in three stages; cycles of 60, 50 and 50 epochs, in each of which the learning rate falls along a cosine. The multilevel
 model begins with 2-2-2 blocks and h=1, and doubles its blocks and halves h for every further cycle; first and last have

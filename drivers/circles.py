@@ -3,7 +3,7 @@
     y_0 = Q x,   y_{k+1} = y_k + h s(W_k y_k + b_k),  k = 0 .. K-1,  h = T/K,  s the ReLU,
     L = mean cross entropy(W_K y_K + b_K) + beta 2^(L-l) (|W|^2 + |b|^2 + |Q|^2),
 
-minimised over W, b and Q by cycles over networks of K, K/2, K/4, ... layers, until every validation point is
+minimized over W, b and Q by cycles over networks of K, K/2, K/4, ... layers, until every validation point is
 classified rightly. Try
 
     python drivers/circles.py
@@ -28,7 +28,7 @@ from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.depth.mgopt import MGOpt
 from xbraid_py.multilevel.depth.mgopt_options import MGOptOptions
 from xbraid_py.problem.perceptron import perceptron_weights
-from xbraid_py.problem.problem import Architecture
+from xbraid_py.problem.problem import DenseResNetOptions
 from xbraid_py.recipes.mgopt import Job, perceptron_problem
 from xbraid_py.recipes.mgopt_follow import Following, follow
 from xbraid_py.run.folder import RunFolder, claim
@@ -58,7 +58,7 @@ class Options:
     dtype
         Of weights and states.
     beta
-        Tikhonov regularisation of the finest network.
+        Tikhonov regularization of the finest network.
     goal
         Validation accuracy at which the run ends.
     max_cycles
@@ -79,7 +79,7 @@ class Options:
     network
         The network.
     mgopt
-        Levels, transfers and optimisers.
+        Levels, transfers and optimizers.
     mgrit
         Solver of the states; the default propagates layer after layer, which is the best on one rank.
     """
@@ -99,7 +99,7 @@ class Options:
     out: Path = Path("runs/circles")
     resume: str | None = None
     smoke: bool = False
-    network: Architecture = Architecture(width=3, T=1.0, activation="relu")
+    network: DenseResNetOptions = DenseResNetOptions(width=3, T=1.0, activation="relu")
     mgopt: MGOptOptions = MGOptOptions()
     mgrit: MGRIT = MGRIT(max_levels=1)
 

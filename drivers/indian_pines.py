@@ -1,7 +1,7 @@
 """Indian Pines: land cover from spectra, by a wide residual network trained in parallel over its layers.
 
     u_0 = s(W_in y + b_in),   u_{n+1} = u_n + h s(W_n u_n + b_n),  n = 0 .. N-1,  h = T/N,
-    J = mean cross entropy(W_out u_N + b_out) + regularisation,
+    J = mean cross entropy(W_out u_N + b_out) + regularization,
 
 y the 200 bands of a pixel, 16 classes, width 220, nested iteration over 32, 64, 128 layers (paper 001, section 3.2; its
 scene has 220 bands, the public one 200: those in which water vapour absorbs the light are left out). Try
@@ -26,7 +26,7 @@ from xbraid_py.data import indian_pines
 from xbraid_py.data.dataset import Dataset
 from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions
 from xbraid_py.problem.network import InitialScales
-from xbraid_py.problem.problem import Architecture
+from xbraid_py.problem.problem import DenseResNetOptions
 from xbraid_py.problem.regularization import Regularization
 from xbraid_py.recipes.classification import ClassificationOptions, prepare_job
 from xbraid_py.recipes.scores import Scores
@@ -45,7 +45,7 @@ class Options(ClassificationOptions):
     source
         Read the files, the copy in the package tensorly, or whichever is there.
     split
-        Of the labelled pixels: num_train at random, class by class, or the published one of 4,000 and 2,000.
+        Of the labeled pixels: num_train at random, class by class, or the published one of 4,000 and 2,000.
     num_train
         Training pixels of the random split; all others are for validation.
     """
@@ -57,7 +57,7 @@ class Options(ClassificationOptions):
     num_layers: int = 128
     out: Path = Path("runs/indian_pines")
     validate_every: int = 10
-    network: Architecture = Architecture(width=220)
+    network: DenseResNetOptions = DenseResNetOptions(width=220)
     initial: InitialScales = InitialScales(opening=0.05, layers=1e-3, classification=1e-2)
     # Chosen on seeds 0 and 1 with 16 layers: with less on the layers, or more on the opening, a point or two is lost.
     regularization: Regularization = Regularization(tikhonov=0.1, ddt=1e-3, classification=1e-3, opening=1e-2)
@@ -72,7 +72,7 @@ class SmokeOptions(Options):
     num_train: int = 160
     checkpoint_every: int = 5
     validate_every: int = 5
-    network: Architecture = Architecture(width=20)
+    network: DenseResNetOptions = DenseResNetOptions(width=20)
     nested: NestedOptions = NestedOptions(refinements=1, updates=(12, 8))
 
 
@@ -98,8 +98,8 @@ def setup(options: Options, comm: Communicator) -> Callable[[], None]:
 def finish(run: NestedIteration, folder: RunFolder, scene: indian_pines.Scene) -> dict:
     """Accuracies on the validation pixels, and the pictures of a run."""
     labels = scene.validation.labels
-    predicted = run.network.predict(run.one_shot.x, scene.validation.features)
-    classes = run.network.predict(run.one_shot.x, scene.pixels).reshape(scene.truth.shape)
+    predicted = run.network.predict(run.weights, scene.validation.features)
+    classes = run.network.predict(run.weights, scene.pixels).reshape(scene.truth.shape)
     if folder.comm.rank:
         return {}
     from xbraid_py.recipes import pictures as report  # matplotlib takes its time to load: on one rank only

@@ -23,7 +23,7 @@ from rich.progress import track
 from studies.indian_pines import page
 from studies.study import RUNS, Settings, Study
 
-from xbraid_py.comm import Communicator, wrap
+from xbraid_py.comm import Communicator, as_communicator
 from xbraid_py.data import indian_pines
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.depth.nested import NestedOptions
@@ -136,14 +136,14 @@ def train(settings: Settings) -> dict:
         job.data_dir, source=job.source, num_train=job.num_train, seed=job.seed, dtype=job.torch_dtype
     )
     nested = job.nested if settings["run"] == "nested" else job.nested.non_nested()
-    run = job.run_of(job.problem(scene.train, wrap(None)), nested)
+    run = job.run_of(job.problem(scene.train, as_communicator(None)), nested)
     curve = []
     for record in run.run():
         if record.final or record.update % options.validate_every == 0:
-            predicted = run.network.predict(run.one_shot.x, scene.validation.features)
+            predicted = run.network.predict(run.weights, scene.validation.features)
             accuracy = float((predicted == scene.validation.labels).double().mean())
             curve.append([record.level, record.num_layers, record.update, record.work, record.seconds, accuracy])
-    classes = run.network.predict(run.one_shot.x, scene.pixels)
+    classes = run.network.predict(run.weights, scene.pixels)
     return {
         "val_accuracy": accuracy,
         "train_accuracy": record.evaluation.accuracy,

@@ -61,7 +61,7 @@ class Options:
     filters
         Of each stage; 16,32,64 in the paper.
     norm
-        Normalisation: batch, group, batch with frozen statistics, none.
+        Normalization: batch, group, batch with frozen statistics, none.
     stem_stride
         Of the first convolution; 2 halves large images at once.
     epochs

@@ -29,7 +29,7 @@ from xbraid_py.comm import Communicator
 from xbraid_py.data.mnist_columns import SCALINGS
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.depth.mgopt_options import LevelOptions, MGOptOptions
-from xbraid_py.problem.problem import Architecture
+from xbraid_py.problem.problem import DenseResNetOptions
 from xbraid_py.recipes.mgopt import Job, MnistSamples
 from xbraid_py.recipes.mgopt_follow import Following, follow
 from xbraid_py.run.folder import claim
@@ -51,7 +51,7 @@ class Options:
     portion
         With batch_size=0, images that are propagated together.
     scaling
-        Of the pixels: in [0, 1] less the mean of each (centred), in [0, 1] (unit), or of mean 0 and standard
+        Of the pixels: in [0, 1] less the mean of each (centered), in [0, 1] (unit), or of mean 0 and standard
         deviation 1 (standard).
     num_train
         Take only the first so many training images.
@@ -64,7 +64,7 @@ class Options:
     dtype
         Of weights and states.
     beta
-        Tikhonov regularisation of the finest network.
+        Tikhonov regularization of the finest network.
     goal
         Validation accuracy at which the run ends.
     max_cycles
@@ -85,7 +85,7 @@ class Options:
     network
         The network.
     mgopt
-        Levels, transfers and optimisers.
+        Levels, transfers and optimizers.
     mgrit
         Solver of the states; the default propagates layer after layer, which is the best on one rank.
     """
@@ -93,7 +93,7 @@ class Options:
     num_layers: int = 2048
     batch_size: int = 1000
     portion: int = 2000
-    scaling: Literal["centred", "unit", "standard"] = "centred"
+    scaling: Literal["centered", "unit", "standard"] = "centered"
     num_train: int | None = None
     num_test: int | None = None
     data_dir: Path | None = None
@@ -108,7 +108,7 @@ class Options:
     out: Path = Path("runs/mgopt_mnist")
     resume: str | None = None
     smoke: bool = False
-    network: Architecture = Architecture(width=10, T=1.0, activation="relu")
+    network: DenseResNetOptions = DenseResNetOptions(width=10, T=1.0, activation="relu")
     mgopt: MGOptOptions = MGOptOptions(optim=LevelOptions(learning_rate=(0.01,)))
     mgrit: MGRIT = MGRIT(max_levels=1)
 
@@ -119,7 +119,7 @@ class Options:
         if self.batch_size < 0:
             raise ValueError(f"batch_size={self.batch_size} must be at least 0; use 1000, or 0 for all images")
         if self.scaling not in SCALINGS:
-            raise ValueError(f"scaling={self.scaling!r} must be {' or '.join(SCALINGS)}; use centred")
+            raise ValueError(f"scaling={self.scaling!r} must be {' or '.join(SCALINGS)}; use centered")
         if not 0.0 <= self.beta < float("inf"):
             raise ValueError(f"beta={self.beta} must be at least 0 and finite; use 1e-5")
 

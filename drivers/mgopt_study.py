@@ -1,7 +1,7 @@
 """The study of MG/OPT in depth (paper 000): its tables 1 and 2, its figures 4 and 5, and what does the work.
 
 Circles, MNIST and peaks; levels, depths, schedules, hyper-parameters, transfers, weights that are frozen on some
-levels, gradients in L2(0, T), other optimisers of the levels, each with a learning rate tuned on seeds of its own.
+levels, gradients in L2(0, T), other optimizers of the levels, each with a learning rate tuned on seeds of its own.
 Runs that are over are not made again. Try
 
     python drivers/mgopt_study.py
@@ -72,8 +72,8 @@ class Options:
         Folder of MNIST's files; empty for the usual place.
     parts
         Table1 (with figure 4), figure5, table2, hyper, sampling, transfers and ablation are on circles; methods_circles
-        and methods_peaks compare the optimisers of the levels; mnist and mnist_blocks repeat table 1 and figure 5,
-        methods_mnist compares the optimisers there. Mnist_epochs, which takes an hour and is not among the defaults, is
+        and methods_peaks compare the optimizers of the levels; mnist and mnist_blocks repeat table 1 and figure 5,
+        methods_mnist compares the optimizers there. Mnist_epochs, which takes an hour and is not among the defaults, is
         table 1 there to the paper's 93 %.
     smoke
         A study of seconds: other defaults, each of which may still be given.

@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from xbraid_py import MGRIT, Accuracy, DenseBlock, LayerParallel
+from xbraid_py import MGRIT, DenseBlock, GradientControl, LayerParallel
 from xbraid_py.comm import Communicator
 from xbraid_py.data import mnist
 from xbraid_py.recipes.digits import DigitOptions, prepare
@@ -56,7 +56,7 @@ class Options(DigitOptions):
     width: int = 16
     schedule: Literal["cosine", "constant"] = "cosine"
     out: Path = Path("runs/mnist")
-    accuracy: Accuracy = Accuracy()
+    accuracy: GradientControl = GradientControl()
 
     def __post_init__(self):
         super().__post_init__()
@@ -86,7 +86,7 @@ def setup(options: Options, comm: Communicator) -> Callable[[], None]:
     def made(layers: Communicator | None) -> nn.Module:
         return build(options, layers)
 
-    return prepare(options, comm, made, mnist.standardised, constant_rate=options.schedule == "constant")
+    return prepare(options, comm, made, mnist.standardized, constant_rate=options.schedule == "constant")
 
 
 def build(options: Options, comm: Communicator | None) -> nn.Sequential:

@@ -1,6 +1,6 @@
 """The study of nested iteration on peaks (paper 001, figures 3 and 4), in the paper's regime and in ours.
 
-Widths 5 and 8, 64 layers, initial magnitudes {0, 1e-6}, Tikhonov {1e-5, 1e-7}, 12 initialisations: 48 networks trained
+Widths 5 and 8, 64 layers, initial magnitudes {0, 1e-6}, Tikhonov {1e-5, 1e-7}, 12 initializations: 48 networks trained
 by nested iteration, 48 with all layers from the start; then what the paper leaves open, and where the one is ahead.
 Runs that are over are not made again. Try
 
@@ -21,23 +21,23 @@ from rich.progress import track
 from studies.nested import page
 from studies.study import RUNS, Settings, Study
 
-from xbraid_py.comm import Communicator, wrap
+from xbraid_py.comm import Communicator, as_communicator
 from xbraid_py.data import peaks
 from xbraid_py.data.dataset import Dataset
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions
 from xbraid_py.optim import OneShotOptions
 from xbraid_py.problem.network import InitialScales
-from xbraid_py.problem.problem import Architecture
+from xbraid_py.problem.problem import DenseResNetOptions
 from xbraid_py.problem.regularization import Regularization
 from xbraid_py.recipes.classification import ClassificationOptions
 from xbraid_py.run.launch import launch
 
 # The paper's: small opening and classification layers, every L-BFGS pair taken, two iterations of V-cycles with
-# rediscretised coarse levels for every update (10 for the first three after a refinement), plain sums for the
-# regularisation.
+# rediscretized coarse levels for every update (10 for the first three after a refinement), plain sums for the
+# regularization.
 PAPER = ClassificationOptions(
-    network=Architecture(width=8),
+    network=DenseResNetOptions(width=8),
     initial=InitialScales(opening=1e-3, layers=1e-6, classification=1e-3),
     regularization=Regularization(tikhonov=1e-5, ddt=1e-5, classification=1e-7, measure="sum"),
     optim=OneShotOptions(curvature_check=False),
@@ -58,7 +58,7 @@ class Options:
     workers
         Runs at the same time; one core each.
     inits
-        Initialisations of every network; a third of them in all parts but the first two.
+        Initializations of every network; a third of them in all parts but the first two.
     num_layers
         Of the finest networks.
     updates
@@ -163,7 +163,7 @@ PARTS = {
     "start": start,
     "depth": depth,
 }
-# Parts of all initialisations; a third of them answers the other questions.
+# Parts of all initializations; a third of them answers the other questions.
 FULL = ("figure3", "defaults")
 
 
@@ -220,12 +220,12 @@ def train(settings: Settings) -> dict:
         nested=NestedOptions(updates=tuple(settings["updates"])),
     )
     options = changed(options, settings.get("change"))
-    # The points are the same in all runs: what differs is the initialisation.
+    # The points are the same in all runs: what differs is the initialization.
     numbers = settings["num_train"], settings["num_val"]
     points, validation = peaks.generate(*numbers, 0, options.torch_dtype, balanced=True)
     _, square = peaks.generate(*numbers, 0, options.torch_dtype)
     nested = options.nested if settings["run"] == "nested" else options.nested.non_nested()
-    run = options.run_of(options.problem(points, wrap(None)), nested)
+    run = options.run_of(options.problem(points, as_communicator(None)), nested)
     curve = []
     for record in run.run():
         if record.final or record.update % options.validate_every == 0:
@@ -246,7 +246,7 @@ def train(settings: Settings) -> dict:
 
 def share_of_right_ones(run: NestedIteration, points: Dataset) -> float:
     """Accuracy of the present network."""
-    return float((run.network.predict(run.one_shot.x, points.features) == points.labels).double().mean())
+    return float((run.network.predict(run.weights, points.features) == points.labels).double().mean())
 
 
 def setup(options: Options, comm: Communicator) -> Callable[[], None]:

@@ -1,9 +1,9 @@
 """Peaks: a deep residual network, trained in parallel over its layers by nested iteration.
 
     u_0 = s(W_in y + b_in),   u_{n+1} = u_n + h s(W_n u_n + b_n),  n = 0 .. N-1,  h = T/N,
-    J = mean cross entropy(W_out u_N + b_out) + regularisation,
+    J = mean cross entropy(W_out u_N + b_out) + regularization,
 
-minimised over all W and b, first with few layers, then with twice as many, and so on (paper 001). Try
+minimized over all W and b, first with few layers, then with twice as many, and so on (paper 001). Try
 
     mpirun -n 4 python drivers/peaks.py
     mpirun -n 4 python drivers/peaks.py --resume auto
@@ -73,7 +73,7 @@ def setup(options: Options, comm: Communicator) -> Callable[[], None]:
 
 def draw(run: NestedIteration, folder: RunFolder) -> dict:
     """The pictures of a run."""
-    classes = run.network.predict(run.one_shot.x, peaks.mesh(MAP_SIZE, run.problem.dtype)).reshape(MAP_SIZE, MAP_SIZE)
+    classes = run.network.predict(run.weights, peaks.mesh(MAP_SIZE, run.problem.dtype)).reshape(MAP_SIZE, MAP_SIZE)
     if folder.comm.rank == 0:
         from xbraid_py.recipes import pictures as report  # matplotlib takes its time to load: on one rank only
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from xbraid_py import MGRIT, Accuracy, LayerParallel
+from xbraid_py import MGRIT, GradientControl, LayerParallel
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.data import text
@@ -142,7 +142,7 @@ class Options:
     smoke: bool = False
     mgrit: MGRIT = MGRIT(coarse_parts=1)
     adjoint: MGRIT = MGRIT()
-    accuracy: Accuracy = Accuracy()
+    accuracy: GradientControl = GradientControl()
 
     def __post_init__(self):
         least = {"context": 1, "updates": 1, "batch_size": 1, "warmup": 0, "replicas": 1, "record_every": 1}
@@ -199,8 +199,8 @@ def setup(options: Options, comm: Communicator) -> Callable[[], None]:
     def run() -> None:
         grid = ProcessGrid(comm, options.replicas)
         model = build(options, grid.layers, num_tokens)
-        optimiser = torch.optim.AdamW(model.parameters(), options.learning_rate, weight_decay=options.weight_decay)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda update: rate(options, update))
+        optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, weight_decay=options.weight_decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: rate(options, update))
 
         def validate() -> dict[str, float]:
             batches = (stretches(validation, options, VALIDATION_BATCH, k) for k in range(options.validation_batches))
@@ -213,7 +213,7 @@ def setup(options: Options, comm: Communicator) -> Callable[[], None]:
                 sample.write_text(written, encoding="utf-8")
 
         tested = follow(
-            Trained(model=model, optimiser=optimiser, scheduler=schedule, grid=grid),
+            Trained(model=model, optimizer=optimizer, scheduler=schedule, grid=grid),
             lambda done: (stretches(training, options, options.batch_size, k) for k in range(done, options.updates)),
             loss,
             validate,

@@ -61,7 +61,7 @@ class Options:
         Work units between two validations.
     batch_size
         Samples of a minibatch.
-    standardise
+    standardize
         Inputs and targets of mean 0 and deviation 1.
     widths
         Hidden layers of the fully-connected network on Poisson; by default the paper's.
@@ -97,7 +97,7 @@ class Options:
     max_work: float = 10_000.0
     validate_every: float = 50.0
     batch_size: int = 200
-    standardise: bool = False
+    standardize: bool = False
     widths: tuple[int, ...] = ()
     darcy_widths: tuple[int, ...] = ()
     channels: tuple[int, ...] = ()
@@ -126,7 +126,7 @@ class Options:
     @property
     def bases(self) -> Bases:
         """The two-level method of paper 002 on each problem, at these sizes."""
-        names = "num_train num_val mesh max_work validate_every batch_size standardise".split()
+        names = "num_train num_val mesh max_work validate_every batch_size standardize".split()
         poisson = Case(widths=self.widths, **{name: getattr(self, name) for name in names})
         changes = {"problem": "darcy", "steps": 2, "weight_decay": 1e-6, "rematch_every": 10}
         darcy = replace(poisson, widths=self.darcy_widths, **changes)

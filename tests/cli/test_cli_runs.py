@@ -141,7 +141,7 @@ def trained(tmp_path_factory):
     configuration = CONFIGURATION | {"network": {"T": 2.0, "activation": "smooth_relu", "width": 3, "bias": "vector"}}
     for record in run.run():
         save_run(folder / "checkpoints", run, record.update, "nested", configuration)
-    network, x = run.network, run.one_shot.x
+    network, x = run.network, run.weights
     features = torch.linspace(-2, 2, 20, dtype=torch.float64).reshape(2, 10)
     u = network.steps(x).relax(network.open(x, features)[None], 16, None, None)[0]
     return folder, features, network.classify(x, u)
@@ -208,7 +208,7 @@ def on_minibatches(tmp_path, monkeypatch):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
-    trained = Trained(model=model, optimiser=torch.optim.Adam(model.parameters()))
+    trained = Trained(model=model, optimizer=torch.optim.Adam(model.parameters()))
     monkeypatch.setattr(sys, "argv", ["somewhere/mnist.py"])
     folder = make_run(tmp_path / "digits")
     (folder / "checkpoints" / "update_000010.h5").unlink()

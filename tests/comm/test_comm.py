@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from xbraid_py.comm import wrap
+from xbraid_py.comm import as_communicator
 from xbraid_py.comm.partition import Partition
 
 DTYPES = [torch.float64, torch.float32, torch.int64, torch.bool]
@@ -166,7 +166,7 @@ def test_ordered_sum_is_bitwise_the_same_on_any_number_of_ranks(spmd, shape, str
 def test_a_column_has_the_same_sum_whatever_stands_beside_it(columns):
     """A resumed run sums the products of its pairs in other company than the run that made them."""
     rows = torch.randn(16, 44, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    comm = wrap(None)
+    comm = as_communicator(None)
     some = comm.ordered_sum(rows[:, :columns].contiguous(), [16])
     assert torch.equal(some, comm.ordered_sum(rows, [16])[:columns])
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from xbraid_py.comm import SerialCommunicator
-from xbraid_py.comm.threads import run_threads
+from xbraid_py.testing import run_threads
 
 DTYPES = [
     torch.float64,

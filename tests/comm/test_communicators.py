@@ -1,4 +1,4 @@
-"""The kinds of communicators: serial runs, threads that fail, launchers, and what `wrap` takes."""
+"""The kinds of communicators: serial runs, threads that fail, launchers, and what `as_communicator` takes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from xbraid_py.comm import Communicator, LaunchError, SerialCommunicator, check_launcher, launcher_rank, wrap
+from xbraid_py.comm import Communicator, LaunchError, SerialCommunicator, as_communicator, check_launcher, launcher_rank
 from xbraid_py.comm.threads import ThreadCommunicator, run_threads
 
 
@@ -97,15 +97,15 @@ def test_independent_processes_notice_their_launcher(run_job):
 
 
 def test_a_single_process_is_a_serial_run(run_job):
-    code = "from mpi4py import MPI; from xbraid_py.comm import *; print(type(world()), type(wrap(MPI.COMM_SELF)))"
-    job = run_job(["-c", code])
+    code = "from mpi4py import MPI; from xbraid_py.comm import *"
+    job = run_job(["-c", f"{code}; print(type(world()), type(as_communicator(MPI.COMM_SELF)))"])
     assert job.stdout.count("SerialCommunicator") == 2, job.stderr
 
 
 def test_wrap_takes_what_a_caller_has(spmd):
     def body(comm):
-        assert wrap(comm) is comm
-        assert isinstance(wrap(None), SerialCommunicator)
+        assert as_communicator(comm) is comm
+        assert isinstance(as_communicator(None), SerialCommunicator)
         return isinstance(comm, Communicator) and (comm.size == 1) == isinstance(comm, SerialCommunicator)
 
     assert all(spmd(body))

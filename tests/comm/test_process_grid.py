@@ -29,7 +29,7 @@ def caught(kind, call) -> str | None:
 
 
 @pytest.mark.ranks(1, 2, 3, 4, 6)
-def test_ranks_of_a_replica_are_neighbours(spmd):
+def test_ranks_of_a_replica_are_neighbors(spmd):
     def body(comm):
         found = []
         for replicas in divisors(comm.size):

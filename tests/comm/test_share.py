@@ -8,9 +8,9 @@ import pytest
 import torch
 from test_process_grid import Batch, caught
 
-from xbraid_py import run_threads
 from xbraid_py.comm.replicas import ProcessGrid
-from xbraid_py.comm.share import share
+from xbraid_py.comm.share import broadcast_batch
+from xbraid_py.testing import run_threads
 
 
 def test_what_one_rank_knows_is_known_to_all(spmd):
@@ -24,7 +24,7 @@ def test_what_one_rank_knows_is_known_to_all(spmd):
 
     def body(comm):
         root = comm.size - 1
-        return share(value() if comm.rank == root else None, comm, root)
+        return broadcast_batch(value() if comm.rank == root else None, comm, root)
 
     expected = value()
     for found in spmd(body):
@@ -41,7 +41,7 @@ def test_what_one_rank_knows_is_known_to_all(spmd):
 def test_a_tensor_alone_and_a_word_alone(spmd):
     def body(comm):
         known = comm.rank == 0
-        return share(torch.ones(3) if known else None, comm), share("stop" if known else None, comm)
+        return broadcast_batch(torch.ones(3) if known else None, comm), broadcast_batch("stop" if known else None, comm)
 
     assert all(tensor.equal(torch.ones(3)) and word == "stop" for tensor, word in spmd(body))
 
@@ -49,7 +49,7 @@ def test_a_tensor_alone_and_a_word_alone(spmd):
 def test_what_cannot_be_sent_is_an_error_on_all_ranks(spmd):
     def body(comm):
         values = ({"f": lambda: 0}, [torch.ones(2).to_sparse()], (torch.ones(2), (i for i in ())))
-        return [caught(TypeError, lambda value=value: share(value, comm)) for value in values]
+        return [caught(TypeError, lambda value=value: broadcast_batch(value, comm)) for value in values]
 
     results = spmd(body)
     assert all(found == results[0] for found in results)
@@ -58,7 +58,7 @@ def test_what_cannot_be_sent_is_an_error_on_all_ranks(spmd):
 
 def test_ranks_do_not_share_memory():
     def body(comm):
-        got = share([torch.zeros(2), {"n": 0}] if comm.rank == 0 else None, comm)
+        got = broadcast_batch([torch.zeros(2), {"n": 0}] if comm.rank == 0 else None, comm)
         comm.barrier()
         got[0] += comm.rank
         got[1]["n"] = comm.rank
@@ -72,8 +72,8 @@ def test_ranks_do_not_share_memory():
 def test_a_batch_on_the_gpu(spmd):
     def body(comm):
         value = {"x": torch.arange(4.0)} if comm.rank == 0 else None
-        there = share(value, comm, device="cuda")["x"]
-        back = share({"x": there}, comm)["x"]
+        there = broadcast_batch(value, comm, device="cuda")["x"]
+        back = broadcast_batch({"x": there}, comm)["x"]
         parameter = torch.nn.Parameter(torch.zeros(4, device="cuda"))
         parameter.grad = there + comm.rank
         ProcessGrid(comm, comm.size).average_gradients([parameter])

@@ -1,4 +1,4 @@
-"""Images ahead of training: standardisation, and crops and flips that depend on seed, epoch and index alone."""
+"""Images ahead of training: standardization, and crops and flips that depend on seed, epoch and index alone."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xbraid_py.data.augmentation import Augmentation, _random_bits, standardise
+from xbraid_py.data.augmentation import Augmentation, _random_bits, standardize
 
 
 def splitmix(state):
@@ -113,7 +113,7 @@ def test_all_places_and_directions_are_equally_likely():
 
 
 def test_draws_are_independent():
-    """Of neighbouring images, epochs and seeds; a correlation of n pairs has the deviation 1/sqrt(n)."""
+    """Of neighboring images, epochs and seeds; a correlation of n pairs has the deviation 1/sqrt(n)."""
     number = 40000
 
     def standard(seed, epoch):
@@ -184,9 +184,9 @@ def test_arguments_are_refused(pixels, indices, epoch, error, message):
 
 
 @pytest.mark.parametrize(("dtype", "accuracy"), [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
-def test_standardise(dtype, accuracy):
+def test_standardize(dtype, accuracy):
     pixels = noise((5, 3, 6, 7))
-    found = standardise(pixels, dtype)
+    found = standardize(pixels, dtype)
     assert found.dtype == dtype and found.shape == pixels.shape
     for image, result in zip(pixels, found, strict=True):
         values = [int(value) for value in image.flatten()]
@@ -195,11 +195,11 @@ def test_standardise(dtype, accuracy):
         assert result.flatten().tolist() == pytest.approx(expected, rel=accuracy, abs=accuracy)
 
 
-def test_standardise_nearly_empty_images():
+def test_standardize_nearly_empty_images():
     size = 3 * 4 * 4
     pixels = torch.full((2, 3, 4, 4), 77, dtype=torch.uint8)
     pixels[1, 0, 0, 0] = 78
-    uniform, nearly = standardise(pixels, torch.float64)
+    uniform, nearly = standardize(pixels, torch.float64)
     assert not uniform.any()
     # The true deviation is sqrt(1 - 1/size) / sqrt(size): a little below the least one.
     assert nearly[0, 0, 0].item() == pytest.approx((1 - 1 / size) * math.sqrt(size), rel=1e-13)
@@ -207,19 +207,19 @@ def test_standardise_nearly_empty_images():
 
 
 @pytest.mark.parametrize("size", [106, 200])
-def test_standardise_images_whose_squares_need_wide_integers(size):
+def test_standardize_images_whose_squares_need_wide_integers(size):
     # 3 x 105 x 105 white pixels are the most that 32 bits hold.
     pixels = torch.full((1, 3, size, size), 255, dtype=torch.uint8)
     pixels[0, 1, :2] = 0
-    found = standardise(pixels, torch.float64)
+    found = standardize(pixels, torch.float64)
     assert found.mean().abs() < 1e-12 and abs(found.square().mean().item() - 1) < 1e-12
 
 
-def test_standardise_one_by_one_gives_the_same_bits():
+def test_standardize_one_by_one_gives_the_same_bits():
     pixels = noise((40, 3, 32, 32), seed=3)
-    together = standardise(pixels)
-    assert all(torch.equal(standardise(pixels[k : k + 1])[0], together[k]) for k in range(40))
-    assert standardise(pixels[:0]).shape == (0, 3, 32, 32)
+    together = standardize(pixels)
+    assert all(torch.equal(standardize(pixels[k : k + 1])[0], together[k]) for k in range(40))
+    assert standardize(pixels[:0]).shape == (0, 3, 32, 32)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_standardise_one_by_one_gives_the_same_bits():
         (IMAGES[:, :0], torch.float32, ValueError, "pixels.shape=(2, 0, 8, 8) must be (B, C, H, W)"),
     ],
 )
-def test_standardise_refuses(pixels, dtype, error, message):
+def test_standardize_refuses(pixels, dtype, error, message):
     with pytest.raises(error) as caught:
-        standardise(pixels, dtype)
+        standardize(pixels, dtype)
     assert str(caught.value).startswith(message)

@@ -19,8 +19,8 @@ def record(labels, start):
     return bytes(labels) + bytes((start + place) % 256 for place in range(3072))
 
 
-def literal_pixel(start, colour, row, column):
-    return (start + 1024 * colour + 32 * row + column) % 256
+def literal_pixel(start, color, row, column):
+    return (start + 1024 * color + 32 * row + column) % 256
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Sets of labelled images: some of their rows, and what they refuse."""
+"""Sets of labeled images: some of their rows, and what they refuse."""
 
 import dataclasses
 

@@ -55,11 +55,11 @@ BAD_SCENES = {
     "infinite": (dict(cube=lambda x: with_values(x, (3, 4, 5), -np.inf)), "{cube} holds numbers that are not finite"),
     "too large": (
         dict(cube=lambda x: x * 1e300),
-        "{cube} holds numbers too large or too small to be standardised; use 1e-100 to 1e100",
+        "{cube} holds numbers too large or too small to be standardized; use 1e-100 to 1e100",
     ),
     "too small": (
         dict(cube=lambda x: x * 1e-300),
-        "{cube} holds numbers too large or too small to be standardised; use 1e-100 to 1e100",
+        "{cube} holds numbers too large or too small to be standardized; use 1e-100 to 1e100",
     ),
     "fractions": (
         dict(truth=lambda x: x / 2),
@@ -71,7 +71,7 @@ BAD_SCENES = {
         dict(truth=lambda x: with_values(x, (0, 0), np.nan)),
         "the ground truth of {cube} must hold whole numbers, 0 for",
     ),
-    "unlabelled": (dict(truth=lambda x: 0 * x), "the ground truth of {cube} must hold whole numbers, 0 for"),
+    "unlabeled": (dict(truth=lambda x: 0 * x), "the ground truth of {cube} must hold whole numbers, 0 for"),
     "one class": (dict(truth=lambda x: x // x.clip(1)), "the ground truth of {cube} must hold whole numbers, 0 for"),
     "few pixels": (
         dict(truth=lambda x: with_values(x, (slice(0, 2), slice(None)), [[5] + 16 * [1], 17 * [2]])),

@@ -1,4 +1,4 @@
-"""Indian Pines: standardisation, where the scene comes from, and the scene itself."""
+"""Indian Pines: standardization, where the scene comes from, and the scene itself."""
 
 import importlib.util
 import logging
@@ -24,7 +24,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("seed", [0, 5])
-def test_bands_are_standardised_by_the_training_pixels_alone(folder, seed, dtype):
+def test_bands_are_standardized_by_the_training_pixels_alone(folder, seed, dtype):
     cube, truth = scene()
     found = indian_pines.load(folder, num_train=40, seed=seed, dtype=dtype)
     rows, columns, bands = cube.shape
@@ -142,7 +142,7 @@ def test_names():
     assert indian_pines.names(3) == ["class 1", "class 2", "class 3"]
 
 
-# Labelled pixels of the 16 classes, as published.
+# Labeled pixels of the 16 classes, as published.
 COUNTS = [46, 1428, 830, 237, 483, 730, 28, 478, 20, 972, 2455, 593, 205, 1265, 386, 93]
 
 

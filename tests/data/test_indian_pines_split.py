@@ -1,4 +1,4 @@
-"""Indian Pines: the two splits of its labelled pixels, stratified and published."""
+"""Indian Pines: the two splits of its labeled pixels, stratified and published."""
 
 import numpy as np
 import pytest
@@ -28,14 +28,14 @@ def shares_in_proportion(counts, total):
 CLASSES = st.lists(st.integers(2, 60), min_size=1, max_size=20)
 
 
-@given(counts=CLASSES, unlabelled=st.integers(0, 50), part=st.floats(0, 1), seed=st.integers(0, 2**70))
-def test_a_stratified_split(counts, unlabelled, part, seed):
-    classes = classes_of(counts, unlabelled, 1)
+@given(counts=CLASSES, unlabeled=st.integers(0, 50), part=st.floats(0, 1), seed=st.integers(0, 2**70))
+def test_a_stratified_split(counts, unlabeled, part, seed):
+    classes = classes_of(counts, unlabeled, 1)
     K, most = len(counts), sum(counts) - len(counts)
     num_train = K + round(part * (most - K))
     train, validation = stratified(classes, num_train, seed)
     assert train.dtype == validation.dtype == np.int64
-    # Ascending, disjoint, and together all labelled pixels.
+    # Ascending, disjoint, and together all labeled pixels.
     assert np.all(np.diff(train) > 0) and np.all(np.diff(validation) > 0)
     assert sorted([*train.tolist(), *validation.tolist()]) == np.flatnonzero(classes >= 0).tolist()
     shares = [int(np.sum(classes[train] == k)) for k in range(K)]
@@ -82,11 +82,11 @@ def test_every_pixel_of_a_class_is_as_likely_as_any_other():
 
 def test_the_least_and_the_most_training_pixels(folder):
     _, truth = scene()
-    labelled = int((truth > 0).sum())
-    for num_train in (4, labelled - 4):
+    labeled = int((truth > 0).sum())
+    for num_train in (4, labeled - 4):
         assert indian_pines.load(folder, num_train=num_train).train.num_samples == num_train
-    for num_train in (3, labelled - 3):
-        with pytest.raises(ValueError, match=f"; use 4 to {labelled - 4}$"):
+    for num_train in (3, labeled - 3):
+        with pytest.raises(ValueError, match=f"; use 4 to {labeled - 4}$"):
             indian_pines.load(folder, num_train=num_train)
 
 
@@ -154,7 +154,7 @@ def test_a_split_that_does_not_fit(folder):
             indian_pines.load(folder, split="published")
         assert str(caught.value).replace(f"{folder}/", "") == message
 
-    fits = " does not name the labelled pixels of this ground truth; use those of one scene"
+    fits = " does not name the labeled pixels of this ground truth; use those of one scene"
     refused(SPLIT_PLACES + fits, idmap_color_to_global=places[:-1])
     refused(SPLIT_PLACES + fits, idmap_color_to_global=[*places[:-1], places[0]])
     rows = [1 + k for k in np.flatnonzero(truth)]  # row after row
@@ -180,7 +180,7 @@ def test_the_published_split_of_the_scene(caplog):
     folder = indian_pines.data_folder("indian_pines")
     lines = {name: [int(line) for line in (folder / name).read_text().split()] for name in SPLIT_FILES}
     assert lines[SPLIT_PLACES] == column_major(truth)
-    labelled = [(row, column) for column in range(145) for row in range(145) if truth[row, column]]
+    labeled = [(row, column) for column in range(145) for row in range(145) if truth[row, column]]
     for name, part in ((SPLIT_TRAIN, found.train), (SPLIT_VALIDATION, found.validation)):
-        places = sorted(145 * row + column for row, column in (labelled[number - 1] for number in lines[name]))
+        places = sorted(145 * row + column for row, column in (labeled[number - 1] for number in lines[name]))
         assert torch.equal(part.features, found.pixels[:, places])

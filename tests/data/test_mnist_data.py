@@ -1,4 +1,4 @@
-"""MNIST: the reader of idx files, the four files and every refusal, standardised images, the order of minibatches."""
+"""MNIST: the reader of idx files, the four files and every refusal, standardized images, the order of minibatches."""
 
 import gzip
 import itertools
@@ -195,9 +195,9 @@ def test_published_files(caplog):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_standardised(dtype):
+def test_standardized(dtype):
     images = torch.arange(256, dtype=torch.uint8).reshape(2, 16, 8)
-    found = mnist.standardised(images, dtype)
+    found = mnist.standardized(images, dtype)
     assert found.shape == (2, 1, 16, 8) and found.dtype == dtype
     expected = [(value / 255 - 0.1307) / 0.3081 for value in range(256)]
     assert found.flatten().tolist() == pytest.approx(expected, rel=1e-5 if dtype == torch.float32 else 1e-13)
@@ -212,9 +212,9 @@ def test_standardised(dtype):
         (torch.zeros(28, 28, dtype=torch.uint8), torch.float32, ValueError, "images.shape=(28, 28) must be (B, H, W)"),
     ],
 )
-def test_standardised_refuses(images, dtype, error, message):
+def test_standardized_refuses(images, dtype, error, message):
     with pytest.raises(error) as caught:
-        mnist.standardised(images, dtype)
+        mnist.standardized(images, dtype)
     assert str(caught.value).startswith(message)
 
 

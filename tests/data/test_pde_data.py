@@ -7,7 +7,7 @@ import torch
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.data.darcy import Darcy, covariance, embedding
 from xbraid_py.data.elliptic import solve_darcy, solve_poisson
-from xbraid_py.data.pde_dataset import PdeDataset, Standardisation, split
+from xbraid_py.data.pde_dataset import PdeDataset, Standardization, split
 from xbraid_py.data.pde_samples import generate
 from xbraid_py.data.poisson import RANGES, Poisson, coefficient, source
 
@@ -181,10 +181,10 @@ def test_a_split_is_seeded_and_complete():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_standardisation_by_the_training_samples(dtype):
+def test_standardization_by_the_training_samples(dtype):
     samples = generate(Poisson(mesh=5), 12, 0, SERIAL).dataset(["kappa", "f", "x"], dtype=dtype)
     train, validation = split(samples, 4)
-    found = Standardisation.of(train)
+    found = Standardization.of(train)
     inside, outside = found.apply(train), found.apply(validation)
     assert inside.inputs.dtype == dtype and inside.channels == train.channels
     close = 1e-12 if dtype == torch.float64 else 2e-5
@@ -201,9 +201,9 @@ def test_standardisation_by_the_training_samples(dtype):
     assert torch.allclose(inside.targets.square().mean() * found.target_scale**2, raw, rtol=1e-5)
 
 
-def test_what_never_differs_is_only_centred():
+def test_what_never_differs_is_only_centered():
     dataset = PdeDataset(torch.full((4, 1, 2, 2), 0.1), torch.full((4, 1), 7.0), ("same",))
-    found = Standardisation.of(dataset).apply(dataset)
+    found = Standardization.of(dataset).apply(dataset)
     assert found.inputs.abs().max() < 1e-7 and torch.equal(found.targets, torch.zeros(4, 1))
 
 

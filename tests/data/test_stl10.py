@@ -15,13 +15,13 @@ FILES = ["train_X.bin", "train_y.bin", "test_X.bin", "test_y.bin"]
 NUMBERS = 3 * 96 * 96
 
 
-def value(start, colour, row, column):
-    return (start + 100 * colour + 7 * row + 13 * column) % 256
+def value(start, color, row, column):
+    return (start + 100 * color + 7 * row + 13 * column) % 256
 
 
 def image(start):
-    """Literal image: colour by colour, column by column, each from top to bottom."""
-    return bytes(value(start, colour, row, column) for colour in range(3) for column in range(96) for row in range(96))
+    """Literal image: color by color, column by column, each from top to bottom."""
+    return bytes(value(start, color, row, column) for color in range(3) for column in range(96) for row in range(96))
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ DRIVER = PROJECT / "drivers" / "peaks.py"
 CASES = PROJECT / "tests" / "helpers" / "driver_cases.py"
 TINY = [
     *("--num_layers=16", "--num_train=50", "--num_val=40", "--network.width=3"),
-    *("--mgrit.min_coarse=2", "--mgrit.intervals=4"),  # 16 layers by the one-shot cycle, 8 one after the other
+    *("--mgrit.min_coarse=2", "--mgrit.intervals=4"),  # 16 layers by the lagged cycle, 8 one after the other
     *("--nested.refinements=1", "--nested.updates=4,16", "--optim.boost_updates=1"),
     *("--checkpoint_every=1", "--keep=99", "--validate_every=2"),
 ]

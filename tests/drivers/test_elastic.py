@@ -9,7 +9,6 @@ from small_runs import gathered, nested, same_bits, timeless
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.errors import RunError
-from xbraid_py.comm.threads import run_threads
 from xbraid_py.multilevel.depth.nested_state import save_run
 from xbraid_py.recipes.classification_training import prepare
 from xbraid_py.run.record import read
@@ -17,6 +16,7 @@ from xbraid_py.run.resume import checkpoint_folder, read_resumed
 from xbraid_py.run.store.keep import CheckpointStore
 from xbraid_py.run.store.read import numbered
 from xbraid_py.run.store.write import CheckpointError, file_name, load
+from xbraid_py.testing import run_threads
 
 UPDATES = (3, 2, 4)
 RANKS = (1, 2, 3, 5, 8, 1)
@@ -42,7 +42,7 @@ def part(out, size, updates, convert=False, **others):
             save_run(store, run, record.update, "nested", configuration)
             if len(records) == updates:
                 break
-        return records, gathered(run.network, run.one_shot.x)
+        return records, gathered(run.network, run.weights)
 
     return on_ranks(size, body)[0]
 

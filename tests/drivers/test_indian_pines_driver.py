@@ -107,9 +107,9 @@ def test_a_smoke_run_leaves_scores_and_pictures(folder, size):
     for name in ("accuracy.png", "convergence.png", "classes.png"):
         assert (left / "figures" / name).stat().st_size > 5000
     *per_class, totals, last = out.splitlines()[-6:]
-    labelled = int((scene()[1] > 0).sum())
+    labeled = int((scene()[1] > 0).sum())
     assert (
-        sum(int(re.fullmatch(r"class \d +(?:- *|[\d.]+ %) of (\d+)", line)[1]) for line in per_class) == labelled - 160
+        sum(int(re.fullmatch(r"class \d +(?:- *|[\d.]+ %) of (\d+)", line)[1]) for line in per_class) == labeled - 160
     )
     shown = [100 * scores["overall_accuracy"], 100 * scores["average_accuracy"], scores["kappa"]]
     assert totals == "overall {:.2f} %, average {:.2f} %, kappa {:.4f}".format(*shown)

@@ -12,7 +12,7 @@ import torch
 from digit_files import write_digits
 from processes import PROJECT, run_job
 
-from xbraid_py.data.mnist import standardised
+from xbraid_py.data.mnist import standardized
 from xbraid_py.data.mnist_sequences import sequences
 from xbraid_py.run.record import read
 
@@ -113,7 +113,7 @@ def test_both_networks_begin_alike(driver):
 
 
 def test_images_are_read_in_three_orders():
-    pixels = standardised(IMAGES)[:, 0]
+    pixels = standardized(IMAGES)[:, 0]
     for k in range(3):
         assert torch.equal(sequences(IMAGES)[k, 5], pixels[k, 5])
         assert torch.equal(sequences(IMAGES, "columns")[k, 5], pixels[k, :, 5])

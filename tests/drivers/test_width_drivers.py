@@ -50,7 +50,7 @@ def test_two_ranks_share_the_minibatches(tmp_path):
 @pytest.mark.parametrize("kind", ["dense", "convolutional"])
 def test_both_kinds_of_networks_learn(name, kind, tmp_path):
     network = DRIVERS[name]["SmokeOptions"]().network
-    changes = {"standardise": True} if kind == "convolutional" else {}
+    changes = {"standardize": True} if kind == "convolutional" else {}
     network = WidthNetwork(kind=kind, **{k: getattr(network, k) for k in ("widths", "channels", "kernels", "strides")})
     rows = made(name, out=tmp_path, network=network, max_work=84.0, **changes)
     assert rows[-1]["loss"] < rows[0]["loss"] and len(rows[0]["widths"]) == 2

@@ -12,17 +12,17 @@ import reference as ref
 import torch
 from torch import Tensor, nn
 
-import xbraid_py
-from xbraid_py import MGRIT, Accuracy, LayerParallel
+import xbraid_py.nn
+from xbraid_py import MGRIT, GradientControl, LayerParallel
 from xbraid_py.layers.module_block import own_random_numbers
 
 C, L, B = 4, 3, 6
 # Only what the solver itself finds: no exact gradient in its place, no tightening.
-UNCHECKED = Accuracy(check=0, adapt=False)
+UNCHECKED = GradientControl(check=0, adapt=False)
 # All exact for up to 6 intervals, without ever looking at a residual.
 SOLVES = {
     "exact": MGRIT(max_levels=1),
-    "one-shot": MGRIT(cfactor=2, max_levels=2, max_iter=5, tol=0.0),
+    "lagged": MGRIT(cfactor=2, max_levels=2, max_iter=5, tol=0.0),
     "one-shot 3": MGRIT(cfactor=3, max_levels=2, min_coarse=1, max_iter=4, tol=0.0),
     "one-shot parts": MGRIT(cfactor=4, max_levels=2, min_coarse=1, max_iter=3, tol=0.0),
     "V": MGRIT(cycle="V", cfactor=3, max_levels=2, min_coarse=1, max_iter=3, tol=0.0),
@@ -108,7 +108,7 @@ class FrozenBatchNorm(nn.Module):
 class Dropped(nn.Module):
     """Two linear layers with dropout that depends on the layer and the update alone; u (*, C)."""
 
-    def __init__(self, p: float = 0.5, dropout: type = xbraid_py.Dropout):
+    def __init__(self, p: float = 0.5, dropout: type = xbraid_py.nn.Dropout):
         super().__init__()
         self.first, self.second = nn.Linear(C, 2 * C), nn.Linear(2 * C, C)
         self.inside, self.outside = dropout(p), dropout(p)
@@ -130,7 +130,7 @@ class Case:
 
     def stack(self, comm=None, num_layers: int = 12, T: float = 2.0, solve: str = "V", **options) -> LayerParallel:
         """A stack of them."""
-        defaults = {"mgrit": SOLVES[solve], "accuracy": UNCHECKED, "batched": False}
+        defaults = {"mgrit": SOLVES[solve], "accuracy": UNCHECKED, "vmap": False}
         return LayerParallel(self.block, num_layers, T, comm, **{**defaults, **options})
 
     def input(self, seed: int = 1, batch: int = B) -> Tensor:

@@ -172,7 +172,7 @@ class WrongAdjoint(Adjoint):
 
 
 def broken() -> dict[str, tuple[Forward, Adjoint]]:
-    """By what is wrong: forward steps and adjoints, linearised at the same states."""
+    """By what is wrong: forward steps and adjoints, linearized at the same states."""
     steps, states = dense(), ref.random(n, 4, B, seed=1)
     forward = Forward(steps, torch.empty_like(states), states[0])
     adjoint = Adjoint(steps, states, torch.empty_like(steps.theta))

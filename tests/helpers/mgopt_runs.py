@@ -13,7 +13,7 @@ from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.depth.mgopt import MGOpt
 from xbraid_py.multilevel.depth.mgopt_options import MGOptOptions
 from xbraid_py.problem.perceptron import PerceptronProblem, perceptron_weights
-from xbraid_py.problem.problem import Architecture
+from xbraid_py.problem.problem import DenseResNetOptions
 from xbraid_py.problem.regularization import Regularization
 
 EXACT = MGRIT(max_levels=1)
@@ -32,7 +32,7 @@ def problem(comm: Communicator | None = None, mgrit=EXACT, activation="tanh", ti
         features=train.features,
         labels=train.labels,
         num_classes=2,
-        architecture=Architecture(width=width, T=1.0, activation=activation),
+        architecture=DenseResNetOptions(width=width, T=1.0, activation=activation),
         regularization=Regularization(tikhonov, 0.0, tikhonov, measure),
         forward=mgrit,
         adjoint=mgrit.for_adjoint(),

@@ -10,11 +10,12 @@ from blocks import linear
 from processes import run_on_one_core
 from torch import nn
 
-from xbraid_py import MGRIT, Accuracy, Dropout, LayerParallel
+from xbraid_py import MGRIT, GradientControl, LayerParallel
 from xbraid_py.comm import Communicator, SerialCommunicator
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.layer_parallel.minibatch.state import Trained
 from xbraid_py.layer_parallel.minibatch.updates import evaluate
+from xbraid_py.nn import Dropout
 from xbraid_py.recipes.digits_resume import read_resumed
 from xbraid_py.recipes.digits_run import follow
 from xbraid_py.run.folder import claim
@@ -46,9 +47,9 @@ def build(comm: Communicator | None, converged: bool = False, dropout: float = 0
         2.0,
         comm,
         mgrit=mgrit,
-        accuracy=Accuracy(gradient_error=3e-3, check=4, max_level=3),
+        accuracy=GradientControl(gradient_error=3e-3, check=4, max_level=3),
         seed=5,
-        batched=False,
+        vmap=False,
     )
     norm = nn.LayerNorm(4) if converged else nn.BatchNorm1d(4)  # replicas have statistics of their own
     return nn.Sequential(linear(3, 4, 2), norm, stack, linear(4, 2, 3)).double()
@@ -59,7 +60,7 @@ def run(comm: Communicator, out: Path, resume: str | Path | None = None, **chang
     replicas = changes.pop("replicas", 1)
     network = {name: changes.pop(name) for name in ("converged", "dropout") if name in changes}
     at = changes.pop("at", lambda number: None)
-    make = changes.pop("optimiser", lambda parameters: torch.optim.Adam(parameters, lr=0.05))
+    make = changes.pop("optimizer", lambda parameters: torch.optim.Adam(parameters, lr=0.05))
     schedule = changes.pop("schedule", lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, UPDATES))
     grid = ProcessGrid(comm, replicas)
     folder = claim(out, comm)
@@ -67,7 +68,7 @@ def run(comm: Communicator, out: Path, resume: str | Path | None = None, **chang
     resume = None if resume is None else str(resume)
     start = read_resumed(resume, out, configuration, FREE, build(None, **network))
     model = build(grid.layers, **network)
-    optimiser = make(model.parameters())
+    optimizer = make(model.parameters())
     seen = [start.update]
 
     def loss(logits, labels):
@@ -76,7 +77,7 @@ def run(comm: Communicator, out: Path, resume: str | Path | None = None, **chang
         return nn.functional.cross_entropy(logits, labels)
 
     tested = follow(
-        Trained(model=model, optimiser=optimiser, scheduler=schedule(optimiser), grid=grid),
+        Trained(model=model, optimizer=optimizer, scheduler=schedule(optimizer), grid=grid),
         lambda done: (batch(number) for number in range(done, UPDATES)),
         loss,
         lambda: {"test_accuracy": evaluate(model, [batch(-1, 50)], accuracy_of, grid)},

@@ -1,4 +1,4 @@
-"""Blocks with a batch normalisation that moves, and the literal reference: a loop over layers with autograd.
+"""Blocks with a batch normalization that moves, and the literal reference: a loop over layers with autograd.
 
 Shape letters: `N` layers, `B` samples, `C` channels.
 """
@@ -10,7 +10,7 @@ from blocks import B, C, Case, distance, gradients, loss_of
 from torch import Tensor, nn
 from torch.nn import functional
 
-import xbraid_py
+import xbraid_py.nn
 from xbraid_py import LayerParallel
 
 N, T, MOMENTUM, EPS = 9, 2.0, 0.3, 1e-3
@@ -19,11 +19,11 @@ SHAPES = {1: (B, C), 2: (B, C, 4, 3), 3: (B, C, 2, 3, 2)}
 
 
 class Normed(nn.Module):
-    """A linear map or a convolution behind a batch normalisation."""
+    """A linear map or a convolution behind a batch normalization."""
 
     def __init__(self, dims: int = 1, momentum: float | None = MOMENTUM, norm: type | None = None, **options):
         super().__init__()
-        norm = norm or getattr(xbraid_py, f"BatchNorm{dims}d")
+        norm = norm or getattr(xbraid_py.nn, f"MovingBatchNorm{dims}d")
         self.norm = norm(C, EPS, momentum, **options)
         convolution = {2: nn.Conv2d, 3: nn.Conv3d}.get(dims)
         self.map = convolution(C, C, 3, padding=1) if convolution else nn.Linear(C, C)

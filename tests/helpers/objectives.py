@@ -1,4 +1,4 @@
-"""Small objectives with known minima for the tests of optimisers, and dense matrices of quasi-Newton updates."""
+"""Small objectives with known minima for the tests of optimizers, and dense matrices of quasi-Newton updates."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Rank:
             yield from self.sweep(0, self.steps.sweep)
             yield from self.ends(0.0)
             yield "meet", 16
-        elif self.plan.cycle == "one-shot":
+        elif self.plan.cycle == "lagged":
             yield from self.lagged(1)
             for _ in range(self.times):
                 yield from self.relax(0, self.steps.record)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from xbraid_py.comm import Communicator
-from xbraid_py.comm.threads import run_threads
+from xbraid_py.testing import run_threads
 
 PROJECT = Path(__file__).resolve().parents[2]
 

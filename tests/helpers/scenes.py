@@ -37,7 +37,7 @@ def write(folder: Path, cube: np.ndarray, truth: np.ndarray, compressed: bool = 
 
 
 def column_major(truth: np.ndarray) -> list[int]:
-    """Numbers of the labelled pixels, from 1 on, counted down the columns, one pixel after the other."""
+    """Numbers of the labeled pixels, from 1 on, counted down the columns, one pixel after the other."""
     rows, columns = truth.shape
     return [1 + row + column * rows for column in range(columns) for row in range(rows) if truth[row, column] > 0]
 
@@ -54,9 +54,9 @@ def write_split(folder: Path, truth: np.ndarray, num_train: int, num_validation:
         (folder / name).write_text("".join(f"{value}\n" for value in values))
 
 
-def classes_of(counts: list[int], unlabelled: int, seed: int) -> np.ndarray:
+def classes_of(counts: list[int], unlabeled: int, seed: int) -> np.ndarray:
     """So many pixels of each class, and of none (-1), in any order."""
-    classes = np.repeat(np.arange(-1, len(counts)), [unlabelled, *counts])
+    classes = np.repeat(np.arange(-1, len(counts)), [unlabeled, *counts])
     return np.random.default_rng(seed).permutation(classes)
 
 

@@ -10,7 +10,7 @@ from xbraid_py import MGRIT, ParallelGRU
 L, B, F, H, D = 29, 3, 4, 5, 2
 EXACT = 1e-10
 CONVERGED = {
-    "one-shot": MGRIT(tol=1e-13, max_iter=20),
+    "lagged": MGRIT(tol=1e-13, max_iter=20),
     "V": MGRIT(cycle="V", tol=1e-13, max_iter=20, cfactor=3),
     "F": MGRIT(cycle="F", tol=1e-13, max_iter=20, cfactor=2, min_coarse=2, start="full"),
     "one-shot, three levels": MGRIT(tol=1e-13, max_iter=30, cfactor=2, max_levels=3, min_coarse=2),
@@ -60,4 +60,4 @@ def distance(found, wanted):
 
 
 def made(comm=None, **options):
-    return ParallelGRU(F, H, D, comm=comm, **{"dtype": torch.float64, "mgrit": CONVERGED["one-shot"], **options})
+    return ParallelGRU(F, H, D, comm=comm, **{"dtype": torch.float64, "mgrit": CONVERGED["lagged"], **options})

@@ -15,7 +15,7 @@ from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions
 from xbraid_py.multilevel.depth.record import Record
 from xbraid_py.optim import OneShotOptions
 from xbraid_py.problem.network import InitialScales
-from xbraid_py.problem.problem import Architecture, Problem
+from xbraid_py.problem.problem import DenseResNetOptions, Problem
 from xbraid_py.problem.regularization import Regularization
 
 # With 8 layers two intervals of the second level, which 3 or 5 ranks do not own as they own those of the first.
@@ -31,13 +31,13 @@ def points():
 
 
 def problem(comm: Communicator, mgrit: MGRIT = MIXED, width: int = 3, regularization=None, **others) -> Problem:
-    """Few points of peaks and a narrow network; regularised in depth, so that neighbours must talk."""
+    """Few points of peaks and a narrow network; regularized in depth, so that neighbors must talk."""
     train = points()
     return Problem(
         features=train.features,
         labels=train.labels,
         num_classes=train.num_classes,
-        architecture=Architecture(width=width, T=2.0),
+        architecture=DenseResNetOptions(width=width, T=2.0),
         regularization=regularization or Regularization(tikhonov=1e-4, ddt=1e-5),
         forward=mgrit,
         adjoint=others.pop("adjoint", mgrit),
@@ -51,7 +51,9 @@ def nested(comm, updates, mgrit=MIXED, num_layers=32, one_shot=None, interpolati
     options = NestedOptions(refinements=len(updates) - 1, updates=tuple(updates), interpolation=interpolation)
     one_shot = one_shot or OneShotOptions(boost_updates=2, boost_iter=4)
     scales = InitialScales(layers=0.3)
-    return NestedIteration(problem(comm, mgrit, **others), num_layers, options, one_shot, scales, seed=1)
+    return NestedIteration(
+        problem(comm, mgrit, **others), num_layers, options=options, one_shot=one_shot, scales=scales, seed=1
+    )
 
 
 def timeless(record: Record) -> Record:

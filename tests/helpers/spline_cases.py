@@ -16,7 +16,7 @@ CASES = {
     "quadratic, own knots": Splines(5, 2, (0.0, 0.1, 0.3, 1.0)),
     "cubic": Splines(7, 3),
     "cubic, one interval": Splines(4, 3),
-    "cubic, centred, as many as layers": Splines(16, 3, "centred"),
+    "cubic, centered, as many as layers": Splines(16, 3, "centered"),
     "quadratic, more than layers": Splines(21, 2),
 }
 

@@ -26,7 +26,7 @@ def samples() -> tuple[PdeDataset, PdeDataset]:
     return SampleSource(problem=Poisson(mesh=8), num_train=40, num_val=10).load(dtype=torch.float64)
 
 
-def job(grid=None, network=NETWORK, standardise=False, batch_size=8, **options) -> Job:
+def job(grid=None, network=NETWORK, standardize=False, batch_size=8, **options) -> Job:
     """A run, ready to go; matched anew every fourth cycle unless told otherwise."""
     options = {"steps": 2, "learning_rate": 0.05, "rematch_every": 4} | options
     return Job.of(
@@ -35,6 +35,6 @@ def job(grid=None, network=NETWORK, standardise=False, batch_size=8, **options) 
         WidthTrainingOptions(**options),
         batch_size=batch_size,
         seed=3,
-        standardise=standardise,
+        standardize=standardize,
         grid=grid,
     )

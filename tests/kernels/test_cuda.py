@@ -9,7 +9,7 @@ import pytest
 import torch
 from blocks import CASES, distance, gradients, loop, loop_gradients, loss_of, unstacked
 
-from xbraid_py import MGRIT, Accuracy, clip_grad_norm_
+from xbraid_py import MGRIT, GradientControl, clip_grad_norm_
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
@@ -19,7 +19,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-    ("block", "solve", "batched"),
+    ("block", "solve", "vmap"),
     [
         ("dense", "V", False),
         ("dense", "one-shot 3", False),
@@ -30,12 +30,12 @@ pytestmark = [
         ("mlp", "exact", None),
     ],
 )
-def test_equals_autograd_on_the_device(spmd, block, solve, batched):
+def test_equals_autograd_on_the_device(spmd, block, solve, vmap):
     """On the CPU the reference; results of another device differ by rounding."""
     case = CASES[block]
 
     def body(comm):
-        stack = case.stack(comm, 9, solve=solve, batched=batched).to("cuda")
+        stack = case.stack(comm, 9, solve=solve, vmap=vmap).to("cuda")
         u = case.input().cuda().requires_grad_()
         output = stack(u)
         (torch.sin(output) * case.input(seed=7).cuda()).sum().backward()
@@ -67,7 +67,9 @@ def test_single_precision_and_measured_errors(spmd, block):
 
     def body(comm):
         stack = (
-            case.stack(comm, 12, mgrit=MGRIT(cfactor=3), accuracy=Accuracy(check=2), batched=None).to("cuda").float()
+            case.stack(comm, 12, mgrit=MGRIT(cfactor=3), accuracy=GradientControl(check=2), vmap=None)
+            .to("cuda")
+            .float()
         )
         optimizer = torch.optim.Adam(stack.parameters(), 0.01)
         losses, records = [], []

@@ -12,7 +12,7 @@ from blocks import CASES, UNCHECKED, C, Case, distance, gradients, loop, loop_gr
 from torch import nn
 
 import xbraid_py
-from xbraid_py import MGRIT, Accuracy
+from xbraid_py import MGRIT, GradientControl
 from xbraid_py.layer_parallel.accuracy import Controller
 
 NAN = float("nan")
@@ -22,7 +22,7 @@ STIFF = MGRIT(cycle="V", cfactor=4, max_iter=1, coarse_weights="inject", coarse_
 
 
 def controller(levels: bool = True, **accuracy) -> Controller:
-    return Controller(Accuracy(**{"gradient_error": 0.1, "check": 3, "max_level": 2, **accuracy}), levels)
+    return Controller(GradientControl(**{"gradient_error": 0.1, "check": 3, "max_level": 2, **accuracy}), levels)
 
 
 def relative(found: dict, exact: dict) -> float:
@@ -42,7 +42,7 @@ def relative(found: dict, exact: dict) -> float:
 )
 def test_options_are_checked(options, message):
     with pytest.raises(ValueError) as caught:
-        Accuracy(**options)
+        GradientControl(**options)
     assert str(caught.value) == message
 
 
@@ -145,7 +145,7 @@ def test_what_is_measured_is_the_error_of_the_gradient(spmd, block):
 
     def body(comm):
         found = []
-        for accuracy in (UNCHECKED, Accuracy(check=1, adapt=False)):
+        for accuracy in (UNCHECKED, GradientControl(check=1, adapt=False)):
             stack = case.stack(comm, 16, 5.0, mgrit=ROUGH, accuracy=accuracy)
             u = case.input().requires_grad_()
             stack(u).backward(slope)
@@ -174,7 +174,7 @@ def test_what_is_measured_is_the_error_of_the_gradient(spmd, block):
 def test_estimates_between_measurements(mgrit):
     """Other samples in every update; the true error from the gradient that was used and the loop's."""
     case = Case(lambda: xbraid_py.DenseBlock(C, "tanh", 1.5), (16, C))
-    stack = case.stack(None, 32, 5.0, mgrit=mgrit, accuracy=Accuracy(check=8, adapt=False))
+    stack = case.stack(None, 32, 5.0, mgrit=mgrit, accuracy=GradientControl(check=8, adapt=False))
     model = nn.Sequential(stack)
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     ratios = []
@@ -204,7 +204,7 @@ def test_a_stiff_stack_ends_in_exact_propagation(spmd):
     case = Case(lambda: xbraid_py.DenseBlock(C, "tanh", 3.0), (8, C))
 
     def body(comm):
-        accuracy = Accuracy(gradient_error=0.01, check=2, max_level=2)
+        accuracy = GradientControl(gradient_error=0.01, check=2, max_level=2)
         stack = case.stack(comm, 64, 5.0, mgrit=STIFF, accuracy=accuracy)
         records, found = [], None
         for update in range(8):
@@ -243,7 +243,7 @@ def test_back_to_mgrit_when_it_has_become_good(spmd):
     case = CASES["mlp"]
 
     def body(comm):
-        stack = case.stack(comm, 16, 1.0, mgrit=ROUGH, accuracy=Accuracy(gradient_error=0.3, check=2))
+        stack = case.stack(comm, 16, 1.0, mgrit=ROUGH, accuracy=GradientControl(gradient_error=0.3, check=2))
         stack._controller.restore({"update": 1, "level": 1, "exact": True, "ratio": 1.0, "ratios": [], "due": False})
         records = []
         for update in range(3):

@@ -12,14 +12,14 @@ from processes import PROJECT, job_environment
 from small_runs import problem
 from torch import nn
 
-from xbraid_py import MGRIT, DenseBlock, Dropout, LayerParallel, ResidualStep, to_sequential
+from xbraid_py import MGRIT, DenseBlock, LayerParallel, ResidualStep, to_sequential
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.layers.module_block import own_random_numbers
 from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions
 from xbraid_py.multilevel.depth.nested_state import save_run
-from xbraid_py.optim import OneShotOptions
+from xbraid_py.nn import Dropout
 from xbraid_py.problem.network import InitialScales
-from xbraid_py.problem.problem import Architecture
+from xbraid_py.problem.problem import DenseResNetOptions
 from xbraid_py.run.options import to_dict
 from xbraid_py.run.store.write import CheckpointError, Shard, file_name, save
 
@@ -243,13 +243,13 @@ def test_it_works_where_mpi_is_missing(tmp_path):
 @pytest.mark.parametrize("bias", ["vector", "scalar"])
 def test_a_checkpoint_is_the_network_that_was_trained(spmd, shared_tmp_path, bias, dtype):
     def body(comm):
-        architecture = Architecture(width=3, T=2.0, bias=bias)
+        architecture = DenseResNetOptions(width=3, T=2.0, bias=bias)
         trained = replace(problem(comm, dtype=getattr(torch, dtype)), architecture=architecture)
         options = NestedOptions(refinements=1, updates=(2, 2))
-        run = NestedIteration(trained, 16, options, OneShotOptions(), InitialScales(layers=0.3), seed=1)
+        run = NestedIteration(trained, 16, options=options, scales=InitialScales(layers=0.3), seed=1)
         found = []
         for record in run.run():
-            network, x, features = run.network, run.one_shot.x, run.problem.features.to(getattr(torch, dtype))
+            network, x, features = run.network, run.weights, run.problem.features.to(getattr(torch, dtype))
             configuration = {"network": to_dict(architecture)}
             path = save_run(shared_tmp_path, run, record.update, "nested", configuration)
             plain = to_sequential(path)

@@ -17,7 +17,7 @@ from blocks import (
 )
 from torch import nn
 
-from xbraid_py import MGRIT, clip_grad_norm_, share_loss
+from xbraid_py import MGRIT, broadcast_loss, clip_grad_norm_
 
 RANKS = pytest.mark.ranks(1, 2, 3, 4)
 T = 2.0
@@ -30,10 +30,10 @@ EQUAL = [
     ("dense sequences", 8, "one-shot parts", False, False),
     ("mlp", 8, "F", False, False),
     ("mlp", 9, "V", True, False),
-    ("mlp", 10, "one-shot", False, True),
+    ("mlp", 10, "lagged", False, True),
     ("mlp", 1, "exact", True, True),
     ("convolution", 9, "V", False, True),
-    ("convolution", 10, "one-shot", False, False),
+    ("convolution", 10, "lagged", False, False),
     ("convolution", 5, "exact", False, True),
     ("convolution", 8, "one-shot parts", True, True),
     ("attention", 9, "one-shot 3", False, False),
@@ -42,7 +42,7 @@ EQUAL = [
     ("library attention", 9, "V", False, False),
     ("library attention", 8, "one-shot parts", False, True),
     ("tied", 9, "V", False, False),
-    ("tied", 10, "one-shot", True, False),
+    ("tied", 10, "lagged", True, False),
     ("frozen", 9, "V", True, True),
     ("frozen", 8, "one-shot parts", False, False),
 ]
@@ -72,13 +72,13 @@ def compare(found: dict, exact: dict, bound: float = 1e-12) -> None:
 
 
 @RANKS
-@pytest.mark.parametrize(("block", "num_layers", "solve", "batched", "recompute"), EQUAL)
+@pytest.mark.parametrize(("block", "num_layers", "solve", "vmap", "recompute"), EQUAL)
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_equals_serial_autograd(spmd, block, num_layers, solve, batched, recompute):
+def test_equals_serial_autograd(spmd, block, num_layers, solve, vmap, recompute):
     case = CASES[block]
 
     def body(comm):
-        stack = case.stack(comm, num_layers, T, solve, batched=batched, recompute=recompute)
+        stack = case.stack(comm, num_layers, T, solve, vmap=vmap, recompute=recompute)
         return solved(stack, case.input())
 
     results = spmd(body)
@@ -88,7 +88,7 @@ def test_equals_serial_autograd(spmd, block, num_layers, solve, batched, recompu
 
 
 @RANKS
-@pytest.mark.parametrize(("block", "num_layers", "solve"), [("convolution", 9, "V"), ("dense", 10, "one-shot")])
+@pytest.mark.parametrize(("block", "num_layers", "solve"), [("convolution", 9, "V"), ("dense", 10, "lagged")])
 def test_output_on_the_last_rank_alone(spmd, block, num_layers, solve):
     case = CASES[block]
 
@@ -98,7 +98,7 @@ def test_output_on_the_last_rank_alone(spmd, block, num_layers, solve):
         bias = torch.zeros((), dtype=torch.float64, requires_grad=True)  # of a head
 
         def shared(output):
-            losses.append(share_loss(loss_of(output + bias), comm, stack.last_rank))
+            losses.append(broadcast_loss(loss_of(output + bias), comm, stack.last_rank))
             return losses[0]
 
         found = solved(stack, case.input(), loss=shared)

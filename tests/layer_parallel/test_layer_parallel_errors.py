@@ -72,8 +72,8 @@ BLOCKS = {
     "in place": (odd(lambda f, u: f(u.mul_(2.0))), "block=Odd overwrites its input; use a form not in place"),
     "in place, relu": (odd(lambda f, u: f(torch.relu_(u))), "overwrites its input"),
     "random": (odd(lambda f, u: f(u) * torch.rand(())), "gives two results for one state"),
-    "dropout inside": (Case(lambda: LibraryAttention(0.5), (6, 3, C)), "use xbraid_py.Dropout for dropout"),
-    "dropout": (Case(lambda: Dropped(0.3, nn.Dropout), (6, C)), "use xbraid_py.Dropout(0.3)"),
+    "dropout inside": (Case(lambda: LibraryAttention(0.5), (6, 3, C)), "use xbraid_py.nn.Dropout for dropout"),
+    "dropout": (Case(lambda: Dropped(0.3, nn.Dropout), (6, C)), "use xbraid_py.nn.Dropout(0.3)"),
     "batch norm": (Case(Statistics, (6, C)), "BatchNorm1d (norm) with statistics of the batch"),
     "batch norm without statistics": (
         Case(lambda: Statistics(track_running_stats=False).eval(), (6, C)),
@@ -107,7 +107,7 @@ def test_dropout_that_does_nothing_is_accepted(spmd):
         return reduced(comm, lambda: stack.train()(some.input()))
 
     # As soon as it would draw a mask it is refused, in a stack that has been in use.
-    assert all("use xbraid_py.Dropout(0.5)" in message for message in spmd(body))
+    assert all("use xbraid_py.nn.Dropout(0.5)" in message for message in spmd(body))
 
 
 MAKING = {

@@ -8,7 +8,7 @@ import torch
 from blocks import CASES, C, Case, Convolution, distance, linear, loop, unstacked
 from torch import nn
 
-from xbraid_py import clip_grad_norm_, share_loss
+from xbraid_py import broadcast_loss, clip_grad_norm_
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.layers.module_block import own_random_numbers
 
@@ -122,7 +122,7 @@ def test_momentum_and_a_scheduler(spmd, output):
         start = weights(model)
 
         def shared(loss):
-            return loss if output == "all" else share_loss(loss, comm, stack.last_rank)
+            return loss if output == "all" else broadcast_loss(loss, comm, stack.last_rank)
 
         losses = train(model, sgd, 20, clip, shared)
         found = weights(model)
@@ -197,7 +197,7 @@ def test_several_stages_in_one_pipeline(spmd):
         return loss.item()
 
     def body(comm):
-        model = between(first.stack(comm, 9, T, "V"), second.stack(comm, 8, T, "one-shot"))
+        model = between(first.stack(comm, 9, T, "V"), second.stack(comm, 8, T, "lagged"))
         state = weights(model)
         loss = solved(model)
         of_layers = {

@@ -7,8 +7,9 @@ import torch
 from blocks import CASES, SOLVES, C, Case, distance, gradients, linear, loop, loss_of, reduced, unstacked
 from torch import nn
 
-from xbraid_py import LayerParallel, clip_grad_norm_, run_threads
+from xbraid_py import LayerParallel, clip_grad_norm_
 from xbraid_py.layers.module_block import own_random_numbers
+from xbraid_py.testing import run_threads
 
 RANKS = pytest.mark.ranks(1, 2, 3, 4)
 # With learnable weights and statistics, with a number, with two places for one matrix.
@@ -113,9 +114,9 @@ def test_first_weights_depend_on_seed_and_layer_alone(spmd, block):
 def test_a_stack_leaves_the_random_numbers_of_its_caller_alone():
     wanted = torch.manual_seed(5) and torch.rand(3)
     torch.manual_seed(5)
-    stack = CASES["dropout"].stack(None, 8, solve="one-shot parts", batched=None)
+    stack = CASES["dropout"].stack(None, 8, solve="one-shot parts", vmap=None)
     loss_of(stack(CASES["dropout"].input())).backward()
-    CASES["mlp"].stack(None, 8, solve="one-shot parts", batched=None)(CASES["mlp"].input())
+    CASES["mlp"].stack(None, 8, solve="one-shot parts", vmap=None)(CASES["mlp"].input())
     assert torch.rand(3).equal(wanted)
 
 
@@ -222,7 +223,7 @@ def test_statistics_of_a_frozen_norm_are_kept(spmd):
 
 def test_the_size_of_intervals_is_the_unit_of_ownership():
     """5 intervals of 2 layers on 3 ranks: 2, 2 and 1."""
-    stacks = run_threads(3, lambda comm: list(CASES["mlp"].stack(comm, 10, solve="one-shot").own_layers))
+    stacks = run_threads(3, lambda comm: list(CASES["mlp"].stack(comm, 10, solve="lagged").own_layers))
     assert [len(own) for own in stacks] == [4, 4, 2]
     sequential = run_threads(
         3, lambda comm: list(LayerParallel(CASES["mlp"].block, 10, 1.0, comm, mgrit=SOLVES["exact"]).own_layers)

@@ -9,15 +9,15 @@ import yaml
 from blocks import linear
 from torch import nn
 
-from xbraid_py import MGRIT, Accuracy, DenseBlock, LayerParallel, RunError
+from xbraid_py import MGRIT, DenseBlock, GradientControl, LayerParallel, RunError
 from xbraid_py.comm.replicas import ProcessGrid
-from xbraid_py.comm.threads import run_threads
 from xbraid_py.layer_parallel.minibatch.alike import check_alike
 from xbraid_py.layer_parallel.minibatch.state import Trained
 from xbraid_py.layer_parallel.minibatch.updates import evaluate, solve_records, train
 from xbraid_py.recipes.digits_run import follow
 from xbraid_py.run.folder import claim
 from xbraid_py.run.record import read
+from xbraid_py.testing import run_threads
 
 CONVERGED = MGRIT(cycle="V", cfactor=2, max_iter=8, min_coarse=2)
 
@@ -55,18 +55,18 @@ def plain_model():
 def literal(clip=None, rates=(0.1,) * 6):
     """Losses, norms of gradients, and weights in the end, by the loop that everybody writes."""
     weights, predict = plain_model()
-    optimiser = torch.optim.Adam(weights.values(), lr=rates[0])
+    optimizer = torch.optim.Adam(weights.values(), lr=rates[0])
     losses, norms = [], []
     for (inputs, targets), rate in zip(batches(), rates, strict=True):
-        optimiser.param_groups[0]["lr"] = rate
-        optimiser.zero_grad()
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
         loss = nn.functional.cross_entropy(predict(inputs), targets)
         loss.backward()
         norms.append(math.sqrt(sum(float(p.grad.square().sum()) for p in weights.values())))
         if clip is not None and norms[-1] > clip:
             for p in weights.values():
                 p.grad *= clip / norms[-1]
-        optimiser.step()
+        optimizer.step()
         losses.append(float(loss.detach()))
     return losses, norms, {name: value.detach() for name, value in weights.items()}
 
@@ -75,10 +75,10 @@ def trained(comm, replicas=1, clip=None, halving=False):
     """Rows, and the weights of all layers."""
     grid = ProcessGrid(comm, replicas)
     model = model_on(grid.layers, mgrit=CONVERGED)
-    optimiser = torch.optim.Adam(model.parameters(), lr=0.1)
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimiser, 0.5) if halving else None
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5) if halving else None
     loss = nn.functional.cross_entropy
-    rows = list(train(model, batches(), loss, optimiser, scheduler=scheduler, clip=clip, grid=grid))
+    rows = list(train(model, batches(), loss, optimizer, scheduler=scheduler, clip=clip, grid=grid))
     state = {name: value.tolist() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     return rows, state
 
@@ -136,8 +136,8 @@ def test_a_loss_of_nan_ends_the_run_on_all_ranks(spmd):
         model = model_on(comm)
         data = batches(3)
         data[1][0][4, 2] = math.nan
-        optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
-        rows = train(model, data, nn.functional.cross_entropy, optimiser)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        rows = train(model, data, nn.functional.cross_entropy, optimizer)
         next(rows)
         kept = [p.detach().clone() for p in model.parameters()]
         try:
@@ -153,12 +153,12 @@ def test_a_loss_of_nan_ends_the_run_on_all_ranks(spmd):
 def test_what_a_run_leaves(spmd, shared_tmp_path):
     out = shared_tmp_path / "run"
     # No gradient is good enough for this bound: the solver is changed after update 1.
-    accuracy = Accuracy(gradient_error=1e-9, check=4, max_level=1)
+    accuracy = GradientControl(gradient_error=1e-9, check=4, max_level=1)
 
     def body(comm):
         model = model_on(comm, mgrit=MGRIT(cycle="V", cfactor=2, max_iter=1), accuracy=accuracy)
         tested = follow(
-            Trained(model=model, optimiser=torch.optim.SGD(model.parameters(), lr=0.1)),
+            Trained(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1)),
             lambda done: batches(7)[done:],
             nn.functional.cross_entropy,
             lambda: {"test_accuracy": evaluate(model, batches(1), accuracy_of)},
@@ -211,7 +211,7 @@ def test_ranks_with_different_models_are_refused(replicas, part):
         model = model_on(grid.layers)
         with torch.no_grad():
             model.get_parameter(part).add_(float(comm.rank))
-        trained = Trained(model=model, optimiser=torch.optim.SGD(model.parameters(), lr=0.1), grid=grid)
+        trained = Trained(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), grid=grid)
         with pytest.raises(ValueError, match=f"^{part} is not the same on ranks 0 and 1; draw it from one seed"):
             check_alike(trained.model, comm)
         check_alike(model_on(grid.layers), comm)

@@ -109,7 +109,7 @@ def test_random_numbers_go_on(tmp_path):
     assert body(tmp_path / "b", tmp_path / "a" / "checkpoints" / file_name(3)) == expected[3:]
 
 
-OPTIMISERS = {
+OPTIMizERS = {
     "amsgrad": lambda p: torch.optim.Adam(p, lr=0.05, amsgrad=True),
     "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
@@ -117,17 +117,17 @@ OPTIMISERS = {
     "nadam": lambda p: torch.optim.NAdam(p, lr=0.05),
 }
 SCHEDULES = {
-    "none": lambda optimiser: None,
-    "lambda": lambda optimiser: torch.optim.lr_scheduler.LambdaLR(optimiser, lambda k: 1 / (k + 1)),
-    "one-cycle": lambda optimiser: torch.optim.lr_scheduler.OneCycleLR(optimiser, 0.1, total_steps=UPDATES + 1),
+    "none": lambda optimizer: None,
+    "lambda": lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1 / (k + 1)),
+    "one-cycle": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=UPDATES + 1),
 }
 
 
 @pytest.mark.parametrize(
-    ("optimiser", "schedule"), [*((name, "none") for name in OPTIMISERS), ("momentum", "one-cycle"), ("sgd", "lambda")]
+    ("optimizer", "schedule"), [*((name, "none") for name in OPTIMizERS), ("momentum", "one-cycle"), ("sgd", "lambda")]
 )
-def test_whatever_the_optimiser_and_the_schedule(tmp_path, optimiser, schedule):
-    changes = {"optimiser": OPTIMISERS[optimiser], "schedule": SCHEDULES[schedule], "dropout": 0.0}
+def test_whatever_the_optimizer_and_the_schedule(tmp_path, optimizer, schedule):
+    changes = {"optimizer": OPTIMizERS[optimizer], "schedule": SCHEDULES[schedule], "dropout": 0.0}
 
     def body(comm):
         _, expected = run(comm, tmp_path / "a", **changes)
@@ -138,15 +138,15 @@ def test_whatever_the_optimiser_and_the_schedule(tmp_path, optimiser, schedule):
     same(rows_of(tmp_path / "b"), rows_of(tmp_path / "a", 3))
 
 
-def test_an_optimiser_of_another_kind_is_refused(tmp_path):
+def test_an_optimizer_of_another_kind_is_refused(tmp_path):
     model = nn.Linear(3, 2).double()
-    optimiser = torch.optim.LBFGS(model.parameters())
-    optimiser.step(lambda: model(torch.ones(1, 3, dtype=torch.float64)).sum().backward() or 1.0)
-    trained = Trained(model=model, optimiser=optimiser)
-    with pytest.raises(ValueError, match="^optimiser=LBFGS keeps a .*use torch.optim.Adam$"):
+    optimizer = torch.optim.LBFGS(model.parameters())
+    optimizer.step(lambda: model(torch.ones(1, 3, dtype=torch.float64)).sum().backward() or 1.0)
+    trained = Trained(model=model, optimizer=optimizer)
+    with pytest.raises(ValueError, match="^optimizer=LBFGS keeps a .*use torch.optim.Adam$"):
         trained.shards(SerialCommunicator())
     with pytest.raises(ValueError, match="not the model's; use model.parameters"):
-        Trained(model=nn.Linear(1, 1), optimiser=optimiser)
+        Trained(model=nn.Linear(1, 1), optimizer=optimizer)
 
 
 def test_all_of_a_checkpoint_matters(written, tmp_path):
@@ -211,7 +211,7 @@ def test_each_replica_has_its_own_solvers(tmp_path):
     def make(comm, replicas):
         grid = ProcessGrid(comm, replicas)
         model = build(grid.layers)
-        trained = Trained(model=model, optimiser=torch.optim.SGD(model.parameters(), lr=0.1), grid=grid)
+        trained = Trained(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), grid=grid)
         return grid, trained
 
     def level(trained):
@@ -258,7 +258,7 @@ def test_statistics_in_a_stack_and_a_single_number(spmd, shared_tmp_path):
 
     def body(comm):
         model, other = make(comm, 1), make(comm, 2)
-        trained = Trained(model=model, optimiser=torch.optim.SGD(model.parameters(), lr=0.1))
+        trained = Trained(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
         path = save_trained(CheckpointStore(shared_tmp_path), comm, trained, Position(update=3), {}, Score(), {})
         with torch.no_grad():
             other.scale.zero_()
@@ -275,7 +275,7 @@ def test_statistics_in_a_stack_and_a_single_number(spmd, shared_tmp_path):
 def test_a_weight_that_is_not_finite_is_not_saved(spmd, shared_tmp_path):
     def body(comm):
         model = build(comm)
-        trained = Trained(model=model, optimiser=torch.optim.SGD(model.parameters(), lr=0.1))
+        trained = Trained(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
         if comm.rank == model[2].last_rank:
             with torch.no_grad():
                 next(model[2].parameters())[0] = torch.nan

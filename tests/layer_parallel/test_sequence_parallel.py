@@ -133,7 +133,7 @@ def test_evaluation_without_gradients_is_exact(spmd):
         assert exact < 1e-14 < iterated
 
 
-def test_an_optimiser_does_the_same_on_every_rank(spmd):
+def test_an_optimizer_does_the_same_on_every_rank(spmd):
     def body(comm):
         model = ParallelGRU(F, H, comm=comm, mgrit=MGRIT(intervals=4), output="last", dtype=torch.float64)
         optimizer = torch.optim.Adam(model.parameters(), lr=3e-2)

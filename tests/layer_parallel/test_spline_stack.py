@@ -11,7 +11,7 @@ from blocks import CASES, distance, linear, loss_of, reduced
 from spline_cases import matrix, middles
 from torch import nn
 
-from xbraid_py import LayerParallel, Splines, clip_grad_norm_, share_loss, to_sequential
+from xbraid_py import LayerParallel, Splines, broadcast_loss, clip_grad_norm_, to_sequential
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.layer_parallel.minibatch.alike import check_alike
 from xbraid_py.layer_parallel.minibatch.state import Trained
@@ -30,8 +30,8 @@ SPLINES = {
 EQUAL = [
     ("dense", 12, "V 3 levels", "cubic", {}),
     ("dense", 9, "one-shot 3", "more than layers", {}),
-    ("mlp", 9, "V", "cubic", {"batched": True}),
-    ("mlp", 10, "one-shot", "linear, own knots", {"recompute": True}),
+    ("mlp", 9, "V", "cubic", {"vmap": True}),
+    ("mlp", 10, "lagged", "linear, own knots", {"recompute": True}),
     ("convolution", 9, "V", "constant", {"recompute": "states"}),
     ("attention", 5, "exact", "cubic", {}),
     ("tied", 9, "V", "cubic", {}),
@@ -103,7 +103,7 @@ def test_output_on_the_last_rank_alone(spmd):
 
     def body(comm):
         stack = case.stack(comm, 9, T, "V", splines=splines, output="last")
-        found = solved(stack, case.input(), lambda output: share_loss(loss_of(output), comm, stack.last_rank))
+        found = solved(stack, case.input(), lambda output: broadcast_loss(loss_of(output), comm, stack.last_rank))
         return found["weights"], parts_of(stack)
 
     results = spmd(body)
@@ -175,31 +175,31 @@ def test_training_with_clipping_and_a_checkpoint_equals_the_loop(spmd, shared_tm
     """Ten updates with momentum; the checkpoint of the fifth goes on, written on all ranks and read on one, too."""
     u, target = ref.random(6, 4, seed=1), ref.random(6, 2, seed=2)
 
-    def train(model, optimiser, updates, norms):
+    def train(model, optimizer, updates, norms):
         for _ in range(updates):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             (model(u) - target).square().mean().backward()
             norms.append(clip_grad_norm_(model, 0.5))
-            optimiser.step()
+            optimizer.step()
 
     def body(comm):
         model, norms = model_of(comm), []
-        optimiser = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
         check_alike(model, comm)
         start = model.state_dict()
         start = {name: value.clone() for name, value in start.items()}
-        train(model, optimiser, 5, norms)
-        trained = Trained(model=model, optimiser=optimiser)
+        train(model, optimizer, 5, norms)
+        trained = Trained(model=model, optimizer=optimizer)
         path = shared_tmp_path / f"{comm.size}.h5"
         save(path, comm, trained.shards(comm), {"numbers": trained.numbers(comm)})
-        train(model, optimiser, 5, norms)
+        train(model, optimizer, 5, norms)
         end = {name: value.clone() for name, value in model.state_dict().items()}
         ends = []
         for other in (SerialCommunicator(), comm):
             again = model_of(other, seed=7)
             moments = torch.optim.SGD(again.parameters(), 0.05, momentum=0.9)
             with load(path) as checkpoint:
-                Trained(model=again, optimiser=moments).load(checkpoint, checkpoint.meta["numbers"])
+                Trained(model=again, optimizer=moments).load(checkpoint, checkpoint.meta["numbers"])
             train(again, moments, 5, [])
             ends.append(again.state_dict())
         return start, norms, end, ends
@@ -210,9 +210,9 @@ def test_training_with_clipping_and_a_checkpoint_equals_the_loop(spmd, shared_tm
     case, B = CASES["frozen"], matrix(SPLINES["cubic"], middles(9))
     leaves = {name: value.clone() for name, value in start.items()}
     moving = [leaf.requires_grad_() for name, leaf in leaves.items() if "running" not in name]
-    optimiser = torch.optim.SGD(moving, 0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(moving, 0.05, momentum=0.9)
     for norm in norms:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         state = u @ leaves["0.weight"].T + leaves["0.bias"]
         for n in range(9):
             weights = {
@@ -226,7 +226,7 @@ def test_training_with_clipping_and_a_checkpoint_equals_the_loop(spmd, shared_tm
         assert norm == pytest.approx(expected, rel=1e-10)
         for leaf in moving:
             leaf.grad.mul_(min(1.0, 0.5 / expected))
-        optimiser.step()
+        optimizer.step()
     for _, found, final, ends in results:
         assert found == norms and final.keys() == end.keys()
         for name, value in end.items():

@@ -21,7 +21,7 @@ SOLVES = {
     "exact": MGRIT(max_levels=1),
     "V": MGRIT(cfactor=(2, 3), max_levels=3, **V),
     "F midpoint": MGRIT(cfactor=3, max_levels=2, **{**V, "cycle": "F"}),
-    "one-shot": MGRIT(cfactor=3, max_levels=2, min_coarse=1, tol=1e-15, max_iter=12),
+    "lagged": MGRIT(cfactor=3, max_levels=2, min_coarse=1, tol=1e-15, max_iter=12),
 }
 
 
@@ -57,7 +57,7 @@ def test_grids_with_steps_of_all_lengths(spmd, block, solve):
     case = CASES[block]
 
     def body(comm):
-        stack = LayerParallel(case.block, GRID, comm=comm, mgrit=SOLVES[solve], accuracy=UNCHECKED, batched=False)
+        stack = LayerParallel(case.block, GRID, comm=comm, mgrit=SOLVES[solve], accuracy=UNCHECKED, vmap=False)
         state = stack.state_dict()
         found, exact = solved(stack, case.input()), looped(state, case, case.input(), GRID.sizes())
         plain = to_sequential(stack)
@@ -73,7 +73,7 @@ def test_grids_with_steps_of_all_lengths(spmd, block, solve):
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_all_intervals_at_once():
     case = CASES["convolution"]
-    stack = LayerParallel(case.block, GRID, mgrit=SOLVES["V"], accuracy=UNCHECKED, batched=True)
+    stack = LayerParallel(case.block, GRID, mgrit=SOLVES["V"], accuracy=UNCHECKED, vmap=True)
     assert far(solved(stack, case.input()), looped(stack.state_dict(), case, case.input(), GRID.sizes())) < 1e-10
 
 
@@ -84,7 +84,7 @@ def test_equal_lengths_are_no_lengths(spmd):
 
     def body(comm):
         grids = (12, 2.0), (LayerGrid.of_lengths((5,) * 12, 2.0),)
-        stacks = [LayerParallel(case.block, *grid, comm=comm, accuracy=UNCHECKED, batched=False) for grid in grids]
+        stacks = [LayerParallel(case.block, *grid, comm=comm, accuracy=UNCHECKED, vmap=False) for grid in grids]
         first, second = (solved(stack, case.input()) for stack in stacks)
         return torch.equal(first[0], second[0]) and all(torch.equal(first[2][n], second[2][n]) for n in first[2])
 
@@ -96,7 +96,7 @@ def test_windows_of_such_a_grid(spmd):
     case = CASES["mlp"]
 
     def body(comm):
-        how = {"comm": comm, "mgrit": MGRIT(cfactor=2, max_levels=2, **V), "accuracy": UNCHECKED, "batched": False}
+        how = {"comm": comm, "mgrit": MGRIT(cfactor=2, max_levels=2, **V), "accuracy": UNCHECKED, "vmap": False}
         stack = in_windows(case.block, GRID, windows=3, **how)
         return far(solved(stack, case.input()), looped(stack.state_dict(), case, case.input(), GRID.sizes()))
 
@@ -111,7 +111,7 @@ def test_fewer_pixels_on_coarse_levels(spmd, states, windows):
     spatial = SpatialCoarsening(states=states, levels=(1,))
 
     def body(comm):
-        how = {"comm": comm, "mgrit": MGRIT(cfactor=2, max_levels=2, **V), "accuracy": UNCHECKED, "batched": False}
+        how = {"comm": comm, "mgrit": MGRIT(cfactor=2, max_levels=2, **V), "accuracy": UNCHECKED, "vmap": False}
         stack = (
             in_windows(case.block, 12, 2.0, windows=2, spatial=spatial, **how)
             if windows == 2
@@ -147,7 +147,7 @@ def test_bad_choices(spmd, block, options, words):
     case = CASES[block]
 
     def body(comm):
-        made = {"accuracy": UNCHECKED, "batched": False, "mgrit": MGRIT(cfactor=2), **options}
+        made = {"accuracy": UNCHECKED, "vmap": False, "mgrit": MGRIT(cfactor=2), **options}
         return reduced(comm, lambda: LayerParallel(case.block, 12, 2.0, comm, **made)(case.input()))
 
     found = spmd(body)

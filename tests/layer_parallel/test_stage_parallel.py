@@ -18,7 +18,7 @@ SOLVES = {
     "exact": MGRIT(max_levels=1),
     # Converged for up to 4 intervals.
     "V": MGRIT(cycle="V", cfactor=2, max_levels=2, min_coarse=1, max_iter=4, tol=0.0),
-    "one-shot": MGRIT(cfactor=2, max_levels=2, min_coarse=1, max_iter=5, tol=0.0),
+    "lagged": MGRIT(cfactor=2, max_levels=2, min_coarse=1, max_iter=5, tol=0.0),
 }
 BLOCKS = (5, 4, 2)
 LABELS = torch.tensor([0, 3, 1, 4])
@@ -38,13 +38,13 @@ def gradients(net: torch.nn.Module, images: torch.Tensor) -> tuple[torch.Tensor,
 
 
 @pytest.mark.parametrize(
-    ("norm", "solve"), [("group", "exact"), ("group", "V"), ("frozen", "exact"), ("frozen", "V"), ("none", "one-shot")]
+    ("norm", "solve"), [("group", "exact"), ("group", "V"), ("frozen", "exact"), ("frozen", "V"), ("none", "lagged")]
 )
 def test_logits_and_gradients_are_those_of_the_plain_network(spmd, norm, solve):
     images = random(4, 3, 8, 8)
 
     def body(comm):
-        net = parallel_stages(plain(norm), comm, mgrit=SOLVES[solve], accuracy=UNCHECKED, batched=False)
+        net = parallel_stages(plain(norm), comm, mgrit=SOLVES[solve], accuracy=UNCHECKED, vmap=False)
         logits, loss = gradients(net, images)
         with torch.no_grad():
             inference = net.eval()(images)
@@ -74,7 +74,7 @@ def test_training_is_that_of_the_plain_network(spmd):
         return losses, norms
 
     def body(comm):
-        net = parallel_stages(plain("group"), comm, mgrit=SOLVES["V"], accuracy=UNCHECKED, batched=False)
+        net = parallel_stages(plain("group"), comm, mgrit=SOLVES["V"], accuracy=UNCHECKED, vmap=False)
         found = trained(net, clip_grad_norm_)
         back = net.to_network()
         return found, back.options(), back.training, back.state_dict()

@@ -14,14 +14,23 @@ from normed import SHAPES, Normed
 from torch import nn
 
 import xbraid_py
-from xbraid_py import MGRIT, Accuracy, LayerGrid, LayerParallel, clip_grad_norm_, in_windows, share_loss, to_sequential
+from xbraid_py import (
+    MGRIT,
+    GradientControl,
+    LayerGrid,
+    LayerParallel,
+    broadcast_loss,
+    clip_grad_norm_,
+    in_windows,
+    to_sequential,
+)
 
 T = 2.0
 ALL = {**CASES, "moving": Case(Normed, SHAPES[1])}
 
 
 def windowed(case: Case, comm, num_layers: int, windows: int, solve: str = "V", **options):
-    defaults = {"mgrit": SOLVES[solve], "accuracy": UNCHECKED, "batched": False}
+    defaults = {"mgrit": SOLVES[solve], "accuracy": UNCHECKED, "vmap": False}
     return in_windows(case.block, num_layers, T, comm, windows=windows, **{**defaults, **options})
 
 
@@ -58,7 +67,7 @@ def run(model, case: Case, updates: int = 2) -> list:
         ("dense", 12, 2, "one-shot 3", False),
         ("dropout", 18, 4, "V", True),
         ("moving", 18, 3, "V", False),
-        ("convolution", 8, 2, "one-shot", False),
+        ("convolution", 8, 2, "lagged", False),
         ("mlp", 7, 3, "default", True),
     ],
 )
@@ -95,7 +104,7 @@ def test_windows_of_a_grid_with_steps_of_several_lengths(spmd):
     grid = LayerGrid(12, T, (1, 2, 3, 1, 1, 2, 4, 1, 1, 1, 2, 3))
 
     def body(comm):
-        model = in_windows(case.block, grid, comm=comm, windows=2, mgrit=SOLVES["V"], accuracy=UNCHECKED, batched=False)
+        model = in_windows(case.block, grid, comm=comm, windows=2, mgrit=SOLVES["V"], accuracy=UNCHECKED, vmap=False)
         return run(model, case)
 
     exact = run(LayerParallel(case.block, grid, mgrit=SOLVES["exact"]), case)
@@ -114,8 +123,8 @@ def test_a_stack_that_solves_for_its_states_again(spmd, block, recompute, check)
     def body(comm):
         found = []
         for how in (recompute == "all", recompute):
-            accuracy = Accuracy(check=check, adapt=False)
-            stack = case.stack(comm, 9, T, mgrit=rough, accuracy=accuracy, recompute=how, batched=False)
+            accuracy = GradientControl(check=check, adapt=False)
+            stack = case.stack(comm, 9, T, mgrit=rough, accuracy=accuracy, recompute=how, vmap=False)
             u = case.input().requires_grad_()
             losses = [loss_of(stack(u)), loss_of(stack(2.0 * u))]
             losses[1].backward(retain_graph=True)
@@ -230,11 +239,11 @@ def test_around_windows(spmd, output):
         return nn.Sequential(linear(C, C, 1), middle, linear(C, 2, 2))
 
     def body(comm):
-        windows = windowed(case, comm, 12, 3, "one-shot", output=output)
+        windows = windowed(case, comm, 12, 3, "lagged", output=output)
         model = made(windows)
         state = copied(windows.state_dict())
         loss = loss_of(model(case.input()))
-        loss = share_loss(loss, comm, windows.last_rank) if output == "last" else loss
+        loss = broadcast_loss(loss, comm, windows.last_rank) if output == "last" else loss
         loss.backward()
         norm = clip_grad_norm_(model, 1e9) if output == "all" else None
         plain = to_sequential(model)

@@ -1,4 +1,4 @@
-"""Batch normalisation in stacks: its statistics move once per update, and nothing else changes.
+"""Batch normalization in stacks: its statistics move once per update, and nothing else changes.
 
 Shape letters: `N` layers.
 """
@@ -11,7 +11,7 @@ from blocks import Case, distance, gradients, loss_of
 from normed import SHAPES, Literal, N, Normed, T, batch, case_of, equal, reference, trained
 from torch import nn
 
-from xbraid_py import MGRIT, Accuracy, to_sequential
+from xbraid_py import MGRIT, GradientControl, to_sequential
 
 ROUGH = MGRIT(cycle="V", cfactor=3, max_levels=2, min_coarse=1, max_iter=1, nrelax=0)
 BATCHED = pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -19,7 +19,7 @@ BATCHED = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
 @BATCHED
 @pytest.mark.parametrize(
-    ("dims", "solve", "batched", "recompute"),
+    ("dims", "solve", "vmap", "recompute"),
     [
         (1, "exact", False, False),
         (1, "V", True, False),
@@ -29,11 +29,11 @@ BATCHED = pytest.mark.filterwarnings("ignore:There is a performance drop")
         (3, "V", False, False),
     ],
 )
-def test_three_updates_equal_the_literal_loop(spmd, dims, solve, batched, recompute):
+def test_three_updates_equal_the_literal_loop(spmd, dims, solve, vmap, recompute):
     case = case_of(dims)
 
     def body(comm):
-        return trained(case.stack(comm, N, T, solve, batched=batched, recompute=recompute), case)
+        return trained(case.stack(comm, N, T, solve, vmap=vmap, recompute=recompute), case)
 
     results = spmd(body)
     exact = reference(results[0][0], case, dims)
@@ -55,14 +55,14 @@ def test_momentum_and_weights_of_the_norm(spmd, options):
 
 @BATCHED
 @pytest.mark.ranks(2, 3, 5)
-@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("vmap", [False, True])
 @pytest.mark.parametrize("mgrit", [ROUGH, MGRIT(cfactor=3, max_iter=1)])
-def test_same_bits_on_any_number_of_ranks(spmd, batched, mgrit):
+def test_same_bits_on_any_number_of_ranks(spmd, vmap, mgrit):
     """Far from converged, with the exact gradient of every update beside."""
     case = case_of(2)
 
     def body(comm):
-        options = {"mgrit": mgrit, "accuracy": Accuracy(check=1, adapt=False), "batched": batched}
+        options = {"mgrit": mgrit, "accuracy": GradientControl(check=1, adapt=False), "vmap": vmap}
         return trained(case.stack(comm, N, T, **options), case)[1]
 
     serial = body(None)
@@ -74,14 +74,14 @@ def test_same_bits_on_any_number_of_ranks(spmd, batched, mgrit):
 
 @pytest.mark.ranks(1, 3)
 @BATCHED
-@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"recompute": "states"}, {"batched": True}])
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"recompute": "states"}, {"vmap": True}])
 def test_statistics_move_once_however_often_the_layers_are_evaluated(spmd, options):
     """A tolerance, so that many sweeps are recorded; an exact gradient, retained graphs, a second backward pass."""
     case = case_of()
     many = MGRIT(cycle="V", cfactor=3, max_levels=2, min_coarse=1, max_iter=5, tol=1e-13)
 
     def body(comm):
-        stack = case.stack(comm, N, T, mgrit=many, accuracy=Accuracy(check=1, adapt=False), **options)
+        stack = case.stack(comm, N, T, mgrit=many, accuracy=GradientControl(check=1, adapt=False), **options)
         start = {name: value.clone() for name, value in stack.state_dict().items()}
         loss = loss_of(stack(batch(case, 0)))
         before = {name: value.clone() for name, value in stack.state_dict().items()}

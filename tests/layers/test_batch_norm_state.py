@@ -1,4 +1,4 @@
-"""Batch normalisation that moves: its state, its plain form, and what cannot be normalised."""
+"""Batch normalization that moves: its state, its plain form, and what cannot be normalized."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from blocks import CASES, SOLVES, C, Case, distance, loop, loss_of, reduced
 from normed import SHAPES, Literal, N, Normed, T, batch, case_of, train, trained
 from torch import nn
 
-import xbraid_py
+import xbraid_py.nn
 from xbraid_py import ImageResNet, LayerParallel, parallel_stages, to_sequential
 
 KINDS = pytest.mark.parametrize("dims", [1, 2, 3])
@@ -57,7 +57,7 @@ def test_it_takes_the_place_of_the_one_of_torch(dims):
     assert not ours.load_state_dict(theirs.state_dict()).missing_keys
     u = case_of(dims).input(2).float()
     assert ours.eval()(u).equal(theirs.eval()(u))
-    assert repr(ours.norm) == repr(theirs.norm)
+    assert repr(ours.norm) == f"Moving{theirs.norm!r}"
 
 
 def test_a_first_batch_counts_once(spmd):
@@ -100,7 +100,7 @@ def test_a_run_goes_on_from_its_state_on_any_number_of_ranks(spmd):
         return found, outputs, tracked, [step.block.norm.training for step in plain.train()]
 
     for found, (mine, plain), tracked, modes in spmd(body):
-        assert found["output"].equal(wanted["output"]), "without the momentum of the optimiser"
+        assert found["output"].equal(wanted["output"]), "without the momentum of the optimizer"
         running = [name for name in wanted["state"] if "running" in name]
         assert all(found["state"][name].equal(wanted["state"][name]) for name in running)
         assert distance(plain, mine) < 1e-13 and tracked == [3] * N and all(modes)
@@ -133,8 +133,8 @@ class Unused(Normed):
 
 def test_norms_that_cannot_be_evaluated(spmd):
     cases = {
-        "BatchNorm1d twice, whose statistics are those of one place": Case(Twice, SHAPES[1]),
-        "BatchNorm1d (norm), which it does not use": Case(Unused, SHAPES[1]),
+        "MovingBatchNorm1d twice, whose statistics are those of one place": Case(Twice, SHAPES[1]),
+        "MovingBatchNorm1d (norm), which it does not use": Case(Unused, SHAPES[1]),
     }
 
     def body(comm):
@@ -150,13 +150,15 @@ def test_norms_that_cannot_be_evaluated(spmd):
 @pytest.mark.parametrize("momentum", [-0.1, 1.5, float("nan")])
 def test_the_momentum_is_checked(momentum):
     with pytest.raises(ValueError, match="must be between 0 and 1, or None; use 0.1"):
-        xbraid_py.BatchNorm2d(4, momentum=momentum)
+        xbraid_py.nn.MovingBatchNorm2d(4, momentum=momentum)
 
 
 @KINDS
 def test_that_of_torch_is_refused_and_ours_is_named(dims):
     case = Case(lambda: Normed(dims, norm=getattr(nn, f"BatchNorm{dims}d")), SHAPES[dims])
-    with pytest.raises(ValueError, match=f"use xbraid_py.BatchNorm{dims}d, whose statistics move once per update"):
+    with pytest.raises(
+        ValueError, match=f"use xbraid_py.nn.MovingBatchNorm{dims}d, whose statistics move once per update"
+    ):
         case.stack(None, N)(case.input())
 
 
@@ -164,7 +166,7 @@ def test_that_of_torch_is_refused_and_ours_is_named(dims):
 def test_a_norm_that_is_the_whole_block(spmd):
     def body(comm):
         def block():
-            return xbraid_py.BatchNorm1d(C).double()
+            return xbraid_py.nn.MovingBatchNorm1d(C).double()
 
         stack = LayerParallel(block, N, T, comm, mgrit=SOLVES["V"])
         loss_of(stack(CASES["mlp"].input())).backward()

@@ -61,18 +61,18 @@ def test_any_intervals(rows):
             assert report.passed and names(report.checks) == ALL
 
 
-@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("vmap", [False, True])
 @pytest.mark.parametrize("name", ["mlp", "convolution", "attention", "tied", "frozen", "dropout"])
-def test_module_steps(name, batched):
+def test_module_steps(name, vmap):
     """Also where graphs of the recorded relaxation serve the adjoint, and steps have two parts."""
-    if name == "dropout" and batched:
+    if name == "dropout" and vmap:
         pytest.skip("layers with masks of their own are evaluated one by one")
     case = CASES[name] if name in CASES else Case(Dropped, (B, C))
     torch.manual_seed(4)
     block = ModuleBlock(case.block())
     theta = torch.cat([block.join([part[None] for part in block.tensors_of(case.block())]) for _ in range(4)])
     assert name != "dropout" or block.is_random
-    made = ModuleSteps(block, theta, 0.1, tuple(range(4)), batched=batched)
+    made = ModuleSteps(block, theta, 0.1, tuple(range(4)), vmap=vmap)
     for options in [{"tape": Tape()}] + [{"scheme": "midpoint", "parts": 2}, {}] * (name == "tied"):
         steps = replace(made, **options)
         states = ref.random(4 // steps.parts, *case.shape, seed=1)

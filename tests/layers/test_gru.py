@@ -169,7 +169,7 @@ def test_adjoint_sweeps_are_those_of_autograd(kind, intervals):
     assert torch.equal(inputs[c - 1 :: c], v)
 
 
-def test_states_that_have_changed_are_linearised_again():
+def test_states_that_have_changed_are_linearized_again():
     steps, states, v = steps_of("plain"), drawn(M, B, H), drawn(M, B, H)
     first = steps.relax_adjoint(states, v, 1)
     assert torch.equal(steps.relax_adjoint(states, v, 1), first)

@@ -47,7 +47,7 @@ def literal(net: ImageResNet, images: torch.Tensor) -> tuple[torch.Tensor, list[
     state = net.state_dict()
     seen = []
 
-    def normalised(y, name):
+    def normalized(y, name):
         if net.norm == "none":
             return y
         factor, shift = state[f"{name}.weight"][:, None, None], state[f"{name}.bias"][:, None, None]
@@ -63,9 +63,9 @@ def literal(net: ImageResNet, images: torch.Tensor) -> tuple[torch.Tensor, list[
     for s, count in enumerate(net.blocks):
         for j in range(count):
             name, halves = f"stages.{s}.{j}.residual", s > 0 and j == 0
-            z = normalised(y, f"{name}.norm1").clamp(min=0)
+            z = normalized(y, f"{name}.norm1").clamp(min=0)
             z = functional.conv2d(z, state[f"{name}.conv1.weight"], stride=1 + halves, padding=1)
-            z = normalised(z, f"{name}.norm2").clamp(min=0)
+            z = normalized(z, f"{name}.norm2").clamp(min=0)
             z = net.step_size * functional.conv2d(z, state[f"{name}.conv2.weight"], padding=1)
             seen.append((y, z))
             if halves:
@@ -73,7 +73,7 @@ def literal(net: ImageResNet, images: torch.Tensor) -> tuple[torch.Tensor, list[
                 y = torch.zeros_like(z)
                 y[:, [0, 2, 4, 6] if s == 1 else range(8)] = pooled  # 4 channels to 8, 8 to 12
             y = y + z
-    pooled = normalised(y, "head.norm").clamp(min=0).mean((2, 3))
+    pooled = normalized(y, "head.norm").clamp(min=0).mean((2, 3))
     return pooled @ state["head.linear.weight"].T + state["head.linear.bias"], seen
 
 

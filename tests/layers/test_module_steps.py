@@ -12,15 +12,16 @@ import reference as ref
 import torch
 from blocks import CASES, UNCHECKED, C, Case, Dropped, distance, gradients, loss_of
 
-from xbraid_py import MGRIT, Accuracy, DenseBlock, Dropout, LayerGrid, ResidualSteps
+from xbraid_py import MGRIT, DenseBlock, GradientControl, LayerGrid, ResidualSteps
 from xbraid_py.layer_parallel.batching import batched_is_faster
 from xbraid_py.layers.dropout import at_position
 from xbraid_py.layers.module_block import ModuleBlock
 from xbraid_py.layers.module_steps import ModuleSteps, Tape
+from xbraid_py.nn import Dropout
 
 n, c, h = 8, 4, 0.3
 KINDS = ["mlp", "convolution", "attention", "tied", "frozen"]
-BOTH = pytest.mark.parametrize("batched", [False, True])
+BOTH = pytest.mark.parametrize("vmap", [False, True])
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
 
@@ -54,9 +55,9 @@ def increment(steps: ModuleSteps, case: Case, row: torch.Tensor, x: torch.Tensor
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize(("scheme", "parts"), [("euler", 1), ("midpoint", 1), ("euler", 2)])
 @pytest.mark.parametrize("corrected", [False, True])
-def test_relaxation_and_its_adjoint(name, scheme, parts, corrected, batched):
+def test_relaxation_and_its_adjoint(name, scheme, parts, corrected, vmap):
     """Intervals of 4 rows: 4 steps, or 2 of two parts each; adjoints at states that belong to no trajectory."""
-    steps, case = made(name, scheme=scheme, parts=parts, batched=batched)
+    steps, case = made(name, scheme=scheme, parts=parts, vmap=vmap)
     length, m = c // parts, n // c
     points, states = ref.random(m, *case.shape, seed=1), ref.random(n, *case.shape, seed=2)
     tau = 0.1 * ref.random(m * length, *case.shape, seed=3) if corrected else None
@@ -89,9 +90,9 @@ def test_relaxation_and_its_adjoint(name, scheme, parts, corrected, batched):
 
 @BOTH
 @pytest.mark.parametrize("name", KINDS)
-def test_kept_graphs_give_the_same_as_another_evaluation(name, batched):
+def test_kept_graphs_give_the_same_as_another_evaluation(name, vmap):
     """Also when intervals of the adjoint are made of several graphs, and after another relaxation was recorded."""
-    steps, case = made(name, batched=batched)
+    steps, case = made(name, vmap=vmap)
     taped = replace(steps, tape=Tape())
     for length, longer in ((c, c), (2, 2), (2, c)):
         m = n // length
@@ -112,7 +113,7 @@ def test_kept_graphs_give_the_same_as_another_evaluation(name, batched):
 @BOTH
 @pytest.mark.parametrize("weights", ["inject", "average"])
 @pytest.mark.parametrize(("scheme", "parts"), [("euler", 1), ("midpoint", 1), ("euler", 2)])
-def test_the_same_as_the_native_steps_of_a_dense_block(weights, scheme, parts, batched):
+def test_the_same_as_the_native_steps_of_a_dense_block(weights, scheme, parts, vmap):
     """Both levels; the state of the native steps has the features first, and a row has the weights in its order."""
     torch.manual_seed(4)
     dense = DenseBlock(C, "tanh").double()
@@ -120,7 +121,7 @@ def test_the_same_as_the_native_steps_of_a_dense_block(weights, scheme, parts, b
     theta = ref.random(n, block.row_size, seed=1)
     points, gradients_of = ref.random(n // c, 5, C, seed=2), []
     for steps, way in (
-        (ModuleSteps(block, theta, h, tuple(range(n)), batched=batched), lambda x: x),
+        (ModuleSteps(block, theta, h, tuple(range(n)), vmap=vmap), lambda x: x),
         (ResidualSteps(dense.layer, theta, h), lambda x: x.transpose(-1, -2).contiguous()),
     ):
         coarse = steps.coarsen(c, weights, scheme, parts)
@@ -266,7 +267,7 @@ def test_an_exact_gradient_is_that_of_the_same_update(spmd):
     def body(comm):
         found = []
         options = (
-            {"mgrit": rough, "accuracy": Accuracy(check=1, adapt=False)},
+            {"mgrit": rough, "accuracy": GradientControl(check=1, adapt=False)},
             {"solve": "exact", "accuracy": UNCHECKED},
         )
         slope = ref.random(*case.shape, seed=5)

@@ -14,7 +14,7 @@ from xbraid_py.kernels.activation import ACTIVATIONS, activation
 from xbraid_py.layers.dense import DenseLayer
 from xbraid_py.layers.parameters import Layout, Stack
 from xbraid_py.mgrit.grid import LayerGrid
-from xbraid_py.problem.network import InitialScales, ResidualNetwork
+from xbraid_py.problem.network import DenseResNet, InitialScales
 
 NAMES = sorted(ACTIVATIONS)
 CORNERS = [-0.1, 0.0, 0.1]
@@ -211,10 +211,10 @@ def test_products_do_not_depend_on_how_many_are_made_at_once(monkeypatch, at_onc
     torch.testing.assert_close(layout.dots(vectors[:2], vectors[1:], parts), found)
 
 
-def network_on(comm, num_layers=6) -> ResidualNetwork:
+def network_on(comm, num_layers=6) -> DenseResNet:
     partition = Partition.balanced(num_layers, comm.size)
     layers = DenseLayer(2, 4), DenseLayer(4, 4), DenseLayer(4, 3, "identity")
-    return ResidualNetwork(*layers, LayerGrid(num_layers, 1.0), partition, comm)
+    return DenseResNet(*layers, LayerGrid(num_layers, 1.0), partition, comm)
 
 
 @pytest.mark.ranks(1, 2, 3, 5, 8)

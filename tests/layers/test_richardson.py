@@ -1,4 +1,4 @@
-"""Richardson's estimates of the discretisation error in depth: against fine solutions, for weights smooth in depth."""
+"""Richardson's estimates of the discretization error in depth: against fine solutions, for weights smooth in depth."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def steps_of(number: int, scheme: str, kind: str = "dense"):
     block = ModuleBlock(Tanh())
     names = [column.name for column in block.columns]
     assert names == ["linear.weight", "linear.bias"]  # as the dense layer has them
-    return ModuleSteps(block, theta, h, tuple(range(number)), scheme=scheme, batched=kind == "batched")
+    return ModuleSteps(block, theta, h, tuple(range(number)), scheme=scheme, vmap=kind == "vmap")
 
 
 @cache
@@ -88,7 +88,7 @@ def layer_at(number: int) -> int:
     return number // 4
 
 
-@pytest.mark.parametrize("kind", ["dense", "module", "batched"])
+@pytest.mark.parametrize("kind", ["dense", "module", "vmap"])
 def test_the_local_error_of_euler_with_interpolated_weights(kind):
     """Estimate over true error tends to 1, and the error itself falls with h^2."""
     distances, norms = [], []
@@ -147,7 +147,7 @@ def test_local_errors_add_up_to_the_error_of_the_output():
     assert effect == pytest.approx(float((v * (exact(U0, 0.0, T, parts=512) - inputs[-1])).sum()), rel=0.03)
 
 
-@pytest.mark.parametrize("kind", ["dense", "module", "batched"])
+@pytest.mark.parametrize("kind", ["dense", "module", "vmap"])
 def test_steps_of_different_sizes_and_parts(kind):
     """Row by row what a step of that size alone gives; parts are cut each for itself."""
     number = 6

@@ -19,13 +19,13 @@ from xbraid_py.layers.module_steps import ModuleSteps
 from xbraid_py.layers.pixels import galerkin_rows
 
 
-def solve(comm, dims: int, options: MGRIT, spatial: SpatialCoarsening | None, T: float = 1.0, batched: bool = False):
+def solve(comm, dims: int, options: MGRIT, spatial: SpatialCoarsening | None, T: float = 1.0, vmap: bool = False):
     """States, adjoints, gradient and both solutions of one rank, and its rows."""
     block, theta, u0, vN = made(dims)
     hierarchy = Hierarchy.plan(options, LayerGrid(N, T), comm.size)
     first = hierarchy.partition.first(comm.rank)
     rows = slice(first, first + hierarchy.partition.count(comm.rank))
-    steps = ModuleSteps(block, theta[rows], T / N, tuple(range(N))[rows], batched=batched)
+    steps = ModuleSteps(block, theta[rows], T / N, tuple(range(N))[rows], vmap=vmap)
     transfers = spatial.transfers(u0.shape, len(hierarchy.levels)) if spatial else ()
     states = u0.new_empty((rows.stop - rows.start, *u0.shape))
     gradient = torch.empty_like(theta[rows])
@@ -68,8 +68,8 @@ PLANE = range(6)
     [
         (number, cycle)
         for number, (_, _, spatial) in enumerate(CHOICES)
-        for cycle in ("V", "F", "one-shot")
-        if cycle != "one-shot" or spatial.states == "carry"
+        for cycle in ("V", "F", "lagged")
+        if cycle != "lagged" or spatial.states == "carry"
     ],
 )
 def test_converged_solve_is_the_serial_one(spmd, choice, cycle):
@@ -157,12 +157,12 @@ def test_every_iteration_is_the_textbooks(spmd, choice, cycle):
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize(("states", "batched"), [("carry", True), ("carry", False), ("restrict", True)])
-def test_details_that_coarse_pixels_do_not_show(states, batched):
+@pytest.mark.parametrize(("states", "vmap"), [("carry", True), ("carry", False), ("restrict", True)])
+def test_details_that_coarse_pixels_do_not_show(states, vmap):
     """A checkerboard is not seen on coarse pixels: carried along, or left to relaxation. All intervals at once, too."""
     options = MGRIT(cycle="V", cfactor=2, max_levels=2, min_coarse=1, tol=1e-13, max_iter=30)
     spatial = SpatialCoarsening(states=states)
-    found = solve(SerialCommunicator(), 2, options, spatial, T=0.2, batched=batched)
+    found = solve(SerialCommunicator(), 2, options, spatial, T=0.2, vmap=vmap)
     wanted = serial(2, T=0.2)
     assert torch.allclose(found[2], wanted[0], rtol=0, atol=1e-11)
     assert torch.allclose(found[3], wanted[3], rtol=0, atol=1e-11)

@@ -98,7 +98,7 @@ def test_kernels_of_derivatives():
 
 
 def test_what_is_left_as_it_is():
-    """1x1 kernels, strides, kernels without padding, biases, normalisations; and everything if asked for."""
+    """1x1 kernels, strides, kernels without padding, biases, normalizations; and everything if asked for."""
     with own_random_numbers(1):
         module = nn.Sequential(
             nn.Conv2d(C, C, 1), nn.Conv2d(C, C, 3), nn.Conv2d(C, C, 3, padding=1, dilation=2), nn.GroupNorm(1, C)

@@ -125,7 +125,9 @@ def test_the_same_bits_on_any_number_of_ranks(spmd, case):
         assert torch.equal(torch.cat([part[1][update] for part in parts]), gradient)
 
 
-@pytest.mark.parametrize("splines", [Splines(N, 0), Splines(N, 1), Splines(N, 2, "centred"), Splines(N, 3, "centred")])
+@pytest.mark.parametrize(
+    "splines", [Splines(N, 0), Splines(N, 1), Splines(N, 2, "centered"), Splines(N, 3, "centered")]
+)
 def test_as_many_functions_as_layers_are_free_weights(spmd, splines):
     def body(comm):
         made = problem(comm, TERMS["all, integral"])
@@ -198,7 +200,9 @@ def nested(comm, splines=CASES["cubic"], mgrit=MIXED, **others):
     """A nested iteration of 8, 16 and 32 layers."""
     made = with_splines(problem(comm, TERMS["all, integral"], mgrit), splines)
     options = NestedOptions(**{"refinements": 2, "updates": (3, 2, 3), **others})
-    return NestedIteration(made, 32, options, OneShotOptions(boost_updates=2, boost_iter=4), SCALES, seed=1)
+    return NestedIteration(
+        made, 32, options=options, one_shot=OneShotOptions(boost_updates=2, boost_iter=4), scales=SCALES, seed=1
+    )
 
 
 REFINED = dict(splines=Splines(4 * 3 + 3, 3), spline_refine=True)
@@ -214,7 +218,7 @@ def test_a_checkpoint_goes_on_and_is_exported_on_any_number_of_ranks(spmd, share
             records.append(timeless(record))
             configuration = {"network": to_dict(run.problem.architecture)}
             paths.append(save_run(out, run, record.update, "nested", configuration))
-        return records, paths, run.network.splines, run.one_shot.x, run.network.predict(run.one_shot.x, data()[0])
+        return records, paths, run.network.splines, run.weights, run.network.predict(run.weights, data()[0])
 
     parts = spmd(body)
     records, paths, splines, _, classes = parts[0]
@@ -235,7 +239,7 @@ def test_a_checkpoint_goes_on_and_is_exported_on_any_number_of_ranks(spmd, share
         snapshot = read_resumed(
             str(path), shared_tmp_path, {"nested": run}, {"network": to_dict(run.problem.architecture)}, ()
         )
-        return [timeless(record) for record in run.run(snapshot["nested"])], run.one_shot.x
+        return [timeless(record) for record in run.run(snapshot["nested"])], run.weights
 
     for k in (1, 4):  # written on these ranks, read on one, and the other way round
         found, last = rest(SerialCommunicator(), paths[k])

@@ -36,7 +36,7 @@ def test_basis_is_that_of_the_recursion(case):
 @pytest.mark.parametrize("num_layers", [4, 5, 17, 64, 200])
 @pytest.mark.parametrize("degree", range(4))
 def test_as_many_functions_as_layers_reproduce_free_weights(degree, num_layers):
-    splines, times = Splines(num_layers, degree, "centred"), LayerGrid(num_layers, 5.0).middles()
+    splines, times = Splines(num_layers, degree, "centered"), LayerGrid(num_layers, 5.0).middles()
     free = ref.random(num_layers, 9, seed=num_layers)
     found = splines.rows(times, splines.fit(times, free))
     assert (found - free).abs().max() < 1e-13 * free.abs().max()
@@ -112,7 +112,7 @@ def test_sums_in_portions_are_the_same(monkeypatch):
         (dict(num=8, degree="3"), TypeError, "degree='3' must be a whole number; use 3"),
         (dict(num=8, degree=4), ValueError, "degree=4 must be 0, 1, 2 or 3; use 3"),
         (dict(num=8, degree=-1), ValueError, "degree=-1 must be 0, 1, 2 or 3; use 3"),
-        (dict(num=8, knots="even"), ValueError, "knots='even' must be uniform, centred or a list of numbers; use"),
+        (dict(num=8, knots="even"), ValueError, "knots='even' must be uniform, centered or a list of numbers; use"),
         (
             dict(num=4, degree=1, knots=(0.0, 0.5, 0.5, 1.0)),
             ValueError,

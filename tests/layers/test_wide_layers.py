@@ -15,13 +15,13 @@ from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions
 from xbraid_py.optim import OneShotOptions
 from xbraid_py.problem.network import InitialScales
-from xbraid_py.problem.problem import Architecture, Problem
+from xbraid_py.problem.problem import DenseResNetOptions, Problem
 from xbraid_py.problem.regularization import Regularization
 
 WIDTH, LAYERS, UPDATES = 220, 8, 10
 # Converged: to rounding, or exactly, after as many iterations as there are intervals.
 CYCLES = {
-    "one-shot": MGRIT(intervals=4, coarse_parts=1, min_coarse=1, tol=1e-12),
+    "lagged": MGRIT(intervals=4, coarse_parts=1, min_coarse=1, tol=1e-12),
     "V": MGRIT(cycle="V", cfactor=2, max_levels=2, min_coarse=1, tol=1e-12, max_iter=4),
 }
 
@@ -29,13 +29,13 @@ CYCLES = {
 def training(comm, mgrit):
     """All weights after some updates, and the objectives on the way."""
     cube, truth = scene(8, 9)
-    labelled = truth.reshape(-1) > 0
-    spectra = torch.from_numpy(cube.reshape(-1, cube.shape[2])[labelled].astype(float)).T
+    labeled = truth.reshape(-1) > 0
+    spectra = torch.from_numpy(cube.reshape(-1, cube.shape[2])[labeled].astype(float)).T
     problem = Problem(
         features=(spectra - spectra.mean(1, keepdim=True)) / spectra.std(1, keepdim=True),
-        labels=torch.from_numpy(truth.reshape(-1)[labelled].astype(int)) - 1,
+        labels=torch.from_numpy(truth.reshape(-1)[labeled].astype(int)) - 1,
         num_classes=4,
-        architecture=Architecture(width=WIDTH),
+        architecture=DenseResNetOptions(width=WIDTH),
         regularization=Regularization(),
         forward=mgrit,
         adjoint=mgrit,
@@ -44,9 +44,9 @@ def training(comm, mgrit):
     options = NestedOptions(refinements=0, updates=(UPDATES,))
     optim = OneShotOptions(boost_updates=0, memory=4)
     scales = InitialScales(opening=0.3, layers=1e-2, classification=1e-2)
-    run = NestedIteration(problem, LAYERS, options, optim, scales, seed=0)
+    run = NestedIteration(problem, LAYERS, options=options, one_shot=optim, scales=scales)
     objectives = [record.evaluation.value for record in run.run()]
-    return objectives, gathered(run.network, run.one_shot.x)
+    return objectives, gathered(run.network, run.weights)
 
 
 @cache

@@ -51,7 +51,7 @@ def test_bad_grids_name_what_works(num_layers, T, message):
         LayerGrid(num_layers, T)
 
 
-def test_what_does_not_divide_names_both_neighbours():
+def test_what_does_not_divide_names_both_neighbors():
     with pytest.raises(ValueError, match=r"^num_layers=32 is not a multiple of cfactor=3; use 30 or 33$"):
         LayerGrid(32, 1.0).coarsen(3)
     with pytest.raises(ValueError, match=r"^num_layers=2 is not a multiple of cfactor=3; use 3$"):
@@ -99,14 +99,14 @@ def test_rows_outside_have_no_owner(partition):
 
 
 @given(partitions)
-def test_neighbours_skip_ranks_without_rows(partition):
+def test_neighbors_skip_ranks_without_rows(partition):
     in_use = [rank for rank, count in enumerate(partition.counts) if count]
     for before, behind in zip(in_use, in_use[1:], strict=False):
-        assert partition.neighbour(before, +1) == behind
-        assert partition.neighbour(behind, -1) == before
+        assert partition.neighbor(before, +1) == behind
+        assert partition.neighbor(behind, -1) == before
     if in_use:
-        assert partition.neighbour(in_use[0], -1) is None
-        assert partition.neighbour(in_use[-1], +1) is None
+        assert partition.neighbor(in_use[0], -1) is None
+        assert partition.neighbor(in_use[-1], +1) is None
 
 
 @given(partitions, st.integers(1, 6))
@@ -149,10 +149,10 @@ def test_100000_ranks():
     partition = Partition.balanced(3 * ranks + 7, ranks)
     assert partition.counts[:7] == (4,) * 7 and set(partition.counts[7:]) == {3}
     assert partition.owner(partition.num_rows - 1) == ranks - 1
-    assert partition.neighbour(ranks // 2, -1) == ranks // 2 - 1
-    assert partition.neighbour(ranks - 1, +1) is None
+    assert partition.neighbor(ranks // 2, -1) == ranks // 2 - 1
+    assert partition.neighbor(ranks - 1, +1) is None
     few = Partition.balanced(10, ranks)
-    assert few.ranks_in_use == 10 and few.neighbour(9, +1) is None
+    assert few.ranks_in_use == 10 and few.neighbor(9, +1) is None
     # A rank meets only the few ranks that hold its rows, and finds them without a walk over all.
     assert few.refine(4).overlaps(9, Partition.balanced(40, ranks)) == [(36 + i, slice(i, i + 1)) for i in range(4)]
     assert partition.refine(2).coarsen(2) == partition

@@ -195,7 +195,7 @@ def test_adjoints_become_exact_from_the_other_end(spmd):
 
     def errors(comm, iterations):
         options = options_for(cfactor=2, max_levels=2, nrelax=0, max_iter=iterations, coarse_weights="inject")
-        # Linearised at the exact states, so that the adjoint solve is looked at alone.
+        # Linearized at the exact states, so that the adjoint solve is looked at alone.
         exact = solve(comm, replace(options, max_iter=K), case)
         hierarchy = Hierarchy.plan(options, LayerGrid(2 * K, 12.0), comm.size)
         steps = ResidualSteps(DenseLayer(3, 3, "tanh"), case.theta[exact.rows], case.h)

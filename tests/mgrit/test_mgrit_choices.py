@@ -74,7 +74,7 @@ def test_norms_are_those_of_all_numbers(norm):
 
 @pytest.mark.ranks(1, 2, 3, 5)
 @pytest.mark.parametrize("norm", [1, 2, "max"])
-@pytest.mark.parametrize("cycle", ["V", "one-shot"])
+@pytest.mark.parametrize("cycle", ["V", "lagged"])
 def test_absolute_and_relative_tolerances_stop_where_they_should(spmd, norm, cycle):
     """Just met after some iterations, by either bound: not one more, not one less; norms and residuals belong."""
     case = chain(64, "tanh", T=2.0)
@@ -118,7 +118,7 @@ def test_stop():
     [
         ({"cycle": "V", "c_weight": 0.0}, "c_weight=0.0 must lie between 0 and 2; use 1.0"),
         ({"cycle": "V", "c_weight": float("nan")}, "c_weight=nan must lie between 0 and 2"),
-        ({"c_weight": 0.5}, "c_weight=0.5 is for V- and F-cycles; cycle='one-shot' has no C-relaxation"),
+        ({"c_weight": 0.5}, "c_weight=0.5 is for V- and F-cycles; cycle='lagged' has no C-relaxation"),
         ({"start": "full"}, "start='full' is for V- and F-cycles"),
         ({"cycle": "V", "start": "half"}, "start='half' must be coarsest or full; use coarsest"),
         ({"norm": 3}, "norm=3 must be 2 or 1 or max; use 2"),

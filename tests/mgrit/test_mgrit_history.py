@@ -74,7 +74,7 @@ def test_every_iteration_is_the_textbooks(spmd, cycle, nrelax, nrelax0, coarse):
 
 
 def both_solves(comm, options, case):
-    """States, and adjoints linearised at the literal states, so that both can be looked at alone."""
+    """States, and adjoints linearized at the literal states, so that both can be looked at alone."""
     count, width = len(case.theta), len(case.u0)
     hierarchy = Hierarchy.plan(options, LayerGrid(count, case.h * count), comm.size)
     first = hierarchy.partition.first(comm.rank)
@@ -194,7 +194,7 @@ def test_chunks_do_not_matter(spmd, monkeypatch):
 
 @dataclass(frozen=True)
 class Tangent:
-    """Linearised steps d + h sigma'(W u + b) W d, written out: a third propagator for the same solver."""
+    """Linearized steps d + h sigma'(W u + b) W d, written out: a third propagator for the same solver."""
 
     theta: torch.Tensor
     states: torch.Tensor
@@ -230,7 +230,7 @@ class Tangent:
         return self.states.new_empty((num_rows, *self.states.shape[1:]))
 
 
-def test_the_adjoint_is_the_transpose_of_the_linearised_solve(spmd):
+def test_the_adjoint_is_the_transpose_of_the_linearized_solve(spmd):
     """<v, J d> = <J^T v, d>, both by converged MGRIT, the tangent written out by hand."""
     case = chain(24, "tanh", T=2.0)
     options = options_for(cfactor=(2, 3), max_levels=3, max_iter=14)

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.partition import Partition
-from xbraid_py.comm.threads import run_threads
 from xbraid_py.layers.dense import DenseLayer
 from xbraid_py.layers.dense_steps import ResidualSteps
 from xbraid_py.mgrit import MGRIT, Hierarchy, Solver
 from xbraid_py.mgrit.equations import Adjoint, Forward
 from xbraid_py.mgrit.grid import LayerGrid
+from xbraid_py.testing import run_threads
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ from xbraid_py.mgrit.grid import LayerGrid
         ({"tol": -1e-6}, "tol=-1e-06 must be at least 0 and finite; use 1e-6"),
         ({"tol": float("nan")}, "tol=nan must be at least 0"),
         ({"tol": float("inf")}, "tol=inf must be at least 0"),
-        ({"cycle": "W"}, "cycle='W' must be one-shot or V or F; use one-shot"),
+        ({"cycle": "W"}, "cycle='W' must be lagged or V or F; use lagged"),
         ({"coarse_weights": "mean"}, "coarse_weights='mean' must be average or inject; use average"),
         ({"coarse_step": "rk4"}, "coarse_step='rk4' must be midpoint or euler; use midpoint"),
     ],

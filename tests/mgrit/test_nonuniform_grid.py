@@ -1,4 +1,4 @@
-"""Grids whose steps differ in length: integers, solves against the literal loop, averages, regularisation."""
+"""Grids whose steps differ in length: integers, solves against the literal loop, averages, regularization."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ SOLVERS = {
         MGRIT(cycle="F", cfactor=2, max_levels=4, min_coarse=1, coarse_step="euler", max_iter=20, tol=1e-15),
     ),
     "V, parts": (24, MGRIT(cycle="V", cfactor=6, max_levels=2, coarse_parts=3, max_iter=12, tol=1e-15)),
-    "one-shot": (40, MGRIT(max_iter=60, tol=1e-14)),
+    "lagged": (40, MGRIT(max_iter=60, tol=1e-14)),
     "one-shot, levels": (48, MGRIT(cfactor=(4, 3), max_levels=3, min_coarse=1, max_iter=80, tol=1e-14)),
     "sequential": (7, MGRIT(max_levels=1)),
 }
@@ -155,7 +155,7 @@ def test_a_solve_has_the_same_bits_on_any_number_of_ranks(spmd):
         assert torch.equal(torch.cat([part[2] for part in parts]), gradient), name
 
 
-@pytest.mark.parametrize("name", ["V, levels", "one-shot", "sequential"])
+@pytest.mark.parametrize("name", ["V, levels", "lagged", "sequential"])
 def test_lengths_that_are_equal_have_the_bits_of_none(name):
     number, options = SOLVERS[name]
     h, (theta, u0, vN, *_) = T / number, literal(number, "euler")
@@ -214,11 +214,11 @@ def test_a_gradient_is_corrected_in_proportion_to_the_sizes():
     assert torch.allclose(gradient, torch.autograd.grad(total, leaf)[0], rtol=1e-12, atol=1e-15)
 
 
-# Regularisation.
+# Regularization.
 
 
 @pytest.mark.parametrize("measure", ["sum", "integral"])
-def test_the_gradient_of_the_regularisation_is_the_slope_of_its_value(spmd, measure):
+def test_the_gradient_of_the_regularization_is_the_slope_of_its_value(spmd, measure):
     term = Regularization(tikhonov=0.3, ddt=0.05, classification=0.7, measure=measure)
     grid = LayerGrid.of_lengths(drawn(16, seed=3), 2.0)
     eps = 1e-6
@@ -252,7 +252,7 @@ def literal_terms(theta: torch.Tensor, grid: LayerGrid, term: Regularization) ->
     return total
 
 
-def test_the_integral_of_the_regularisation_does_not_depend_on_the_grid():
+def test_the_integral_of_the_regularization_does_not_depend_on_the_grid():
     """Weights that are a smooth function of depth: the sums tend to the integrals, whatever the lengths."""
     term = Regularization(tikhonov=1.0, ddt=1.0, classification=0.0, opening=0.0)
     made = problem(SerialCommunicator(), MGRIT(max_levels=1), regularization=term)

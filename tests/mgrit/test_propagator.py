@@ -82,7 +82,7 @@ def test_value_and_vjp_against_autograd(scheme, rows, activation):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_vjp_is_the_transpose_of_the_linearised_step(scheme):
+def test_vjp_is_the_transpose_of_the_linearized_step(scheme):
     """<v, J d> = <J^T v, d>, with J d by central differences of the step."""
     steps = steps_of(6, 0.3, scheme)
     u, v, d = ref.random(3, 6, C, B, seed=6)
@@ -174,7 +174,7 @@ def test_costs():
     assert (Adjoint(euler, template, None).cost, Adjoint(midpoint, template, None).cost) == (2.0, 4.0)
 
 
-def test_coarse_adjoint_is_linearised_at_the_c_points():
+def test_coarse_adjoint_is_linearized_at_the_c_points():
     fine, states = steps_of(8, 0.3, "euler"), ref.random(8, C, B, seed=8)
     for weights in ("average", "inject"):
         coarse = Adjoint(fine, states, None).coarsen(4, weights, "midpoint")

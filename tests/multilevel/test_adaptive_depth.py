@@ -181,7 +181,7 @@ def test_indicators_are_what_they_say(spmd, kind, interpolation):
     assert all(found == body(SerialCommunicator()) for found in results)  # to the last bit
 
 
-@pytest.mark.parametrize("mgrit", [SEQUENTIAL, ONE_SHOT, MIXED], ids=["sequential", "one-shot", "V"])
+@pytest.mark.parametrize("mgrit", [SEQUENTIAL, ONE_SHOT, MIXED], ids=["sequential", "lagged", "V"])
 @pytest.mark.parametrize("kind", ["goal", "both"])
 def test_indicators_of_unfinished_solves_have_the_same_bits_on_all_ranks(spmd, kind, mgrit):
     def body(comm):

@@ -11,7 +11,6 @@ from adaptive_runs import CYCLES, HALF, adaptive_run
 from small_runs import ONE_SHOT, SEQUENTIAL, gathered, nested, points, same_bits, timeless
 
 from xbraid_py.comm import SerialCommunicator
-from xbraid_py.comm.threads import run_threads
 from xbraid_py.layer_parallel.export import to_sequential
 from xbraid_py.mgrit.grid import LayerGrid
 from xbraid_py.multilevel.depth.adaptive import AdaptiveOptions
@@ -20,6 +19,7 @@ from xbraid_py.optim import OneShotOptions
 from xbraid_py.recipes.classification_training import _row
 from xbraid_py.run.resume import checkpoint_folder, read_resumed
 from xbraid_py.run.store.write import CheckpointError, Shard, file_name, load, save
+from xbraid_py.testing import run_threads
 
 # Runs.
 
@@ -29,7 +29,7 @@ def trained(cycle: str, comm=None):
     """Records and final weights of 18 updates on three levels."""
     run = adaptive_run(comm or SerialCommunicator(), (8, 5, 5), mgrit=CYCLES[cycle], interpolation="linear")
     records = [timeless(record) for record in run.run()]
-    return records, gathered(run.network, run.one_shot.x)
+    return records, gathered(run.network, run.weights)
 
 
 @pytest.mark.parametrize("cycle", CYCLES)
@@ -130,7 +130,7 @@ def written(tmp_path_factory):
         for record in run.run():
             records.append(timeless(record))
             save_run(checkpoint_folder(out, "nested"), run, record.update, "nested", CONFIGURATION)
-        return records, gathered(run.network, run.one_shot.x)
+        return records, gathered(run.network, run.weights)
 
     return out, *run_threads(2, body)[0]
 
@@ -145,7 +145,7 @@ def test_a_run_goes_on_from_any_update_on_any_number_of_ranks(spmd, written):
             path = checkpoint_folder(out, "nested") / file_name(k)
             resumed = read_resumed(str(path), out, {"nested": run}, CONFIGURATION, ())
             records = [timeless(record) for record in run.run(resumed["nested"])]
-            if records != expected[k + 1 :] or not same_bits(gathered(run.network, run.one_shot.x), weights):
+            if records != expected[k + 1 :] or not same_bits(gathered(run.network, run.weights), weights):
                 wrong.append(k)
         return wrong
 
@@ -206,7 +206,7 @@ def test_an_exported_network_has_the_sizes_of_its_layers(spmd, shared_tmp_path):
         module = to_sequential(path)
         with torch.no_grad():
             logits = module(points().features.T)
-        classes = run.network.predict(run.one_shot.x, points().features)
+        classes = run.network.predict(run.weights, points().features)
         return [step.h for step in module[1]], run.grid.sizes(), bool((logits.max(1).indices == classes).all())
 
     for sizes, expected, same in spmd(body):

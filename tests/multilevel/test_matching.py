@@ -110,7 +110,7 @@ def test_mutual_matching_is_the_literal_rounds(name, theta):
     S = MATRICES[name]
     found = match(torch.from_numpy(S), theta, "mutual")
     assert found.partner.tolist() == literal_rounds(S.tolist(), theta)
-    # Nobody is left alone beside a neighbour that is alone too.
+    # Nobody is left alone beside a neighbor that is alone too.
     alone = [i for i, p in enumerate(found.partner.tolist()) if p == i]
     assert all(not S[i, j] > theta for i in alone for j in alone if i != j)
 

@@ -108,7 +108,7 @@ def test_first_order_consistency(interpolation, restriction):
 
 
 @cache
-def minimiser():
+def minimizer():
     """A minimum of the objective with 8 layers, by L-BFGS alone."""
     run = mgopt(num_layers=8)
     plain = OneShot(run.objectives[0], OneShotOptions(gtol=1e-7), run.x)
@@ -121,7 +121,7 @@ def minimiser():
 @pytest.mark.parametrize("interpolation, restriction", [("constant", "inject"), ("linear", "average")])
 def test_a_minimum_is_a_fixed_point(cycle, interpolation, restriction):
     run = mgopt(num_layers=8, interpolation=interpolation, restriction=restriction, cycle=cycle, optim=GD)
-    minimum = minimiser()
+    minimum = minimizer()
     run.objectives[0].evaluate(minimum)
     assert run.objectives[0].gradient(minimum).norm() <= 1e-7
     assert split(minimum)[1].abs().max() > 1e-2  # not the trivial one
@@ -202,7 +202,7 @@ def test_w_cycles_go_on_where_the_first_visit_ended():
     torch.testing.assert_close(run.x, expected, rtol=1e-11, atol=1e-12)
 
 
-def test_regularisation_of_coarse_levels():
+def test_regularization_of_coarse_levels():
     for measure in ("sum", "integral"):
         run = mgopt(others={"measure": measure})
         values = []
@@ -221,7 +221,7 @@ def test_regularisation_of_coarse_levels():
         (MGRIT(cfactor=4), 1e-9),
         (MGRIT(cycle="V", cfactor=2, max_levels=2, tol=1e-12, max_iter=20), 1e-9),
     ],
-    ids=["layer after layer", "one-shot", "V-cycles"],
+    ids=["layer after layer", "lagged", "V-cycles"],
 )
 @pytest.mark.parametrize("interpolation, restriction", [("constant", "inject"), ("linear", "average")])
 def test_three_cycles_on_ranks_are_those_on_one(spmd, mgrit, tolerance, interpolation, restriction):
@@ -255,7 +255,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"^carry_momentum=1.5 must lie in \[0, 1\]; use 0.2$"):
         MGOptOptions(carry_momentum=1.5)
     with pytest.raises(
-        ValueError, match="^carry_momentum=0.2 is for optimisers that keep momentum, not optim.method=gd"
+        ValueError, match="^carry_momentum=0.2 is for optimizers that keep momentum, not optim.method=gd"
     ):
         MGOptOptions(carry_momentum=0.2)
     with pytest.raises(ValueError, match="^line_search=True is for gd and lbfgs, not method=adam; use False$"):

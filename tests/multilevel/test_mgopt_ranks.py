@@ -20,7 +20,7 @@ METHODS = {
 }
 SOLVERS = {
     "layer after layer": EXACT,
-    "one-shot": MGRIT(cfactor=4, max_iter=3),
+    "lagged": MGRIT(cfactor=4, max_iter=3),
     "V-cycles": MGRIT(cycle="V", cfactor=2, max_levels=2, tol=1e-13, max_iter=40),
 }
 
@@ -72,7 +72,7 @@ def test_three_cycles_are_those_on_one_rank(spmd, mgrit, min_layers):
 @pytest.mark.ranks(2, 4)
 @pytest.mark.parametrize("optim", METHODS.values(), ids=METHODS)
 @pytest.mark.parametrize("interpolation, restriction", [("constant", "inject"), ("linear", "average")])
-def test_every_optimiser_and_transfer(spmd, optim, interpolation, restriction):
+def test_every_optimizer_and_transfer(spmd, optim, interpolation, restriction):
     how = {"num_layers": 32, "levels": 4, "min_layers": 8, "optim": optim, "line_search": True, "metric": "L2"}
     how |= {"interpolation": interpolation, "restriction": restriction}
     how["carry_momentum"] = 0.5 if optim.method in (("adam",), ("momentum",)) else 0.0

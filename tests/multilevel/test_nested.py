@@ -17,7 +17,7 @@ from xbraid_py.problem.network import InitialScales
 SCALES = InitialScales(1.0, 1.0, 1.0)
 F_CYCLES = MGRIT(cfactor=(4, 2), max_levels=3, min_coarse=1, cycle="F", nrelax=0)
 LOOSE = replace(ONE_SHOT, tol=1e6)  # one iteration, whatever comes out
-CYCLES = {"V": MIXED, "F": F_CYCLES, "one-shot": ONE_SHOT}
+CYCLES = {"V": MIXED, "F": F_CYCLES, "lagged": ONE_SHOT}
 
 
 def by_equation_8(theta: torch.Tensor, interpolation: str) -> torch.Tensor:
@@ -104,7 +104,7 @@ def test_the_run_of_comparison_makes_as_much_work(updates, equal_work):
     assert given.non_nested() == expected
 
 
-@pytest.mark.parametrize("mgrit", [MIXED, F_CYCLES, SEQUENTIAL, LOOSE], ids=["V", "F", "sequential", "one-shot"])
+@pytest.mark.parametrize("mgrit", [MIXED, F_CYCLES, SEQUENTIAL, LOOSE], ids=["V", "F", "sequential", "lagged"])
 def test_an_update_without_backtracking_costs_a_work_unit(mgrit):
     boosted = 2
     # With every trial accepted an update is one state solve and one adjoint solve.
@@ -175,11 +175,11 @@ def test_a_level_begins_where_the_prolonged_weights_are():
         if record.level == 1:
             last = run.one_shot
         elif coarse is None:
-            coarse, fine = last.x, run.one_shot.x
+            coarse, fine = last.x, run.weights
     network = run.problem.network(8)
     expected = prolong_depth(network, run.network, coarse, "linear")
     assert last.number == 3 and torch.equal(fine, expected)
-    assert not torch.equal(run.one_shot.x, expected)
+    assert not torch.equal(run.weights, expected)
 
 
 @cache
@@ -187,7 +187,7 @@ def trained(cycle: str, comm=None):
     """Records and final weights of 20 updates on three levels."""
     run = nested(comm or SerialCommunicator(), (8, 6, 6), CYCLES[cycle])
     records = [timeless(record) for record in run.run()]
-    return records, gathered(run.network, run.one_shot.x)
+    return records, gathered(run.network, run.weights)
 
 
 @pytest.mark.parametrize("cycle", CYCLES)

@@ -46,7 +46,7 @@ def smooth(blocks: int, norm: str, T: float = 0.25) -> ImageResNet:
 
 
 def _value(shape: torch.Size, name: str, seed: int, t: float) -> torch.Tensor:
-    """One of the functions at t: positive around 1 for factors and variances of normalisations."""
+    """One of the functions at t: positive around 1 for factors and variances of normalizations."""
     a, b = random(*shape, seed=seed), random(*shape, seed=seed + 1000)
     value = a * math.cos(t) + b * math.sin(t)
     if name.endswith(("running_var", "norm1.weight", "norm2.weight", "norm.weight")):

@@ -10,7 +10,7 @@ from torch import nn
 
 from xbraid_py import RunError
 from xbraid_py.comm.replicas import ProcessGrid
-from xbraid_py.data.augmentation import Augmentation, standardise
+from xbraid_py.data.augmentation import Augmentation, standardize
 from xbraid_py.data.images import Images
 from xbraid_py.layers.image_resnet import ImageResNet
 from xbraid_py.layers.module_block import own_random_numbers
@@ -21,7 +21,7 @@ from xbraid_py.multilevel.resnet.training_options import Pipeline, ResNetTrainin
 
 CYCLES = CosineCycles(epochs=(2, 1, 1), eta_max=0.1)
 CLASSES = 3
-PIPELINE = Pipeline(Augmentation(pad=1, seed=3), standardise)
+PIPELINE = Pipeline(Augmentation(pad=1, seed=3), standardize)
 
 
 def images(count, seed):
@@ -62,7 +62,7 @@ def test_equals_a_literal_loop():
         losses, wrong = [], 0
         for step in range(3):
             chosen = order[7 * step : 7 * step + 7]
-            pixels = standardise(Augmentation(pad=1, seed=3)(TRAIN.pixels[chosen], chosen, epoch), torch.float64)
+            pixels = standardize(Augmentation(pad=1, seed=3)(TRAIN.pixels[chosen], chosen, epoch), torch.float64)
             logits = network(pixels)
             loss = nn.functional.cross_entropy(logits, TRAIN.labels[chosen])
             losses.append(loss.item())
@@ -76,7 +76,7 @@ def test_equals_a_literal_loop():
         assert record.loss == pytest.approx(sum(losses) / 3, rel=1e-10)
         assert record.error == pytest.approx(wrong / 21) and record.learning_rate == rate
         with torch.no_grad():
-            logits = network(standardise(TEST.pixels, torch.float64))
+            logits = network(standardize(TEST.pixels, torch.float64))
         assert record.test_loss == pytest.approx(nn.functional.cross_entropy(logits, TEST.labels).item(), rel=1e-10)
         assert record.test_error == pytest.approx(float((logits.argmax(1) != TEST.labels).double().mean()))
     for ours, theirs in zip(run.network.parameters(), network.parameters(), strict=True):
@@ -112,7 +112,7 @@ def test_all_models_see_the_same_images():
             pixels.append((indices.clone(), found))
             return found
 
-        run.pipeline = Pipeline(augment, standardise)
+        run.pipeline = Pipeline(augment, standardize)
         list(run.run())
         seen[model] = pixels
     assert len(seen["first"]) == 12
@@ -224,7 +224,7 @@ def test_statistics_are_those_of_all_ranks(spmd):
     results = spmd(body)
     _, state, stem, size = results[0]
     order = torch.randperm(24, generator=torch.Generator().manual_seed(4 * 1_000_003))
-    pixels = standardise(PIPELINE.augment(TRAIN.pixels[order], order, 0), torch.float64)
+    pixels = standardize(PIPELINE.augment(TRAIN.pixels[order], order, 0), torch.float64)
     means = [nn.functional.conv2d(part, stem, padding=1).mean((0, 2, 3)) for part in pixels.chunk(size)]
     expected = 0.1 * torch.stack(means).mean(0)
     name = next(name for name in state if name.startswith("network/stages.0.0") and name.endswith("running_mean"))

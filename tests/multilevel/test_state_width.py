@@ -212,7 +212,7 @@ def test_wrong_options():
         MGOptOptions(levels=3, narrow=3)
     with pytest.raises(ValueError, match=r"^scaling='half' must be mean or norms or sums; use mean$"):
         MGOptOptions(scaling="half")
-    with pytest.raises(ValueError, match="^narrow=1 is for optimisers that keep nothing .* use optim.keep=False$"):
+    with pytest.raises(ValueError, match="^narrow=1 is for optimizers that keep nothing .* use optim.keep=False$"):
         MGOptOptions(narrow=1, optim=LevelOptions(method=("adam",)))
     fine, coarse = networks(6, activation="tanh")
     with pytest.raises(ValueError, match="^scaling='norms' needs an activation .* not tanh; use mean$"):

@@ -6,7 +6,7 @@ from objectives import evaluation, numbers, plain_dots
 
 from xbraid_py.multilevel.cycle.vcycle import Damping, VCycle
 from xbraid_py.optim import Armijo, FixedStep, QuasiNewton
-from xbraid_py.optim.levels import GradientDescent, Point, QuasiNewtonOptimiser, TorchOptimiser
+from xbraid_py.optim.levels import GradientDescent, Point, QuasiNewtonOptimizer, TorchOptimizer
 from xbraid_py.optim.shifted import ShiftedObjective
 
 
@@ -119,15 +119,15 @@ def test_shifted_objective():
 
 @pytest.mark.parametrize("method", ["lbfgs", "steepest"])
 def test_pairs_hold_from_one_coupling_term_to_the_next(method):
-    """Minimising with another shift in every call, the pairs are those of the unshifted objective."""
+    """Minimizing with another shift in every call, the pairs are those of the unshifted objective."""
     objective = Membrane(6)
     seen = QuasiNewton(method, plain_dots)
-    optimiser = QuasiNewtonOptimiser(seen, Armijo())
+    optimizer = QuasiNewtonOptimizer(seen, Armijo())
     x, points = Point(numbers(6, seed=3)), []
     for seed in range(5):
         shifted = ShiftedObjective(objective, 0.1 * numbers(6, seed=seed))
         points.append(x.x)
-        x = Point(optimiser.minimise(shifted, x, 1).x)
+        x = Point(optimizer.minimize(shifted, x, 1).x)
     gradients = [objective.gradient(each) for each in points]
     wanted = [b - a for a, b in zip(gradients, gradients[1:], strict=False)]
     assert len(seen.y) == (4 if method == "lbfgs" else 0)
@@ -135,24 +135,24 @@ def test_pairs_hold_from_one_coupling_term_to_the_next(method):
         torch.testing.assert_close(y, each, rtol=1e-9, atol=1e-10)
 
 
-def test_optimisers_forget_when_asked():
+def test_optimizers_forget_when_asked():
     objective, start = Membrane(6), Point(numbers(6, seed=3))
     for make in (
-        lambda: TorchOptimiser(lambda weights: torch.optim.Adam(weights, lr=0.1)),
-        lambda: QuasiNewtonOptimiser(QuasiNewton("lbfgs", plain_dots), FixedStep(0.1)),
+        lambda: TorchOptimizer(lambda weights: torch.optim.Adam(weights, lr=0.1)),
+        lambda: QuasiNewtonOptimizer(QuasiNewton("lbfgs", plain_dots), FixedStep(0.1)),
     ):
-        optimiser = make()
-        first = optimiser.minimise(objective, start, 3).x
-        optimiser.reset()
-        assert torch.equal(optimiser.minimise(objective, start, 3).x, first)
-        assert not torch.equal(optimiser.minimise(objective, start, 3).x, first)
+        optimizer = make()
+        first = optimizer.minimize(objective, start, 3).x
+        optimizer.reset()
+        assert torch.equal(optimizer.minimize(objective, start, 3).x, first)
+        assert not torch.equal(optimizer.minimize(objective, start, 3).x, first)
 
 
-def test_an_optimiser_without_descent_stays():
+def test_an_optimizer_without_descent_stays():
     objective = Membrane(6)
-    uphill = QuasiNewtonOptimiser(QuasiNewton("steepest", plain_dots), Armijo(max_backtracks=0), learning_rate=1e6)
+    uphill = QuasiNewtonOptimizer(QuasiNewton("steepest", plain_dots), Armijo(max_backtracks=0), learning_rate=1e6)
     start = Point(numbers(6, seed=3))
-    assert torch.equal(uphill.minimise(objective, start, 4).x, start.x)
+    assert torch.equal(uphill.minimize(objective, start, 4).x, start.x)
 
 
 def test_lists_that_do_not_fit_are_refused():
@@ -168,7 +168,7 @@ def test_lists_that_do_not_fit_are_refused():
 
 
 def sgd(scale=None):
-    return TorchOptimiser(lambda weights: torch.optim.SGD(weights, lr=0.02, momentum=0.9), scale)
+    return TorchOptimizer(lambda weights: torch.optim.SGD(weights, lr=0.02, momentum=0.9), scale)
 
 
 def damped_by_hand(x, m, coarse_m, cycles, damping, scales):
@@ -215,7 +215,7 @@ def test_damping_and_momentum_between_levels(damping, scaled):
 
 def test_the_first_moment_of_adam_is_carried_once_the_coarse_level_has_second_ones():
     def adam():
-        return TorchOptimiser(lambda weights: torch.optim.Adam(weights, lr=0.01))
+        return TorchOptimizer(lambda weights: torch.optim.Adam(weights, lr=0.01))
 
     def run(cycles, **damping):
         smoothers = [adam(), adam()]
@@ -241,7 +241,7 @@ def test_what_has_no_momentum_takes_none():
         for share in (0.0, 1.0)
     ]
     assert torch.equal(*found)
-    bare = TorchOptimiser(lambda weights: torch.optim.SGD(weights, lr=0.1))
+    bare = TorchOptimizer(lambda weights: torch.optim.SGD(weights, lr=0.1))
     assert bare.momentum is None and not bare.takes_momentum
 
 

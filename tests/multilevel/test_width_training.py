@@ -1,4 +1,4 @@
-"""Multilevel training in width: against torch's optimisers, algorithm 2 of paper 002 written out, and other ranks."""
+"""Multilevel training in width: against torch's optimizers, algorithm 2 of paper 002 written out, and other ranks."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def trained(network, minibatches, cycles, grid=None, **options):
 
 
 @pytest.mark.parametrize("method", ["sgd", "adam"])
-def test_one_level_is_torchs_optimiser_bitwise(method):
+def test_one_level_is_torchs_optimizer_bitwise(method):
     network, given = dense(), dense()
     options = {"learning_rate": 0.05, "weight_decay": 1e-3} if method == "sgd" else {"learning_rate": 0.01}
     training, records = trained(given, stream(), 3, levels=1, method=method, **options)

@@ -1,4 +1,4 @@
-"""The optimisers of the levels on networks: one level is the plain optimiser; metrics, frozen weights, momentum."""
+"""The optimizers of the levels on networks: one level is the plain optimizer; metrics, frozen weights, momentum."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ ARMIJO = LevelOptions(method=("lbfgs",), learning_rate=(1.0,), line_search=True)
 
 
 @pytest.mark.parametrize("method", ["gd", "momentum", "adam"])
-def test_one_level_is_the_plain_optimiser_bitwise(method):
+def test_one_level_is_the_plain_optimizer_bitwise(method):
     run = mgopt(schedule="[{2}]", optim=LevelOptions(method=(method,), learning_rate=(0.05,)))
     weights = torch.nn.Parameter(run.x.clone())
     plain = {

@@ -36,7 +36,7 @@ def of(data):
     return replace(problem(), features=data[0], labels=data[1])
 
 
-@pytest.mark.parametrize("mgrit", [EXACT, MGRIT(cfactor=4)], ids=["layer after layer", "one-shot"])
+@pytest.mark.parametrize("mgrit", [EXACT, MGRIT(cfactor=4)], ids=["layer after layer", "lagged"])
 def test_exchanged_samples_are_those_of_a_new_objective(mgrit):
     solvers = {"forward": mgrit, "adjoint": mgrit.for_adjoint()}
     objective = replace(of(samples(0)), **solvers).objective(16)

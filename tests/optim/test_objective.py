@@ -13,7 +13,7 @@ import torch
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.problem.network import InitialScales
-from xbraid_py.problem.problem import Architecture, Problem
+from xbraid_py.problem.problem import DenseResNetOptions, Problem
 from xbraid_py.problem.regularization import Regularization
 
 ALL_RANKS = pytest.mark.ranks(1, 2, 3, 5, 8)
@@ -41,7 +41,7 @@ def problem(comm, regularization=TERMS["all, sum"], forward=CONVERGED, adjoint=N
         features=features,
         labels=labels,
         num_classes=CLASSES,
-        architecture=Architecture(width=WIDTH, T=T, **{"activation": "tanh", **shape}),
+        architecture=DenseResNetOptions(width=WIDTH, T=T, **{"activation": "tanh", **shape}),
         regularization=regularization,
         forward=forward,
         adjoint=adjoint or forward,

@@ -1,4 +1,4 @@
-"""What the one-shot optimiser asks of its objective, how often, and how it ends."""
+"""What the one-shot optimizer asks of its objective, how often, and how it ends."""
 
 import math
 
@@ -10,7 +10,7 @@ from xbraid_py.comm.errors import RunError
 from xbraid_py.optim import OneShot, OneShotOptions
 
 
-def optimiser(objective, **options) -> OneShot:
+def optimizer(objective, **options) -> OneShot:
     return OneShot(objective, OneShotOptions(**options), objective.start)
 
 
@@ -30,7 +30,7 @@ class Lying(Valleys):
 @pytest.mark.parametrize("method", ["lbfgs", "bfgs", "steepest"])
 def test_an_accepted_trial_is_not_evaluated_again(method):
     objective = Valleys(3)
-    updates = list(optimiser(objective, method=method).run(30))
+    updates = list(optimizer(objective, method=method).run(30))
     backtracks = [update.backtracks for update in updates]
     assert len(updates) == 30 and sum(backtracks) > 0
     # After the last yield comes one more update, whose gradient nobody needs.
@@ -42,7 +42,7 @@ def test_an_accepted_trial_is_not_evaluated_again(method):
 
 def test_a_gradient_is_asked_for_where_the_objective_was_evaluated_last():
     objective = Valleys(3)
-    points = [(one_shot.x, one_shot.gradient) for one_shot in (optimiser(objective),) for _ in one_shot.run(30)]
+    points = [(one_shot.x, one_shot.gradient) for one_shot in (optimizer(objective),) for _ in one_shot.run(30)]
     gradients = [k for k, (kind, _, _) in enumerate(objective.calls) if kind == "gradient"]
     assert len(gradients) == 30
     for k, (x, gradient) in zip(gradients, points, strict=True):
@@ -53,7 +53,7 @@ def test_a_gradient_is_asked_for_where_the_objective_was_evaluated_last():
 
 def test_an_update_describes_the_present_point():
     objective = Valleys(3)
-    one_shot = optimiser(objective)
+    one_shot = optimizer(objective)
     before = None
     for number, update in enumerate(one_shot.run(12)):
         assert update.number == one_shot.number == number
@@ -71,7 +71,7 @@ def test_an_update_describes_the_present_point():
 @pytest.mark.parametrize("boosted", [0, 1, 3])
 def test_more_iterations_for_the_first_updates_only(boosted):
     objective = Valleys(3)
-    updates = list(optimiser(objective, boost_updates=boosted, boost_iter=7).run(8))
+    updates = list(optimizer(objective, boost_updates=boosted, boost_iter=7).run(8))
     assert len(updates) == 8
     expected = [7 if boosted else None] * 2
     for number, update in enumerate(updates[1:]):
@@ -84,7 +84,7 @@ def test_more_iterations_for_the_first_updates_only(boosted):
 
 def test_updates_are_made_up_to_a_number_in_one_run_or_two():
     objective, other = Valleys(3), Valleys(3)
-    once, twice = optimiser(objective), optimiser(other)
+    once, twice = optimizer(objective), optimizer(other)
     expected = [(update, once.x.tolist()) for update in once.run(12)]
     found = [(update, twice.x.tolist()) for updates in (5, 12) for update in twice.run(updates)]
     # The pair across the seam is not known: the first part ends without a gradient.
@@ -92,35 +92,35 @@ def test_updates_are_made_up_to_a_number_in_one_run_or_two():
     # Only the point where the first part began had to be evaluated for its own sake.
     kinds = [[kind for kind, _, _ in asked.calls].count("evaluate") for asked in (objective, other)]
     assert kinds[1] == 1 + sum(update.backtracks + 1 for update, _ in found[1:]) + twice.backtracks + 1
-    assert not list(twice.run(12)) and not list(optimiser(Valleys(1)).run(0))
+    assert not list(twice.run(12)) and not list(optimizer(Valleys(1)).run(0))
 
 
 @pytest.mark.parametrize("gtol", [1e-1, 1e-6])
 def test_a_level_ends_at_the_first_small_gradient(gtol):
     objective = Valleys(3)
-    one_shot = optimiser(objective, gtol=gtol)
+    one_shot = optimizer(objective, gtol=gtol)
     norms = [update.grad_norm for update in one_shot.run(500)]
     assert norms[-1] <= gtol < min(norms[:-1])
     assert len(norms) == one_shot.number + 1 < 500 and one_shot.note is None
     assert objective.calls[-1][0] == "gradient"
     # A little less, and the level goes on.
-    more = list(optimiser(Valleys(3), gtol=0.9999 * norms[-1]).run(500))
+    more = list(optimizer(Valleys(3), gtol=0.9999 * norms[-1]).run(500))
     assert len(more) > len(norms)
     # As little as an earlier gradient had at least, and the level ends there; a little less, and it goes on to here.
     least = min(norms[:-1])
-    assert len(list(optimiser(Valleys(3), gtol=least).run(500))) == norms.index(least) + 1
-    assert len(list(optimiser(Valleys(3), gtol=0.9999 * least).run(500))) == len(norms)
+    assert len(list(optimizer(Valleys(3), gtol=least).run(500))) == norms.index(least) + 1
+    assert len(list(optimizer(Valleys(3), gtol=0.9999 * least).run(500))) == len(norms)
 
 
 def test_options_reach_the_pairs():
     for method, memory, check in (("lbfgs", 2, True), ("bfgs", 3, False)):
-        found = optimiser(Valleys(1), method=method, memory=memory, curvature_check=check).quasi_newton
+        found = optimizer(Valleys(1), method=method, memory=memory, curvature_check=check).quasi_newton
         assert (found.method, found.memory, found.curvature_check) == (method, memory, check)
 
 
 def test_a_failed_line_search_starts_again_from_an_accurate_gradient():
     objective = Lying(calm=4, accurate=10)
-    one_shot = optimiser(objective, boost_updates=0)
+    one_shot = optimizer(objective, boost_updates=0)
     notes, kept, values = [], [], []
     for update in one_shot.run(7):
         notes.append(one_shot.note)
@@ -138,7 +138,7 @@ def test_a_failed_line_search_starts_again_from_an_accurate_gradient():
 
 def test_a_note_does_not_outlive_its_update():
     objective = Lying(calm=3, accurate=10)
-    one_shot = optimiser(objective, boost_updates=0)
+    one_shot = optimizer(objective, boost_updates=0)
     notes = []
     for _ in one_shot.run(8):
         notes.append(one_shot.note)
@@ -149,7 +149,7 @@ def test_a_note_does_not_outlive_its_update():
 
 def test_a_level_ends_where_the_accurate_gradient_is_no_descent_either():
     objective = Lying(calm=2, accurate=math.inf)
-    one_shot = optimiser(objective, boost_updates=0)
+    one_shot = optimizer(objective, boost_updates=0)
     updates = list(one_shot.run(9))
     assert [update.number for update in updates] == [0, 1, 2]
     assert one_shot.note == "update 2: no descent along the gradient either; this level ends here"
@@ -187,7 +187,7 @@ def message(bad, what, update):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("call", [0, 3])
 def test_a_gradient_that_is_not_finite_ends_the_run(bad, call):
-    one_shot = optimiser(Breaking("gradient", call, bad))
+    one_shot = optimizer(Breaking("gradient", call, bad))
     found = []
     with pytest.raises(RunError) as caught:
         found.extend(one_shot.run(9))
@@ -198,13 +198,13 @@ def test_a_gradient_that_is_not_finite_ends_the_run(bad, call):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_an_objective_that_is_not_finite_ends_the_run_at_its_start(bad):
     with pytest.raises(RunError) as caught:
-        list(optimiser(Breaking("evaluate", 0, bad)).run(9))
+        list(optimizer(Breaking("evaluate", 0, bad)).run(9))
     assert str(caught.value) == message(bad, "objective", 0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_fixed_step_to_where_the_objective_is_not_finite_ends_the_run(bad):
-    one_shot = optimiser(Breaking("evaluate", 3, bad), method="steepest", fixed_step=1e-3)
+    one_shot = optimizer(Breaking("evaluate", 3, bad), method="steepest", fixed_step=1e-3)
     found = []
     with pytest.raises(RunError, match=f"^the objective is {bad} at update 2: it must be finite"):
         for update in one_shot.run(9):

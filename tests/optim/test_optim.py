@@ -50,7 +50,7 @@ def test_bfgs_is_the_dense_update_over_20_updates():
         torch.testing.assert_close(found.direction(gradient)[0], H @ gradient, rtol=1e-10, atol=1e-11)
 
 
-def test_minimisation_by_bfgs_is_the_one_with_a_dense_matrix():
+def test_minimization_by_bfgs_is_the_one_with_a_dense_matrix():
     objective = Valleys(3)
     x, gradient = objective.start, objective.gradient_at(objective.start)
     literal, H = [], torch.eye(len(x), dtype=x.dtype)

@@ -46,8 +46,8 @@ COSTS = Costs(
     ),
     vector=0.01,
     coarsen=0.02,
-    optimiser=0.1,
-    optimiser_layer=0.01,
+    optimizer=0.1,
+    optimizer_layer=0.01,
 )
 STEPS = ("sweep", "record", "relax", "coarse_sweep", "coarse", "correct")
 FREE = StepCost(0.0, 0.0)

@@ -33,7 +33,7 @@ from xbraid_py.planner import (
 )
 from xbraid_py.planner.predict import MIN_COARSE
 from xbraid_py.planner.table import headings, lines, show
-from xbraid_py.problem.problem import Architecture
+from xbraid_py.problem.problem import DenseResNetOptions
 
 
 def step(each):
@@ -45,7 +45,7 @@ ADJOINTS = SolveCosts(step(78e-6), step(79e-6), step(70e-6), step(210e-6), step(
 COSTS = Costs(320000, 576, STATES, ADJOINTS, 25e-6, 3e-6, 8e-4, 3e-6)
 MACHINE = Machine(4, 4, Link(1e-6, 8e9, 1e-6, "made up"), CLUSTER, 1.1)
 PLANNER = Planner(MACHINE, COSTS)
-SMALL = Workload(num_layers=16, batch=20, architecture=Architecture(width=3))
+SMALL = Workload(num_layers=16, batch=20, architecture=DenseResNetOptions(width=3))
 
 
 def test_serial_propagation_is_its_own_measure():
@@ -53,7 +53,7 @@ def test_serial_propagation_is_its_own_measure():
     assert found.speedup == pytest.approx(1.0) and found.efficiency == pytest.approx(1.0)
     layers = 100 * (36e-6 + 80e-6 + 3e-6)
     assert found.seconds == pytest.approx(layers + 2e-5 + 1.9e-3 + 8e-4)
-    assert found.seconds == found.states + found.adjoints + found.optimiser
+    assert found.seconds == found.states + found.adjoints + found.optimizer
 
 
 def test_serial_propagation_gains_nothing_from_ranks():
@@ -62,7 +62,7 @@ def test_serial_propagation_gains_nothing_from_ranks():
     assert seconds[-1] > seconds[-2]
 
 
-def test_the_one_shot_cycle_scales_better_than_published_ones():
+def test_the_lagged_cycle_scales_better_than_published_ones():
     one_shot, published = (
         Plan(cfactors=(16, 8)),
         Plan(cycle="V", cfactors=(4, 4, 4), iterations=2, adjoint_iterations=2),
@@ -82,8 +82,8 @@ def test_many_ranks_as_few_ranks():
 
 def test_the_best_plan_is_the_fastest_candidate():
     for ranks in (1, 4, 32, 64):
-        best = PLANNER.best(512, ranks, ("one-shot", "V"))
-        others = [PLANNER.predict(plan, 512, ranks) for plan in candidates(512, ("one-shot", "V"))]
+        best = PLANNER.best(512, ranks, ("lagged", "V"))
+        others = [PLANNER.predict(plan, 512, ranks) for plan in candidates(512, ("lagged", "V"))]
         limit = 1.03 * min(each.seconds for each in others)
         as_good = [len(each.plan.cfactors) for each in others if each.seconds <= limit]
         assert best.seconds <= limit and len(best.plan.cfactors) == min(as_good)
@@ -108,7 +108,7 @@ def test_advice_names_the_fewest_ranks_that_are_as_good():
 
 @pytest.mark.parametrize("num_layers", [1, 2, 15, 16, 17, 24, 30, 64, 97, 1000, 4096])
 def test_candidates_fit_the_depth(num_layers):
-    found = list(candidates(num_layers, ("one-shot", "V", "F")))
+    found = list(candidates(num_layers, ("lagged", "V", "F")))
     assert found[0] == SERIAL and len(set(found)) == len(found)
     for plan in found[1:]:
         assert num_layers % plan.coarsest == 0 and num_layers // plan.coarsest >= MIN_COARSE
@@ -135,7 +135,7 @@ def test_memory_is_one_copy_of_the_states_and_little_more():
 
 def test_bad_arguments():
     for make, message in (
-        (lambda: Plan(cycle="W"), "cycle='W' must be serial, one-shot, V or F; use one-shot"),
+        (lambda: Plan(cycle="W"), "cycle='W' must be serial, lagged, V or F; use lagged"),
         (lambda: Plan(cycle="V"), "serial propagation has none"),
         (lambda: Plan(cfactors=(4,), iterations=0), "iterations=0"),
         (lambda: Machine(0, 1, CLUSTER), "cores=0 must be at least 1; use 1"),
@@ -199,7 +199,9 @@ def test_all_ranks_get_the_same_options_and_can_use_them(spmd):
 def test_measured_time_is_that_of_the_machine():
     # A slower layer is seen to be slower: 40 times the samples.
     few, many = (
-        measure_costs(replace(SMALL, batch=batch, architecture=Architecture(width=16)), SerialCommunicator(), 0.01)[0]
+        measure_costs(
+            replace(SMALL, batch=batch, architecture=DenseResNetOptions(width=16)), SerialCommunicator(), 0.01
+        )[0]
         for batch in (500, 20000)
     )
     assert many.states.record.each > few.states.record.each

@@ -13,7 +13,7 @@ from xbraid_py.mgrit import MGRIT, Hierarchy, Solver
 from xbraid_py.mgrit.grid import LayerGrid
 from xbraid_py.problem import network
 from xbraid_py.problem.objective import NetworkObjective
-from xbraid_py.problem.problem import Architecture
+from xbraid_py.problem.problem import DenseResNetOptions
 
 
 @ALL_RANKS
@@ -95,4 +95,4 @@ def test_bad_architecture_names_what_works():
         ({"bias": "none"}, "bias='none' must be vector or scalar"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
-            Architecture(**options)
+            DenseResNetOptions(**options)

@@ -1,4 +1,4 @@
-"""The published optimisation histories, reproduced by benchmarks/reference.py, serially and by MGRIT."""
+"""The published optimization histories, reproduced by benchmarks/reference.py, serially and by MGRIT."""
 
 import importlib.util
 import os
@@ -51,7 +51,7 @@ def test_serially_every_row_is_reproduced(path):
 
 
 @pytest.mark.ranks(1, 3)
-@pytest.mark.parametrize("cycle", ["V", "one-shot"])
+@pytest.mark.parametrize("cycle", ["V", "lagged"])
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_by_mgrit_rows_are_reproduced(spmd, path, cycle):
     config = {**script.read_config(path), "optim_maxiter": str(MGRIT_ROWS)}
@@ -90,7 +90,7 @@ def test_20_updates_of_lbfgs_by_mgrit_are_those_with_serial_propagation(spmd, ch
             assert [row[name] for row in ours] == [row[name] for row in expected]
 
 
-def test_the_optimiser_is_the_one_asked_for():
+def test_the_optimizer_is_the_one_asked_for():
     def rows(**changes):
         return script.run(variant(optim_maxiter=8, **changes), SerialCommunicator(), forced=None, quick=False)
 

@@ -12,13 +12,13 @@ from processes import PROJECT
 from small_runs import gathered, same_bits
 
 from xbraid_py.comm import SerialCommunicator
-from xbraid_py.comm.threads import run_threads
 from xbraid_py.data import mnist
 from xbraid_py.data.mnist_columns import columns
 from xbraid_py.multilevel.depth.mgopt_state import NAME, read_cycle, save_cycle
 from xbraid_py.run.record import read
 from xbraid_py.run.store.keep import CheckpointStore
 from xbraid_py.run.store.write import CheckpointError, Shard
+from xbraid_py.testing import run_threads
 
 DRIVER = PROJECT / "drivers" / "mgopt_mnist.py"
 SLOW = ["--mgopt.optim.learning_rate=[0.003]"]  # these images are learnt in two cycles otherwise
@@ -32,12 +32,12 @@ def digits(tmp_path_factory):
 def literal(images, scaling, train):
     """Columns by hand, in double precision."""
     pixels = images.double().flatten(1).T / 255
-    if scaling == "centred":
+    if scaling == "centered":
         pixels = pixels - (train.double() / 255).flatten(1).mean(0)[:, None]
     return (pixels - mnist.MEAN) / mnist.STANDARD_DEVIATION if scaling == "standard" else pixels
 
 
-@pytest.mark.parametrize("scaling", ["centred", "unit", "standard"])
+@pytest.mark.parametrize("scaling", ["centered", "unit", "standard"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_columns(digits, scaling, dtype):
     data = mnist.load(digits)
@@ -59,7 +59,7 @@ def test_columns(digits, scaling, dtype):
 
 def test_wrong_columns_are_refused(digits):
     data = mnist.load(digits)
-    with pytest.raises(ValueError, match="^scaling='raw' must be centred or unit or standard; use centred$"):
+    with pytest.raises(ValueError, match="^scaling='raw' must be centered or unit or standard; use centered$"):
         columns(data, "raw")
     with pytest.raises(ValueError, match=r"^num_test=104 must lie in 1 .. 103, the images there are; use 103$"):
         columns(data, num_test=104)

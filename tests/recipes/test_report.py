@@ -53,7 +53,7 @@ def figures(monkeypatch):
 
 
 def assert_picture(path, least=(500, 400)):
-    """A PNG of a sensible size that is not all of one colour."""
+    """A PNG of a sensible size that is not all of one color."""
     pixels = imread(path)
     height, width = pixels.shape[:2]
     assert least[0] <= width <= 2000
@@ -137,9 +137,9 @@ def test_accuracy_over_work(tmp_path, nested, non_nested, figures):
     assert lines["32 layers"] == ([0.125], [pytest.approx(40.0)])
     assert lines["64 layers"][0] == pytest.approx([0.125, 0.75, 1.25])
     assert lines_of(counted)["64 layers"][0] == pytest.approx([0.5, 1.5, 2.0])
-    colours = [line.get_color() for line in wall.lines]
-    assert colours[2] == style.RED
-    assert len({tuple(np.atleast_1d(colour)) for colour in colours}) == 3
+    colors = [line.get_color() for line in wall.lines]
+    assert colors[2] == style.RED
+    assert len({tuple(np.atleast_1d(color)) for color in colors}) == 3
 
 
 def test_accuracy_without_measured_work_or_evaluations(tmp_path, nested, figures):
@@ -223,8 +223,8 @@ def test_scene_map(tmp_path, figures):
     # Pixels without a label are left out on the left, and do not count.
     assert np.array_equal(drawn.mask, true < 0) and np.array_equal(drawn.compressed(), true[true >= 0])
     assert np.array_equal(right.images[0].get_array(), predicted)
-    assert right.get_title() == "learned: 90.0 % of the labelled pixels agree"
-    # Rows from the top, as in the file; the same colour for a class on both sides and in the legend.
+    assert right.get_title() == "learned: 90.0 % of the labeled pixels agree"
+    # Rows from the top, as in the file; the same color for a class on both sides and in the legend.
     assert left.images[0].origin == "upper"
     for image in (left.images[0], right.images[0]):
         assert (image.norm.vmin, image.norm.vmax) == (-0.5, 2.5)
@@ -234,7 +234,7 @@ def test_scene_map(tmp_path, figures):
         assert patch.get_facecolor() == pytest.approx(right.images[0].to_rgba(np.array([[number]]))[0, 0].tolist())
 
 
-def test_scene_map_of_20_classes_has_as_many_colours(tmp_path, figures):
+def test_scene_map_of_20_classes_has_as_many_colors(tmp_path, figures):
     true = np.arange(20).reshape(4, 5)
     report.scene_map(true, true, [f"class {k}" for k in range(20)], tmp_path / "map.png")
     assert len({patch.get_facecolor() for patch in figures[0].legends[0].get_patches()}) == 20
@@ -261,7 +261,7 @@ MAP = np.zeros((3, 4), dtype=int)
         (MAP + 5, MAP, 5, ValueError, r"predicted holds 5 \.\. 5, must lie in 0 \.\. 4, the names"),
         (MAP, MAP - 2, 5, ValueError, r"true holds -2 \.\. -2, must lie in -1 \.\. 4, the names"),
         (MAP, MAP + 5, 5, ValueError, r"true holds 5 \.\. 5, must lie in -1 \.\. 4, the names"),
-        (MAP, MAP, 21, ValueError, r"names has 21 classes, more than colours; use at most 20"),
+        (MAP, MAP, 21, ValueError, r"names has 21 classes, more than colors; use at most 20"),
     ],
 )
 def test_scene_map_refuses(tmp_path, predicted, true, count, error, message):

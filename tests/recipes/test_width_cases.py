@@ -56,9 +56,9 @@ def test_weights_depend_on_the_seed_alone():
         assert torch.equal(a, b) and not torch.equal(a, c) and torch.equal(a.double(), d)
 
 
-@pytest.mark.parametrize("standardise", [False, True])
-def test_errors_are_in_the_units_of_the_problem(standardise):
-    run = job(levels=2, standardise=standardise)
+@pytest.mark.parametrize("standardize", [False, True])
+def test_errors_are_in_the_units_of_the_problem(standardize):
+    run = job(levels=2, standardize=standardize)
     assert all(run.errors()[name] is None for name in ERRORS if name.startswith("aux"))
     run.training.match()
     found, (seen, unseen) = run.errors(), samples()
@@ -68,7 +68,7 @@ def test_errors_are_in_the_units_of_the_problem(standardise):
         layout, x = run.training.auxiliary(level)
         with torch.no_grad():
             learned = layout.module(x)(run.unseen[0])
-        if standardise:
+        if standardize:
             learned = learned * deviation + seen.targets.mean()
         error = learned - unseen.targets.flatten(1)
         assert found[f"{prefix}val_l2"] == pytest.approx(float(error.square().mean()), rel=1e-9)

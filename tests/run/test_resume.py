@@ -6,11 +6,11 @@ from small_runs import ONE_SHOT, SEQUENTIAL, gathered, nested, same_bits, timele
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.errors import RunError
-from xbraid_py.comm.threads import run_threads
 from xbraid_py.multilevel.depth.nested_state import save_run
 from xbraid_py.optim import OneShotOptions
 from xbraid_py.run.resume import checkpoint_folder, read_resumed
 from xbraid_py.run.store.write import CheckpointError, Shard, file_name, load, save
+from xbraid_py.testing import run_threads
 
 UPDATES = (3, 2, 3)
 CONFIGURATION = {"num_layers": 32, "out": "here", "optim": {"memory": 2, "fixed_step": None}}
@@ -31,7 +31,7 @@ def make(comm, method="lbfgs", **others):
 def finish(run, snapshot=None):
     """The records of a run, or of the rest of one, and its final weights."""
     records = [timeless(record) for record in run.run(snapshot)]
-    return records, gathered(run.network, run.one_shot.x)
+    return records, gathered(run.network, run.weights)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def written(tmp_path_factory):
                 for record in run.run():
                     records.append(timeless(record))
                     save_run(checkpoint_folder(out, "nested"), run, record.update, "nested", CONFIGURATION)
-                return records, gathered(run.network, run.one_shot.x)
+                return records, gathered(run.network, run.weights)
 
             known[key] = (out, *on_ranks(size, body)[0])
         return known[key]
@@ -94,7 +94,7 @@ def test_whatever_the_method(written, method, writers, readers):
     check_rests(out, expected, weights, (2, 4, 7), method, readers)
 
 
-@pytest.mark.parametrize("mgrit", [SEQUENTIAL, ONE_SHOT], ids=["sequential", "one-shot"])
+@pytest.mark.parametrize("mgrit", [SEQUENTIAL, ONE_SHOT], ids=["sequential", "lagged"])
 @pytest.mark.parametrize("writers, readers", [(1, 3), (3, 1), (2, 2)])
 def test_with_other_propagation(written, writers, readers, mgrit):
     out, expected, weights = written("lbfgs", writers, mgrit=mgrit)

@@ -78,7 +78,7 @@ def make(data_dir, comm=None, blocks=(3, 4)):
             if value.is_floating_point():
                 value.mul_(1.0 + 0.5 * torch.rand(value.shape, generator=random, dtype=value.dtype))
         # Answers of all kinds, most of them right: so lesions can do harm.
-        images = training.pipeline.standardise(training.test[0], torch.float64)
+        images = training.pipeline.standardize(training.test[0], torch.float64)
         training.network.head.linear.bias -= training.network.eval()(images).mean(0)
         labels = training.network(images).argmax(1)
         training.test = training.test[0], torch.where(torch.arange(len(labels)) % 4 == 0, (labels + 1) % 10, labels)
@@ -88,7 +88,7 @@ def make(data_dir, comm=None, blocks=(3, 4)):
 def by_hand(training, order):
     """Accuracy of the blocks in this order, each formula written out; order has pairs, a minus sign for a shortcut."""
     network, (pixels, labels) = training.network.eval(), training.test
-    y = network.stem(training.pipeline.standardise(pixels, torch.float64))
+    y = network.stem(training.pipeline.standardize(pixels, torch.float64))
     for stage, j, is_whole in order:
         block = network.stages[stage][j]
         y = block.shortcut(y) + (0.5 * block.residual(y) if is_whole else 0.0)
@@ -125,7 +125,7 @@ def test_norms_are_those_by_hand(data_dir, monkeypatch):
     monkeypatch.setattr(lesion, "_PORTION", 5)  # 16 images in portions of 5, 5, 5 and 1
     training = make(data_dir)
     network = training.network.eval()
-    y = network.stem(training.pipeline.standardise(training.test[0], torch.float64))
+    y = network.stem(training.pipeline.standardize(training.test[0], torch.float64))
     wanted = []
     for stage in network.stages:
         for block in stage:

@@ -109,7 +109,7 @@ def test_learning_rates_on_the_levels(tmp_path):
     assert lines_of(text, "| 1.414 aux |  | 3.00e-03 | 0.006 | 3.00e-03 | 0.006 | 1.26e-3 |")
 
 
-def test_methods_beside_the_single_level_of_their_optimiser(tmp_path):
+def test_methods_beside_the_single_level_of_their_optimizer(tmp_path):
     seeds = (0, 1, 2)
     rows = [row((2 + 0.01 * seed) * 1e-3, seed, levels=1) for seed in seeds]
     rows += [row((1 + 0.01 * seed) * 1e-3, seed, gamma=1.0, learning_rate=0.1) for seed in seeds]

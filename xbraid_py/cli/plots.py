@@ -12,8 +12,8 @@ from xbraid_py.cli.curves import uses_log
 from xbraid_py.cli.reader import Points, Run
 from xbraid_py.cli.summary import printable
 
-# Colours that any kind of sight tells apart, and dashes, so that a curve on top of an equal one hides it not.
-_COLOURS = ("#0072b2", "#c1272d", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#000000")
+# Colors that any kind of sight tells apart, and dashes, so that a curve on top of an equal one hides it not.
+_COLORS = ("#0072b2", "#c1272d", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#000000")
 _DASHES = ("-", "--", ":", "-.")
 # Quantities that say where in the run a row is, or that only grow.
 _NOT_DRAWN = ("level", "num_layers", "seconds", "work", "evaluations")
@@ -48,7 +48,7 @@ def draw(runs: Sequence[Run], labels: Sequence[str], column: str) -> bytes:
         axes.plot(
             *zip(*points, strict=True),
             label=_literal(label),
-            color=_COLOURS[index % len(_COLOURS)],
+            color=_COLORS[index % len(_COLORS)],
             linestyle=_DASHES[index % len(_DASHES)],
             linewidth=1.5,
             marker="o" if len(points) < 8 else None,

@@ -14,7 +14,7 @@ from xbraid_py.cli.arguments import command_parser, parse
 from xbraid_py.cli.reader import NoRun, Run, read_run
 from xbraid_py.cli.summary import EXIT_NO_RUN, STALE, Summary, duration, printable, progress, shown, summarize, worst
 
-COLOURS = {"running": "green", "finished": "green", "failed": "red", "stale": "yellow", "stopped": "yellow"}
+COLORS = {"running": "green", "finished": "green", "failed": "red", "stale": "yellow", "stopped": "yellow"}
 _EPILOG = (
     "Exit status: 0 for runs that are under way, stopped or finished; 1 if one has failed; 3 if one is stale; "
     "2 if a folder holds no run."
@@ -65,7 +65,7 @@ def table(runs: Sequence[tuple[Run, Summary]]) -> Table:
         says = "; ".join(filter(None, (summary.message, *run.flaws)))
         cells = (
             printable(run.path),
-            Text(summary.state, style=COLOURS.get(summary.state, "")),
+            Text(summary.state, style=COLORS.get(summary.state, "")),
             progress(summary),
             shown(summary.objective),
             shown(summary.accuracy, percent=True),

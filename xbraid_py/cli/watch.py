@@ -14,7 +14,7 @@ from rich.text import Text
 from xbraid_py.cli.arguments import command_parser, parse
 from xbraid_py.cli.curves import draw, uses_log
 from xbraid_py.cli.reader import Run, RunReader
-from xbraid_py.cli.status import COLOURS, check_stale, console
+from xbraid_py.cli.status import COLORS, check_stale, console
 from xbraid_py.cli.summary import OVER, STALE, Summary, duration, printable, progress, shown, summarize
 from xbraid_py.run.record import number, scalars
 
@@ -79,7 +79,7 @@ def _print_lines(reader: RunReader, summary: Summary, options, screen: Console) 
 def frame(run: Run, summary: Summary, screen: Console) -> Group:
     """What is shown of a run: its state, its last rows, its curves, and what is missing."""
     width = min(screen.width, 100)
-    state = Text(summary.state, style=f"bold {COLOURS.get(summary.state, '')}")
+    state = Text(summary.state, style=f"bold {COLORS.get(summary.state, '')}")
     words = [f"update {progress(summary)}", f"objective {shown(summary.objective)}"]
     words += [f"accuracy {shown(summary.accuracy, percent=True)}"] * (summary.accuracy is not None)
     words += [f"{duration(summary.seconds_left)} left"] * (summary.seconds_left is not None)

@@ -2,7 +2,7 @@
 
 from xbraid_py.comm.base import Communicator, SerialCommunicator
 from xbraid_py.comm.launch import LaunchError, check_launcher, launcher_rank
-from xbraid_py.comm.mpi import MPICommunicator, world, wrap
+from xbraid_py.comm.mpi import MPICommunicator, as_communicator, world
 
 __all__ = [
     "Communicator",
@@ -12,5 +12,5 @@ __all__ = [
     "check_launcher",
     "launcher_rank",
     "world",
-    "wrap",
+    "as_communicator",
 ]

@@ -139,8 +139,8 @@ class Communicator(ABC):
         """The same, but returns at once, with a function that waits for the edge from the other side."""
         if not partition.count(self.rank):
             return lambda: None
-        ahead = partition.neighbour(self.rank, direction)
-        behind = partition.neighbour(self.rank, -direction)
+        ahead = partition.neighbor(self.rank, direction)
+        behind = partition.neighbor(self.rank, -direction)
         received = self.irecv(edge.new_empty(edge.shape), behind) if behind is not None else lambda: None
         sent = self.isend(edge.contiguous(), ahead) if ahead is not None else lambda: None
 

@@ -115,11 +115,11 @@ def _oversubscribed(comm) -> bool:
     """Whether more ranks of `comm` than there are cores share this machine."""
     from mpi4py import MPI
 
-    neighbours = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    neighbors = comm.Split_type(MPI.COMM_TYPE_SHARED)
     # Ranks may be bound to cores of their own: all that are at hand is what counts.
-    cores = set().union(*neighbours.allgather(_own_cores()))
-    crowded = neighbours.Get_size() > len(cores)
-    neighbours.Free()
+    cores = set().union(*neighbors.allgather(_own_cores()))
+    crowded = neighbors.Get_size() > len(cores)
+    neighbors.Free()
     return crowded
 
 
@@ -162,10 +162,10 @@ def world() -> Communicator:
 
     comm = MPI.COMM_WORLD
     check_launcher(comm.Get_size())
-    return wrap(comm)
+    return as_communicator(comm)
 
 
-def wrap(comm=None) -> Communicator:
+def as_communicator(comm=None) -> Communicator:
     """`comm` as a `Communicator`: a Communicator, an `mpi4py.MPI.Comm`, or None for a serial run."""
     if isinstance(comm, Communicator):
         return comm

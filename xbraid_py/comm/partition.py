@@ -83,7 +83,7 @@ class Partition:
             raise ValueError(f"row={row} is outside 0 .. {self.num_rows - 1}")
         return bisect_right(self.bounds, row) - 1
 
-    def neighbour(self, rank: int, direction: int) -> int | None:
+    def neighbor(self, rank: int, direction: int) -> int | None:
         """Owner of the row behind (`direction` +1) or before (-1) those of `rank`; None at an end."""
         row = self.bounds[rank + 1] if direction > 0 else self.bounds[rank] - 1
         return self.owner(row) if 0 <= row < self.num_rows else None

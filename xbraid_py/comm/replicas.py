@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from xbraid_py.comm import wrap
+from xbraid_py.comm import as_communicator
 from xbraid_py.comm.partition import Partition
 from xbraid_py.comm.share import map_nested
 
@@ -22,7 +22,7 @@ _NO_COUNT, _BAD_COUNT = -1, -2
 class ProcessGrid:
     """`replicas` copies of a network, each on as many ranks, its layers shared out among them.
 
-    The ranks of a replica are neighbours: with 6 ranks and 2 replicas, ranks 0 to 2 are the first. All ranks of
+    The ranks of a replica are neighbors: with 6 ranks and 2 replicas, ranks 0 to 2 are the first. All ranks of
     `comm` make the grid together.
 
     Parameters
@@ -50,7 +50,7 @@ class ProcessGrid:
     """
 
     def __init__(self, comm: Any = None, replicas: int = 1):
-        comm = wrap(comm)
+        comm = as_communicator(comm)
         comm.same(replicas, "replicas")
         if not isinstance(replicas, int) or replicas < 1 or comm.size % replicas:
             raise ValueError(f"replicas={replicas!r} does not divide the {comm.size} rank(s); use {_fits(comm.size)}")

@@ -13,7 +13,7 @@ import torch
 from xbraid_py.comm import Communicator
 
 
-def share(value: Any, comm: Communicator, root: int = 0, device: Any = "cpu") -> Any:
+def broadcast_batch(value: Any, comm: Communicator, root: int = 0, device: Any = "cpu") -> Any:
     """What only rank `root` knows, such as a batch, on every rank of `comm`.
 
     Parameters

@@ -1,7 +1,7 @@
 """Data sets, one file each: points and features as a `Dataset`, images of digits and of things, and texts."""
 
 from xbraid_py.data import mnist, peaks, text
-from xbraid_py.data.augmentation import Augmentation, standardise
+from xbraid_py.data.augmentation import Augmentation, standardize
 from xbraid_py.data.dataset import Dataset
 from xbraid_py.data.image_sets import load_images
 from xbraid_py.data.images import Images, ImageSets
@@ -19,6 +19,6 @@ __all__ = [
     "load_images",
     "mnist",
     "peaks",
-    "standardise",
+    "standardize",
     "text",
 ]

@@ -1,4 +1,4 @@
-"""What is done to images ahead of training: standardised one by one, and cropped and flipped at random.
+"""What is done to images ahead of training: standardized one by one, and cropped and flipped at random.
 
 Shape letters: `B` samples, `C` channels, `H W` pixels.
 """
@@ -23,11 +23,11 @@ _SHIFTS = 30, 27, 31
 _WORD = 2**64
 
 
-def standardise(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def standardize(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Every image by itself brought to mean 0 and standard deviation 1, over all its numbers.
 
     As TensorFlow's `per_image_standardization` does, the deviation that is divided by is at least 1/sqrt(C H W), so
-    that an image of one colour becomes 0. Mean and deviation come from whole numbers: they do not depend on the other
+    that an image of one color becomes 0. Mean and deviation come from whole numbers: they do not depend on the other
     images of the batch, on threads, or on the device.
 
     Parameters

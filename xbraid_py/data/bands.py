@@ -52,7 +52,7 @@ class BandPattern:
         return lower + strict.T.tocsr()
 
     def solve(self, coefficients: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """Solution for the right side `right`, both (size,), by a banded Cholesky factorisation.
+        """Solution for the right side `right`, both (size,), by a banded Cholesky factorization.
 
         Raises
         ------

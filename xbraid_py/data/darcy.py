@@ -50,7 +50,7 @@ def embedding(n: int, correlation_length: float, variance: float, smoothness: fl
     """Square roots of the eigenvalues of the covariance on a torus that is wide enough, (m, m).
 
     The covariance matrix of all points of a periodic grid is diagonal in Fourier space; on an m x m torus with m at
-    least 2 n it agrees with the one of the unit square on n x n neighbouring cells. Where it has negative
+    least 2 n it agrees with the one of the unit square on n x n neighboring cells. Where it has negative
     eigenvalues, the next wider torus is tried.
 
     Raises

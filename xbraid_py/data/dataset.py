@@ -1,4 +1,4 @@
-"""A labelled data set, and what is common to reading one from files: the folder, checksums, text rows.
+"""A labeled data set, and what is common to reading one from files: the folder, checksums, text rows.
 
 Shape letters: `F` features, `B` samples. Features lie outermost and samples last, as in the states (C, B).
 """

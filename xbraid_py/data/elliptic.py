@@ -2,7 +2,7 @@
 
 Shape letters: `n` points or cells in each direction. An array (n, n) holds rows of equal y, the first one lowest, and x
 runs fastest. Leading axes, where allowed, are samples; each is solved by itself, so that its bits do not depend on
-its neighbours.
+its neighbors.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def apply_stiffness(cells: np.ndarray, values: np.ndarray) -> np.ndarray:
 def solve_darcy(k, left=1.0, right=0.0, source=0.0) -> tuple[np.ndarray, np.ndarray]:
     """Pressure and outflow of -div(k grad p) = f: p given at x = 0 and x = 1, no flow through y = 0 and y = 1.
 
-    Cell-centred finite volumes on n x n square cells: the flux through a face has the harmonic mean of k on both
+    Cell-centered finite volumes on n x n square cells: the flux through a face has the harmonic mean of k on both
     sides. These are the lowest-order Raviart-Thomas mixed elements of paper 002, eq. 42, with (k^-1 q, s) integrated by
     the trapezoidal rule, and the fluxes eliminated. p at the middle of the cells is of second order.
 
@@ -161,7 +161,7 @@ def face_pattern(n: int) -> BandPattern:
 def transmissibilities(k: np.ndarray) -> np.ndarray:
     """Flux through each face for a difference of 1 in pressure, (..., 2 n (n - 1) + 2 n).
 
-    First the faces between neighbours in x, then in y (harmonic means), then those on x = 0 and on x = 1 (half a cell).
+    First the faces between neighbors in x, then in y (harmonic means), then those on x = 0 and on x = 1 (half a cell).
     """
     parts = [
         2 / (1 / k[..., :-1] + 1 / k[..., 1:]),

@@ -1,4 +1,4 @@
-"""Labelled images of three colours as whole sets, CIFAR-10, CIFAR-100 or STL-10, all read by `load_images`.
+"""Labeled images of three colors as whole sets, CIFAR-10, CIFAR-100 or STL-10, all read by `load_images`.
 
 Shape letters: `B` samples, `H W` pixels. Samples lie outermost, as torch's image layers have them.
 """

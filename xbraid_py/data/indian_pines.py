@@ -2,7 +2,7 @@
 
 The scene of an airborne spectrometer over farmland in Indiana (Baumgardner, Biehl and Landgrebe 2015,
 doi:10.4231/R7RX991C). It has 220 bands; the public array, read here, is without the 20 bands in which water vapour
-absorbs the light. 10,249 of its 21,025 pixels are labelled.
+absorbs the light. 10,249 of its 21,025 pixels are labeled.
 
 Shape letters: `F` bands, `B` pixels, `P` pixels of the whole scene, row after row.
 """
@@ -27,7 +27,7 @@ FILES = {
     CUBE: "3247388728a9a618c1c22011458fae48b8e729119d5e84502f06c86296b17d44",
     TRUTH: "65c4687a8ab04f6da4789799bc3bc4f6e88bccac3ed6a2e6ae367e5e6b9e429c",
 }
-# A published split of the labelled pixels (numbers from 1, in column-major order), and where in the scene they lie.
+# A published split of the labeled pixels (numbers from 1, in column-major order), and where in the scene they lie.
 SPLIT_TRAIN, SPLIT_VALIDATION, SPLIT_PLACES = "id_training.dat", "id_validation.dat", "idmap_color_to_global.dat"
 SPLIT_FILES = {
     SPLIT_TRAIN: "a5a39e259371434ead4bf6515ffd09406db9e81018d9495aa276661e74301f40",
@@ -64,7 +64,7 @@ _SOURCES, _SPLITS = ("auto", "files", "tensorly"), ("random", "published")
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """The scene, standardised, and a split of its labelled pixels.
+    """The scene, standardized, and a split of its labeled pixels.
 
     Attributes
     ----------
@@ -94,7 +94,7 @@ def load(
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> Scene:
-    """Read the scene and split its labelled pixels.
+    """Read the scene and split its labeled pixels.
 
     Parameters
     ----------
@@ -135,7 +135,7 @@ def load(
         train, validation = _published(folder, truth)
     else:
         train, validation = stratified(classes, num_train, seed)
-    pixels = torch.from_numpy(_standardised(spectra, train, where)).to(dtype)
+    pixels = torch.from_numpy(_standardized(spectra, train, where)).to(dtype)
     num_classes = int(classes.max()) + 1
 
     def part(places: np.ndarray) -> Dataset:
@@ -151,7 +151,7 @@ def names(num_classes: int) -> list[str]:
     return list(NAMES) if num_classes == len(NAMES) else [f"class {k + 1}" for k in range(num_classes)]
 
 
-def _standardised(spectra: np.ndarray, train: np.ndarray, where: str) -> np.ndarray:
+def _standardized(spectra: np.ndarray, train: np.ndarray, where: str) -> np.ndarray:
     """All spectra (P, F) by the statistics of the training pixels, (F, P): outermost the bands, as in the states."""
     chosen = spectra[train]
     # Not by the deviation, which rounding may keep from 0.
@@ -165,7 +165,7 @@ def _standardised(spectra: np.ndarray, train: np.ndarray, where: str) -> np.ndar
         scale = chosen.std(0)
         pixels = (spectra - chosen.mean(0)) / scale
     if not (np.all(np.isfinite(scale)) and np.all(np.isfinite(pixels))):
-        raise ValueError(f"{where} holds numbers too large or too small to be standardised; use 1e-100 to 1e100")
+        raise ValueError(f"{where} holds numbers too large or too small to be standardized; use 1e-100 to 1e100")
     return np.ascontiguousarray(pixels.T)
 
 
@@ -268,10 +268,10 @@ def _has_tensorly() -> bool:
 
 def _published(folder, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     paths = find_files("indian_pines", SPLIT_FILES, SPLIT_ORIGIN, folder)
-    labelled = np.flatnonzero(truth.reshape(-1, order="F")) + 1
+    labeled = np.flatnonzero(truth.reshape(-1, order="F")) + 1
     train, validation, places = (_numbers(path) for path in paths)
-    if not np.array_equal(np.sort(places), labelled):
-        raise ValueError(f"{paths[2]} does not name the labelled pixels of this ground truth; use those of one scene")
+    if not np.array_equal(np.sort(places), labeled):
+        raise ValueError(f"{paths[2]} does not name the labeled pixels of this ground truth; use those of one scene")
     parts = []
     for path, rows in zip(paths, (train, validation), strict=False):
         if len(set(rows.tolist())) != len(rows) or rows.max() > len(places):

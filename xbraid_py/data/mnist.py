@@ -129,7 +129,7 @@ def _check_labels(images: Path, num_images: int, path: Path, labels: np.ndarray)
         raise ValueError(f"{path} holds the label {labels[row]} at entry {row}, labels must lie in 0 .. 9")
 
 
-def standardised(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def standardized(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Images with one channel, of mean 0 and standard deviation 1 over all training pixels.
 
     Parameters

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xbraid_py.data.mnist import standardised
+from xbraid_py.data.mnist import standardized
 
 ORDERS = {"rows": 28, "columns": 28, "pixels": 1}
 """How an image is read, and the features F of a step."""
@@ -44,7 +44,7 @@ def sequences(
         raise ValueError(f"order={order!r} must be {' or '.join(ORDERS)}; use rows")
     if length is not None and length < 2:
         raise ValueError(f"length={length} must be at least 2; use 128")
-    found = standardised(images, dtype)[:, 0]
+    found = standardized(images, dtype)[:, 0]
     if order == "columns":
         found = found.transpose(1, 2)
     elif order == "pixels":

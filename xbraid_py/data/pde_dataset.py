@@ -110,12 +110,12 @@ def split(dataset: PdeDataset, num_val: int, seed: int = 0) -> tuple[PdeDataset,
 
 
 @dataclass(frozen=True, eq=False)
-class Standardisation:
+class Standardization:
     """Means and deviations of training samples, and the data sets they make of others; made by `of`.
 
     One mean and one deviation for each channel, over samples and points, and one of each for all targets: so a mean
-    square error of standardised targets, times `target_scale` squared, is the one of the raw targets. The paper says
-    nothing of a standardisation: raw values are the default everywhere.
+    square error of standardized targets, times `target_scale` squared, is the one of the raw targets. The paper says
+    nothing of a standardization: raw values are the default everywhere.
 
     Attributes
     ----------
@@ -130,8 +130,8 @@ class Standardisation:
     target_scale: torch.Tensor
 
     @classmethod
-    def of(cls, train: PdeDataset) -> Standardisation:
-        """The statistics of `train`; what never differs is only centred."""
+    def of(cls, train: PdeDataset) -> Standardization:
+        """The statistics of `train`; what never differs is only centered."""
         inputs = train.inputs.double()
         input_mean = inputs.mean((0, 2, 3), keepdim=True)[0]
         target_mean = train.targets.double().mean()
@@ -144,7 +144,7 @@ class Standardisation:
         return cls(*(part.to(train.inputs.dtype) for part in found))
 
     def apply(self, dataset: PdeDataset) -> PdeDataset:
-        """`dataset` with standardised inputs and targets."""
+        """`dataset` with standardized inputs and targets."""
         return PdeDataset(
             (dataset.inputs - self.input_mean) / self.input_scale,
             (dataset.targets - self.target_mean) / self.target_scale,
@@ -153,7 +153,7 @@ class Standardisation:
         )
 
     def raw_targets(self, targets: torch.Tensor) -> torch.Tensor:
-        """Standardised targets, or predictions of them, in the units of the problem."""
+        """Standardized targets, or predictions of them, in the units of the problem."""
         return targets * self.target_scale + self.target_mean
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from xbraid_py.comm import Communicator, wrap
+from xbraid_py.comm import Communicator, as_communicator
 from xbraid_py.data import darcy_public
 from xbraid_py.data.pde_dataset import PdeDataset, split
 from xbraid_py.data.pde_files import obtain
@@ -71,7 +71,7 @@ class SampleSource:
         ValueError, OSError
             On all ranks: files are missing or damaged, or there are too few samples.
         """
-        comm = wrap(None) if comm is None else comm
+        comm = as_communicator(None) if comm is None else comm
         if self.problem is None:
             public = darcy_public.load(self.data_dir, dtype)
             return public.train.rows(slice(self.num_train)), public.test.rows(slice(self.num_val))

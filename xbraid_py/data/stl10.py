@@ -35,7 +35,7 @@ NAMES_FILE = "class_names.txt"
 
 
 def load_stl10(folder: str | os.PathLike | None = None) -> ImageSets:
-    """The labelled images of STL-10; the unlabelled ones are not read.
+    """The labeled images of STL-10; the unlabeled ones are not read.
 
     Contents other than the published ones are only reported by a warning in the log, as long as the files are sound;
     there may be fewer images, or more.
@@ -85,6 +85,6 @@ def _read(images: Path, classes: Path) -> Images:
             f"the same image"
         )
     check_labels(classes, labels, 1, NUM_CLASSES)
-    # Stored column by column, so that the first axis within a colour runs along the rows.
+    # Stored column by column, so that the first axis within a color runs along the rows.
     upright = torch.from_numpy(pixels).view(-1, 3, SIZE, SIZE).transpose(2, 3).contiguous()
     return Images(upright, torch.from_numpy(labels).long() - 1)

@@ -1,13 +1,13 @@
 """Layer-parallel stacks of residual blocks as torch modules, and what a training loop around them needs."""
 
-from xbraid_py.layer_parallel.accuracy import Accuracy, SolveRecord
-from xbraid_py.layer_parallel.ends import clip_grad_norm_, share_loss
+from xbraid_py.layer_parallel.accuracy import GradientControl, SolveRecord
+from xbraid_py.layer_parallel.ends import broadcast_loss, clip_grad_norm_
 from xbraid_py.layer_parallel.stack import LayerParallel
 from xbraid_py.layer_parallel.stages import StageParallelResNet, parallel_stages
 from xbraid_py.layer_parallel.windows import LayerWindows, in_windows
 
 __all__ = [
-    "Accuracy",
+    "GradientControl",
     "LayerParallel",
     "LayerWindows",
     "SolveRecord",
@@ -15,5 +15,5 @@ __all__ = [
     "clip_grad_norm_",
     "in_windows",
     "parallel_stages",
-    "share_loss",
+    "broadcast_loss",
 ]

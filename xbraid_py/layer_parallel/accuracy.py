@@ -18,7 +18,7 @@ _FLOOR = 1e-12  # residuals below this say nothing
 
 
 @dataclass(frozen=True, kw_only=True)
-class Accuracy:
+class GradientControl:
     """What is asked of the gradients of a stack's weights.
 
     Parameters
@@ -98,7 +98,7 @@ class Controller:
     All ranks see the same numbers and take the same decisions.
     """
 
-    def __init__(self, accuracy: Accuracy, levels: bool):
+    def __init__(self, accuracy: GradientControl, levels: bool):
         self.accuracy = accuracy
         self.update = 0
         self.level = 0

@@ -31,8 +31,8 @@ def batched_is_faster(block: ModuleBlock, u: Tensor, count: int) -> bool:
     points = torch.randn((count, *u.shape), dtype=u.dtype, generator=torch.Generator().manual_seed(0)).to(u.device)
     gradient = torch.empty_like(theta)
     seconds = []
-    for batched in (False, True):
-        steps = ModuleSteps(block, theta, 1e-3, tuple(range(count)), batched=batched, tape=Tape())
+    for vmap in (False, True):
+        steps = ModuleSteps(block, theta, 1e-3, tuple(range(count)), vmap=vmap, tape=Tape())
         best = float("inf")
         with warnings.catch_warnings():
             # Of operations that have no batched form, and are slow therefore.

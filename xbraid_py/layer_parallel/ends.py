@@ -20,7 +20,7 @@ class _ShareLoss(torch.autograd.Function):
         return gradient if ctx.own else torch.zeros_like(gradient), None, None
 
 
-def share_loss(loss: Tensor, comm: Communicator, root: int) -> Tensor:
+def broadcast_loss(loss: Tensor, comm: Communicator, root: int) -> Tensor:
     """The loss of rank `root` on every rank; backwards, only what that rank computed counts.
 
     For stacks with `output="last"`: elsewhere the output is zero, and what the head makes of it means nothing.

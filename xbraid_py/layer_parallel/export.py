@@ -31,7 +31,7 @@ class ResidualStep(nn.Module):
     h : float
         Step size.
     frozen : sequence of str
-        Names of parts of the block that `train()` leaves in evaluation mode: batch normalisations with frozen
+        Names of parts of the block that `train()` leaves in evaluation mode: batch normalizations with frozen
         statistics.
     """
 

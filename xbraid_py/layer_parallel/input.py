@@ -58,7 +58,7 @@ def agree_on_input(stack: LayerParallel, u: Tensor) -> None:
                     f"spatial: the block cannot be evaluated for states {tuple(coarse)} of a coarse level ({error}); "
                     f"use blocks that take any number of pixels, and dims for their axes"
                 ) from error
-    if stack._batched is None and not stack._is_dense:
+    if stack._vmap is None and not stack._is_dense:
         measures = stack.comm.rank == 0
-        stack._batched = stack.comm.bcast(batched_pays(block, u, solvers.hierarchy) if measures else None)
+        stack._vmap = stack.comm.bcast(batched_pays(block, u, solvers.hierarchy) if measures else None)
     stack._checked.add(key)

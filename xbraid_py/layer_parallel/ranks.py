@@ -32,7 +32,7 @@ def pipeline(
     rank = comm.rank
     if not partition.count(rank):
         return []
-    ahead, behind = (partition.neighbour(rank, direction) for direction in (+1, -1))
+    ahead, behind = (partition.neighbor(rank, direction) for direction in (+1, -1))
 
     def receive(state: Tensor) -> Tensor:
         return state if behind is None else comm.recv(torch.empty_like(state), behind)

@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from xbraid_py.comm import Communicator, wrap
+from xbraid_py.comm import Communicator, as_communicator
 from xbraid_py.comm.agreement import together
-from xbraid_py.layer_parallel.accuracy import Accuracy, Controller, SolveRecord
+from xbraid_py.layer_parallel.accuracy import Controller, GradientControl, SolveRecord
 from xbraid_py.layer_parallel.function import Propagate
 from xbraid_py.layer_parallel.inference import exact_output
 from xbraid_py.layer_parallel.input import agree_on_input
@@ -42,11 +42,11 @@ class LayerParallel(nn.Module):
     Every rank of the communicator makes the module, calls it with the same batch, and calls `backward`. What lies
     around it (opening, head, loss) is computed on every rank alike, with the same result, so that the training loop
     is that of a single process. Weights of a layer live on one rank; `parameters()` are those of the layers owned here,
-    all layers stacked on the first axis, and an optimiser of `torch.optim` updates them there.
+    all layers stacked on the first axis, and an optimizer of `torch.optim` updates them there.
 
     In training mode propagation is by MGRIT; in evaluation mode without gradients it is exact, layer after layer, the
     samples following each other through the ranks in portions (the first axis of the state is the samples').
-    Dropout and batch normalisation are those of this package: all evaluations of an update meet the same network.
+    Dropout and batch normalization are those of this package: all evaluations of an update meet the same network.
 
     Parameters
     ----------
@@ -63,14 +63,14 @@ class LayerParallel(nn.Module):
         Of the states. The default solves until the relative change is below 1e-2.
     adjoint : MGRIT, optional
         Of the adjoints; what it leaves at its default is taken from `mgrit`.
-    accuracy : Accuracy, optional
+    accuracy : GradientControl, optional
         What is asked of the gradients.
     output : {"all", "last"}
-        Whether every rank gets the output, or only the last one, `last_rank` (elsewhere it is 0; see `share_loss`).
+        Whether every rank gets the output, or only the last one, `last_rank` (elsewhere it is 0; see `broadcast_loss`).
         The gradient of the input is there on every rank, or only on the first one.
     seed : int
         Of initial weights and of `Dropout`.
-    batched : bool, optional
+    vmap : bool, optional
         Evaluate the layers of all intervals in one call (`torch.func.vmap`), or one after the other. By default what is
         faster by far for the first input, as measured on one rank; results agree to rounding.
     recompute : {False, True, "states", "all"}
@@ -107,18 +107,18 @@ class LayerParallel(nn.Module):
         *,
         mgrit: MGRIT | None = None,
         adjoint: MGRIT | None = None,
-        accuracy: Accuracy | None = None,
+        accuracy: GradientControl | None = None,
         output: Literal["all", "last"] = "all",
         seed: int = 0,
-        batched: bool | None = None,
+        vmap: bool | None = None,
         recompute: Recompute = False,
         window: Window | None = None,
         splines: Splines | None = None,
         spatial: SpatialCoarsening | None = None,
     ):
         super().__init__()
-        self.comm: Communicator = wrap(comm)
-        self.output, self.seed, self.recompute, self._batched = output, seed, recompute, batched
+        self.comm: Communicator = as_communicator(comm)
+        self.output, self.seed, self.recompute, self._vmap = output, seed, recompute, vmap
         self._window = window or Window()
         options = mgrit or MGRIT()
         backwards = for_adjoint(adjoint, options)
@@ -134,9 +134,9 @@ class LayerParallel(nn.Module):
                 raise ValueError(f"recompute={recompute!r} must be False, True, states or all; use False")
             self.grid = num_layers if isinstance(num_layers, LayerGrid) else LayerGrid(num_layers, T)
             self._solvers = Solvers(options, backwards, self.grid, self.comm, spatial)
-        how = (output, seed, batched, recompute, self._window, splines, spatial)
+        how = (output, seed, vmap, recompute, self._window, splines, spatial)
         self.comm.same((self.grid, options, backwards, accuracy, *how), "arguments")
-        self._controller = Controller(accuracy or Accuracy(), self._solvers.are_iterative)
+        self._controller = Controller(accuracy or GradientControl(), self._solvers.are_iterative)
         self.record: SolveRecord | None = None
         self._draws = 0
         self._checked: set[tuple] = set()
@@ -198,14 +198,14 @@ class LayerParallel(nn.Module):
 
     def solver_state(self) -> dict:
         """What a checkpoint keeps beside `state_dict()`: counts of updates, and how exactly solves are made."""
-        return {"draws": self._draws, "accuracy": self._controller.state(), "batched": self._batched}
+        return {"draws": self._draws, "accuracy": self._controller.state(), "vmap": self._vmap}
 
     def load_solver_state(self, state: dict) -> None:
         """The opposite of `solver_state`."""
         self._draws = int(state["draws"])
         self._controller.restore(state["accuracy"])
         # Looped and batched differ in their last bits: a resumed run does as it did, and does not measure again.
-        self._batched = state["batched"]
+        self._vmap = state["vmap"]
 
     # ---- How it goes
 
@@ -218,7 +218,7 @@ class LayerParallel(nn.Module):
         if self._is_dense:
             return ResidualSteps(self._block.module.layer, theta, h)
         tape = Tape() if keep and self.recompute in (False, "states") else None
-        batched = bool(self._batched) and not self._block.is_random
+        batched = bool(self._vmap) and not self._block.is_random
         layers = tuple(self._window.first_layer + layer for layer in own)
         return ModuleSteps(self._block, theta, h, layers, draw, batched, tape, moments)
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xbraid_py.comm import Communicator, wrap
+from xbraid_py.comm import Communicator, as_communicator
 from xbraid_py.comm.agreement import agree, together
-from xbraid_py.layer_parallel.accuracy import Accuracy
+from xbraid_py.layer_parallel.accuracy import GradientControl
 from xbraid_py.layer_parallel.stack import LayerParallel, Recompute
 from xbraid_py.layers.image_resnet import ImageResNet, check_images
 from xbraid_py.layers.residual_block import ResidualBlock
@@ -116,25 +116,25 @@ def parallel_stages(
     *,
     mgrit: MGRIT | None = None,
     adjoint: MGRIT | None = None,
-    accuracy: Accuracy | None = None,
-    batched: bool | None = None,
+    accuracy: GradientControl | None = None,
+    vmap: bool | None = None,
     recompute: Recompute = False,
 ) -> StageParallelResNet:
     """The same network, the blocks of each stage shared among the ranks.
 
     Every rank makes it from the same network, calls it with the same batch, and calls `backward`; the training loop
-    is that of a single process. Optimisers of torch update the weights of each block on the rank that owns it.
+    is that of a single process. Optimizers of torch update the weights of each block on the rank that owns it.
 
     Parameters
     ----------
     network : ImageResNet
-        Its weights are copied. Normalisation is "moving", "group", "frozen" or "none".
+        Its weights are copied. Normalization is "moving", "group", "frozen" or "none".
     comm : Communicator or mpi4py.MPI.Comm, optional
         A serial run without.
     mgrit : MGRIT, optional
         Of the states, in all stages. `MGRIT(max_levels=1)` propagates exactly, rank after rank; so does a stage that is
         too short for a coarse level. The default is that of `LayerParallel`.
-    adjoint, accuracy, batched, recompute
+    adjoint, accuracy, vmap, recompute
         As of `LayerParallel`.
 
     Returns
@@ -145,10 +145,10 @@ def parallel_stages(
     Raises
     ------
     ValueError
-        If the network has batch normalisation with moving statistics, if residual modules were left out by
+        If the network has batch normalization with moving statistics, if residual modules were left out by
         `with_blocks`, or if the ranks do not pass the same network.
     """
-    comm = wrap(comm)
+    comm = as_communicator(comm)
     with together(comm):
         if network.norm == "batch":
             raise ValueError(
@@ -179,7 +179,7 @@ def parallel_stages(
                 mgrit=options if coarsens else replace(options, max_levels=1),
                 adjoint=adjoint if coarsens else None,
                 accuracy=accuracy,
-                batched=batched,
+                vmap=vmap,
                 recompute=recompute,
             )
             stack.layers.load_state_dict(_rows(rest, stack))

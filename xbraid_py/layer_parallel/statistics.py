@@ -1,4 +1,4 @@
-"""The statistics of moving batch normalisations in a stack: where they start, and how they move.
+"""The statistics of moving batch normalizations in a stack: where they start, and how they move.
 
 Shape letters: `n` layers owned here, `C` channels.
 """
@@ -45,7 +45,7 @@ def start_statistics(stack: LayerParallel, u: Tensor) -> None:
     theta = weights.block.join([tensor.detach() for tensor in weights.tensors()])
     moments = weights.block.moments(len(theta), start=True)
     # One row after the other: the norms write into the rows of theta.
-    steps = replace(stack._steps(theta, False, stack._draws, moments), batched=False)
+    steps = replace(stack._steps(theta, False, stack._draws, moments), vmap=False)
     state = stack._state(u)
     stack._solvers.sequential.solve(Forward(steps, None, state), state)
     found = dict(zip((column.name for column in weights.block.columns), weights.block.split(theta), strict=True))

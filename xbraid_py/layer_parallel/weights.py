@@ -129,7 +129,7 @@ class StackedWeights(nn.Module):
 
     @property
     def frozen(self) -> list[str]:
-        """Names of the batch normalisations of the block whose statistics stay as they are in training mode."""
+        """Names of the batch normalizations of the block whose statistics stay as they are in training mode."""
         return [name for name, part in self.block.module.named_modules() if any(part is each for each in self._frozen)]
 
     def set_mode(self, training: bool) -> None:

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from xbraid_py.comm import Communicator, wrap
+from xbraid_py.comm import Communicator, as_communicator
 from xbraid_py.comm.agreement import together
 from xbraid_py.comm.partition import Partition, require_multiple
-from xbraid_py.layer_parallel.accuracy import Accuracy, SolveRecord
+from xbraid_py.layer_parallel.accuracy import GradientControl, SolveRecord
 from xbraid_py.layer_parallel.solves import for_adjoint
 from xbraid_py.layer_parallel.stack import LayerParallel
 from xbraid_py.layer_parallel.window import Window
@@ -46,8 +46,8 @@ class LayerWindows(nn.Module):
         first, *others = self.windows
         u = first(u)
         for stack in others:
-            if stack._batched is None:  # what the first one has measured
-                stack._batched = first._batched
+            if stack._vmap is None:  # what the first one has measured
+                stack._vmap = first._vmap
             u = stack(u)
         return u
 
@@ -102,10 +102,10 @@ def in_windows(
     windows: int,
     mgrit: MGRIT | None = None,
     adjoint: MGRIT | None = None,
-    accuracy: Accuracy | None = None,
+    accuracy: GradientControl | None = None,
     output: Literal["all", "last"] = "all",
     seed: int = 0,
-    batched: bool | None = None,
+    vmap: bool | None = None,
     recompute: bool = False,
     spatial: SpatialCoarsening | None = None,
 ) -> LayerWindows:
@@ -118,12 +118,12 @@ def in_windows(
 
     Parameters
     ----------
-    block, num_layers, T, comm, mgrit, adjoint, output, seed, batched, spatial
+    block, num_layers, T, comm, mgrit, adjoint, output, seed, vmap, spatial
         As of `LayerParallel`.
     windows : int
         W. Where it does not divide the number of layers, the first windows have one layer more, or one interval more
         where a coarsening factor is given.
-    accuracy : Accuracy, optional
+    accuracy : GradientControl, optional
         What is asked of the gradient of the weights of each window.
     recompute : bool
         In a window, too, keep no graphs of the layers, but evaluate them again.
@@ -140,7 +140,7 @@ def in_windows(
     TypeError
         If `block` is no callable, or a module; if `windows` is no integer.
     """
-    comm = wrap(comm)
+    comm = as_communicator(comm)
     with together(comm):
         grid = num_layers if isinstance(num_layers, LayerGrid) else LayerGrid(num_layers, T)
         counts = _counts(grid.num_layers, windows, mgrit or MGRIT(), for_adjoint(adjoint, mgrit or MGRIT()))
@@ -167,7 +167,7 @@ def in_windows(
                 accuracy=accuracy,
                 output=output,
                 seed=seed,
-                batched=batched,
+                vmap=vmap,
                 recompute="all" if recompute else "states",
                 window=window,
                 spatial=spatial,
@@ -194,7 +194,7 @@ def _counts(num_layers: int, windows: int, *options: MGRIT) -> tuple[int, ...]:
 
 def _length(options: MGRIT, num_layers: int) -> int:
     """Layers that a window has to have a multiple of."""
-    if options.cfactor is None and options.cycle == "one-shot":
+    if options.cfactor is None and options.cycle == "lagged":
         return 1  # which makes intervals of what there is
     given = len(options.cfactor) if isinstance(options.cfactor, tuple) else 1
     return prod(options.cfactor_of(level, num_layers) or 1 for level in range(given))

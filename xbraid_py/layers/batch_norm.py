@@ -1,4 +1,4 @@
-"""Batch normalisation whose statistics move once per update, however often and wherever a layer is evaluated.
+"""Batch normalization whose statistics move once per update, however often and wherever a layer is evaluated.
 
 Shape letters: `B` samples, `C` channels, `n` layers owned here, `m` of them evaluated at once.
 """
@@ -45,18 +45,18 @@ def within(evaluation: Evaluation) -> Iterator[None]:
 
 
 class MovingNorm(nn.modules.batchnorm._BatchNorm):
-    """What the batch normalisations of all dimensions share.
+    """What the batch normalizations of all dimensions share.
 
-    The statistics that normalise are those of the updates before, in training too: constants of the gradient, and the
+    The statistics that normalize are those of the updates before, in training too: constants of the gradient, and the
     same in all relaxations of an update, forwards and backwards. Behind the forward solve of an update the mean and
     the unbiased variance of the batch at its states are taken once, and move the running statistics once.
 
     The first update has no statistics of updates before. It begins with a pass layer after layer, in which each norm
     that has met no batch yet (`num_batches_tracked` 0) takes the mean and the variance of its input for its own, and
-    normalises with them.
+    normalizes with them.
 
     Outside of a stack a call in training mode does the same: at the first call the statistics are set, later ones
-    normalise with the statistics before the call; behind it they move.
+    normalize with the statistics before the call; behind it they move.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ class MovingNorm(nn.modules.batchnorm._BatchNorm):
         """u (B, C, *) to the same shape."""
         self._check_input_dim(u)
         if not self.training:
-            return self._normalised(u, self.running_mean, self.running_var)
+            return self._normalized(u, self.running_mean, self.running_var)
         if u.numel() < 2 * self.num_features:
             raise ValueError(f"u.shape={tuple(u.shape)} has one value for each channel; use at least 2 samples")
         evaluation = _evaluation.get()
@@ -94,9 +94,9 @@ class MovingNorm(nn.modules.batchnorm._BatchNorm):
             found = moments(u)
             self._start(found)
             # Autograd keeps what the statistics were.
-            normalised = self._normalised(u, self.running_mean.clone(), self.running_var.clone())
+            normalized = self._normalized(u, self.running_mean.clone(), self.running_var.clone())
             self.move(self.running_mean, self.running_var, self.num_batches_tracked, found)
-            return normalised
+            return normalized
         if self.number in evaluation.inputs:
             raise ValueError(
                 f"block uses one {type(self).__name__} twice, whose statistics are those of one place; use two of them"
@@ -104,14 +104,14 @@ class MovingNorm(nn.modules.batchnorm._BatchNorm):
         evaluation.inputs[self.number] = u.detach()
         if evaluation.start:
             self._start(moments(u))
-        return self._normalised(u, self.running_mean, self.running_var)
+        return self._normalized(u, self.running_mean, self.running_var)
 
     def _start(self, found: tuple[Tensor, Tensor]) -> None:
         if self.num_batches_tracked == 0:
             self.running_mean.copy_(found[0])
             self.running_var.copy_(found[1])
 
-    def _normalised(self, u: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    def _normalized(self, u: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         return functional.batch_norm(u, mean, variance, self.weight, self.bias, False, 0.0, self.eps)
 
     @torch.no_grad()
@@ -128,15 +128,15 @@ class MovingNorm(nn.modules.batchnorm._BatchNorm):
             running.mul_(1.0 - share).add_(share * batch)
 
 
-class BatchNorm1d(MovingNorm, nn.BatchNorm1d):
+class MovingBatchNorm1d(MovingNorm, nn.BatchNorm1d):
     """`torch.nn.BatchNorm1d` for states (B, C) or (B, C, L), its statistics moved once per update; see `MovingNorm`."""
 
 
-class BatchNorm2d(MovingNorm, nn.BatchNorm2d):
+class MovingBatchNorm2d(MovingNorm, nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d` for states (B, C, H, W), its statistics moved once per update; see `MovingNorm`."""
 
 
-class BatchNorm3d(MovingNorm, nn.BatchNorm3d):
+class MovingBatchNorm3d(MovingNorm, nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d` for states (B, C, D, H, W), its statistics moved once per update; see `MovingNorm`."""
 
 

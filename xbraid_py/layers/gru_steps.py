@@ -15,12 +15,12 @@ from xbraid_py.layers.gru import GruCell, Linearized, Sizes
 from xbraid_py.layers.rows import coarse_rows, sums
 
 COARSE = ("compose", "euler")
-_AT_ONCE = 1 << 16  # numbers of the gates that are linearised next: they are to stay in the cache
+_AT_ONCE = 1 << 16  # numbers of the gates that are linearized next: they are to stay in the cache
 
 
 @dataclass
 class _Memory:
-    """The last linearisation, and the states it belongs to."""
+    """The last linearization, and the states it belongs to."""
 
     states: Tensor | None = None
     version: int = -1
@@ -136,7 +136,7 @@ class GruSteps:
         return memory.found
 
     def forget(self) -> None:
-        """Give the memory of the last linearisation back."""
+        """Give the memory of the last linearization back."""
         self._memory.states = self._memory.found = None
 
     def _linearize(self, states: Tensor) -> Linearized:

@@ -36,10 +36,10 @@ class ImageResNet(nn.Module):
     step_size : float
         h, the factor of every residual module, those of transitions included.
     norm : {"batch", "moving", "group", "frozen", "none"}
-        Normalisation: batch; batch with statistics that move once per update (`BatchNorm2d`); group; batch with
+        Normalization: batch; batch with statistics that move once per update (`MovingBatchNorm2d`); group; batch with
         statistics that do not move (0 and 1 until others are loaded); none.
     groups : int
-        Of a group normalisation; divides all filters.
+        Of a group normalization; divides all filters.
     stem_stride : int
         Of the first convolution; 2 halves large images at once.
 

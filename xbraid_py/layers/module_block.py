@@ -34,7 +34,7 @@ class Column:
     shape : torch.Size
         In one layer.
     is_parameter : bool
-        Or a buffer that differs from layer to layer: statistics of a batch normalisation.
+        Or a buffer that differs from layer to layer: statistics of a batch normalization.
     """
 
     name: str
@@ -163,16 +163,16 @@ class ModuleBlock:
                 continue
             if isinstance(part, _BATCH_NORMS) and (part.training or part.running_mean is None):
                 kind = type(part).__name__
-                ours = kind if kind in ("BatchNorm1d", "BatchNorm3d") else "BatchNorm2d"
+                ours = f"Moving{kind}" if kind in ("BatchNorm1d", "BatchNorm3d") else "MovingBatchNorm2d"
                 raise ValueError(
                     f"block has {kind} ({name}) with statistics of the batch, which would change with every sweep of "
-                    f"the solver; use xbraid_py.{ours}, whose statistics move once per update, or use GroupNorm or "
+                    f"the solver; use xbraid_py.nn.{ours}, whose statistics move once per update, or use GroupNorm or "
                     f"LayerNorm, or freeze it: eval() before the block is handed over"
                 )
             if isinstance(part, _DROPOUTS) and part.training and part.p > 0.0:
                 raise ValueError(
                     f"block has {type(part).__name__} ({name}): another mask in every sweep of the solver is another "
-                    f"network; use xbraid_py.Dropout({part.p}), whose mask depends on the layer and the update alone"
+                    f"network; use xbraid_py.nn.Dropout({part.p}), whose mask depends on the layer and the update alone"
                 )
 
     def check_state(self, shape: torch.Size, like: Tensor) -> None:
@@ -203,7 +203,7 @@ class ModuleBlock:
             if not torch.equal(first, self(tensors, u)) and not torch.isnan(first).any():
                 raise ValueError(
                     f"block={name} gives two results for one state; a layer must be a function of its state and its "
-                    f"weights: use xbraid_py.Dropout for dropout"
+                    f"weights: use xbraid_py.nn.Dropout for dropout"
                 )
 
         self._check_gradient(tensors, u)

@@ -68,7 +68,7 @@ class ModuleSteps:
         Numbers of the layers the rows come from, which fix the masks of dropout.
     draw : int
         Number of the update, which fixes them too.
-    batched : bool
+    vmap : bool
         Evaluate all intervals in one call (`torch.func.vmap`), or one after the other.
     tape : Tape, optional
         Keeps the graphs of recorded relaxations.
@@ -83,7 +83,7 @@ class ModuleSteps:
     h: float | Tensor
     layers: tuple[int, ...]
     draw: int = 0
-    batched: bool = False
+    vmap: bool = False
     tape: Tape | None = None
     moments: Moments | None = None
     scheme: str = "euler"
@@ -134,16 +134,16 @@ class ModuleSteps:
         columns = self.block.split(self.theta.detach())
         with torch.set_grad_enabled(tape is not None):
             # Batched, all intervals are one long state; else one interval after the other.
-            for k in [slice(None)] if self.batched else range(len(points)):
-                first = 0 if self.batched else k * length
+            for k in [slice(None)] if self.vmap else range(len(points)):
+                first = 0 if self.vmap else k * length
                 x = start = points[k].detach().requires_grad_() if tape is not None else points[k]
                 leaves, weights = self._of_interval(columns, first, length, tape is not None)
                 for j in range(cfactor):
-                    step = slice(j, None, cfactor) if self.batched else k * cfactor + j
+                    step = slice(j, None, cfactor) if self.vmap else k * cfactor + j
                     if inputs is not None:
                         inputs[step] = x.detach()
                     for part in range(j * self.parts, (j + 1) * self.parts):
-                        row = slice(part, None, length) if self.batched else first + part
+                        row = slice(part, None, length) if self.vmap else first + part
                         evaluation = Evaluation(moments.start) if moments is not None else None
                         x = x + self._increment(weights[part], x, row, evaluation)
                         if moments is not None:
@@ -172,8 +172,8 @@ class ModuleSteps:
         columns = None if gradient is None else self._differentiable(gradient)
         taped = self._taped(length) if tau is None and inputs is None else 0
         rows = None if taped else self._rows(self.theta)
-        for k in [slice(None)] if self.batched else range(len(points)):
-            first = 0 if self.batched else k * length
+        for k in [slice(None)] if self.vmap else range(len(points)):
+            first = 0 if self.vmap else k * length
             v = points[k]
             if taped:
                 for start in reversed(range(first, first + length, taped)):
@@ -181,11 +181,11 @@ class ModuleSteps:
                 ends[k] = v
                 continue
             for j in reversed(range(cfactor)):
-                step = slice(j, None, cfactor) if self.batched else k * cfactor + j
+                step = slice(j, None, cfactor) if self.vmap else k * cfactor + j
                 if inputs is not None:
                     inputs[step] = v
                 for part in reversed(range(j * self.parts, (j + 1) * self.parts)):
-                    row = slice(part, None, length) if self.batched else first + part
+                    row = slice(part, None, length) if self.vmap else first + part
                     v = self._back(rows, row, states[row], v, columns)
                 if tau is not None:
                     v = v + tau[step]
@@ -196,7 +196,7 @@ class ModuleSteps:
         """Rows of each graph on the tape, if graphs make up intervals of that length; else 0."""
         if self.tape is None or not self.tape.graphs or length % self.tape.length:
             return 0
-        return self.tape.length if length == self.tape.length or not self.batched else 0
+        return self.tape.length if length == self.tape.length or not self.vmap else 0
 
     def _through(self, graph: _Graph, v: Tensor, columns: list[Tensor] | None, first: int, length: int) -> Tensor:
         """v (*S) through the transposed Jacobian of a graph; the gradient of its rows goes to `columns`."""
@@ -205,7 +205,7 @@ class ModuleSteps:
         options = {"retain_graph": self.tape.keep, "allow_unused": True, "materialize_grads": True}
         back, *found = torch.autograd.grad(graph.end, (graph.start, *wanted), v, **options)
         for column, part in zip(columns or (), found, strict=True):
-            if self.batched:
+            if self.vmap:
                 column.unflatten(0, (-1, length)).copy_(part)
             else:
                 column[first : first + length] = part
@@ -232,13 +232,13 @@ class ModuleSteps:
         """What a step adds to u (*S): h F(u), or h F(u + h/2 F(u))."""
 
         def field_of(x: Tensor) -> Tensor:
-            if self.batched:
+            if self.vmap:
                 return self.block.batched(weights, x, evaluation)
             return self.block(weights, x, self.draw, self.layers[row], evaluation)
 
         h = self.h
         if isinstance(h, Tensor):
-            h = h[row].view(-1, *(1,) * (u.dim() - 1)) if self.batched else h[row]
+            h = h[row].view(-1, *(1,) * (u.dim() - 1)) if self.vmap else h[row]
         change = field_of(u)
         if self.scheme == "midpoint":
             change = field_of(u + h / 2 * change)
@@ -249,14 +249,14 @@ class ModuleSteps:
         # For a graph the columns are its leaves: a leaf for each row and column takes as long as a small block.
         leaves = []
         for column, kind in zip(columns, self.block.columns, strict=True):
-            part = column.unflatten(0, (-1, length)) if self.batched else column[first : first + length]
+            part = column.unflatten(0, (-1, length)) if self.vmap else column[first : first + length]
             leaves.append(part.detach().requires_grad_(graph and kind.is_parameter))
-        return leaves, list(zip(*(leaf.unbind(int(self.batched)) for leaf in leaves), strict=True))
+        return leaves, list(zip(*(leaf.unbind(int(self.vmap)) for leaf in leaves), strict=True))
 
     def _rows(self, theta: Tensor) -> list:
         """Columns of the rows: batched as (n, *shape), else unbound into one tensor for each row."""
         columns = self.block.split(theta.detach())
-        return columns if self.batched else [column.unbind(0) for column in columns]
+        return columns if self.vmap else [column.unbind(0) for column in columns]
 
     def _weights(self, rows, row: int | slice) -> list[Tensor]:
         return [column[row] for column in rows]

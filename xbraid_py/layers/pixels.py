@@ -73,9 +73,9 @@ class SpatialCoarsening:
 
     def check(self, options: MGRIT) -> None:
         """Raise `ValueError` unless solves with these options converge."""
-        if self.states == "restrict" and options.cycle == "one-shot":
+        if self.states == "restrict" and options.cycle == "lagged":
             raise ValueError(
-                "states='restrict' is for V- and F-cycles; cycle='one-shot' has no C-relaxation: use states='carry'"
+                "states='restrict' is for V- and F-cycles; cycle='lagged' has no C-relaxation: use states='carry'"
             )
         relaxed = [options.nrelax_of(level - 1) for level in self.levels]
         if self.states == "restrict" and min(relaxed) < 1:

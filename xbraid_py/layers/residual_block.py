@@ -10,13 +10,13 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional
 
-from xbraid_py.layers.batch_norm import BatchNorm2d
+from xbraid_py.layers.batch_norm import MovingBatchNorm2d
 
 Norm = Literal["batch", "moving", "group", "frozen", "none"]
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation with its running statistics, in training mode too; they do not move.
+    """Batch normalization with its running statistics, in training mode too; they do not move.
 
     Weights and statistics have the names that they have in `nn.BatchNorm2d`, so either loads the other's state dict.
     """
@@ -30,16 +30,16 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
         return super().train(False)
 
 
-def normalisation(norm: Norm, channels: int, groups: int) -> nn.Module:
-    """One of `Norm` for so many channels; `groups` are those of a group normalisation."""
+def normalization(norm: Norm, channels: int, groups: int) -> nn.Module:
+    """One of `Norm` for so many channels; `groups` are those of a group normalization."""
     if norm == "group":
         return nn.GroupNorm(groups, channels)
-    kinds = {"batch": nn.BatchNorm2d, "moving": BatchNorm2d, "frozen": FrozenBatchNorm2d, "none": nn.Identity}
+    kinds = {"batch": nn.BatchNorm2d, "moving": MovingBatchNorm2d, "frozen": FrozenBatchNorm2d, "none": nn.Identity}
     return kinds[norm](channels)
 
 
 class ResidualModule(nn.Module):
-    """F(Y): normalisation, ReLU and a 3x3 convolution without bias, twice.
+    """F(Y): normalization, ReLU and a 3x3 convolution without bias, twice.
 
     Parameters
     ----------
@@ -53,9 +53,9 @@ class ResidualModule(nn.Module):
 
     def __init__(self, inputs: int, filters: int, stride: int = 1, norm: Norm = "batch", groups: int = 4):
         super().__init__()
-        self.norm1 = normalisation(norm, inputs, groups)
+        self.norm1 = normalization(norm, inputs, groups)
         self.conv1 = nn.Conv2d(inputs, filters, 3, stride, padding=1, bias=False)
-        self.norm2 = normalisation(norm, filters, groups)
+        self.norm2 = normalization(norm, filters, groups)
         self.conv2 = nn.Conv2d(filters, filters, 3, padding=1, bias=False)
 
     def forward(self, y: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class ResidualModule(nn.Module):
 class ResidualBlock(nn.Module):
     """Y + h F(Y) (paper 003, eq. 2); in a transition Y is pooled 2x2 and gets zero channels behind each of its own.
 
-    Zero channels in one place would be groups of a group normalisation that hold nothing but h F(Y): they would be
+    Zero channels in one place would be groups of a group normalization that hold nothing but h F(Y): they would be
     scaled to 1 whatever h is, and refining the time grid changed the network by more than O(h).
 
     Parameters
@@ -108,11 +108,11 @@ class ResidualBlock(nn.Module):
 
 
 class Head(nn.Module):
-    """Normalisation, ReLU, mean over the pixels, linear map: states (B, C, H, W) to logits (B, classes)."""
+    """Normalization, ReLU, mean over the pixels, linear map: states (B, C, H, W) to logits (B, classes)."""
 
     def __init__(self, filters: int, num_classes: int, norm: Norm, groups: int):
         super().__init__()
-        self.norm = normalisation(norm, filters, groups)
+        self.norm = normalization(norm, filters, groups)
         self.linear = nn.Linear(filters, num_classes)
 
     def forward(self, y: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Richardson's estimate of the discretisation error: in depth, of each layer and of the whole network.
+"""Richardson's estimate of the discretization error: in depth, of each layer and of the whole network.
 
 Shape letters: `n` rows (layers) owned here, `S` shape of a state, `p` parameters of a layer.
 """
@@ -51,7 +51,7 @@ def halved(steps: Steps, theta: Tensor | None = None) -> Steps:
 
 
 def local_errors(steps: Steps, states: Tensor, halves: Tensor | None = None) -> Tensor:
-    """What each step adds to the discretisation error: from it, and two steps half as long.
+    """What each step adds to the discretization error: from it, and two steps half as long.
 
     With d the difference of the two, and p the order of the scheme, the single step is wrong by d / (1 - 2^-p) up to
     terms of higher order. That is O(h^(p+1)) for weights that are smooth in depth.
@@ -88,7 +88,7 @@ def error_norms(errors: Tensor) -> Tensor:
 
 
 def output_error(coarse: Tensor, fine: Tensor, order: int) -> Tensor:
-    """Discretisation error of a solution, from it and one with steps twice as long.
+    """Discretization error of a solution, from it and one with steps twice as long.
 
     Parameters
     ----------

@@ -72,7 +72,7 @@ class SplineLayers:
             return None
         numbers, values = self._here(gradient)
         found = gradient.new_zeros((self.splines.num, gradient.shape[1]))
-        ahead, behind = (partition.neighbour(rank, direction) for direction in (+1, -1))
+        ahead, behind = (partition.neighbor(rank, direction) for direction in (+1, -1))
         if ahead is not None:
             self.comm.recv(found[self._first_ahead :], ahead)
         portion = max(1, _AT_ONCE // max(1, values.shape[1] * gradient.shape[1]))

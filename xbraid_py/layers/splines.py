@@ -3,9 +3,9 @@
 theta_n = sum_j B_j(t_n) c_j with M basis functions B_j of degree d on [0, 1]. The place t_n of layer n is the middle of
 its step as a part of the whole depth, so that M = N functions of degree 0 are the layers themselves. For any degree the
 matrix B_j(t_n) of N equal layers and M = N functions is regular, because t_n lies inside the support of B_n, and the
-weights of the layers are free. With centred knots, which are 1/M apart but further from the ends, B_n is largest near
+weights of the layers are free. With centered knots, which are 1/M apart but further from the ends, B_n is largest near
 t_n, and the condition of this matrix is at most 11 for any N. With uniform knots it grows exponentially with N for
-d > 1, and is 800 for d = 3 and N = 16: take centred knots where M is near N.
+d > 1, and is 800 for d = 3 and N = 16: take centered knots where M is near N.
 
 Shape letters: `M` basis functions, `n` places, `d` degree, `p` parameters of a layer.
 """
@@ -37,13 +37,13 @@ class Splines:
     degree
         0 (piecewise constant) to 3 (cubic, twice differentiable).
     knots
-        uniform: equal intervals. centred: the functions are centred on M equal layers. Or the ends of the M - degree
+        uniform: equal intervals. centered: the functions are centered on M equal layers. Or the ends of the M - degree
         intervals as parts of the depth, rising from 0 to 1.
     """
 
     num: int
     degree: int = 3
-    knots: Literal["uniform", "centred"] | tuple[float, ...] = "uniform"
+    knots: Literal["uniform", "centered"] | tuple[float, ...] = "uniform"
 
     def __post_init__(self):
         for name, good in (("num", 8), ("degree", 3)):
@@ -58,8 +58,8 @@ class Splines:
                 f"use {self.degree + 5}"
             )
         if isinstance(self.knots, str):
-            if self.knots not in ("uniform", "centred"):
-                raise ValueError(f"knots={self.knots!r} must be uniform, centred or a list of numbers; use uniform")
+            if self.knots not in ("uniform", "centered"):
+                raise ValueError(f"knots={self.knots!r} must be uniform, centered or a list of numbers; use uniform")
             return
         knots = tuple(float(knot) for knot in self.knots)
         rises = all(a < b for a, b in pairwise(knots))
@@ -82,7 +82,7 @@ class Splines:
         """Ends of all intervals."""
         if self.knots == "uniform":
             return _uniform(self.num_intervals)
-        if self.knots == "centred":
+        if self.knots == "centered":
             inner = [(1.0 + self.degree / 2 + k) / self.num for k in range(self.num_intervals - 1)]
             return (0.0, *inner, 1.0)
         return self.knots

@@ -49,7 +49,7 @@ class CausalSelfAttention(nn.Module):
 class DecoderBlock(nn.Module):
     """F(u) of a pre-norm decoder block: u + F(u) is v + M(N v) with v = u + A(N u).
 
-    A is causal self-attention, M a perceptron of one hidden layer (GELU), N a layer normalisation. What A and M yield
+    A is causal self-attention, M a perceptron of one hidden layer (GELU), N a layer normalization. What A and M yield
     goes through dropout.
 
     Parameters
@@ -61,7 +61,7 @@ class DecoderBlock(nn.Module):
     hidden : int, optional
         Features of the hidden layer; 4 C by default.
     dropout : float
-        Probability. The masks are those of `xbraid_py.Dropout`: in a layer-parallel stack they depend on the layer and
+        Probability. The masks are those of `nn.Dropout` here: in a layer-parallel stack they depend on the layer and
         the update alone.
     scale : float
         Factor of the initial weights of the last linear maps of A and M: the smaller, the nearer the block is to 0.
@@ -111,7 +111,7 @@ class TokenEmbedding(nn.Module):
     def __init__(self, tokens: int, width: int, length: int):
         super().__init__()
         self.tokens, self.places = nn.Embedding(tokens, width), nn.Embedding(length, width)
-        # Entries of the sum have a variance of 1. The normalisation of the first layers is as steep as they are small.
+        # Entries of the sum have a variance of 1. The normalization of the first layers is as steep as they are small.
         for table in (self.tokens, self.places):
             nn.init.normal_(table.weight, std=0.5**0.5)
 
@@ -130,7 +130,7 @@ class TokenEmbedding(nn.Module):
 
 
 class TokenHead(nn.Module):
-    """Logits of the next token from the last state of each: a layer normalisation and a linear map.
+    """Logits of the next token from the last state of each: a layer normalization and a linear map.
 
     Parameters
     ----------

@@ -3,8 +3,8 @@
 from xbraid_py.mgrit.equations import Adjoint, AdjointTrajectory, Forward
 from xbraid_py.mgrit.grid import LayerGrid
 from xbraid_py.mgrit.hierarchy import Hierarchy, Level
+from xbraid_py.mgrit.lagged import COARSE_RELAXATIONS
 from xbraid_py.mgrit.levels import Monitor, Solution
-from xbraid_py.mgrit.one_shot import COARSE_RELAXATIONS
 from xbraid_py.mgrit.options import MGRIT
 from xbraid_py.mgrit.protocols import Propagator, StateTransfer, Steps
 from xbraid_py.mgrit.solver import Solver

@@ -74,7 +74,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class Adjoint:
-    """The adjoints, backwards: v_i = (d step_i / du)^T v_{i+1}, linearised at the recorded states.
+    """The adjoints, backwards: v_i = (d step_i / du)^T v_{i+1}, linearized at the recorded states.
 
     Parameters
     ----------

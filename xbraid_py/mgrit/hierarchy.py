@@ -122,7 +122,7 @@ class Hierarchy:
 
         if self.levels[0].cfactor is None:
             return [float(sweep[0])]
-        if options.cycle == "one-shot":
+        if options.cycle == "lagged":
             # Between the finest and the coarsest level, each solve of a level solves the next one twice.
             last = len(sweep) - 1
             return [2.0 ** (index - (index == last)) * each for index, each in enumerate(sweep)]
@@ -130,11 +130,11 @@ class Hierarchy:
         return work
 
     def solve_work(self, options: MGRIT) -> float:
-        """Evaluations of a layer in a warm-started solve: with all iterations, or one if the cycle is one-shot."""
+        """Evaluations of a layer in a warm-started solve: with all iterations, or one if the cycle is lagged."""
         cycle = self.cycle_work(options)
         if len(self.levels) == 1:
             return cycle[0]
-        if options.cycle == "one-shot":
+        if options.cycle == "lagged":
             return sum(cycle) + sum(cycle[1:])  # one iteration, and the coarse sweep before it
         return self.levels[0].num_steps + options.iterations * sum(cycle)
 

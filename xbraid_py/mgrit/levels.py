@@ -44,11 +44,11 @@ class Solution:
     ----------
     warm : tuple of Tensor
         What the next solve can start from: C-points (K, *S) of the finest level owned here (V- and F-cycles), or
-        tau of all levels (one-shot). Empty if there is only one level.
+        tau of all levels (lagged). Empty if there is only one level.
     end : (*S) tensor or None
         Output of the very last step, on its owner.
     residuals : list of float
-        Relative residual before the first and after each iteration, in the norm of the options; with the one-shot
+        Relative residual before the first and after each iteration, in the norm of the options; with the lagged
         cycle, the relative error that is estimated after each. Empty for a sequential sweep.
     norms : list of float
         Norms of the same residuals.
@@ -143,8 +143,8 @@ class Levels:
         self.sweeps += index == 0
         if not count:
             return propagator.empty(0), propagator.empty(0)
-        ahead = level.rows.neighbour(rank, self.direction)
-        behind = level.rows.neighbour(rank, -self.direction)
+        ahead = level.rows.neighbor(rank, self.direction)
+        behind = level.rows.neighbor(rank, -self.direction)
         x = start[None] if behind is None else self.comm.recv(propagator.empty(1), behind)
         # Each output but the last is the input of the next step.
         states = propagator.empty(0 if record else count + 1)
@@ -204,9 +204,9 @@ class Levels:
     def begins(self, level: Level) -> bool:
         """Whether the propagation through a level begins on this rank."""
         rank = self.comm.rank
-        return level.rows.count(rank) > 0 and level.rows.neighbour(rank, -self.direction) is None
+        return level.rows.count(rank) > 0 and level.rows.neighbor(rank, -self.direction) is None
 
     def finishes(self, level: Level) -> bool:
         """Whether the propagation through a level ends on this rank."""
         rank = self.comm.rank
-        return level.rows.count(rank) > 0 and level.rows.neighbour(rank, self.direction) is None
+        return level.rows.count(rank) > 0 and level.rows.neighbor(rank, self.direction) is None

@@ -19,7 +19,7 @@ class _Cycle:
 
 
 _CLASSICAL = _Cycle(3, 2, 0.0, 0.0, "midpoint", 1)
-_CYCLES = {"one-shot": _Cycle(99, 10, 1e-2, 5e-2, "euler", 2), "V": _CLASSICAL, "F": _CLASSICAL}
+_CYCLES = {"lagged": _Cycle(99, 10, 1e-2, 5e-2, "euler", 2), "V": _CLASSICAL, "F": _CLASSICAL}
 _SHORT = 32  # steps of a coarse level that are few enough to be made one after the other
 
 
@@ -27,7 +27,7 @@ _SHORT = 32  # steps of a coarse level that are few enough to be made one after 
 class MGRIT:
     """Options of multigrid reduction in time with FAS (paper 001, section 2.1; design, 4.2 to 4.4).
 
-    Where a default is "the cycle's", it is, for the one-shot cycle and for V- and F-cycles: `intervals` intervals or a
+    Where a default is "the cycle's", it is, for the lagged cycle and for V- and F-cycles: `intervals` intervals or a
     cfactor of 4; as many levels as leave at most 32 sequential steps, or 3; at most 10 iterations, or 2; a tolerance of
     1e-2 for states and 5e-2 for adjoints, or none; coarse steps of 2 Euler parts, or a midpoint step.
 
@@ -37,7 +37,7 @@ class MGRIT:
         One-shot: one relaxation of the fine level an iteration, between two sweeps of the coarse one that carry
         the correction of the last solve. V or F: the classical cycles.
     intervals
-        Intervals of the finest level where no cfactor is given, with the one-shot cycle; fewer where this does not
+        Intervals of the finest level where no cfactor is given, with the lagged cycle; fewer where this does not
         divide the number of layers, and none where they would be no longer than the parts of a coarse step.
     cfactor
         Coarsening factor: every cfactor-th point of a level is a point of the next. One number, or one
@@ -60,7 +60,7 @@ class MGRIT:
         V-cycle on each level on the way to the finest one.
     tol
         Stop when the relative residual, the norm of the residual over that of the states at the C-points, is at most
-        this (with the one-shot cycle: the relative change by the last correction). The cycle's if not given.
+        this (with the lagged cycle: the relative change by the last correction). The cycle's if not given.
     atol
         Stop also when the norm of the residual itself is at most this. If tol and atol are 0, all max_iter iterations
         are made.
@@ -75,7 +75,7 @@ class MGRIT:
         this does not divide the coarsening factor. The cycle's if not given.
     """
 
-    cycle: Literal["one-shot", "V", "F"] = "one-shot"
+    cycle: Literal["lagged", "V", "F"] = "lagged"
     intervals: int = 8
     cfactor: int | tuple[int, ...] | None = None
     max_levels: int | None = None
@@ -98,7 +98,7 @@ class MGRIT:
             if not factors or min(factors) < 2:
                 raise ValueError(f"cfactor={self.cfactor} must be at least 2 on every level; use 4")
         for name, words in (
-            ("cycle", ("one-shot", "V", "F")),
+            ("cycle", ("lagged", "V", "F")),
             ("coarse_weights", ("average", "inject")),
             ("coarse_step", ("midpoint", "euler")),
             ("start", ("coarsest", "full")),
@@ -107,7 +107,7 @@ class MGRIT:
             if getattr(self, name) not in (*words, None):
                 rule = " or ".join(map(str, words))
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {rule}; use {words[0]}")
-        least_iter = int(self.cycle == "one-shot")
+        least_iter = int(self.cycle == "lagged")
         least = {"intervals": 2, "max_levels": 1, "min_coarse": 1, "nrelax": 0, "nrelax0": 0, "coarse_parts": 1}
         for name, bound in {**least, "max_iter": least_iter}.items():
             value = getattr(self, name)
@@ -115,9 +115,9 @@ class MGRIT:
                 raise ValueError(f"{name}={value} must be at least {bound}; use {max(bound, 1)}")
         if not 0.0 < self.c_weight < 2.0:
             raise ValueError(f"c_weight={self.c_weight} must lie between 0 and 2; use 1.0")
-        if self.cycle == "one-shot" and (self.c_weight != 1.0 or self.start != "coarsest"):
+        if self.cycle == "lagged" and (self.c_weight != 1.0 or self.start != "coarsest"):
             given = f"c_weight={self.c_weight}" if self.c_weight != 1.0 else f"start={self.start!r}"
-            raise ValueError(f"{given} is for V- and F-cycles; cycle='one-shot' has no C-relaxation: use cycle='V'")
+            raise ValueError(f"{given} is for V- and F-cycles; cycle='lagged' has no C-relaxation: use cycle='V'")
         if not 0.0 <= self.atol < float("inf"):
             raise ValueError(f"atol={self.atol} must be at least 0 and finite; use 1e-8, or 0 to ask for none")
         if self.tol is not None and not 0.0 <= self.tol < float("inf"):
@@ -146,7 +146,7 @@ class MGRIT:
 
     def cfactor_of(self, level: int, steps: int) -> int | None:
         """Coarsening factor from `level`, which has so many steps, to the next; None if there is to be no next one."""
-        is_one_shot = self.cycle == "one-shot"
+        is_one_shot = self.cycle == "lagged"
         if level + 1 >= (self.max_levels or _CYCLES[self.cycle].max_levels):
             return None
         if is_one_shot and self.max_levels is None and level > 0 and steps <= _SHORT:

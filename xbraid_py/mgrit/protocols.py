@@ -56,7 +56,7 @@ class Propagator(Protocol):
         """This propagator with its rows handed to other ranks."""
 
     def empty(self, num_rows: int) -> Tensor:
-        """Uninitialised states (num_rows, *S)."""
+        """Uninitialized states (num_rows, *S)."""
 
 
 class StateTransfer(Protocol):

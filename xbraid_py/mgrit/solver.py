@@ -7,9 +7,9 @@ from torch import Tensor
 from xbraid_py.comm import Communicator
 from xbraid_py.mgrit.cycles import Cycles
 from xbraid_py.mgrit.hierarchy import Hierarchy
+from xbraid_py.mgrit.lagged import LaggedCycle
 from xbraid_py.mgrit.levels import Levels, Monitor, Solution
 from xbraid_py.mgrit.norms import Stop
-from xbraid_py.mgrit.one_shot import OneShotCycle
 from xbraid_py.mgrit.options import MGRIT
 from xbraid_py.mgrit.protocols import Propagator
 
@@ -51,19 +51,19 @@ class Solver:
         start : (*S) tensor
             Input of the first step, on the rank that owns it; ignored elsewhere.
         warm : tuple of Tensor, optional
-            `Solution.warm` of an earlier solve; the one-shot cycle overwrites it. Without it the solve starts from the
+            `Solution.warm` of an earlier solve; the lagged cycle overwrites it. Without it the solve starts from the
             coarsest level.
         max_iter : int, optional
             Make up to this many iterations if the options ask for fewer.
         exact : bool
             Make all of these iterations, whatever the tolerance.
         monitor : Monitor, optional
-            Measures the output; the one-shot cycle iterates until it is content.
+            Measures the output; the lagged cycle iterates until it is content.
         """
         arguments = (self.options, self.hierarchy, self.comm, propagator, start, monitor)
         if len(self.hierarchy.levels) == 1:
             return Levels(*arguments).sequential()
-        cycle = OneShotCycle if self.options.cycle == "one-shot" else Cycles
+        cycle = LaggedCycle if self.options.cycle == "lagged" else Cycles
         max_iter = max(self.options.iterations, max_iter or 0)
         stop = Stop(0.0) if exact else Stop(self.options.tolerance, self.options.atol)
         return cycle(*arguments).run(warm, max_iter, stop)

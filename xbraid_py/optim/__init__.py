@@ -1,4 +1,4 @@
-"""Optimisers that know an objective and nothing of how it is computed."""
+"""Optimizers that know an objective and nothing of how it is computed."""
 
 from xbraid_py.optim.line_search import Armijo, FixedStep
 from xbraid_py.optim.one_shot import OneShot, OneShotOptions, Update

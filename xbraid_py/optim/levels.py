@@ -1,6 +1,6 @@
-"""The optimisers of the levels, all through one method: so many steps on an objective, from a point.
+"""The optimizers of the levels, all through one method: so many steps on an objective, from a point.
 
-A diagonal `scale` D turns an optimiser into the same one in the variables D^(-1/2) x: the gradient step becomes
+A diagonal `scale` D turns an optimizer into the same one in the variables D^(-1/2) x: the gradient step becomes
 x - a D g. D = 1/h on the residual layers takes the gradient in L2(0, T); D = 0 freezes weights.
 """
 
@@ -44,8 +44,8 @@ class Point:
         return Point(self.x, evaluation, objective.gradient(self.x))
 
 
-class LevelOptimiser(Protocol):
-    """LevelOptimizer of paper 000: what a cycle knows of the optimiser of a level.
+class LevelOptimizer(Protocol):
+    """LevelOptimizer of paper 000: what a cycle knows of the optimizer of a level.
 
     Attributes
     ----------
@@ -59,7 +59,7 @@ class LevelOptimiser(Protocol):
     momentum: Tensor | None
     takes_momentum: bool
 
-    def minimise(self, objective: Objective, point: Point, steps: int) -> Point:
+    def minimize(self, objective: Objective, point: Point, steps: int) -> Point:
         """So many steps from a point; one gradient a step, none where the point has it."""
 
     def reset(self) -> None:
@@ -85,7 +85,7 @@ class GradientDescent:
     def reset(self) -> None:
         pass  # there is nothing to forget
 
-    def minimise(self, objective: Objective, point: Point, steps: int) -> Point:
+    def minimize(self, objective: Objective, point: Point, steps: int) -> Point:
         for _ in range(steps):
             point = point.complete(objective)
             gradient = point.gradient if self.scale is None else self.scale * point.gradient
@@ -93,8 +93,8 @@ class GradientDescent:
         return point
 
 
-class TorchOptimiser:
-    """Steps of any optimiser of torch.optim that treats each weight for itself: momentum, Adam.
+class TorchOptimizer:
+    """Steps of any optimizer of torch.optim that treats each weight for itself: momentum, Adam.
 
     Parameters
     ----------
@@ -117,9 +117,9 @@ class TorchOptimiser:
         self.reset()
 
     def reset(self) -> None:
-        # Made here and not at the first step: torch loads much of itself for the first optimiser.
+        # Made here and not at the first step: torch loads much of itself for the first optimizer.
         self._weights = torch.nn.Parameter(torch.empty(0))
-        self._optimiser = self.make([self._weights])
+        self._optimizer = self.make([self._weights])
 
     @property
     def takes_momentum(self) -> bool:
@@ -139,16 +139,16 @@ class TorchOptimiser:
 
     @property
     def state(self) -> dict:
-        """What torch keeps for the weights, by its own names: tensors, and for some optimisers the number of steps."""
-        return self._optimiser.state[self._weights]
+        """What torch keeps for the weights, by its own names: tensors, and for some optimizers the number of steps."""
+        return self._optimizer.state[self._weights]
 
     @property
     def _momentum_name(self) -> str | None:
-        if self._optimiser.defaults.get("momentum"):
+        if self._optimizer.defaults.get("momentum"):
             return "momentum_buffer"
-        return "exp_avg" if "betas" in self._optimiser.defaults else None
+        return "exp_avg" if "betas" in self._optimizer.defaults else None
 
-    def minimise(self, objective: Objective, point: Point, steps: int) -> Point:
+    def minimize(self, objective: Objective, point: Point, steps: int) -> Point:
         if not self.keep:
             self.reset()
         for _ in range(steps):
@@ -162,12 +162,12 @@ class TorchOptimiser:
         else:
             # In the scaled variables, seen from x: a step there times D^(1/2) is a step here.
             weights.data, weights.grad = torch.zeros_like(point.x), self._root * point.gradient
-        self._optimiser.step()
+        self._optimizer.step()
         found, weights.grad = weights.data, None
         return found if self._root is None else torch.addcmul(point.x, self._root, found)
 
 
-class QuasiNewtonOptimiser:
+class QuasiNewtonOptimizer:
     """L-BFGS, BFGS or steepest descent, with a line search or a fixed step.
 
     The pairs are made from the gradients of the level's own objective, without the coupling term, at consecutive
@@ -180,7 +180,7 @@ class QuasiNewtonOptimiser:
     learning_rate : float
         Factor of the direction, where the line search begins.
     scale, keep
-        As for `TorchOptimiser`; `keep` is for the pairs.
+        As for `TorchOptimizer`; `keep` is for the pairs.
     """
 
     momentum, takes_momentum = None, False
@@ -201,7 +201,7 @@ class QuasiNewtonOptimiser:
         self.quasi_newton.clear()
         self._last: tuple[Tensor, Tensor] | None = None
 
-    def minimise(self, objective: Objective, point: Point, steps: int) -> Point:
+    def minimize(self, objective: Objective, point: Point, steps: int) -> Point:
         if not self.keep:
             self.reset()
         for _ in range(steps):

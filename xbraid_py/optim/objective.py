@@ -16,7 +16,7 @@ class Evaluation:
     Attributes
     ----------
     value, loss : float
-        With and without regularisation.
+        With and without regularization.
     accuracy : float
         Share of the samples that are classified rightly.
     residual : float
@@ -30,7 +30,7 @@ class Evaluation:
 
 
 class Objective(Protocol):
-    """What an optimiser knows of the problem."""
+    """What an optimizer knows of the problem."""
 
     def evaluate(self, x: Tensor, max_iter: int | None = None, error: float | None = None) -> Evaluation:
         """The objective at the flat vector x.

@@ -1,4 +1,4 @@
-"""One-shot optimisation: a few solver iterations for each update of the weights, warm-started."""
+"""One-shot optimization: a few solver iterations for each update of the weights, warm-started."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from xbraid_py.optim.quasi_newton import QuasiNewton
 
 @dataclass(frozen=True, kw_only=True)
 class OneShotOptions:
-    """Options of the one-shot optimiser.
+    """Options of the one-shot optimizer.
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ class Update:
 
 
 class OneShot:
-    """Minimises an objective from one point; `run` makes the updates.
+    """Minimizes an objective from one point; `run` makes the updates.
 
     Parameters
     ----------

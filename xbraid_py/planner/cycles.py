@@ -46,7 +46,7 @@ class SolveWalk:
             self._sweep(0)
             self._end()
             self.clock.collective(16)
-        elif self.plan.cycle == "one-shot":
+        elif self.plan.cycle == "lagged":
             self._one_shot()
         else:
             self._cycles()

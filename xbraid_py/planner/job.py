@@ -16,7 +16,7 @@ from xbraid_py.planner.machine import CLUSTER, Link
 from xbraid_py.planner.probe import Workload
 from xbraid_py.planner.recommend import advice, measured_planner
 from xbraid_py.planner.table import headings, lines, show
-from xbraid_py.problem.problem import Architecture
+from xbraid_py.problem.problem import DenseResNetOptions
 
 DESCRIPTION = "Plan: how long a weight update takes on how many ranks, by which cycle, and which is best."
 
@@ -38,7 +38,7 @@ class Options:
     ranks
         Numbers of ranks to predict for.
     cycles
-        Cycles to choose from, besides serial propagation: one-shot, V, F.
+        Cycles to choose from, besides serial propagation: lagged, V, F.
     ranks_per_node
         Ranks on a node; as many as it has cores if not given. With more of them they take turns.
     latency
@@ -56,7 +56,7 @@ class Options:
     batch: int = 5000
     dtype: Literal["float64", "float32"] = "float64"
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 64, 256, 1024)
-    cycles: tuple[Literal["one-shot", "V", "F"], ...] = ("one-shot",)
+    cycles: tuple[Literal["lagged", "V", "F"], ...] = ("lagged",)
     ranks_per_node: int | None = None
     latency: float = CLUSTER.latency
     bandwidth: float = CLUSTER.bandwidth
@@ -76,7 +76,7 @@ def setup(options: Options, comm: Communicator) -> Callable[[], None]:
     workload = Workload(
         num_layers=options.num_layers,
         batch=options.batch,
-        architecture=Architecture(width=options.width),
+        architecture=DenseResNetOptions(width=options.width),
         dtype=getattr(torch, options.dtype),
     )
     source = CLUSTER.source if options.latency == CLUSTER.latency else "given"

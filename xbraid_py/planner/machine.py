@@ -132,13 +132,13 @@ class SolveCosts:
         Sweep through, and relaxation of, a coarser level, with tau, keeping all inputs; two evaluations of a layer
         in each step.
     correct : StepCost
-        What the correction of the one-shot cycle adds to what was recorded, for each step of the coarser level.
+        What the correction of the lagged cycle adds to what was recorded, for each step of the coarser level.
     layer : float
-        For each layer, whatever the cycle: weights, regularisation.
+        For each layer, whatever the cycle: weights, regularization.
     ends : float
         Opening, classification and loss, and whatever else does not grow with the depth; or their adjoints.
     check : float
-        Second loss by which the one-shot cycle estimates its error.
+        Second loss by which the lagged cycle estimates its error.
     """
 
     sweep: StepCost
@@ -177,8 +177,8 @@ class Costs:
         One pass of a vector operation over a state that is not in cache.
     coarsen : float
         Making the weights of the next coarser level, for each layer.
-    optimiser, optimiser_layer : float
-        Direction of the optimiser and its dot products: for an update, and in addition for each layer.
+    optimizer, optimizer_layer : float
+        Direction of the optimizer and its dot products: for an update, and in addition for each layer.
     """
 
     state_bytes: int
@@ -187,8 +187,8 @@ class Costs:
     adjoints: SolveCosts
     vector: float
     coarsen: float
-    optimiser: float
-    optimiser_layer: float
+    optimizer: float
+    optimizer_layer: float
 
     def __post_init__(self):
-        _require_times(self, ("vector", "coarsen", "optimiser", "optimiser_layer"))
+        _require_times(self, ("vector", "coarsen", "optimizer", "optimizer_layer"))

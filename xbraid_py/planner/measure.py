@@ -128,7 +128,7 @@ def _costs(workload: Workload, layers: int, seconds: dict[str, float]) -> Costs:
         )
 
     parameters = workload.architecture.width * (workload.architecture.width + 1)
-    optimiser = line("optimise")
+    optimizer = line("optimize")
     return Costs(
         state_bytes=workload.state_bytes,
         row_bytes=parameters * workload.dtype.itemsize,
@@ -136,6 +136,6 @@ def _costs(workload: Workload, layers: int, seconds: dict[str, float]) -> Costs:
         adjoints=solve("adjoint", "gradient"),
         vector=seconds["vector"],
         coarsen=seconds["coarsen"],
-        optimiser=optimiser.call,
-        optimiser_layer=optimiser.each,
+        optimizer=optimizer.call,
+        optimizer_layer=optimizer.each,
     )

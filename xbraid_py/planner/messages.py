@@ -19,7 +19,7 @@ from xbraid_py.comm.partition import Partition
 from xbraid_py.planner.machine import CLUSTER, SHARED_MEMORY, Link, Machine
 from xbraid_py.planner.measure import Slowdowns, cores_and_ranks, measure_costs
 from xbraid_py.planner.probe import Workload, timed
-from xbraid_py.problem.problem import Architecture
+from xbraid_py.problem.problem import DenseResNetOptions
 
 _REPEATS, _LAPS = 7, 10
 _LARGE = 1 << 16  # bytes: less than this says nothing of the bandwidth
@@ -143,7 +143,7 @@ def main(given: dict) -> None:
     torch.set_num_threads(1)
     comm = world()
     # Messages of the solves do not depend on how the weights come about.
-    architecture = Architecture(**given.pop("architecture") | {"splines": None})
+    architecture = DenseResNetOptions(**given.pop("architecture") | {"splines": None})
     workload = Workload(architecture=architecture, **given | {"dtype": getattr(torch, given["dtype"])})
     _, slowdowns = measure_costs(workload, comm)
     machine = measure_machine(workload, comm, slowdowns)

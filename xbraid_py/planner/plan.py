@@ -17,18 +17,18 @@ class Plan:
     Parameters
     ----------
     cycle
-        serial (one layer after the other), one-shot (design, 4.4), V or F.
+        serial (one layer after the other), lagged (design, 4.4), V or F.
     cfactors
         Coarsening factors, the finest first; none for serial propagation.
     nrelax
         CF-relaxations after the F-relaxation, of V- and F-cycles: 0 is F, 1 is FCF.
     iterations, adjoint_iterations
-        Iterations of V- and F-cycles, fine sweeps of the one-shot cycle, of the state and of the adjoint solves.
+        Iterations of V- and F-cycles, fine sweeps of the lagged cycle, of the state and of the adjoint solves.
     euler
         Coarse steps by one step of forward Euler, instead of the cycle's own of two evaluations of a layer.
     """
 
-    cycle: Literal["serial", "one-shot", "V", "F"] = "one-shot"
+    cycle: Literal["serial", "lagged", "V", "F"] = "lagged"
     cfactors: tuple[int, ...] = ()
     nrelax: int = 1
     iterations: int = 1
@@ -36,8 +36,8 @@ class Plan:
     euler: bool = False
 
     def __post_init__(self):
-        if self.cycle not in ("serial", "one-shot", "V", "F"):
-            raise ValueError(f"cycle={self.cycle!r} must be serial, one-shot, V or F; use one-shot")
+        if self.cycle not in ("serial", "lagged", "V", "F"):
+            raise ValueError(f"cycle={self.cycle!r} must be serial, lagged, V or F; use lagged")
         if (self.cycle == "serial") != (not self.cfactors):
             raise ValueError(
                 f"cfactors={self.cfactors}: serial propagation has none, cycle={self.cycle!r} has one or more; use (4,)"
@@ -72,7 +72,7 @@ class Plan:
         common = {"cycle": self.cycle, "max_levels": len(self.cfactors) + 1, "min_coarse": 2}
         if self.euler:
             common |= {"coarse_step": "euler", "coarse_parts": 1}
-        if self.cycle == "one-shot":
+        if self.cycle == "lagged":
             fits = MGRIT(**common, intervals=max(2, num_layers // self.cfactors[0]))
             levels = Hierarchy.plan(fits, LayerGrid(num_layers, 1.0), 1).levels
             if tuple(level.cfactor for level in levels[:-1]) == self.cfactors:
@@ -81,14 +81,14 @@ class Plan:
         return MGRIT(**common, cfactor=self.cfactors, nrelax=self.nrelax, max_iter=self.iterations)
 
     def text(self, num_layers: int) -> str:
-        """The plan in a few words, as in "one-shot, 64/8 intervals": so many on each level, the finest first."""
+        """The plan in a few words, as in "lagged, 64/8 intervals": so many on each level, the finest first."""
         if self.cycle == "serial":
             return "serial"
         counts, steps = [], num_layers
         for factor in self.cfactors:
             steps //= factor
             counts.append(str(steps))
-        relaxation = "" if self.cycle == "one-shot" else ", " + "FC" * self.nrelax + "F"
+        relaxation = "" if self.cycle == "lagged" else ", " + "FC" * self.nrelax + "F"
         times = self.iterations, self.adjoint_iterations
         repeated = "" if times == (1, 1) else f", {times[0]}+{times[1]} sweeps"
         return f"{self.cycle}{relaxation}, {'/'.join(counts)} intervals{repeated}"

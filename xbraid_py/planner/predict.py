@@ -31,8 +31,8 @@ class Prediction:
     ----------
     plan : Plan
     num_ranks : int
-    states, adjoints, optimiser : float
-        Seconds of its parts: state solve with the loss, adjoint solve, direction of the optimiser.
+    states, adjoints, optimizer : float
+        Seconds of its parts: state solve with the loss, adjoint solve, direction of the optimizer.
     memory : int
         Bytes of states, adjoints, weights and pairs of L-BFGS on all ranks together, at the peak.
     serial : float
@@ -43,14 +43,14 @@ class Prediction:
     num_ranks: int
     states: float
     adjoints: float
-    optimiser: float
+    optimizer: float
     memory: int
     serial: float
 
     @property
     def seconds(self) -> float:
         """Of one update."""
-        return self.states + self.adjoints + self.optimiser
+        return self.states + self.adjoints + self.optimizer
 
     @property
     def speedup(self) -> float:
@@ -74,7 +74,7 @@ class Planner:
     pairs : int
         Pairs that L-BFGS keeps.
     collectives : int, optional
-        Sums over all ranks that the optimiser makes in an update: for the new pair, and for the new gradient.
+        Sums over all ranks that the optimizer makes in an update: for the new pair, and for the new gradient.
     """
 
     machine: Machine
@@ -107,49 +107,49 @@ class Planner:
         hierarchy = plan.hierarchy(num_layers, num_ranks)
         states = num_layers + 4 * hierarchy.levels[0].rows.ranks_in_use
         for finer, level in zip(hierarchy.levels, hierarchy.levels[1:], strict=False):
-            # Warm starts of both solves, taus (those of the one-shot cycle stay), ends, and what moves.
+            # Warm starts of both solves, taus (those of the lagged cycle stay), ends, and what moves.
             states += (6 if finer.index == 0 else 3) * level.num_steps
         return int(states * self.costs.state_bytes + num_layers * self.costs.row_bytes * (2 * self.pairs + 6))
 
-    def best(self, num_layers: int, num_ranks: int, cycles: Sequence[str] = ("one-shot",)) -> Prediction:
+    def best(self, num_layers: int, num_ranks: int, cycles: Sequence[str] = ("lagged",)) -> Prediction:
         """The fastest plan; the simplest of those that are as good as the fastest."""
         found = [self.predict(plan, num_layers, num_ranks) for plan in candidates(num_layers, cycles)]
         limit = min(each.seconds for each in found) * (1 + _MARGIN)
         return min((each for each in found if each.seconds <= limit), key=lambda each: len(each.plan.cfactors))
 
     def _seconds(self, plan: Plan, num_layers: int, num_ranks: int) -> tuple[float, float, float]:
-        """Seconds of states, adjoints and optimiser."""
+        """Seconds of states, adjoints and optimizer."""
         hierarchy = plan.hierarchy(num_layers, num_ranks)
         own = counts(hierarchy.levels[0].rows)
         clock = Clocks(self.machine, num_ranks) if num_ranks > _EVENTS_UP_TO else SharedCores(self.machine, num_ranks)
         marks = [0.0]
         for direction in (+1, -1):
             if direction > 0:
-                self._regularise(clock, hierarchy.partition)
+                self._regularize(clock, hierarchy.partition)
             SolveWalk(clock, plan, hierarchy, self.costs, direction).run()
             marks.append(clock.finish())
-        self._optimise(clock, own, hierarchy.intervals.num_rows)
+        self._optimize(clock, own, hierarchy.intervals.num_rows)
         marks.append(clock.finish())
         return tuple(b - a for a, b in zip(marks, marks[1:], strict=False))
 
-    def _regularise(self, clock: Clock, partition: Partition) -> None:
-        """Smoothness in depth: the weights of the neighbouring layers, from both sides."""
+    def _regularize(self, clock: Clock, partition: Partition) -> None:
+        """Smoothness in depth: the weights of the neighboring layers, from both sides."""
         ranks = in_order(partition, +1)
         sizes = np.full(len(ranks) - 1, float(self.costs.row_bytes))
         clock.messages(ranks[:-1], ranks[1:], sizes)
         clock.messages(ranks[1:], ranks[:-1], sizes)
 
-    def _optimise(self, clock: Clock, own: np.ndarray, intervals: int) -> None:
+    def _optimize(self, clock: Clock, own: np.ndarray, intervals: int) -> None:
         """Local products of vectors, cut into pieces by the collectives, each of a number for every product."""
         pieces = max(1, self.collectives)
-        seconds = (self.costs.optimiser + own * self.costs.optimiser_layer) / pieces
+        seconds = (self.costs.optimizer + own * self.costs.optimizer_layer) / pieces
         for piece in range(pieces):
             clock.work(seconds)
             if piece < self.collectives:
                 clock.collective(8 * intervals * (2 * self.pairs + 2))
 
 
-def candidates(num_layers: int, cycles: Sequence[str] = ("one-shot",)) -> Iterator[Plan]:
+def candidates(num_layers: int, cycles: Sequence[str] = ("lagged",)) -> Iterator[Plan]:
     """Serial propagation, and the plans of a search, with at least `MIN_COARSE` steps on the coarsest level.
 
     The second and all further coarsening factors are equal. V- and F-cycles make two iterations with
@@ -157,7 +157,7 @@ def candidates(num_layers: int, cycles: Sequence[str] = ("one-shot",)) -> Iterat
     """
     yield SERIAL
     for cycle in cycles:
-        sweeps = 1 if cycle == "one-shot" else 2
+        sweeps = 1 if cycle == "lagged" else 2
         for first in _factors(num_layers):
             for cfactors in _chains(first, num_layers // first):
                 yield Plan(cycle=cycle, cfactors=cfactors, iterations=sweeps, adjoint_iterations=sweeps)

@@ -16,7 +16,7 @@ from xbraid_py.mgrit import MGRIT
 from xbraid_py.mgrit.equations import Adjoint, Forward
 from xbraid_py.optim import OneShot, OneShotOptions
 from xbraid_py.problem.network import InitialScales
-from xbraid_py.problem.problem import Architecture, Problem
+from xbraid_py.problem.problem import DenseResNetOptions, Problem
 from xbraid_py.problem.regularization import Regularization
 
 _INTERVAL, _COARSENING, _COARSE_LAYERS = 8, 4, 16
@@ -42,12 +42,12 @@ class Workload:
     num_features, num_classes
         Of a sample.
     optim
-        The optimiser.
+        The optimizer.
     """
 
     num_layers: int
     batch: int
-    architecture: Architecture = Architecture()
+    architecture: DenseResNetOptions = DenseResNetOptions()
     dtype: torch.dtype = torch.float64
     num_features: int = 2
     num_classes: int = 5
@@ -113,7 +113,7 @@ class Probe:
             run = self.runs[n]
             found[f"evaluate_{key}"] = timed(lambda run=run: run.objective.evaluate(run.x))
             found[f"gradient_{key}"] = timed(lambda run=run: run.objective.gradient(run.x))
-            found[f"optimise_{key}"] = timed(lambda run=run: _optimise(run))
+            found[f"optimize_{key}"] = timed(lambda run=run: _optimize(run))
         for kind in ("state", "adjoint"):
             for part in PARTS:
                 many = coarse_layers(self.num_layers) if part in COARSE else self.num_layers
@@ -159,13 +159,13 @@ def coarse_layers(num_layers: int) -> int:
 
 
 def _how(cfactor: int) -> tuple[str, str, int]:
-    """How the one-shot cycle makes a coarse step for so many steps."""
-    options = MGRIT(cycle="one-shot")
+    """How the lagged cycle makes a coarse step for so many steps."""
+    options = MGRIT(cycle="lagged")
     return options.coarse_weights, options.scheme, options.parts(cfactor)
 
 
 def _run(problem: Problem, num_layers: int, options: OneShotOptions) -> OneShot:
-    """A run whose optimiser has all its pairs, and that has been evaluated once."""
+    """A run whose optimizer has all its pairs, and that has been evaluated once."""
     objective = problem.objective(num_layers)
     run = OneShot(objective, options, objective.network.initial(InitialScales(), 0))
     objective.evaluate(run.x)
@@ -175,7 +175,7 @@ def _run(problem: Problem, num_layers: int, options: OneShotOptions) -> OneShot:
     return run
 
 
-def _optimise(run: OneShot) -> None:
+def _optimize(run: OneShot) -> None:
     """A new pair, a direction from a new gradient, and a trial along it."""
     pairs, gradient = run.quasi_newton, run.gradient.clone()
     run.objective.dots([gradient, run.gradient], [*pairs.s, *pairs.y, gradient, run.gradient])

@@ -43,7 +43,7 @@ def _alone(workload: Workload, comm: Communicator, slowdowns: Slowdowns, network
     return probe_machine(workload, network)
 
 
-def recommend(workload: Workload, comm: Communicator, cycles: Sequence[str] = ("one-shot",)) -> MGRIT:
+def recommend(workload: Workload, comm: Communicator, cycles: Sequence[str] = ("lagged",)) -> MGRIT:
     """The fastest solver for this job, with its number of ranks: serial propagation where nothing is faster.
 
     Every rank must call it; it measures for some seconds, and rank 0 decides for all. What it found is in the log.
@@ -53,7 +53,7 @@ def recommend(workload: Workload, comm: Communicator, cycles: Sequence[str] = ("
     workload : Workload
     comm : Communicator
     cycles : sequence of str
-        Cycles to choose from: one-shot, V, F. Serial propagation is always among them.
+        Cycles to choose from: lagged, V, F. Serial propagation is always among them.
 
     Returns
     -------

@@ -42,7 +42,7 @@ def lines(predictions: Sequence[Prediction], num_layers: int, ranks_per_node: in
     """A line of texts for every prediction, under a line of titles."""
     found = [_TITLES]
     for each in predictions:
-        milliseconds = (each.states, each.adjoints, each.optimiser, each.seconds)
+        milliseconds = (each.states, each.adjoints, each.optimizer, each.seconds)
         found.append(
             (
                 str(each.num_ranks),

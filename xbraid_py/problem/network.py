@@ -54,7 +54,7 @@ class InitialScales:
 
 
 @dataclass(frozen=True)
-class ResidualNetwork:
+class DenseResNet:
     """u_0 = opening(y), u_{n+1} = u_n + h F(u_n, theta_n), logits = classification(u_N) (design, 4.1).
 
     Parameters
@@ -118,12 +118,12 @@ class ResidualNetwork:
         )
 
     @property
-    def free(self) -> ResidualNetwork:
+    def free(self) -> DenseResNet:
         """The same network with free weights: itself, if there are no splines."""
         return self if self.splines is None else self._free
 
     @cached_property
-    def _free(self) -> ResidualNetwork:
+    def _free(self) -> DenseResNet:
         return replace(self, splines=None)
 
     def expand(self, x: Tensor) -> Tensor:
@@ -204,8 +204,8 @@ class ResidualNetwork:
         template = torch.empty((self.block.inputs, 0), dtype=self.dtype)
         steps = self.steps(x)
         rank, count = self.comm.rank, self.partition.count(self.comm.rank)
-        ahead = self.partition.neighbour(rank, +1) if count else None
-        behind = self.partition.neighbour(rank, -1) if count else None
+        ahead = self.partition.neighbor(rank, +1) if count else None
+        behind = self.partition.neighbor(rank, -1) if count else None
         classes, waits = [], []
         for first in range(0, features.shape[1], _PREDICT_CHUNK) if count else ():
             portion = features[:, first : first + _PREDICT_CHUNK]

@@ -14,12 +14,12 @@ from torch import Tensor
 from xbraid_py.mgrit import Solver
 from xbraid_py.mgrit.equations import Adjoint, AdjointTrajectory, Forward
 from xbraid_py.optim.objective import Evaluation
-from xbraid_py.problem.network import ResidualNetwork
+from xbraid_py.problem.network import DenseResNet
 from xbraid_py.problem.regularization import Regularization
 
 
 class _Value:
-    """Monitor of a state solve: loss, samples classified rightly, error of the loss, regularisation.
+    """Monitor of a state solve: loss, samples classified rightly, error of the loss, regularization.
 
     The error is taken to be what the last correction has changed: the corrected loss is better than that.
     """
@@ -46,14 +46,14 @@ class _Value:
 
 
 class NetworkObjective:
-    """Mean cross entropy of a network on data, plus regularisation; states and adjoints by MGRIT.
+    """Mean cross entropy of a network on data, plus regularization; states and adjoints by MGRIT.
 
     Each state solve starts from the last one that gave a finite loss, each adjoint solve from the last adjoint solve:
     the one-shot method (paper 001, section 2.1).
 
     Parameters
     ----------
-    network : ResidualNetwork
+    network : DenseResNet
     features : (F, B) tensor
         The values are only read on the owner of the first layer.
     labels : (B,) int64 tensor
@@ -80,7 +80,7 @@ class NetworkObjective:
 
     def __init__(
         self,
-        network: ResidualNetwork,
+        network: DenseResNet,
         features: Tensor,
         labels: Tensor,
         regularization: Regularization,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from xbraid_py.layers.linear import LinearMap
-from xbraid_py.problem.network import InitialScales, ResidualNetwork
+from xbraid_py.problem.network import DenseResNet, InitialScales
 from xbraid_py.problem.problem import Problem
 
 
@@ -18,17 +18,17 @@ from xbraid_py.problem.problem import Problem
 class PerceptronProblem(Problem):
     """A problem whose opening is y_0 = Q x with a Q that is learnt (paper 000, section 2.1.1); see `Problem`."""
 
-    def network(self, num_layers: int) -> ResidualNetwork:
+    def network(self, num_layers: int) -> DenseResNet:
         """The network with so many residual layers."""
         return replace(super().network(num_layers), opening=LinearMap(self.features.shape[0], self.architecture.width))
 
 
-def perceptron_weights(network: ResidualNetwork, seed: int, scale: float = 1.0) -> Tensor:
+def perceptron_weights(network: DenseResNet, seed: int, scale: float = 1.0) -> Tensor:
     """Random initial weights: of residual layers normal, of opening and classification Glorot-uniform; biases 0.
 
     Parameters
     ----------
-    network : ResidualNetwork
+    network : DenseResNet
     seed : int
     scale : float
         Standard deviation of the weights of the residual layers.

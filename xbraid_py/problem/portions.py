@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from xbraid_py.optim.objective import Evaluation
-from xbraid_py.problem.network import ResidualNetwork
+from xbraid_py.problem.network import DenseResNet
 from xbraid_py.problem.objective import NetworkObjective
 
 # Features (F, B) and labels (B,).
@@ -51,7 +51,7 @@ class PortionedObjective:
         self.evaluations = self.gradients = 0
 
     @property
-    def network(self) -> ResidualNetwork:
+    def network(self) -> DenseResNet:
         """The network."""
         return self.objective.network
 

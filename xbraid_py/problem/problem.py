@@ -12,13 +12,13 @@ from xbraid_py.layers.dense import DenseLayer
 from xbraid_py.layers.splines import Splines
 from xbraid_py.mgrit import MGRIT, Hierarchy, Solver
 from xbraid_py.mgrit.grid import LayerGrid
-from xbraid_py.problem.network import ResidualNetwork
+from xbraid_py.problem.network import DenseResNet
 from xbraid_py.problem.objective import NetworkObjective
 from xbraid_py.problem.regularization import Regularization
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture:
+class DenseResNetOptions:
     """A dense residual network, but for its depth (design, 4.1).
 
     Parameters
@@ -33,7 +33,7 @@ class Architecture:
         One bias for each channel (vector), or one number for a layer (scalar).
     splines
         The weights of the residual layers are such functions of the depth: splines.num functions of splines.degree 0 to
-        3, splines.knots uniform, centred or a list from 0 to 1. Each layer has weights of its own if not given.
+        3, splines.knots uniform, centered or a list from 0 to 1. Each layer has weights of its own if not given.
     """
 
     width: int = 8
@@ -58,7 +58,7 @@ class Problem:
     features : (F, B) tensor
     labels : (B,) int64 tensor
     num_classes : int
-    architecture : Architecture
+    architecture : DenseResNetOptions
     regularization : Regularization
     forward, adjoint : MGRIT
         Of states and adjoints; their coarsening factor from the finest level must be the same.
@@ -71,7 +71,7 @@ class Problem:
     features: Tensor
     labels: Tensor
     num_classes: int
-    architecture: Architecture
+    architecture: DenseResNetOptions
     regularization: Regularization
     forward: MGRIT
     adjoint: MGRIT
@@ -96,10 +96,10 @@ class Problem:
             )
         return forward, adjoint
 
-    def network(self, depth: int | LayerGrid) -> ResidualNetwork:
+    def network(self, depth: int | LayerGrid) -> DenseResNet:
         """The network with so many residual layers, or those of a grid."""
         shape = self.architecture
-        return ResidualNetwork(
+        return DenseResNet(
             DenseLayer(self.features.shape[0], shape.width, shape.activation, shape.bias),
             DenseLayer(shape.width, shape.width, shape.activation, shape.bias),
             DenseLayer(shape.width, self.num_classes, "identity"),

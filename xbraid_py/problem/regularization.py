@@ -1,4 +1,4 @@
-"""Regularisation of the weights: Tikhonov, and smoothness in depth.
+"""Regularization of the weights: Tikhonov, and smoothness in depth.
 
 Shape letters: `n` layers owned here, `p` parameters of a layer.
 """
@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from xbraid_py.problem.network import ResidualNetwork
+from xbraid_py.problem.network import DenseResNet
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Regularization:
         if self.measure not in ("sum", "integral"):
             raise ValueError(f"measure={self.measure!r} must be sum or integral; use integral")
 
-    def terms(self, network: ResidualNetwork, x: Tensor, intervals: int) -> tuple[Tensor, Tensor]:
+    def terms(self, network: DenseResNet, x: Tensor, intervals: int) -> tuple[Tensor, Tensor]:
         """One summand for each of the `intervals` of layers owned here, and the gradient, a flat vector.
 
         Opening and classification belong to the first and the last interval.
@@ -59,7 +59,7 @@ class Regularization:
         out = layout.rows(gradient)
         theta = rows["layers"]
         smooth = bool(self.ddt) and len(theta) > 0
-        # The neighbours' weights travel while the terms without them are summed.
+        # The neighbors' weights travel while the terms without them are summed.
         if smooth:
             edges = [comm.begin_shift(edge, partition, to) for edge, to in ((theta[-1:], +1), (theta[:1], -1))]
         torch.mul(rows["opening"], self.tikhonov if self.opening is None else self.opening, out=out["opening"])
@@ -81,14 +81,14 @@ class Regularization:
                 out["layers"].sub_(weighted.diff(dim=0))
         return found, gradient
 
-    def _of_layers(self, network: ResidualNetwork) -> float | Tensor:
+    def _of_layers(self, network: DenseResNet) -> float | Tensor:
         """Factor of |theta_n|^2 / 2: of all layers, or of those owned here (n, 1)."""
         if self.measure == "sum":
             return self.tikhonov
         sizes = network.sizes
         return self.tikhonov * (sizes[:, None] if isinstance(sizes, Tensor) else sizes)
 
-    def _of_jumps(self, network: ResidualNetwork) -> float | Tensor:
+    def _of_jumps(self, network: DenseResNet) -> float | Tensor:
         """Factor of |theta_n - theta_{n-1}|^2 / 2: of all jumps, or of those before the n layers owned here and behind.
 
         What it is at the ends of the network does not matter: there is no jump.

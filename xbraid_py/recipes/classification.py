@@ -20,7 +20,7 @@ from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions
 from xbraid_py.optim import OneShotOptions
 from xbraid_py.planner import Workload, recommend
 from xbraid_py.problem.network import InitialScales
-from xbraid_py.problem.problem import Architecture, Problem
+from xbraid_py.problem.problem import DenseResNetOptions, Problem
 from xbraid_py.problem.regularization import Regularization
 from xbraid_py.recipes.classification_training import Training, finished_accuracy, prepare
 from xbraid_py.run.folder import RunFolder, claim
@@ -72,7 +72,7 @@ class ClassificationOptions:
     nested
         Schedule of the refinements.
     optim
-        The one-shot optimiser.
+        The one-shot optimizer.
     mgrit
         Solver of the states.
     adjoint_iter
@@ -96,7 +96,7 @@ class ClassificationOptions:
     validate_every: int = 5
     compare: bool = False
     smoke: bool = False
-    network: Architecture = Architecture()
+    network: DenseResNetOptions = DenseResNetOptions()
     initial: InitialScales = InitialScales()
     regularization: Regularization = Regularization()
     nested: NestedOptions = NestedOptions()
@@ -143,7 +143,9 @@ class ClassificationOptions:
 
     def run_of(self, problem: Problem, nested: NestedOptions) -> NestedIteration:
         """Nested iteration on a problem by a schedule."""
-        return NestedIteration(problem, self.num_layers, nested, self.optim, self.initial, self.seed)
+        return NestedIteration(
+            problem, self.num_layers, options=nested, one_shot=self.optim, scales=self.initial, seed=self.seed
+        )
 
 
 def prepare_job(

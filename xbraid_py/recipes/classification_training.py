@@ -105,7 +105,7 @@ class Training:
     def accuracy(self, run: NestedIteration) -> float:
         """Share of the validation points that the network classifies rightly at present."""
         features, labels = self.validation
-        return float((run.network.predict(run.one_shot.x, features) == labels).double().mean())
+        return float((run.network.predict(run.weights, features) == labels).double().mean())
 
 
 def prepare(out: Path, comm: Communicator, runs: Iterable[str], resumed: Mapping[str, Snapshot]) -> None:

@@ -182,15 +182,15 @@ def prepare(
     def run() -> None:
         grid = ProcessGrid(comm, options.replicas)
         model = build(grid.layers)
-        optimiser = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
-        cosine = None if constant_rate else torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, num_updates)
+        optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
+        cosine = None if constant_rate else torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_updates)
 
         def test() -> dict[str, float]:
             found = also(model)
             return {"test_accuracy": evaluate(model, tests(), _share_of_right_ones, grid), **found}
 
         tested = follow(
-            Trained(model=model, optimiser=optimiser, scheduler=cosine, grid=grid),
+            Trained(model=model, optimizer=optimizer, scheduler=cosine, grid=grid),
             batches,
             nn.functional.cross_entropy,
             test,

@@ -40,7 +40,7 @@ def follow(
     """Train a model in the folder of a run, from its beginning or from a checkpoint.
 
     A run that goes on, on as many ranks as before, is bitwise the uninterrupted one wherever its blocks are evaluated
-    in the same way (`LayerParallel(batched=...)`, which is otherwise measured anew); on other numbers of ranks it is
+    in the same way (`LayerParallel(vmap=...)`, which is otherwise measured anew); on other numbers of ranks it is
     the same up to rounding. Solves begin anew with every batch, so no state of theirs is kept but how exactly they are
     made. Another number of replicas shares the batches out otherwise: then losses agree as well as the solves are
     exact, and masks of dropout differ.
@@ -113,7 +113,7 @@ def follow(
         trained.model,
         batches(start.update),
         loss,
-        trained.optimiser,
+        trained.optimizer,
         scheduler=trained.scheduler,
         clip=clip,
         grid=trained.grid,

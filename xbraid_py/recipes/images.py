@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from xbraid_py.comm.replicas import ProcessGrid
-from xbraid_py.data.augmentation import Augmentation, standardise
+from xbraid_py.data.augmentation import Augmentation, standardize
 from xbraid_py.data.image_subsets import Samples
 from xbraid_py.layers.image_resnet import ImageResNet
 from xbraid_py.layers.module_block import own_random_numbers
@@ -40,7 +40,7 @@ class ImageOptions:
     filters
         Of each stage; by default 16,32,64, or 32,64,128 with --wide.
     norm
-        Normalisation: batch, group, batch with frozen statistics, none. Batch normalisation takes each rank's share of
+        Normalization: batch, group, batch with frozen statistics, none. Batch normalization takes each rank's share of
         a minibatch for itself, so that its results depend on the number of ranks.
     stem_stride
         Of the first convolution; 2 halves large images at once.
@@ -158,7 +158,7 @@ class ImageOptions:
             self.levels(model),
             samples.train,
             samples.test,
-            Pipeline(Augmentation(pad=self._pad, flip=self.flip, seed=seed), standardise),
+            Pipeline(Augmentation(pad=self._pad, flip=self.flip, seed=seed), standardize),
             self.training,
             seed=seed,
             grid=grid,

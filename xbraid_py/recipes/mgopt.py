@@ -20,7 +20,7 @@ from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.depth.mgopt import CycleRecord, MGOpt
 from xbraid_py.multilevel.depth.mgopt_options import MGOptOptions
 from xbraid_py.problem.perceptron import PerceptronProblem, perceptron_weights
-from xbraid_py.problem.problem import Architecture
+from xbraid_py.problem.problem import DenseResNetOptions
 from xbraid_py.problem.regularization import Regularization
 
 Samples = tuple[Tensor, Tensor]  # features (F, B) and labels (B,)
@@ -73,7 +73,7 @@ class Job:
 def perceptron_problem(
     samples: Samples,
     num_classes: int,
-    architecture: Architecture,
+    architecture: DenseResNetOptions,
     beta: float,
     comm: Communicator,
     mgrit: MGRIT = SERIAL,
@@ -117,7 +117,7 @@ class MnistSamples:
 
     batch_size: int = 1000
     portion: int = 2000
-    scaling: str = "centred"
+    scaling: str = "centered"
     num_train: int | None = None
     num_test: int | None = None
     seed: int = 0
@@ -125,7 +125,7 @@ class MnistSamples:
     data_dir: str | os.PathLike | None = None
 
     def job(
-        self, num_layers: int, options: MGOptOptions, architecture: Architecture, beta: float, comm, mgrit=SERIAL
+        self, num_layers: int, options: MGOptOptions, architecture: DenseResNetOptions, beta: float, comm, mgrit=SERIAL
     ) -> Job:
         """MG/OPT on these images; reads the files, sends no message."""
         data = _mnist(self.data_dir)

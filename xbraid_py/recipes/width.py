@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from xbraid_py.comm.replicas import ProcessGrid
-from xbraid_py.data.pde_dataset import PdeDataset, Standardisation
+from xbraid_py.data.pde_dataset import PdeDataset, Standardization
 from xbraid_py.multilevel.cycle.stochastic import Minibatches
 from xbraid_py.multilevel.width.training import WidthRecord, WidthTraining, errors
 from xbraid_py.multilevel.width.training_options import WidthTrainingOptions
@@ -37,7 +37,7 @@ class Job:
     unseen : Samples
         Those of the validation.
     scale : float
-        What errors are multiplied by: the targets' deviation where they are standardised.
+        What errors are multiplied by: the targets' deviation where they are standardized.
     """
 
     training: WidthTraining
@@ -55,7 +55,7 @@ class Job:
         *,
         batch_size: int = 200,
         seed: int = 0,
-        standardise: bool = False,
+        standardize: bool = False,
         grid: ProcessGrid | None = None,
     ) -> Job:
         """The run on these samples.
@@ -69,7 +69,7 @@ class Job:
         batch_size : int
         seed : int
             Of initial weights and of the order of the minibatches, whatever the method.
-        standardise : bool
+        standardize : bool
             Inputs and targets of mean 0 and deviation 1; otherwise as they are, since the paper says nothing. Errors
             are in the units of the problem in any case.
         grid : ProcessGrid, optional
@@ -81,8 +81,8 @@ class Job:
             If the network does not fit the samples, or there are too few of them.
         """
         scale = 1.0
-        if standardise:
-            statistics = Standardisation.of(train)
+        if standardize:
+            statistics = Standardization.of(train)
             train, validation = statistics.apply(train), statistics.apply(validation)
             scale = float(statistics.target_scale)
         inputs, targets = train.inputs, train.targets.flatten(1)

@@ -36,7 +36,7 @@ class WidthRunOptions:
         Of samples, initial weights and minibatches.
     dtype
         Of weights and samples.
-    standardise
+    standardize
         Inputs and targets of mean 0 and deviation 1; otherwise as they are.
     batch_size
         Samples of a minibatch, shared by the ranks.
@@ -59,14 +59,14 @@ class WidthRunOptions:
     network
         Kind and sizes of the network.
     training
-        Levels, optimiser, damping, matching.
+        Levels, optimizer, damping, matching.
     """
 
     num_train: int = 9000
     num_val: int = 1000
     seed: int = 0
     dtype: Literal["float64", "float32"] = "float32"
-    standardise: bool = False
+    standardize: bool = False
     batch_size: int = 200
     max_work: float = 10_000.0
     validate_every: float = 50.0
@@ -122,7 +122,7 @@ def set_up(options: WidthRunOptions, source: SampleSource, name: str, comm: Comm
                 options.training,
                 batch_size=options.batch_size,
                 seed=options.seed,
-                standardise=options.standardise,
+                standardize=options.standardize,
                 grid=ProcessGrid(comm, comm.size),
             )
             job.training.match()  # whether there can be so many levels

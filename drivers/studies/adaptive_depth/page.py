@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 
 from studies.rows import Row, accuracies, table, where
 from studies.statistics import Summary
-from xbraid_py.recipes.pictures.curves import depth_colours
-from xbraid_py.recipes.pictures.style import ADJOINT, GREY, RED, STATE, clean, save
+from xbraid_py.recipes.pictures.curves import depth_colors
+from xbraid_py.recipes.pictures.style import ADJOINT, GRAY, RED, STATE, clean, save
 
 PAGE = "study.md"
-KINDS = {"uniform": RED, "adaptive": STATE, "even": ADJOINT, "fewer": GREY, "coarsest": "0.8"}
+KINDS = {"uniform": RED, "adaptive": STATE, "even": ADJOINT, "fewer": GRAY, "coarsest": "0.8"}
 _WORK, _LAYERS, _ACCURACY = 1, 2, 3  # places in a point of a curve
 
 
@@ -141,10 +141,10 @@ def _grids(kinds: dict[str, list[Row]], path: Path) -> None:
     axes = figure.subplots()
     finest = [row["result"]["grids"][-1] for row in rows]
     sizes = sorted({round(size, 9) for grid in finest for size in grid}, reverse=True)
-    colours = dict(zip(sizes, depth_colours(len(sizes)), strict=True)) if sizes else {}
+    colors = dict(zip(sizes, depth_colors(len(sizes)), strict=True)) if sizes else {}
     for place, grid in enumerate(finest):
         starts = np.concatenate([[0.0], np.cumsum(grid)[:-1]])
-        shades = [colours[round(size, 9)] for size in grid]
+        shades = [colors[round(size, 9)] for size in grid]
         axes.barh([place] * len(grid), grid, left=starts, height=0.7, color=shades, edgecolor="white", linewidth=0.6)
     clean(axes, "depth t")
     axes.set_yticks(

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from studies.rows import SECONDS, WORK, Row, accuracy_at, table, where, work_unit
 from studies.statistics import Summary
-from xbraid_py.recipes.pictures.curves import depth_colours
+from xbraid_py.recipes.pictures.curves import depth_colors
 from xbraid_py.recipes.pictures.maps import scene_map
 from xbraid_py.recipes.pictures.style import RED, clean, save
 
@@ -119,7 +119,7 @@ def _over_work(kinds: dict[str, list[Row]], place: int, seeds: dict[int, float])
 def _curves(
     schedules: Sequence[tuple[int, ...]], kinds: dict[str, list[Row]], seeds: dict[int, float], path: Path
 ) -> None:
-    """A row of panels for every schedule: the nested runs coloured by depth, the non-nested ones red."""
+    """A row of panels for every schedule: the nested runs colored by depth, the non-nested ones red."""
     figure = Figure(figsize=(10.5, 3.2 * len(schedules)), layout="constrained")
     panels = figure.subplots(len(schedules), 2, sharex="col", sharey=True, squeeze=False)
     for (updates, line), (column, place) in product(zip(schedules, panels, strict=True), enumerate((SECONDS, WORK))):
@@ -134,9 +134,9 @@ def _curves(
             axes.plot(*zip(*points, strict=True), color=RED, linewidth=1.1, label="non-nested")
         for row in kinds[f"nested {_said(updates)}"]:
             depths = sorted({depth for *_, depth in curve(row)})
-            for depth, colour in zip(depths, depth_colours(len(depths)), strict=True):
+            for depth, color in zip(depths, depth_colors(len(depths)), strict=True):
                 points = [point[:2] for point in curve(row) if point[2] == depth]
-                axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.1, label=f"{depth} layers")
+                axes.plot(*zip(*points, strict=True), color=color, linewidth=1.1, label=f"{depth} layers")
         how = "wall-clock time" if place == SECONDS else "counted"
         clean(axes, f"work units, {how}" if updates == schedules[-1] else "")
         axes.set(title=f"nested: {_said(updates)} updates", ylim=(40, 85))

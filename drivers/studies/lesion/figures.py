@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from studies.lesion.tables import depth, fit_power, mean_norm, networks, series
 from studies.rows import Row
-from xbraid_py.recipes.pictures.style import ADJOINT, GREY, RED, STATE, clean, line, note, save
+from xbraid_py.recipes.pictures.style import ADJOINT, GRAY, RED, STATE, clean, line, note, save
 
 FIGURES = ("figure3.png", "figure4.png", "figure7.png", "lesion.png")
 
@@ -37,12 +37,12 @@ def figure3(rows: Sequence[Row], path: str | os.PathLike) -> None:
     """Mean norm of the residual modules over the number of blocks, with a fit for each of `series`."""
     figure, axes = _one_panel()
     found = series(rows)
-    for (name, members), colour in zip(found.items(), _colours(len(found)), strict=True):
+    for (name, members), color in zip(found.items(), _colors(len(found)), strict=True):
         sizes, values = [depth(row) for row in members], [mean_norm(row) for row in members]
         slope, factor = fit_power(sizes, values)
-        axes.plot(sizes, values, "o", color=colour, markersize=4)
+        axes.plot(sizes, values, "o", color=color, markersize=4)
         ends = (min(sizes), max(sizes))
-        line(axes, [(d, factor * d**slope) for d in ends], colour, f"{name}: slope {slope:.2f}")
+        line(axes, [(d, factor * d**slope) for d in ends], color, f"{name}: slope {slope:.2f}")
     if found:
         _reciprocal(axes, rows)
         axes.set_xscale("log")
@@ -70,10 +70,10 @@ def figure4(rows: Sequence[Row], path: str | os.PathLike) -> None:
     panels = figure.subplots(lines, columns, sharey=True, squeeze=False).flat
     for axes, (name, members) in zip(panels, known.items(), strict=False):
         norms = _mean_norms(members)
-        for column, colour, label in ((2, STATE, "input Y"), (3, RED, "output G")):
-            line(axes, list(zip(range(len(norms)), norms[:, column], strict=True)), colour, label)
+        for column, color, label in ((2, STATE, "input Y"), (3, RED, "output G")):
+            line(axes, list(zip(range(len(norms)), norms[:, column], strict=True)), color, label)
         for block in np.flatnonzero((norms[:, 1] == 0) & (norms[:, 0] > 0)):
-            axes.axvline(block, color=GREY, linewidth=0.7, linestyle="--")
+            axes.axvline(block, color=GRAY, linewidth=0.7, linestyle="--")
         axes.set_title(name, fontsize="small")
         axes.set_yscale("log")
         clean(axes, "block")
@@ -89,9 +89,9 @@ def figure7(rows: Sequence[Row], path: str | os.PathLike) -> None:
     figure, axes = _one_panel()
     spans = {name: members for name, members in series(rows).items() if name.startswith("h d")}
     known = networks([row for members in spans.values() for row in members])
-    for (name, members), colour in zip(known.items(), _colours(len(known)), strict=True):
+    for (name, members), color in zip(known.items(), _colors(len(known)), strict=True):
         norms, h = _mean_norms(members), members[0]["settings"]["step_size"]
-        line(axes, [(h * j, residual / h) for j, residual in enumerate(norms[:, 3])], colour, name)
+        line(axes, [(h * j, residual / h) for j, residual in enumerate(norms[:, 3])], color, name)
     if known:
         axes.legend(frameon=False, fontsize="x-small")
     else:
@@ -106,23 +106,23 @@ def lesions(rows: Sequence[Row], path: str | os.PathLike) -> None:
     known = networks(_some(rows))
     figure = Figure(figsize=(12.0, 3.8), layout="constrained")
     one, several, mixed = figure.subplots(1, 3)
-    for (name, members), colour in zip(known.items(), _colours(len(known)), strict=True):
+    for (name, members), color in zip(known.items(), _colors(len(known)), strict=True):
         results = [row["result"] for row in members]
         whole = float(np.mean([each["accuracy"] for each in results]))
-        _left_out(one, members, whole, colour, name)
+        _left_out(one, members, whole, color, name)
         counts = {0: [each["accuracy"] for each in results]} | {
             int(count): [v for each in results for v in each["random"][count]] for count in results[0]["random"]
         }
-        line(several, [(count, 100 * float(np.mean(values))) for count, values in counts.items()], colour, name)
+        line(several, [(count, 100 * float(np.mean(values))) for count, values in counts.items()], color, name)
         low, high = ([100 * f(values) for values in counts.values()] for f in (min, max))
-        several.fill_between(list(counts), low, high, color=colour, alpha=0.12, linewidth=0)
+        several.fill_between(list(counts), low, high, color=color, alpha=0.12, linewidth=0)
         shuffled = [v for each in results for v in each["shuffled"]]
-        mixed.plot([100 * whole] * len(shuffled), [100 * v for v in shuffled], "o", color=colour, markersize=4)
+        mixed.plot([100 * whole] * len(shuffled), [100 * v for v in shuffled], "o", color=color, markersize=4)
     several.set_xscale("symlog", base=2, linthresh=1)
     counts = sorted({0} | {int(count) for row in rows for count in row["result"]["random"]})
     several.set_xticks(counts, map(str, counts))
     low, high = several.get_ylim()
-    mixed.axline((high, high), slope=1, color=GREY, linewidth=0.7, linestyle="--")
+    mixed.axline((high, high), slope=1, color=GRAY, linewidth=0.7, linestyle="--")
     clean(one, "place of the block left out, block / d")
     one.set_ylabel("accuracy lost, points")
     one.legend(frameon=False, fontsize="x-small")
@@ -133,17 +133,17 @@ def lesions(rows: Sequence[Row], path: str | os.PathLike) -> None:
     save(figure, path)
 
 
-def _left_out(axes: Axes, members: Sequence[Row], whole: float, colour, name: str) -> None:
+def _left_out(axes: Axes, members: Sequence[Row], whole: float, color, name: str) -> None:
     left = np.mean([row["result"]["left_out"] for row in members], axis=0)
     places = members[0]["result"]["norms"]
     points = [(k / len(left), 100 * (whole - value)) for k, value in enumerate(left)]
     is_fixed = [s > 0 and j == 0 for s, j, *_ in places]
-    line(axes, points, colour, name)
+    line(axes, points, color, name)
     axes.lines[-1].set_linewidth(0.8)
     for fixed, marker in ((False, "."), (True, "s")):
         chosen = [point for point, each in zip(points, is_fixed, strict=True) if each == fixed]
         if chosen:
-            axes.plot(*zip(*chosen, strict=True), marker, color=colour, markersize=5)
+            axes.plot(*zip(*chosen, strict=True), marker, color=color, markersize=5)
 
 
 def _reciprocal(axes: Axes, rows: Sequence[Row]) -> None:
@@ -159,7 +159,7 @@ def _mean_norms(members: Sequence[Row]) -> np.ndarray:
     return np.mean([row["result"]["norms"] for row in members], axis=0)
 
 
-def _colours(count: int) -> list:
+def _colors(count: int) -> list:
     return list(mpl.colormaps["viridis"](np.linspace(0.0, 0.85, count)))
 
 

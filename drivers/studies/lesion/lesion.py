@@ -159,7 +159,7 @@ def mean_norms(training: ResNetTraining) -> Tensor:
     for row in range(len(rows)):
         first = (portions.first(rank) + row) * _PORTION
         some = pixels[first : first + _PORTION]
-        found = residual_norms(training.network, training.pipeline.standardise(some, training.dtype))
+        found = residual_norms(training.network, training.pipeline.standardize(some, training.dtype))
         pairs = [(each.input, each.residual) for each in found]
         rows[row] = len(some) * torch.tensor(pairs, dtype=torch.float64).flatten()
     if training.grid:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from studies.mgopt.rows import CURVE
-from xbraid_py.comm import wrap
+from xbraid_py.comm import as_communicator
 from xbraid_py.data import circles, peaks
 from xbraid_py.multilevel.depth.mgopt import MGOpt
 from xbraid_py.multilevel.depth.mgopt_options import LevelOptions, MGOptOptions
 from xbraid_py.problem.perceptron import perceptron_weights
-from xbraid_py.problem.problem import Architecture
+from xbraid_py.problem.problem import DenseResNetOptions
 from xbraid_py.recipes.mgopt import Job, MnistSamples, perceptron_problem
 
 PROBLEMS = ("circles", "mnist", "peaks")
@@ -41,7 +41,7 @@ class Case:
     carry
         Momentum between levels, see `MGOptOptions`.
     beta
-        Tikhonov regularisation.
+        Tikhonov regularization.
     goal
         Validation accuracy at which the run ends.
     max_work
@@ -126,20 +126,20 @@ class Case:
             samples = MnistSamples(
                 num_train=limits[0], num_test=limits[1], seed=self.seed, data_dir=self.data_dir or None
             )
-            network = Architecture(width=10, T=1.0, activation="relu")
-            return samples.job(self.num_layers, self.options, network, self.beta, wrap(None))
+            network = DenseResNetOptions(width=10, T=1.0, activation="relu")
+            return samples.job(self.num_layers, self.options, network, self.beta, as_communicator(None))
         if self.problem == "circles":
             train, validation = circles.generate(self.num_train, self.num_val, self.seed, self.sampling)
             samples, unseen = (train.features, train.labels), (validation.features, validation.labels)
-            network, scale = Architecture(width=3, T=1.0, activation="relu"), 1.0
+            network, scale = DenseResNetOptions(width=3, T=1.0, activation="relu"), 1.0
         else:
             # One draw for both, so that the classes are as frequent in the one as in the other.
             train = peaks.generate(self.num_train + self.num_val, 1, self.seed)[0]
             samples = train.features[:, : self.num_train].contiguous(), train.labels[: self.num_train]
             unseen = train.features[:, self.num_train :].contiguous(), train.labels[self.num_train :]
             # A ReLU network with weights N(0, 1) and T=5 multiplies its input by hundreds: they are smaller here.
-            network, scale = Architecture(width=self.width or 8, T=5.0, activation="relu"), 0.1
-        problem = perceptron_problem(samples, train.num_classes, network, self.beta, wrap(None))
+            network, scale = DenseResNetOptions(width=self.width or 8, T=5.0, activation="relu"), 0.1
+        problem = perceptron_problem(samples, train.num_classes, network, self.beta, as_communicator(None))
         training = MGOpt(problem, self.num_layers, self.options)
         training.x = perceptron_weights(training.network, self.seed, scale)
         return Job(training, unseen)

@@ -59,7 +59,7 @@ def figure5(bases: Bases) -> Iterator[Case]:
 
 
 def table2(bases: Bases) -> Iterator[Case]:
-    """Steps of the optimisers on the levels."""
+    """Steps of the optimizers on the levels."""
     for schedule in SCHEDULES:
         yield replace(bases.circles, schedule=schedule)
 
@@ -134,7 +134,7 @@ def competitors(bases: Bases, part: str) -> dict[tuple[str, int], tuple[Case, tu
         # Short runs, and those methods that minibatches suit: pairs of L-BFGS hold for one minibatch.
         base, names = replace(base, max_work=0.1 * base.max_work), ["gd", "momentum", "momentum carried", "adam"]
     found = {}
-    # With T=5 two layers on the coarsest of eight levels would be no discretisation of anything.
+    # With T=5 two layers on the coarsest of eight levels would be no discretization of anything.
     for name, levels in product(names, (1, 4) if base.problem == "peaks" else (1, 8)):
         changes, rates = METHODS[name]
         # On a single level nothing is left of momentum that begins anew at every step, and none is carried.

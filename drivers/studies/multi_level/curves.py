@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 
 from studies.multi_level.tables import CURVE
 from studies.rows import Row
-from xbraid_py.recipes.pictures.style import ADJOINT, GREY, RED, STATE, clean, line, note, save
+from xbraid_py.recipes.pictures.style import ADJOINT, GRAY, RED, STATE, clean, line, note, save
 
-_COLOURS = {"multilevel": STATE, "last": RED, "first": ADJOINT}
+_COLORS = {"multilevel": STATE, "last": RED, "first": ADJOINT}
 _OVER = {"epoch": "epochs", "seconds": "seconds of training", "block_evaluations": "block evaluations"}
 
 
@@ -57,7 +57,7 @@ def figure6(
             cycles = next(iter(curves.values()))[0]
             for before, after in zip(cycles, cycles[1:], strict=False):
                 if after["cycle"] != before["cycle"]:
-                    axes.axvline(before["epoch"], color=GREY, linewidth=0.7, linestyle="--")
+                    axes.axvline(before["epoch"], color=GRAY, linewidth=0.7, linestyle="--")
         if log:
             axes.set_yscale("log")
     panels[0].set_ylabel("error, %")
@@ -80,5 +80,5 @@ def _draw(axes: Axes, curve: Sequence[Mapping], field: str, model: str) -> None:
         if not points:
             note(axes, f"{model}: no {name.replace('_', ' ')}")
             continue
-        line(axes, points, _COLOURS.get(model, "k"), f"{model}, {name.removesuffix('_error')}")
+        line(axes, points, _COLORS.get(model, "k"), f"{model}, {name.removesuffix('_error')}")
         axes.lines[-1].set_linestyle(style)

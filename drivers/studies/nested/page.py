@@ -145,11 +145,11 @@ def _boxes(rows: Sequence[Row], groups: Sequence[tuple[str, int]], path: Path) -
     axes = figure.subplots()
     rng = np.random.default_rng(0)
     for place, (regime, width) in enumerate(groups):
-        for shift, run, colour in ((-0.18, "nested", STATE), (0.18, "non-nested", RED)):
+        for shift, run, color in ((-0.18, "nested", STATE), (0.18, "non-nested", RED)):
             values = accuracies(where(rows, regime=regime, width=width, run=run))
             if not values:
                 continue
-            look = {"color": colour, "linewidth": 1.2}
+            look = {"color": color, "linewidth": 1.2}
             axes.boxplot(
                 values,
                 positions=[place + shift],
@@ -162,7 +162,7 @@ def _boxes(rows: Sequence[Row], groups: Sequence[tuple[str, int]], path: Path) -
             )
             jitter = rng.uniform(-0.07, 0.07, len(values))
             label = run if place == 0 else None
-            axes.plot(place + shift + jitter, values, ".", color=colour, alpha=0.45, markersize=4, label=label)
+            axes.plot(place + shift + jitter, values, ".", color=color, alpha=0.45, markersize=4, label=label)
     clean(axes, "")
     labels = [f"{_regime(regime).replace(', ', chr(10))},\nwidth {width}" for regime, width in groups]
     axes.set_xticks(range(len(groups)), labels, fontsize="small")
@@ -181,13 +181,13 @@ def _means(rows: Sequence[Row], groups: Sequence[tuple[str, int]], path: Path) -
         axes = panels[widths.index(width), regimes.index(regime)]
         chosen = where(rows, regime=regime, width=width)
         unit = work_unit(chosen)
-        for run, colour in (("nested", STATE), ("non-nested", RED)) if unit else ():
+        for run, color in (("nested", STATE), ("non-nested", RED)) if unit else ():
             curves = np.array([[accuracy_at(row, u, unit) for u in units] for row in where(chosen, run=run)])
             if not len(curves):
                 continue
             low, high = np.quantile(curves, (0.25, 0.75), axis=0)
-            axes.fill_between(units, low, high, color=colour, alpha=0.15, linewidth=0)
-            axes.plot(units, curves.mean(0), color=colour, linewidth=1.6, label=run)
+            axes.fill_between(units, low, high, color=color, alpha=0.15, linewidth=0)
+            axes.plot(units, curves.mean(0), color=color, linewidth=1.6, label=run)
         clean(axes, "work units, wall-clock time" if width == widths[-1] else "")
         axes.set_title(f"{_regime(regime)}, width {width}", fontsize="small")
     for axes in panels[:, 0]:
@@ -235,7 +235,7 @@ def _refinements(rows: Sequence[Row], path: Path) -> None:
     """Mean accuracy in the first updates after every refinement."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
-    for change, colour, label in (
+    for change, color, label in (
         ("every", STATE, "10 iterations for 3 updates"),
         ("no boost", RED, "always 2 iterations"),
     ):
@@ -249,8 +249,8 @@ def _refinements(rows: Sequence[Row], path: Path) -> None:
                     curves.append([accuracy[at + k] - accuracy[at - 1] for k in range(-3, 13)])
         if curves:
             low, high = np.quantile(curves, (0.1, 0.9), axis=0)
-            axes.fill_between(range(-3, 13), low, high, color=colour, alpha=0.15, linewidth=0)
-            axes.plot(range(-3, 13), np.mean(curves, 0), color=colour, marker=".", label=label)
+            axes.fill_between(range(-3, 13), low, high, color=color, alpha=0.15, linewidth=0)
+            axes.plot(range(-3, 13), np.mean(curves, 0), color=color, marker=".", label=label)
     clean(axes, "updates after a refinement")
     axes.set_ylabel("change of the accuracy (points)")
     if axes.lines:

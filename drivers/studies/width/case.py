@@ -38,7 +38,7 @@ class Case:
         Samples.
     network, widths, channels, kernels, strides
         Kind and sizes, see `WidthNetwork`; empty for those of the paper.
-    standardise
+    standardize
         See `Job.of`.
     batch_size
         Samples of a minibatch.
@@ -68,7 +68,7 @@ class Case:
     channels: tuple[int, ...] = ()
     kernels: tuple[int, ...] = ()
     strides: tuple[int, ...] = ()
-    standardise: bool = False
+    standardize: bool = False
     batch_size: int = 200
     levels: int = 2
     steps: int = 4
@@ -137,7 +137,7 @@ class Case:
             self.options,
             batch_size=self.batch_size,
             seed=self.seed,
-            standardise=self.standardise,
+            standardize=self.standardize,
         )
 
     def cycles(self) -> int:

@@ -97,7 +97,7 @@ def _setting(rows: Sequence[Row]) -> str:
     said = (
         f"{settings['num_train']} training and {settings['num_val']} validation samples on {settings['mesh']} x "
         f"{settings['mesh']} points, {settings['max_work']:g} work units, minibatches of {settings['batch_size']}, "
-        f"{'standardised' if settings['standardise'] else 'raw'} inputs and targets."
+        f"{'standardized' if settings['standardize'] else 'raw'} inputs and targets."
     )
     return said + (f" The mean training target has the validation L2 {median(means):.2e}." if means else "")
 
@@ -137,7 +137,7 @@ def _errors(rows: Sequence[Row], field: str, paper: Paper, auxiliary: Paper) -> 
 
 
 def _compared(rows: Sequence[Row], label: Callable[[Row], list[str]], head: Sequence[str]) -> str:
-    """A line of ratios for each method of more than one level, beside the single level of its optimiser."""
+    """A line of ratios for each method of more than one level, beside the single level of its optimizer."""
     lines = []
     for name, chosen in _methods(rows).items():
         base = _single(rows, dict(name)["method"])
@@ -204,7 +204,7 @@ def _tuned(rows: Sequence[Row], figures: Path) -> list[str]:
         table(["method", "learning rate", "failed", *_HEADS, "ms a work unit"], lines),
         _compared(rows, lambda row: [_label(row["settings"], usual)], ["method"]),
         _on_the_way(rows, usual),
-        "Against the single level of the same optimiser (elsewhere the interval has 1 in it):",
+        "Against the single level of the same optimizer (elsewhere the interval has 1 in it):",
         "\n".join(won) or "* nowhere any difference.",
         f"Picture of seed 0: `figures/{picture.name}`.",
     ]
@@ -228,7 +228,7 @@ def _on_the_way(rows: Sequence[Row], usual: Mapping[str, Hashable]) -> str:
 
 
 def _single(rows: Sequence[Row], method: str) -> list[Row]:
-    """The single level of an optimiser; of any if it has none."""
+    """The single level of an optimizer; of any if it has none."""
     return where(rows, levels=1, method=method) or where(rows, levels=1)
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a model, its optimiser and its solvers: global arrays and numbers, and back on any ranks.
+"""What a checkpoint holds of a model, its optimizer and its solvers: global arrays and numbers, and back on any ranks.
 
 Weights and moments of the layers of a stack are arrays of all N layers, of which each rank has its rows; whatever lies
 around the stacks is the same on every rank, and comes from rank 0. Of replicas, which are alike, the first one writes.
@@ -29,7 +29,7 @@ class Trained:
     ----------
     model : Module
         With layer-parallel stacks in it or none.
-    optimiser : torch.optim.Optimizer
+    optimizer : torch.optim.Optimizer
         Of `model.parameters()`; what it keeps of a parameter are numbers and tensors of the parameter's shape, as
         those of SGD, Adam and the like.
     scheduler : torch.optim.lr_scheduler.LRScheduler, optional
@@ -39,16 +39,16 @@ class Trained:
     Raises
     ------
     ValueError
-        If the optimiser has a parameter that is not the model's.
+        If the optimizer has a parameter that is not the model's.
     """
 
     model: nn.Module
-    optimiser: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer
     scheduler: Any = None
     grid: ProcessGrid | None = None
 
     def __post_init__(self):
-        _names_in(self.optimiser, self.model)
+        _names_in(self.optimizer, self.model)
 
     @property
     def stacks(self) -> list[LayerParallel]:
@@ -70,7 +70,7 @@ class Trained:
         Raises
         ------
         ValueError
-            If the optimiser keeps something else than numbers and tensors of the parameters' shapes.
+            If the optimizer keeps something else than numbers and tensors of the parameters' shapes.
         """
         found: dict[str, Shard] = {}
         owners = stacks_by_name(self.model)
@@ -86,15 +86,15 @@ class Trained:
 
         for name, tensor in tensors_by_name(self.model):
             add(f"{WEIGHTS}/{name}", tensor, owners.get(name))
-        for name, parameter in _names_in(self.optimiser, self.model):
-            for key, value in self.optimiser.state.get(parameter, {}).items():
+        for name, parameter in _names_in(self.optimizer, self.model):
+            for key, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     add(f"{MOMENTS}/{key}/{name}", value, owners.get(name))
                 elif isinstance(value, Tensor) and value.dim() == 0:
                     add(f"{SCALARS}/{key}/{name}", value, None)
                 else:
                     raise ValueError(
-                        f"optimiser={type(self.optimiser).__name__} keeps a {key} that is no number and not of the "
+                        f"optimizer={type(self.optimizer).__name__} keeps a {key} that is no number and not of the "
                         f"shape of its parameter, which no checkpoint holds; use torch.optim.Adam"
                     )
         add(RANDOM, torch.get_rng_state(), None)
@@ -104,7 +104,7 @@ class Trained:
         """What is not in the arrays, JSON-able; complete on rank 0. Collective."""
         solvers = comm.gather([stack.solver_state() for stack in self.stacks])
         replicas = self.grid.replicas if self.grid else 1
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimiser.param_groups]
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         return {
             "groups": groups,
             "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
@@ -127,10 +127,10 @@ class Trained:
         Raises
         ------
         CheckpointError
-            If the file is damaged, or holds another model, another optimiser or none.
+            If the file is damaged, or holds another model, another optimizer or none.
         """
         load_weights(checkpoint, self.model)
-        self._load_optimiser(checkpoint, numbers["groups"])
+        self._load_optimizer(checkpoint, numbers["groups"])
         if (self.scheduler is None) != (numbers["scheduler"] is None):
             raise CheckpointError(f"{checkpoint.path} was written with another schedule; start without --resume")
         if self.scheduler is not None:
@@ -144,9 +144,9 @@ class Trained:
             stack.load_solver_state(state)
         torch.set_rng_state(checkpoint.rows(RANDOM))
 
-    def _load_optimiser(self, checkpoint: Checkpoint, saved: list[Mapping]) -> None:
+    def _load_optimizer(self, checkpoint: Checkpoint, saved: list[Mapping]) -> None:
         owners = stacks_by_name(self.model)
-        names = _names_in(self.optimiser, self.model)
+        names = _names_in(self.optimizer, self.model)
         index = {name: number for number, (name, _) in enumerate(names)}
         state: dict[int, dict[str, Tensor]] = {}
         for array in checkpoint.names():
@@ -157,17 +157,17 @@ class Trained:
                 rows = _own_rows(checkpoint, array, stack)
                 shape = names[index[name]][1].shape if kind == MOMENTS else ()
                 state.setdefault(index[name], {})[key] = rows.reshape(shape)
-        fresh = self.optimiser.state_dict()["param_groups"]
+        fresh = self.optimizer.state_dict()["param_groups"]
         if len(saved) != len(fresh):
-            raise CheckpointError(f"{checkpoint.path} was written with another optimiser; start without --resume")
+            raise CheckpointError(f"{checkpoint.path} was written with another optimizer; start without --resume")
         groups = [
             # JSON knows no tuples.
             own | {key: tuple(v) if isinstance(own.get(key), tuple) else v for key, v in group.items()}
             for own, group in zip(fresh, saved, strict=True)
         ]
-        self.optimiser.load_state_dict({"state": state, "param_groups": groups})
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         for number, values in state.items():
-            kept = self.optimiser.state[names[number][1]]
+            kept = self.optimizer.state[names[number][1]]
             for key, value in values.items():
                 # Of what is one number torch makes the type of the weights, with other bits.
                 if kept[key].dtype != value.dtype:
@@ -234,12 +234,12 @@ def stacks_by_name(model: nn.Module) -> dict[str, LayerParallel]:
     }
 
 
-def _names_in(optimiser: torch.optim.Optimizer, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The parameters of an optimiser in its order, with their names in the model."""
+def _names_in(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of an optimizer in its order, with their names in the model."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    found = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if any(id(parameter) not in names for parameter in found):
-        raise ValueError("optimiser holds a parameter that is not the model's; use model.parameters()")
+        raise ValueError("optimizer holds a parameter that is not the model's; use model.parameters()")
     return [(names[id(parameter)], parameter) for parameter in found]
 
 

@@ -25,7 +25,7 @@ def train(
     model: nn.Module,
     batches: Iterable[Batch],
     loss: Measure,
-    optimiser: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
     *,
     scheduler: Any = None,
     clip: float | None = None,
@@ -43,7 +43,7 @@ def train(
         Inputs and targets, the same on all ranks, of the whole batch whatever the number of replicas.
     loss : callable
         `loss(model(inputs), targets)`, a scalar: the mean over the samples.
-    optimiser : torch.optim.Optimizer
+    optimizer : torch.optim.Optimizer
         Of `model.parameters()`.
     scheduler : torch.optim.lr_scheduler.LRScheduler, optional
         Steps once after every update.
@@ -72,7 +72,7 @@ def train(
     for number, batch in enumerate(batches, start=done + 1):
         start = time.perf_counter()
         inputs, targets = grid.shard(batch) if grid else batch
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         value = loss(model(inputs), targets)
         mean = _mean_over_replicas(float(value.detach()), len(inputs), grid)
         if not math.isfinite(mean):
@@ -81,8 +81,8 @@ def train(
         if grid:
             grid.average_gradients(model, samples=len(inputs))
         norm = clip_grad_norm_(model, clip) if clip is not None else None
-        rate = optimiser.param_groups[0]["lr"]
-        optimiser.step()
+        rate = optimizer.param_groups[0]["lr"]
+        optimizer.step()
         if scheduler is not None:
             scheduler.step()
         seconds += time.perf_counter() - start

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from xbraid_py.comm import Communicator, wrap
+from xbraid_py.comm import Communicator, as_communicator
 from xbraid_py.comm.agreement import agree, together
 from xbraid_py.layer_parallel.sequence.function import Run, Sequence, SequenceRecord
 from xbraid_py.layer_parallel.sequence.plan import SequencePlan
@@ -34,7 +34,7 @@ class ParallelGRU(nn.Module):
 
     Every rank of the communicator makes the module, with the same weights on each, calls it with the same batch, and
     calls `backward`: gradients of the weights are summed over the ranks, in an order that does not depend on their
-    number, so the same optimiser does the same on every rank. What lies around the module is computed on every rank
+    number, so the same optimizer does the same on every rank. What lies around the module is computed on every rank
     alike. The length of the sequence may differ from call to call, and no number of ranks need divide it.
 
     In training mode, and with gradients, propagation is by MGRIT; in evaluation mode without gradients it is exact, one
@@ -104,7 +104,7 @@ class ParallelGRU(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.comm: Communicator = wrap(comm)
+        self.comm: Communicator = as_communicator(comm)
         options = mgrit or MGRIT(tol=0.1)
         backwards = for_adjoint(adjoint, options)
         with together(self.comm):

@@ -20,7 +20,7 @@ def padded(options: MGRIT, length: int) -> tuple[int, int]:
     """
     steps, unit, level = length, 1, 0
     while True:
-        if level == 0 and options.cycle == "one-shot" and options.cfactor is None:
+        if level == 0 and options.cycle == "lagged" and options.cfactor is None:
             # As many intervals as asked for, whatever the length.
             factor = options.cfactor_of(0, options.intervals * -(-steps // options.intervals))
         else:

@@ -22,7 +22,7 @@ def chained_sum(rows: Tensor, partition: Partition, comm: Communicator) -> Tenso
     """
     total = rows.new_zeros(rows.shape[1:])
     if len(rows):
-        behind, ahead = (partition.neighbour(comm.rank, direction) for direction in (-1, +1))
+        behind, ahead = (partition.neighbor(comm.rank, direction) for direction in (-1, +1))
         if behind is not None:
             comm.recv(total, behind)
         for row in rows:

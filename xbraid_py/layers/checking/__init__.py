@@ -43,7 +43,7 @@ def check_propagator(
     forward : Propagator or Steps
         All of its rows are here: no messages are sent. Of steps, as `ResidualSteps`, both propagators are made.
     adjoint : Propagator, optional
-        Linearised at `states`.
+        Linearized at `states`.
     states : (n, *S) tensor, optional
         Inputs of the steps. If not given, those of `adjoint`, or random ones where their shape is known: that of
         `forward.template`, or of a few samples for dense layers.
@@ -175,7 +175,7 @@ def _states_of_steps(steps: Steps, states: Tensor | None, generator: torch.Gener
 
 
 def _states_of(forward, adjoint, states: Tensor | None, generator: torch.Generator) -> Tensor:
-    """Inputs of the steps, at which the adjoint is linearised."""
+    """Inputs of the steps, at which the adjoint is linearized."""
     if states is not None:
         return states.detach()
     if isinstance(adjoint, Adjoint):
@@ -183,7 +183,7 @@ def _states_of(forward, adjoint, states: Tensor | None, generator: torch.Generat
     if not isinstance(forward, Forward) or adjoint is not None:
         raise ValueError(
             "states=None, but nothing says what the inputs of the steps are; use states=torch.randn(n, *S), n layers, "
-            "and the states that the adjoint is linearised at"
+            "and the states that the adjoint is linearized at"
         )
     steps = forward.steps
     return _random((len(steps.theta) // steps.parts, *forward.template.shape), forward.template, generator)
@@ -194,7 +194,7 @@ def _random(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) ->
 
 
 def _propagators(steps: Steps, x: Tensor, cfactor: int) -> tuple[Forward, Adjoint, Tensor]:
-    """Both propagators, linearised at a trajectory through each interval, and the inputs of the steps on it."""
+    """Both propagators, linearized at a trajectory through each interval, and the inputs of the steps on it."""
     parts, rows = steps.parts, steps
     if parts > 1:
         if not is_dataclass(steps):

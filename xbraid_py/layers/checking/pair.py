@@ -26,7 +26,7 @@ BOUND = 1e3  # in the power 2/3 of it, which central differences can reach
 
 @dataclass
 class Pair:
-    """An adjoint, with states v behind each row, and the forward propagator at the states of its linearisation."""
+    """An adjoint, with states v behind each row, and the forward propagator at the states of its linearization."""
 
     forward: Subject
     adjoint: Subject
@@ -177,7 +177,7 @@ RULES = (
         _transposed,
         "the adjoint is not the transposed Jacobian of the step: <A v, w> is not <v, J w>, with J w by central "
         "differences of step, however small they are; look for a missing transpose or sign, for h, for the part of "
-        "the state that is passed on unchanged, and whether the adjoint is linearised at the states given here",
+        "the state that is passed on unchanged, and whether the adjoint is linearized at the states given here",
         ("linear",),
     ),
     Rule(

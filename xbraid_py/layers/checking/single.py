@@ -148,7 +148,7 @@ RULES = (
         "the same twice",
         _determined,
         "the same states give other results when they are stepped again: every sweep would solve another equation; "
-        "look for random numbers (xbraid_py.Dropout has a mask that stays), statistics that move, and caches",
+        "look for random numbers (xbraid_py.nn.Dropout has a mask that stays), statistics that move, and caches",
         FIRST[:2],
     ),
     Rule(

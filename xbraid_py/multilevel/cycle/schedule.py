@@ -1,4 +1,4 @@
-"""How many optimiser steps a cycle makes on each level: the list notation of paper 000, and the cost by its eq. 10.
+"""How many optimizer steps a cycle makes on each level: the list notation of paper 000, and the cost by its eq. 10.
 
 Shape letters: `L` levels. Lists over the levels begin with the finest.
 """
@@ -17,7 +17,7 @@ _ENTRY = re.compile(r"(?P<both>\d+)|\((?P<down>\d+)\)|(?P<pre>\d+)/(?P<post>\d+)
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps of the level optimisers (paper 000, section 4).
+    """Steps of the level optimizers (paper 000, section 4).
 
     Parameters
     ----------

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from xbraid_py.multilevel.cycle.vcycle import UNDAMPED, Damping, Transfer, VCycle
-from xbraid_py.optim.levels import LevelOptimiser, Point
+from xbraid_py.optim.levels import LevelOptimizer, Point
 from xbraid_py.optim.objective import Objective
 from xbraid_py.optim.shifted import ShiftedObjective
 
@@ -79,37 +79,37 @@ class Minibatches:
 
 
 class MinibatchSmoother:
-    """The optimiser of a level with another minibatch for every step.
+    """The optimizer of a level with another minibatch for every step.
 
     Parameters
     ----------
-    optimiser : LevelOptimiser
+    optimizer : LevelOptimizer
     batches : iterator of Samples
     """
 
-    def __init__(self, optimiser: LevelOptimiser, batches: Iterator[Samples]):
-        self.optimiser, self.batches = optimiser, batches
+    def __init__(self, optimizer: LevelOptimizer, batches: Iterator[Samples]):
+        self.optimizer, self.batches = optimizer, batches
 
     @property
     def takes_momentum(self) -> bool:
-        return self.optimiser.takes_momentum
+        return self.optimizer.takes_momentum
 
     @property
     def momentum(self) -> Tensor | None:
-        return self.optimiser.momentum
+        return self.optimizer.momentum
 
     @momentum.setter
     def momentum(self, value: Tensor) -> None:
-        self.optimiser.momentum = value
+        self.optimizer.momentum = value
 
     def reset(self) -> None:
-        self.optimiser.reset()
+        self.optimizer.reset()
 
-    def minimise(self, objective: SampledObjective | ShiftedObjective, point: Point, steps: int) -> Point:
+    def minimize(self, objective: SampledObjective | ShiftedObjective, point: Point, steps: int) -> Point:
         for _ in range(steps):
             _own(objective).use(*next(self.batches))
             # What is known of the point is of other samples.
-            point = self.optimiser.minimise(objective, Point(point.x), 1)
+            point = self.optimizer.minimize(objective, Point(point.x), 1)
         return point
 
 
@@ -123,7 +123,7 @@ class StochasticCycle(VCycle):
     ----------
     objectives : sequence of L SampledObjective
     transfers : sequence of L - 1 Transfer
-    optimisers : sequence of L LevelOptimiser
+    optimizers : sequence of L LevelOptimizer
     draw : callable
         The next minibatches.
     pre, post, coarse
@@ -138,7 +138,7 @@ class StochasticCycle(VCycle):
         self,
         objectives: Sequence[SampledObjective],
         transfers: Sequence[Transfer],
-        optimisers: Sequence[LevelOptimiser],
+        optimizers: Sequence[LevelOptimizer],
         draw: Draw,
         pre: Sequence[int],
         post: Sequence[int],
@@ -150,7 +150,7 @@ class StochasticCycle(VCycle):
         if tau not in TAU:
             raise ValueError(f"tau={tau!r} must be {' or '.join(TAU)}; use same")
         self._batches: list[Iterator[Samples]] = [self._of_level(level) for level in range(len(objectives))]
-        smoothers = [MinibatchSmoother(each, batches) for each, batches in zip(optimisers, self._batches, strict=False)]
+        smoothers = [MinibatchSmoother(each, batches) for each, batches in zip(optimizers, self._batches, strict=False)]
         super().__init__(objectives, transfers, smoothers, pre, post, coarse, damping=damping)
         self.draw, self.tau = draw, tau
         self._subsets: dict[int, Iterator[Samples]] = {}

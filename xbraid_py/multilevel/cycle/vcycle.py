@@ -13,13 +13,13 @@ from torch import Tensor
 
 from xbraid_py.multilevel.cycle.schedule import CYCLES, Schedule
 from xbraid_py.optim import Armijo
-from xbraid_py.optim.levels import LevelOptimiser, Point
+from xbraid_py.optim.levels import LevelOptimizer, Point
 from xbraid_py.optim.objective import Objective
 from xbraid_py.optim.shifted import ShiftedObjective
 
 
 class Transfer(Protocol):
-    """What a cycle knows of two neighbouring levels."""
+    """What a cycle knows of two neighboring levels."""
 
     def prolong(self, x: Tensor) -> Tensor:
         """I x: a correction, or weights, of the coarse level on the fine one."""
@@ -67,7 +67,7 @@ UNDAMPED = Damping()
 class VCycle:
     """Cycles of MG/OPT on any objectives and transfers.
 
-    On level l the cycle makes steps on H^l (eq. 9), restricts weights and gradient, and minimises
+    On level l the cycle makes steps on H^l (eq. 9), restricts weights and gradient, and minimizes
 
         H^{l-1}(x) = L^{l-1}(x) + <dg, x>,   dg = R grad H^l(x^l) - grad L^{l-1}(x^{l-1,0}),
 
@@ -80,7 +80,7 @@ class VCycle:
     transfers : sequence of L - 1 Transfer
         The l-th between the levels l and l + 1. Those with a method `renewed(x)` are asked for the transfer at the
         weights x at every restriction.
-    smoothers : sequence of L LevelOptimiser
+    smoothers : sequence of L LevelOptimizer
     pre, post : sequence of L - 1 int
         Steps on the way down and up.
     coarse : int
@@ -103,7 +103,7 @@ class VCycle:
         self,
         objectives: Sequence[Objective],
         transfers: Sequence[Transfer],
-        smoothers: Sequence[LevelOptimiser],
+        smoothers: Sequence[LevelOptimizer],
         pre: Sequence[int],
         post: Sequence[int],
         coarse: int,
@@ -175,8 +175,8 @@ class VCycle:
         objective = self.objectives[level] if objective is None else objective
         smoother, schedule = self.smoothers[level], self.schedule
         if level == self.levels - 1:
-            return smoother.minimise(objective, point, schedule.coarse)
-        point = smoother.minimise(objective, point, schedule.pre[level])
+            return smoother.minimize(objective, point, schedule.coarse)
+        point = smoother.minimize(objective, point, schedule.pre[level])
         self.transfers[level] = renewed(self.transfers[level], point.x)
         point = self._ready(level, objective, point)
         below, start = self.coupled(level, point)
@@ -186,7 +186,7 @@ class VCycle:
             end = self._cycle(level + 1, below, end)
         self._take_back_momentum(level, sent)
         point = self._corrected(objective, point, self.transfers[level].prolong(end.x - start.x))
-        return smoother.minimise(objective, point, schedule.post[level])
+        return smoother.minimize(objective, point, schedule.post[level])
 
     def _ready(self, level: int, objective: Objective, point: Point) -> Point:
         """A point with all that the level below is to know of it."""

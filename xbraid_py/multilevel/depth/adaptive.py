@@ -32,7 +32,7 @@ class AdaptiveOptions:
     indicator
         Richardson: the error of a layer's step, by two steps half as long, their weights interpolated in depth. Goal:
         that error times the adjoint behind the layer, its effect on the loss of each sample. Jump: the change of the
-        weights to the neighbours, times the size of the step. Both: Richardson and jump, each divided by its sum over
+        weights to the neighbors, times the size of the step. Both: Richardson and jump, each divided by its sum over
         the layers. Even: layers spread evenly over the network, whatever they do; for comparison.
     marking
         Bulk: the fewest layers that make up this fraction of the sum of the indicator. Share: this fraction of the
@@ -135,7 +135,7 @@ def prolonged(objective: NetworkObjective, x: Tensor, interpolation: str) -> Ten
 
 
 def jumps(objective: NetworkObjective, x: Tensor) -> Tensor:
-    """h_n times the mean of |theta_n - theta_m| over the neighbours m, (n,); collective.
+    """h_n times the mean of |theta_n - theta_m| over the neighbors m, (n,); collective.
 
     The weights of a step are those where it begins: if they are smooth in depth, they are wrong by half the jump
     to the next ones in the mean, and the step by h times that.
@@ -165,7 +165,7 @@ def suits(problem: Problem, grid: LayerGrid, num_layers: int) -> bool:
     there are at least half as many, and coarse steps with all their parts.
     """
     options = problem.forward
-    if options.cycle != "one-shot" or options.cfactor is not None or options.max_levels == 1:
+    if options.cycle != "lagged" or options.cfactor is not None or options.max_levels == 1:
         return (
             num_layers % lcm(*(grid.num_layers // each.levels[-1].num_steps for each in problem.hierarchies(grid))) == 0
         )

@@ -3,7 +3,7 @@
 What is consistent. The weights are values of a function theta(t) on [0, T], a layer is a step of size h = T / N, and a
 coarse layer stands for two fine ones with the step H = 2h.
 
-* Weights. I repeats (or interpolates) values, so each row of I sums to 1. The coarse network discretises the same
+* Weights. I repeats (or interpolates) values, so each row of I sums to 1. The coarse network discretizes the same
   equation y' = F(y, theta(t)) if the coarse weights are values of the same function: each row of the restriction has to
   sum to 1. Injection (theta at the beginning of the coarse step) and averaging do. The rows of R = I^T sum to 2: used
   on weights, it makes a coarse network for 2 theta(t), and for 2^(L-1) theta(t) on the coarsest of L levels. R would
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from xbraid_py.multilevel.depth.transfer import hand_over, prolong_depth, refuse_splines
-from xbraid_py.problem.network import ResidualNetwork
+from xbraid_py.problem.network import DenseResNet
 
 INTERPOLATIONS = ("constant", "linear")
 RESTRICTIONS = ("inject", "average", "transpose")
@@ -38,11 +38,11 @@ class DepthTransfer:
     """Prolongation and restriction between networks of N and 2N layers.
 
     Rows move between ranks where the partitions of the two networks ask for it, and otherwise only the rows of
-    neighbours that linear interpolation needs.
+    neighbors that linear interpolation needs.
 
     Parameters
     ----------
-    coarse, fine : ResidualNetwork
+    coarse, fine : DenseResNet
         N and 2N layers, over the same communicator.
     interpolation : {"constant", "linear"}
         I: layer 2k + 1 takes the weights of coarse layer k, or the mean of those of k and k + 1 (those of k at the
@@ -58,8 +58,8 @@ class DepthTransfer:
 
     def __init__(
         self,
-        coarse: ResidualNetwork,
-        fine: ResidualNetwork,
+        coarse: DenseResNet,
+        fine: DenseResNet,
         interpolation: str = "constant",
         restriction: str = "inject",
     ):

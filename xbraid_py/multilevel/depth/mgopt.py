@@ -19,14 +19,14 @@ from xbraid_py.multilevel.width.state_width import ComposedTransfer, StateWidthT
 from xbraid_py.optim import Armijo
 from xbraid_py.optim.levels import Point
 from xbraid_py.optim.objective import Evaluation
-from xbraid_py.problem.network import ResidualNetwork
+from xbraid_py.problem.network import DenseResNet
 from xbraid_py.problem.portions import PortionedObjective, Samples
 from xbraid_py.problem.problem import Problem
 from xbraid_py.problem.regularization import Regularization
 
 
 def coarsened(regularization: Regularization, factor: int) -> Regularization:
-    """The regularisation of a level that has fewer layers by a factor (paper 000, section 4: beta 2^(L-l)).
+    """The regularization of a level that has fewer layers by a factor (paper 000, section 4: beta 2^(L-l)).
 
     Plain sums are multiplied by the factor, so that those over the layers stay multiples of the same time integral;
     time integrals are that already.
@@ -37,8 +37,8 @@ def coarsened(regularization: Regularization, factor: int) -> Regularization:
     return replace(regularization, **weights)
 
 
-def level_scale(network: ResidualNetwork, metric: str, moves: str) -> Tensor | None:
-    """The diagonal D of the optimisers (`GradientDescent`) for a network; None where it is 1."""
+def level_scale(network: DenseResNet, metric: str, moves: str) -> Tensor | None:
+    """The diagonal D of the optimizers (`GradientDescent`) for a network; None where it is 1."""
     if metric == "euclidean" and moves == "all":
         return None
     scale = network.layout.zeros()
@@ -144,7 +144,7 @@ class MGOpt:
         self.x = networks[0].layout.zeros()
 
     def _problem_of(self, problem: Problem, level: int, num_layers: int, width_level: int | None = None) -> Problem:
-        """The problem of a level: regularisation by its depth, width, and perhaps fewer ranks."""
+        """The problem of a level: regularization by its depth, width, and perhaps fewer ranks."""
         ranks = self.options.ranks(num_layers >> level, problem.comm.size) if level else problem.ranks
         width, halvings = problem.architecture.width, level if width_level is None else width_level
         for _ in range(min(halvings, self.options.narrow)):
@@ -156,7 +156,7 @@ class MGOpt:
             architecture=replace(problem.architecture, width=width),
         )
 
-    def _transfers(self, problem: Problem, networks: Sequence[ResidualNetwork]) -> list[Transfer]:
+    def _transfers(self, problem: Problem, networks: Sequence[DenseResNet]) -> list[Transfer]:
         how, found = (self.options.interpolation, self.options.restriction), []
         for level, (fine, coarse) in enumerate(zip(networks, networks[1:], strict=False)):
             if level < self.options.narrow:
@@ -169,7 +169,7 @@ class MGOpt:
         return found
 
     @property
-    def network(self) -> ResidualNetwork:
+    def network(self) -> DenseResNet:
         """The finest network."""
         return self.objectives[0].network
 

@@ -1,4 +1,4 @@
-"""The options of MG/OPT in depth: cycle, transfers, and the optimisers of the levels."""
+"""The options of MG/OPT in depth: cycle, transfers, and the optimizers of the levels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from xbraid_py.multilevel.cycle.schedule import CYCLES, Schedule
 from xbraid_py.multilevel.depth.depth_transfer import INTERPOLATIONS, RESTRICTIONS
 from xbraid_py.multilevel.width.layer_matrices import SCALINGS
 from xbraid_py.optim import Armijo, FixedStep, QuasiNewton
-from xbraid_py.optim.levels import GradientDescent, LevelOptimiser, QuasiNewtonOptimiser, TorchOptimiser
+from xbraid_py.optim.levels import GradientDescent, LevelOptimizer, QuasiNewtonOptimizer, TorchOptimizer
 from xbraid_py.optim.objective import Objective
 
 METHODS = ("gd", "momentum", "adam", "lbfgs")
@@ -21,7 +21,7 @@ MOVES = ("all", "layers", "ends")
 
 @dataclass(frozen=True, kw_only=True)
 class LevelOptions:
-    """Optimisers of the levels. Of a list the first is for the finest level, the last for all further ones.
+    """Optimizers of the levels. Of a list the first is for the finest level, the last for all further ones.
 
     Parameters
     ----------
@@ -62,19 +62,19 @@ class LevelOptions:
         if self.memory < 1:
             raise ValueError(f"memory={self.memory} must be at least 1; use 10")
 
-    def build(self, level: int, objective: Objective, scale: Tensor | None = None) -> LevelOptimiser:
-        """The optimiser of a level (0 is the finest); `scale` as for `GradientDescent`."""
+    def build(self, level: int, objective: Objective, scale: Tensor | None = None) -> LevelOptimizer:
+        """The optimizer of a level (0 is the finest); `scale` as for `GradientDescent`."""
         method, rate = (each[min(level, len(each) - 1)] for each in (self.method, self.learning_rate))
         if method == "lbfgs" or self.line_search:
             quasi_newton = QuasiNewton("lbfgs" if method == "lbfgs" else "steepest", objective.dots, self.memory)
             if self.line_search:
-                return QuasiNewtonOptimiser(quasi_newton, Armijo(), rate, scale, self.keep)
-            return QuasiNewtonOptimiser(quasi_newton, FixedStep(rate), 1.0, scale, self.keep)
+                return QuasiNewtonOptimizer(quasi_newton, Armijo(), rate, scale, self.keep)
+            return QuasiNewtonOptimizer(quasi_newton, FixedStep(rate), 1.0, scale, self.keep)
         if method == "gd":
             return GradientDescent(rate, scale)
         if method == "adam":
-            return TorchOptimiser(lambda weights: torch.optim.Adam(weights, lr=rate), scale, self.keep)
-        return TorchOptimiser(
+            return TorchOptimizer(lambda weights: torch.optim.Adam(weights, lr=rate), scale, self.keep)
+        return TorchOptimizer(
             lambda weights: torch.optim.SGD(weights, lr=rate, momentum=self.momentum), scale, self.keep
         )
 
@@ -88,7 +88,7 @@ class MGOptOptions:
     levels
         Networks of num_layers, num_layers / 2, ... layers; for the schedule of paper 000.
     schedule
-        Optimiser steps on each level in the paper's notation, as in "[(1), 1, 2, {2}]", instead of levels.
+        Optimizer steps on each level in the paper's notation, as in "[(1), 1, 2, {2}]", instead of levels.
     cycle
         V or W.
     interpolation
@@ -102,11 +102,11 @@ class MGOptOptions:
     metric
         Inner product that gradients are taken in: euclidean, or L2(0, T), which divides those of the layers by h.
     fine_moves, coarse_moves
-        Weights that the optimiser of the finest level, and those of the others, may change: all, the residual layers
+        Weights that the optimizer of the finest level, and those of the others, may change: all, the residual layers
         alone, or the ends (opening and classification) alone.
     narrow
         So many coarse levels, the first ones, also have half the width of the level above them: neurons of the state
-        that are alike are paired anew in every cycle. For optimisers that keep nothing from one cycle to the next.
+        that are alike are paired anew in every cycle. For optimizers that keep nothing from one cycle to the next.
     scaling
         With narrow, how a pair becomes one neuron: mean (paper 002, eq. 32), or with the activation relu by the norms
         of their rows (eq. 34; norms or sums).
@@ -117,7 +117,7 @@ class MGOptOptions:
         Share of the change of the coarse momentum that the finer level takes over (paper 002, eq. 36): with the methods
         momentum and adam a level then begins with the finer one's momentum. With 0 each level has its own.
     optim
-        Optimisers of the levels.
+        Optimizers of the levels.
     """
 
     levels: int = 8
@@ -157,7 +157,7 @@ class MGOptOptions:
             raise ValueError(f"carry_momentum={self.carry_momentum} must lie in [0, 1]; use 0.2")
         if self.carry_momentum and not (self.optim.keep and set(self.optim.method) <= {"momentum", "adam"}):
             raise ValueError(
-                f"carry_momentum={self.carry_momentum} is for optimisers that keep momentum, not "
+                f"carry_momentum={self.carry_momentum} is for optimizers that keep momentum, not "
                 f"optim.method={','.join(self.optim.method)}, optim.keep={self.optim.keep}; use 0"
             )
         levels = self.steps().levels
@@ -165,7 +165,7 @@ class MGOptOptions:
             raise ValueError(f"narrow={self.narrow} must lie in 0 .. {levels - 1}, the coarse levels; use 0")
         if self.narrow and self.optim.keep and set(self.optim.method) != {"gd"}:
             raise ValueError(
-                f"narrow={self.narrow} is for optimisers that keep nothing of neurons paired otherwise, not "
+                f"narrow={self.narrow} is for optimizers that keep nothing of neurons paired otherwise, not "
                 f"optim.method={','.join(self.optim.method)} with optim.keep=True; use optim.keep=False"
             )
 

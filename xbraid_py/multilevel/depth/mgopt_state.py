@@ -10,7 +10,7 @@ from torch import Tensor
 
 from xbraid_py.multilevel.depth.mgopt import CycleRecord
 from xbraid_py.optim.objective import Evaluation
-from xbraid_py.problem.network import ResidualNetwork
+from xbraid_py.problem.network import DenseResNet
 from xbraid_py.run.resume import resumed
 from xbraid_py.run.store.keep import CheckpointStore, Score
 from xbraid_py.run.store.read import check_total, no_state
@@ -45,7 +45,7 @@ class CycleState:
 
 def save_cycle(
     store: CheckpointStore,
-    network: ResidualNetwork,
+    network: DenseResNet,
     x: Tensor,
     record: CycleRecord,
     is_final: bool,
@@ -57,7 +57,7 @@ def save_cycle(
     Parameters
     ----------
     store : CheckpointStore
-    network : ResidualNetwork
+    network : DenseResNet
         The finest one.
     x : Tensor
         Its weights.
@@ -85,7 +85,7 @@ def save_cycle(
 
 
 def read_cycle(
-    resume: str | None, out: Path, network: ResidualNetwork, configuration: Mapping, free: tuple[str, ...]
+    resume: str | None, out: Path, network: DenseResNet, configuration: Mapping, free: tuple[str, ...]
 ) -> CycleState | None:
     """What the option `--resume` asks for, on any number of ranks; None if there is nothing to go on from. No message.
 
@@ -94,7 +94,7 @@ def read_cycle(
     resume : str or None
         A file, or "auto": the newest good one of the out folder, if there is any.
     out : Path
-    network : ResidualNetwork
+    network : DenseResNet
         The finest one.
     configuration : mapping
         Of this job, JSON-able.

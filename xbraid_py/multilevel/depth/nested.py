@@ -18,7 +18,7 @@ from xbraid_py.multilevel.depth.record import Record, Snapshot
 from xbraid_py.multilevel.depth.transfer import prolong_depth
 from xbraid_py.optim import OneShot, OneShotOptions, Update
 from xbraid_py.optim.objective import Evaluation
-from xbraid_py.problem.network import InitialScales, ResidualNetwork
+from xbraid_py.problem.network import DenseResNet, InitialScales
 from xbraid_py.problem.problem import Problem
 
 
@@ -93,9 +93,9 @@ class NestedIteration:
     problem : Problem
     num_layers : int
         Depth of the finest network.
-    options : NestedOptions
-    one_shot : OneShotOptions
-    scales : InitialScales
+    options : NestedOptions, optional
+    one_shot : OneShotOptions, optional
+    scales : InitialScales, optional
         Of the initial weights of the coarsest network.
     seed : int
 
@@ -104,20 +104,22 @@ class NestedIteration:
     objective : NetworkObjective
         Of the present level.
     one_shot : OneShot
-        The optimiser there; `one_shot.x` are the weights.
+        The optimizer there.
     """
 
     def __init__(
         self,
         problem: Problem,
         num_layers: int,
-        options: NestedOptions,
-        one_shot: OneShotOptions,
-        scales: InitialScales,
+        *,
+        options: NestedOptions | None = None,
+        one_shot: OneShotOptions | None = None,
+        scales: InitialScales | None = None,
         seed: int = 0,
     ):
+        options, one_shot = options or NestedOptions(), one_shot or OneShotOptions()
         cfactor = problem.forward.cfactor_of(0, num_layers)
-        if cfactor is not None and (problem.forward.cfactor is not None or problem.forward.cycle != "one-shot"):
+        if cfactor is not None and (problem.forward.cfactor is not None or problem.forward.cycle != "lagged"):
             # Said in terms of the finest network, which is what a user chooses.
             name = "cfactor" + " * 2^refinements" * (options.refinements > 0)
             require_multiple("num_layers", num_layers, cfactor * 2**options.refinements, name)
@@ -133,7 +135,7 @@ class NestedIteration:
                 f"{problem.comm.size} ranks are more than num_layers={num_layers}; use at most {num_layers} ranks"
             )
         self.problem, self.options, self.one_shot_options = problem, options, one_shot
-        self.scales, self.seed = scales, seed
+        self.scales, self.seed = scales or InitialScales(), seed
         self._unit = problem.work_unit(num_layers)
         self._index = 0
         self._grid = problem.grid(self.depths[0])
@@ -151,6 +153,11 @@ class NestedIteration:
     def depth(self) -> int:
         """Number of layers of the present level."""
         return self._grid.num_layers
+
+    @property
+    def weights(self) -> Tensor:
+        """Weights of the present level's network, those that this rank owns: a flat vector, see `network.layout`."""
+        return self.one_shot.x
 
     @property
     def grid(self) -> LayerGrid:
@@ -239,7 +246,7 @@ class NestedIteration:
         """All that the rest of the run depends on, now."""
         one_shot, objective = self.one_shot, self.objective
         warm = {"state": objective.warm or (), "adjoint": objective.adjoint_warm or ()}
-        # The run goes on to overwrite what the one-shot cycle keeps.
+        # The run goes on to overwrite what the lagged cycle keeps.
         warm = {name: tuple(rows.clone() for rows in levels) for name, levels in warm.items()}
         return Snapshot(
             numbers={
@@ -274,7 +281,7 @@ class NestedIteration:
             return LayerGrid.of_lengths(lengths, self._grid.T)
         return self.problem.grid(numbers["num_layers"])
 
-    def network_of(self, numbers: Mapping) -> ResidualNetwork:
+    def network_of(self, numbers: Mapping) -> DenseResNet:
         """The network of a snapshot with these numbers."""
         return self._problems[numbers["index"]].network(self.grid_of(numbers))
 

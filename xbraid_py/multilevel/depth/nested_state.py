@@ -55,7 +55,7 @@ def _is_a(value: object, kind) -> bool:
 
 
 # Groups of the file that hold the vectors of a snapshot, an array for each parameter of the network. Of the pairs
-# of the optimiser there are several: their arrays have one axis more, behind the rows.
+# of the optimizer there are several: their arrays have one axis more, behind the rows.
 _GROUPS = {"weights": "weights", "gradient": "gradient", "s": "optimizer/s", "y": "optimizer/y"}
 
 
@@ -152,7 +152,7 @@ def _read_snapshot(path: Path, run: NestedIteration, convert_dtype: bool) -> Sna
                 warm[solve] = (*warm.get(solve, ()), rows)  # the names come in their order
                 check_total(path, int(index) + 1, len(warm[solve]))
         if any(missing[key] for key in _GROUPS if vectors[key]) or not vectors["weights"]:
-            raise no_state(path, "a part of the weights or of the optimiser is missing")
+            raise no_state(path, "a part of the weights or of the optimizer is missing")
         check_total(path, len(vectors["s"]), len(vectors["y"]))
         torch.set_rng_state(checkpoint.rows("random_state"))
     return Snapshot(numbers, vectors, warm)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from xbraid_py.comm.partition import Partition
 from xbraid_py.layers.splines import Splines
-from xbraid_py.problem.network import ResidualNetwork
+from xbraid_py.problem.network import DenseResNet
 
 
 def prolong_rows(rows: Tensor, interpolation: str, following: Tensor | None = None) -> Tensor:
@@ -46,8 +46,8 @@ def prolong_rows(rows: Tensor, interpolation: str, following: Tensor | None = No
 
 
 def prolong_depth(
-    coarse: ResidualNetwork,
-    fine: ResidualNetwork,
+    coarse: DenseResNet,
+    fine: DenseResNet,
     x: Tensor,
     interpolation: str,
     chosen: Collection[int] | None = None,
@@ -56,7 +56,7 @@ def prolong_depth(
 
     Parameters
     ----------
-    coarse, fine : ResidualNetwork
+    coarse, fine : DenseResNet
         N and 2N layers, or as many more than N as are chosen, over the same communicator.
     x : Tensor
         Flat vector of the coarse network.

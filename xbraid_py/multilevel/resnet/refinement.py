@@ -23,14 +23,14 @@ Interpolation = Literal["constant", "linear"]
 def refine(network: ImageResNet, interpolation: Interpolation = "constant") -> ImageResNet:
     """The network on the refined time grid: twice the blocks in every stage, the step size halved.
 
-    Weights and statistics of normalisations are interpolated. No random number is drawn.
+    Weights and statistics of normalizations are interpolated. No random number is drawn.
 
     Parameters
     ----------
     network : ImageResNet
         It is left as it is, and shares nothing with the result.
     interpolation : {"constant", "linear"}
-        An inserted block takes the weights of the block before it, as in the paper, or the mean of its neighbours; at
+        An inserted block takes the weights of the block before it, as in the paper, or the mean of its neighbors; at
         the end of a stage those of the block before it, behind a transition those of the block after it.
 
     Returns
@@ -60,7 +60,7 @@ def refine(network: ImageResNet, interpolation: Interpolation = "constant") -> I
 def refined_tensors(
     network: ImageResNet, tensors: Mapping[str, Tensor], interpolation: Interpolation = "constant"
 ) -> dict[str, Tensor]:
-    """Tensors for the refined network from those for the network: weights, statistics, momentum of an optimiser.
+    """Tensors for the refined network from those for the network: weights, statistics, momentum of an optimizer.
 
     Parameters
     ----------

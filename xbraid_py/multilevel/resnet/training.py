@@ -20,7 +20,7 @@ from xbraid_py.multilevel.resnet.refinement import refine, refined_tensors
 from xbraid_py.multilevel.resnet.training_options import (
     PRECISIONS,
     EpochRecord,
-    LabelledImages,
+    LabeledImages,
     Pipeline,
     ResNetTrainingOptions,
 )
@@ -41,7 +41,7 @@ class ResNetTraining:
         `make(level)`: the network of a level with its initial weights, the same on all ranks.
     levels : tuple of Level
         Of each cycle, see `plan`; the network is refined wherever their blocks change.
-    train, test : LabelledImages
+    train, test : LabeledImages
         The same on all ranks.
     pipeline : Pipeline
     options : ResNetTrainingOptions
@@ -55,7 +55,7 @@ class ResNetTraining:
     ----------
     network : ImageResNet
         As it is now.
-    optimiser : torch.optim.SGD
+    optimizer : torch.optim.SGD
 
     Raises
     ------
@@ -67,8 +67,8 @@ class ResNetTraining:
         self,
         make: Callable[[Level], ImageResNet],
         levels: tuple[Level, ...],
-        train: LabelledImages,
-        test: LabelledImages,
+        train: LabeledImages,
+        test: LabeledImages,
         pipeline: Pipeline,
         options: ResNetTrainingOptions,
         *,
@@ -95,7 +95,7 @@ class ResNetTraining:
         self.train, self.test = ((each.pixels.to(device), each.labels.to(device)) for each in (train, test))
         self.steps_per_epoch = len(train.labels) // options.batch_size
         self.network = self._placed(make(levels[0]))
-        self.optimiser = self._new_optimiser()
+        self.optimizer = self._new_optimizer()
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=options.precision == "float16")
 
     def run(self, validate_every: int = 1, done: EpochRecord | None = None) -> Iterator[EpochRecord]:
@@ -134,7 +134,7 @@ class ResNetTraining:
         """Double the blocks of every stage and halve the step size (paper 003, figure 5)."""
         coarse, momentum, how = self.network, self._momentum(), self.options.interpolation
         self.network = self._placed(refine(coarse, how))
-        self.optimiser = self._new_optimiser()
+        self.optimizer = self._new_optimizer()
         if self.options.carry_momentum and momentum:
             self._set_momentum(refined_tensors(coarse, momentum, how))
 
@@ -187,7 +187,7 @@ class ResNetTraining:
         with torch.no_grad():
             for name, value in own.items():
                 value.copy_(given[name].reshape(value.shape))
-        self.optimiser = self._new_optimiser()
+        self.optimizer = self._new_optimizer()
         momentum = {name.removeprefix("momentum/"): v for name, v in state.items() if name.startswith("momentum/")}
         if momentum:
             self._set_momentum(momentum)
@@ -206,17 +206,17 @@ class ResNetTraining:
         sums = torch.zeros(2, steps, dtype=torch.float64, device=self.device)
         for step, chosen in enumerate(order[: steps * batch].split(batch)):
             rate = self.options.cycles.learning_rate(epoch * steps + step, steps)
-            for group in self.optimiser.param_groups:
+            for group in self.optimizer.param_groups:
                 group["lr"] = rate
             share = grid.shard(chosen) if grid else chosen
             here = share.to(self.device)
             wanted = labels[here]
             logits, loss = self._forward(self.pipeline.augment(pixels[here], share, epoch), wanted)
-            self.optimiser.zero_grad()
+            self.optimizer.zero_grad()
             self._scaler.scale(loss).backward()
             if grid:
                 grid.average_gradients(self.network, samples=len(share))
-            self._scaler.step(self.optimiser)
+            self._scaler.step(self.optimizer)
             self._scaler.update()
             # Looked at after the epoch: a GPU need not wait for it now.
             sums[0, step] = loss.detach().double() * len(share)
@@ -235,7 +235,7 @@ class ResNetTraining:
 
     def _forward(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and mean loss of images as they lie in the set."""
-        inputs = self.pipeline.standardise(pixels, self.dtype)
+        inputs = self.pipeline.standardize(pixels, self.dtype)
         if self.options.channels_last:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, self._product_dtype, enabled=self._product_dtype is not None):
@@ -256,7 +256,7 @@ class ResNetTraining:
         layout = torch.channels_last if self.options.channels_last else torch.contiguous_format
         return network.to(self.device, self.dtype, memory_format=layout)
 
-    def _new_optimiser(self) -> torch.optim.SGD:
+    def _new_optimizer(self) -> torch.optim.SGD:
         options = self.options
         return torch.optim.SGD(
             self.network.parameters(),
@@ -267,11 +267,11 @@ class ResNetTraining:
 
     def _momentum(self) -> dict[str, Tensor]:
         """By the names of the parameters; empty before the first step."""
-        state = self.optimiser.state
+        state = self.optimizer.state
         found = {name: state[p].get("momentum_buffer") for name, p in self.network.named_parameters() if p in state}
         return {name: value for name, value in found.items() if value is not None}
 
     def _set_momentum(self, momentum: Mapping[str, Tensor]) -> None:
         for name, parameter in self.network.named_parameters():
             value = momentum[name].reshape(parameter.shape)
-            self.optimiser.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(value)
+            self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(value)

@@ -24,7 +24,7 @@ PRECISIONS = {
 }
 
 
-class LabelledImages(Protocol):
+class LabeledImages(Protocol):
     """Images (B, 3, H, W) uint8, and labels (B,) int64."""
 
     pixels: Tensor
@@ -40,12 +40,12 @@ class Pipeline:
     augment : callable
         `augment(pixels, indices, epoch)`, from uint8 to uint8, of training images by their numbers
         in the set, which are on the CPU.
-    standardise : callable
-        `standardise(pixels, dtype)`, from uint8 to floating point.
+    standardize : callable
+        `standardize(pixels, dtype)`, from uint8 to floating point.
     """
 
     augment: Callable[[Tensor, Tensor, int], Tensor]
-    standardise: Callable[[Tensor, torch.dtype], Tensor]
+    standardize: Callable[[Tensor, torch.dtype], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class ResNetTrainingOptions:
     cycles
         Epochs and learning rates of the cycles.
     batch_size
-        Images of a minibatch, shared by the ranks. Batch normalisation takes each rank's share for itself, so that its
+        Images of a minibatch, shared by the ranks. Batch normalization takes each rank's share for itself, so that its
         results depend on the number of ranks; running statistics are averaged over the ranks after every epoch.
     momentum
         Of SGD.

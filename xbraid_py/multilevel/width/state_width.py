@@ -24,12 +24,12 @@ from xbraid_py.multilevel.cycle.vcycle import Transfer, renewed
 from xbraid_py.multilevel.depth.transfer import refuse_splines
 from xbraid_py.multilevel.width.layer_matrices import SCALINGS, LayerMatrices
 from xbraid_py.multilevel.width.matching import Matching, match
-from xbraid_py.problem.network import ResidualNetwork
+from xbraid_py.problem.network import DenseResNet
 
 _HOMOGENEOUS = ("relu", "identity")  # s(a z) = a s(z) for a > 0
 
 
-def gram(network: ResidualNetwork, x: Tensor) -> Tensor:
+def gram(network: DenseResNet, x: Tensor) -> Tensor:
     """Products (C, C) of the neurons' rows over all layers, on all ranks alike; collective."""
     named = network.layout.named(x)
     width = network.block.outputs
@@ -43,7 +43,7 @@ def gram(network: ResidualNetwork, x: Tensor) -> Tensor:
     return network.comm.ordered_sum(found, [1] * network.comm.size).view(width, width)
 
 
-def match_state(network: ResidualNetwork, x: Tensor) -> tuple[Matching, Tensor]:
+def match_state(network: DenseResNet, x: Tensor) -> tuple[Matching, Tensor]:
     """Pair the neurons of the state; returns the lengths (C,) of their rows too. Collective.
 
     Greedy heavy-edge matching on cosines (paper 002, algorithm 1) without a threshold, so that the number of coarse
@@ -72,7 +72,7 @@ class StateWidthTransfer:
 
     Parameters
     ----------
-    coarse, fine : ResidualNetwork
+    coarse, fine : DenseResNet
         Of the same depth and partition, over the same communicator.
     scaling : {"mean", "norms", "sums"}
         See `layer_matrices`; other than mean for the activations relu and identity.
@@ -85,8 +85,8 @@ class StateWidthTransfer:
         If the networks do not fit each other, the scaling does not go with the activation, or the weights are splines.
     """
 
-    coarse: ResidualNetwork
-    fine: ResidualNetwork
+    coarse: DenseResNet
+    fine: DenseResNet
     scaling: str = "mean"
     matrices: LayerMatrices | None = None
 

@@ -23,7 +23,7 @@ from xbraid_py.multilevel.width.layout import Layout
 from xbraid_py.multilevel.width.matching import Matching
 from xbraid_py.multilevel.width.training_options import WidthTrainingOptions
 from xbraid_py.multilevel.width.transfer import WidthTransfer, match_layers, renewed
-from xbraid_py.optim.levels import Point, TorchOptimiser
+from xbraid_py.optim.levels import Point, TorchOptimizer
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class WidthTraining:
         self.layout = Layout.of(network)
         self.x = self.layout.vector(network)
         self.objective = ModuleObjective(self.layout.module(self.x), loss, grid)
-        self.optimiser = options.optimiser(0)
+        self.optimizer = options.optimizer(0)
         self.transfers: list[WidthTransfer] = []
         self._cycle: StochasticCycle | None = None
         self._costs: list[float] = []
@@ -132,20 +132,20 @@ class WidthTraining:
         return found
 
     def _build(self) -> None:
-        """Objectives, optimisers and the cycle for the present transfers."""
+        """Objectives, optimizers and the cycle for the present transfers."""
         self._count()
         options, x = self.options, self.x
-        objectives, optimisers = [self.objective], [self.optimiser]
+        objectives, optimizers = [self.objective], [self.optimizer]
         for level, transfer in enumerate(self.transfers, start=1):
             x = transfer.restrict(x)
             objectives.append(ModuleObjective(transfer.coarse.module(x), self.loss, self.grid))
-            optimisers.append(options.optimiser(level))
+            optimizers.append(options.optimizer(level))
         steps = [options.steps] * len(self.transfers)
         damping = Damping(options.gamma, options.alpha_p, options.alpha_m)
         self._cycle = StochasticCycle(
             objectives,
             self.transfers,
-            optimisers,
+            optimizers,
             self.minibatches.draw,
             steps,
             steps,
@@ -174,15 +174,15 @@ class WidthTraining:
     def state(self) -> dict[str, Tensor]:
         """Where the run has come to, by name: what `restore` needs to go on bitwise as if nothing had happened.
 
-        Weights, minibatches drawn, the partners of every hidden layer, and the state of each level's optimiser.
+        Weights, minibatches drawn, the partners of every hidden layer, and the state of each level's optimizer.
         """
         found = {"weights": self.x, "drawn": torch.tensor([self.minibatches.drawn])}
         for level, transfer in enumerate(self.transfers):
             for layer, matching in enumerate(transfer.matchings):
                 if matching is not None:
                     found[f"level{level}/partner{layer}"] = matching.partner
-        for level, optimiser in enumerate(self._optimisers()):
-            for name, value in optimiser.state.items():
+        for level, optimizer in enumerate(self._optimizers()):
+            for name, value in optimizer.state.items():
                 if isinstance(value, Tensor):
                     found[f"level{level}/{name}"] = value.reshape(-1)
         return found
@@ -204,14 +204,14 @@ class WidthTraining:
             self.transfers.append(WidthTransfer.of(layout, matchings, x, self.options.pairs))
             layout, x = self.transfers[-1].coarse, self.transfers[-1].restrict(x)
         self._build()
-        for level, optimiser in enumerate(self._optimisers()):
+        for level, optimizer in enumerate(self._optimizers()):
             for name, value in state.items():
                 owner, _, kind = name.partition("/")
                 if owner == f"level{level}" and not kind.startswith("partner"):
-                    optimiser.state[kind] = value.reshape(()).clone() if kind == "step" else value.to(self.x)
+                    optimizer.state[kind] = value.reshape(()).clone() if kind == "step" else value.to(self.x)
 
-    def _optimisers(self) -> list[TorchOptimiser]:
-        return [each.optimiser for each in self._cycle.smoothers] if self._cycle else [self.optimiser]
+    def _optimizers(self) -> list[TorchOptimizer]:
+        return [each.optimizer for each in self._cycle.smoothers] if self._cycle else [self.optimizer]
 
     def run(self, max_cycles: int, done: WidthRecord | None = None) -> Iterator[WidthRecord]:
         """Make cycles; yields a record after each, when `x` are the weights that it is of.

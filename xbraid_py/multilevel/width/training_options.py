@@ -1,4 +1,4 @@
-"""The options of multilevel training in width: levels, optimisers, damping, matching."""
+"""The options of multilevel training in width: levels, optimizers, damping, matching."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from xbraid_py.multilevel.cycle.stochastic import TAU
 from xbraid_py.multilevel.width.transfer import WidthOptions
-from xbraid_py.optim.levels import TorchOptimiser
+from xbraid_py.optim.levels import TorchOptimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class WidthTrainingOptions:
     levels
         Networks, each of half the width of the one before; 1 trains the given network alone.
     steps
-        s: optimiser steps before and after the coarse correction, and on the coarsest level.
+        s: optimizer steps before and after the coarse correction, and on the coarsest level.
     coarse_steps
         Of the coarsest of several levels, where it is to make other than `steps` of them; 0: as many.
     method
@@ -96,17 +96,17 @@ class WidthTrainingOptions:
         """Learning rate of a level."""
         return self.learning_rate / self.eta ** min(level, self.eta_levels - 1)
 
-    def optimiser(self, level: int) -> TorchOptimiser:
-        """The optimiser of a level."""
+    def optimizer(self, level: int) -> TorchOptimizer:
+        """The optimizer of a level."""
         rate = self.rate(level)
         if self.method == "adam":
-            return TorchOptimiser(lambda weights: torch.optim.Adam(weights, lr=rate))
-        return TorchOptimiser(
+            return TorchOptimizer(lambda weights: torch.optim.Adam(weights, lr=rate))
+        return TorchOptimizer(
             lambda weights: torch.optim.SGD(weights, lr=rate, momentum=self.momentum, weight_decay=self.weight_decay)
         )
 
     def steps_of(self, level: int) -> int:
-        """Optimiser steps of a level in a cycle."""
+        """Optimizer steps of a level in a cycle."""
         if level < self.levels - 1:
             return 2 * self.steps
         return self.coarse_steps if level and self.coarse_steps else self.steps

@@ -12,13 +12,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from xbraid_py.recipes.pictures.records import runs_of, sections_of, updates_of, wall_work_units
-from xbraid_py.recipes.pictures.style import ADJOINT, GREY, RED, STATE, clean, line, note, save
+from xbraid_py.recipes.pictures.style import ADJOINT, GRAY, RED, STATE, clean, line, note, save
 
 
 def accuracy_over_work(rows: Sequence[dict], path: str | os.PathLike, unit: float | None = None) -> None:
     """Picture of the validation accuracy over work units (the paper's figure 4).
 
-    One line for every level of the nesting, coloured by depth, and a red one for the non-nested run, if
+    One line for every level of the nesting, colored by depth, and a red one for the non-nested run, if
     there is one: on the left over measured work units (`wall_work_units`), on the right over counted ones.
 
     Parameters
@@ -57,11 +57,11 @@ def accuracy_over_work(rows: Sequence[dict], path: str | os.PathLike, unit: floa
 
 def _draw_accuracy(axes: Axes, run: str, entries: list[dict]) -> None:
     last: list[tuple[float, float]] = []
-    for (num_layers, section), colour in _coloured(run, entries):
+    for (num_layers, section), color in _colored(run, entries):
         points = [(row["work"], 100 * row["val_accuracy"]) for row in section if row["val_accuracy"] is not None]
         if points:
             # From the last point of the level before, so that the run is one line.
-            line(axes, last + points, colour, f"{num_layers} layers" + ", non-nested" * (run == "non-nested"))
+            line(axes, last + points, color, f"{num_layers} layers" + ", non-nested" * (run == "non-nested"))
             last = points[-1:]
 
 
@@ -86,13 +86,13 @@ def convergence(rows: Sequence[dict], path: str | os.PathLike) -> None:
     figure = Figure(figsize=((8.0, 10.0)[len(runs) - 1], 5.2), layout="constrained")
     panels = figure.subplots(2, len(runs), sharex="col", sharey="row", squeeze=False)
     for (upper, lower), (run, entries) in zip(panels.T, runs, strict=True):
-        for (num_layers, section), colour in _coloured(run, entries):
-            _draw_positive(upper, section, "objective", colour, f"{num_layers} layers")
+        for (num_layers, section), color in _colored(run, entries):
+            _draw_positive(upper, section, "objective", color, f"{num_layers} layers")
         for axes in (upper, lower):
             axes.set_yscale("log")
             clean(axes, "update" if axes is lower else "")
             for _, section in list(sections_of(entries))[1:]:
-                axes.axvline(section[0]["update"] - 0.5, color=GREY, linewidth=0.8, linestyle=":", zorder=0)
+                axes.axvline(section[0]["update"] - 0.5, color=GRAY, linewidth=0.8, linestyle=":", zorder=0)
         # Objectives span few decades: ticks at 1, 2 and 5, written as plain numbers.
         upper.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         upper.yaxis.set_major_formatter("{x:g}")
@@ -112,18 +112,18 @@ def convergence(rows: Sequence[dict], path: str | os.PathLike) -> None:
     save(figure, path)
 
 
-def _draw_positive(axes: Axes, entries: list[dict], field: str, colour, label: str) -> None:
+def _draw_positive(axes: Axes, entries: list[dict], field: str, color, label: str) -> None:
     if points := [(row["update"], row[field]) for row in entries if (row[field] or 0) > 0]:
-        line(axes, points, colour, label)
+        line(axes, points, color, label)
 
 
-def _coloured(run: str, entries: list[dict]):
-    """The sections of a run with a colour each: darker the deeper, and red for the non-nested run."""
+def _colored(run: str, entries: list[dict]):
+    """The sections of a run with a color each: darker the deeper, and red for the non-nested run."""
     sections = list(sections_of(entries))
-    colours = [RED] * len(sections) if run == "non-nested" else depth_colours(len(sections))
-    return zip(sections, colours, strict=True)
+    colors = [RED] * len(sections) if run == "non-nested" else depth_colors(len(sections))
+    return zip(sections, colors, strict=True)
 
 
-def depth_colours(count: int) -> np.ndarray:
-    """Colours of so many depths, darker the deeper."""
+def depth_colors(count: int) -> np.ndarray:
+    """Colors of so many depths, darker the deeper."""
     return colormaps["YlGnBu"](np.linspace(0.45, 0.95, count) if count > 1 else [0.85])

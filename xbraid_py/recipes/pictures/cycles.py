@@ -1,4 +1,4 @@
-"""Curves of multilevel minimisation: objective and validation accuracy over cycles (paper 000, figures 4 and 5)."""
+"""Curves of multilevel minimization: objective and validation accuracy over cycles (paper 000, figures 4 and 5)."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def over_cycles(runs: Mapping[str, Sequence[dict]], path: str | os.PathLike, ove
     left = figure.subplots()
     right = left.twinx()
     shades = colormaps["viridis"](np.linspace(0.0, 0.85, len(runs)))
-    for (name, rows), colour in zip(runs.items(), shades, strict=True):
+    for (name, rows), color in zip(runs.items(), shades, strict=True):
         where = [row[over] for row in rows]
-        left.plot(where, [row["loss"] for row in rows], color=colour, linewidth=1.4, label=name)
-        right.plot(where, [100 * row["val_accuracy"] for row in rows], "--", color=colour, linewidth=1.1)
+        left.plot(where, [row["loss"] for row in rows], color=color, linewidth=1.4, label=name)
+        right.plot(where, [100 * row["val_accuracy"] for row in rows], "--", color=color, linewidth=1.1)
     clean(left, AXES[over])
     if over == "cycle" or any(row[over] > 0 for rows in runs.values() for row in rows):
         left.set_xscale("symlog", linthresh=1.0)

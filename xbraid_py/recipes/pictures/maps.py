@@ -48,7 +48,7 @@ def class_map(predicted, true, names: Sequence[str], path: str | os.PathLike) ->
     panels = figure.subplots(1, 2, sharey=True)
     # Each value fills the square around its point, so the outermost reach half a spacing beyond 3.
     end = 3 + 3 / (size - 1)
-    # Lightness alone tells the colours apart; for bands of height it rises with them.
+    # Lightness alone tells the colors apart; for bands of height it rises with them.
     look = {"extent": (-end, end, -end, end), "origin": "lower", "interpolation": "nearest"}
     look |= {"cmap": colormaps["viridis"].resampled(len(names)), "vmin": -0.5, "vmax": len(names) - 0.5}
     agreement = f"learned classes: {100 * np.mean(maps['predicted'] == maps['true']):.1f} % agree"
@@ -93,19 +93,19 @@ def scene_map(predicted, true, names: Sequence[str], path: str | os.PathLike) ->
                 f"{name} holds {values.min()} .. {values.max()}, must lie in {least} .. {len(names) - 1}, the names"
             )
     if len(names) > 20:
-        raise ValueError(f"names has {len(names)} classes, more than colours; use at most 20")
+        raise ValueError(f"names has {len(names)} classes, more than colors; use at most 20")
     figure = Figure(figsize=(9.0, 6.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    colours = ListedColormap(colormaps["tab20"].colors[: len(names)])
-    look = {"cmap": colours, "vmin": -0.5, "vmax": len(names) - 0.5, "interpolation": "nearest"}
-    labelled = true >= 0
-    share = np.mean(predicted[labelled] == true[labelled]) if labelled.any() else float("nan")
-    panels[0].imshow(np.ma.masked_where(~labelled, true), **look)
+    colors = ListedColormap(colormaps["tab20"].colors[: len(names)])
+    look = {"cmap": colors, "vmin": -0.5, "vmax": len(names) - 0.5, "interpolation": "nearest"}
+    labeled = true >= 0
+    share = np.mean(predicted[labeled] == true[labeled]) if labeled.any() else float("nan")
+    panels[0].imshow(np.ma.masked_where(~labeled, true), **look)
     panels[0].set(title="ground truth", ylabel="row")
     panels[1].imshow(predicted, **look)
-    panels[1].set(title=f"learned: {100 * share:.1f} % of the labelled pixels agree")
+    panels[1].set(title=f"learned: {100 * share:.1f} % of the labeled pixels agree")
     for axes in panels:
         axes.set(xlabel="column")
-    handles = [Patch(color=colours(k), label=name) for k, name in enumerate(names)]
+    handles = [Patch(color=colors(k), label=name) for k, name in enumerate(names)]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize="small")
     save(figure, path)

@@ -27,13 +27,13 @@ def picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     upper.plot(at, [row["loss"] for row in updates], color="#0072b2", linewidth=0.9, label="loss of a minibatch")
     upper.set(ylabel="loss", yscale="log")
     names = [name for name in tests[-1] if name not in ("kind", "update", "seconds")] if tests else []
-    for name, colour in zip(names, ("#c1272d", "#009e73", "#cc79a7"), strict=False):
+    for name, color in zip(names, ("#c1272d", "#009e73", "#cc79a7"), strict=False):
         # Losses share the axis of the loss; everything else has its own on the right.
         axes = upper if name.endswith("loss") else upper.twinx()
         points = [(row["update"], row[name]) for row in tests]
-        axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, label=name.replace("_", " "))
+        axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4, label=name.replace("_", " "))
         if axes is not upper:
-            axes.set_ylabel(name.replace("_", " "), color=colour)
+            axes.set_ylabel(name.replace("_", " "), color=color)
         if name.endswith("accuracy"):
             axes.set_ylim(top=1.0)
     upper.legend(loc="upper right", frameon=False)

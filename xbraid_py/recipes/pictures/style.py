@@ -1,4 +1,4 @@
-"""What all pictures share: colours, axes, the file."""
+"""What all pictures share: colors, axes, the file."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from matplotlib.figure import Figure
 # Figures are objects of their own, without pyplot: no global state, and no display is looked for.
 DPI = 150
 RED = "#c1272d"  # the non-nested run, as in the paper's figure 4
-STATE, ADJOINT, GREY = "#0072b2", "#e69f00", "0.55"
+STATE, ADJOINT, GRAY = "#0072b2", "#e69f00", "0.55"
 
 
-def line(axes: Axes, points: list[tuple[float, float]], colour, label: str) -> None:
+def line(axes: Axes, points: list[tuple[float, float]], color, label: str) -> None:
     """A line through points; a dot where there is only one."""
     marker = "o" if len(points) == 1 else None
-    axes.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=1.6, marker=marker, markersize=4)
+    axes.plot(*zip(*points, strict=True), color=color, label=label, linewidth=1.6, marker=marker, markersize=4)
 
 
 def clean(axes: Axes, xlabel: str) -> None:
@@ -30,7 +30,7 @@ def clean(axes: Axes, xlabel: str) -> None:
 
 def note(axes: Axes, text: str) -> None:
     """A word in the middle of an empty panel."""
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GRAY)
 
 
 def save(figure: Figure, path: str | os.PathLike) -> None:

@@ -47,12 +47,12 @@ def over_work(
     figure = Figure(figsize=(9.0, 3.4 + 0.09 * entries), layout="constrained")
     shades = colormaps["viridis"](np.linspace(0.0, 0.85, len(runs)))
     for axes, (norm, title) in zip(figure.subplots(1, 2), _PANELS, strict=True):
-        for (name, rows), colour in zip(runs.items(), shades, strict=True):
+        for (name, rows), color in zip(runs.items(), shades, strict=True):
             for samples, style, kind in lines:
                 known = [(row[over], row[f"{samples}_{norm}"]) for row in rows if row[f"{samples}_{norm}"] is not None]
                 if known:
                     work, values = zip(*known, strict=True)
-                    line(axes, list(zip(work, smoothed(values, window), strict=True)), colour, f"{name} {kind}".strip())
+                    line(axes, list(zip(work, smoothed(values, window), strict=True)), color, f"{name} {kind}".strip())
                     axes.lines[-1].set_linestyle(style)
         clean(axes, "work units" + " without tau" * (over == "work_without_tau"))
         axes.set_yscale("log")

@@ -10,23 +10,23 @@ import torch
 from blocks import SOLVES, B, C, Case, distance, gradients, loss_of
 from torch import Tensor, nn
 
-import xbraid_py
-from xbraid_py import MGRIT, Accuracy
+import xbraid_py.nn
+from xbraid_py import MGRIT, GradientControl
 
 N, T, P, SEED = 9, 2.0, 0.4, 5
 SHAPE = (B, C, 4, 3)
 KEPT = {"first": 0, "second": 1}  # numbers of the dropouts
 
 
-class Regularised(nn.Module):
+class Regularized(nn.Module):
     """Two convolutions; a norm of each kind, two places of dropout."""
 
     def __init__(self, moving: bool = False):
         super().__init__()
         self.group, self.layer = nn.GroupNorm(2, C), nn.LayerNorm(SHAPE[1:])
-        self.batch = xbraid_py.BatchNorm2d(C) if moving else nn.Identity()
+        self.batch = xbraid_py.nn.MovingBatchNorm2d(C) if moving else nn.Identity()
         self.one, self.two = (nn.Conv2d(C, C, 3, padding=1) for _ in range(2))
-        self.first, self.second = xbraid_py.Dropout(P), xbraid_py.Dropout(P)
+        self.first, self.second = xbraid_py.nn.Dropout(P), xbraid_py.nn.Dropout(P)
         for norm in (self.group, self.layer):
             nn.init.uniform_(norm.weight, 0.5, 1.5)
             nn.init.uniform_(norm.bias, -0.5, 0.5)
@@ -35,7 +35,7 @@ class Regularised(nn.Module):
         return self.second(self.two(self.batch(self.layer(self.first(torch.tanh(self.one(self.group(u))))))))
 
 
-CASES = {moving: Case(lambda moving=moving: Regularised(moving), SHAPE) for moving in (False, True)}
+CASES = {moving: Case(lambda moving=moving: Regularized(moving), SHAPE) for moving in (False, True)}
 
 
 def mask(draw: int, layer: int, number: int) -> Tensor:
@@ -75,7 +75,7 @@ def updates(stack, case: Case, count: int = 3) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    ("solve", "recompute", "batched"),
+    ("solve", "recompute", "vmap"),
     [
         ("exact", False, False),
         ("V", False, False),
@@ -84,13 +84,13 @@ def updates(stack, case: Case, count: int = 3) -> list[dict]:
         ("F all", False, False),
     ],
 )
-def test_masks_are_those_of_layer_and_update_alone(spmd, solve, recompute, batched):
-    """Three updates, each with masks of its own; asked to be batched, a random block goes one layer after the other."""
+def test_masks_are_those_of_layer_and_update_alone(spmd, solve, recompute, vmap):
+    """Three updates, each with masks of its own; asked to be vmap, a random block goes one layer after the other."""
     case = CASES[False]
     mgrit = {"F all": MGRIT(cycle="F", cfactor=3, max_levels=2, min_coarse=1, max_iter=4, tol=0.0)} | SOLVES
 
     def body(comm):
-        stack = case.stack(comm, N, T, mgrit=mgrit[solve], recompute=recompute, batched=batched, seed=SEED)
+        stack = case.stack(comm, N, T, mgrit=mgrit[solve], recompute=recompute, vmap=vmap, seed=SEED)
         state = {name: value.clone() for name, value in stack.state_dict().items()}
         return state, updates(stack, case)
 
@@ -111,14 +111,14 @@ def test_masks_are_those_of_layer_and_update_alone(spmd, solve, recompute, batch
 
 
 @pytest.mark.ranks(2, 3, 5)
-@pytest.mark.parametrize("batched", [False, True])
-def test_one_seed_is_one_network_on_any_number_of_ranks(spmd, batched):
-    """All regularisations at once, far from converged, with exact gradients beside: bitwise."""
+@pytest.mark.parametrize("vmap", [False, True])
+def test_one_seed_is_one_network_on_any_number_of_ranks(spmd, vmap):
+    """All regularizations at once, far from converged, with exact gradients beside: bitwise."""
     case = CASES[True]
     rough = MGRIT(cycle="V", cfactor=3, max_levels=2, min_coarse=1, max_iter=1)
 
     def body(comm):
-        options = {"mgrit": rough, "accuracy": Accuracy(check=2, adapt=False), "batched": batched, "seed": SEED}
+        options = {"mgrit": rough, "accuracy": GradientControl(check=2, adapt=False), "vmap": vmap, "seed": SEED}
         stack = case.stack(comm, N, T, **options)
         return updates(stack, case), stack.state_dict()
 

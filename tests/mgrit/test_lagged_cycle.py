@@ -1,4 +1,4 @@
-"""The one-shot cycle: what it converges to, how it uses tau and what it measures, and that ranks do not matter."""
+"""The lagged cycle: what it converges to, how it uses tau and what it measures, and that ranks do not matter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HIERARCHIES = [(32, 4, 2), (64, (8, 2), 3), (48, (4, 3), 3), (64, (2, 4, 2), 4)]
 
 
 def one_shot(**options) -> MGRIT:
-    return options_for(cycle="one-shot", **{"coarse_step": None, **options})
+    return options_for(cycle="lagged", **{"coarse_step": None, **options})
 
 
 @ALL_RANKS

@@ -1,4 +1,4 @@
-"""The one-shot cycle: one fine relaxation between two coarse sweeps, with lagged tau (design, 4.4)."""
+"""The lagged cycle: one fine relaxation between two coarse sweeps, with lagged tau (design, 4.4)."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class _Points:
     outputs: Tensor
 
 
-class OneShotCycle(Levels):
-    """A solve by one-shot cycles; see `Levels`.
+class LaggedCycle(Levels):
+    """A solve by lagged cycles; see `Levels`.
 
     tau of a level is what the last relaxation of the next finer one has found the coarse steps to be wrong by: it
     belongs to the weights of the last solve, and to the states there.
