@@ -20,8 +20,7 @@ import common
 import torch
 from torch import Tensor
 
-from xbraid_py import kernels
-from xbraid_py.allocation import keep_freed_memory
+from xbraid_py import keep_freed_memory, kernels
 from xbraid_py.layers.dense import DenseLayer
 
 T = 5.0

@@ -9,7 +9,7 @@ from processes import job_environment
 # Blocks of the size of a few states, freed and asked for again: how many pages are mapped anew by the last rounds.
 BODY = """
 import resource, torch, xbraid_py
-from xbraid_py.allocation import keep_freed_memory
+from xbraid_py import keep_freed_memory
 for _ in range(20):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     blocks = [torch.ones(8 << 17, dtype=torch.float64) for _ in range(4)]
