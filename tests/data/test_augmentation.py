@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xbraid_py.data.augmentation import Augmentation, _random_bits, standardize
+from xbraid_py.data.augmentation import Augmentation, random_bits, standardize
 
 
 def splitmix(state):
@@ -44,7 +44,7 @@ def test_published_numbers_of_splitmix():
     # The first numbers for the seed 1234567, as implementations in many languages give them.
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
     assert list(itertools.islice(splitmix(1234567), 4)) == expected
-    assert _random_bits(1234567, np.arange(4, dtype=np.uint64)).tolist() == expected
+    assert random_bits(1234567, np.arange(4, dtype=np.uint64)).tolist() == expected
     assert [nth(1234567, number) for number in range(4)] == expected
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from xbraid_py.comm import as_communicator
+from xbraid_py.comm.mpi import as_communicator
 from xbraid_py.comm.partition import Partition
 from xbraid_py.comm.share import map_nested
 

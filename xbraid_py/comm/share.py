@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from xbraid_py.comm import Communicator
+from xbraid_py.comm.base import Communicator
 
 
 def broadcast_batch(value: Any, comm: Communicator, root: int = 0, device: Any = "cpu") -> Any:

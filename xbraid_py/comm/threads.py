@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from xbraid_py.comm import Communicator, SerialCommunicator
+from xbraid_py.comm.base import Communicator, SerialCommunicator
 
 # Messages between two ranks and messages of all ranks do not mix, as with MPI.
 _TENSORS, _OF_ALL = "tensors", "of all"

@@ -154,8 +154,8 @@ class Augmentation:
 
     def _drawn(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
         """First row and first column of each crop in the padded image, and whether it is mirrored."""
-        epochs = _random_bits(self.seed, np.array([epoch % _WORD], np.uint64))
-        bits = _random_bits(int(epochs[0]), indices.numpy().astype(np.uint64))
+        epochs = random_bits(self.seed, np.array([epoch % _WORD], np.uint64))
+        bits = random_bits(int(epochs[0]), indices.numpy().astype(np.uint64))
         places = np.uint64(2 * self.pad + 1)
         # Three separate parts of the 64 bits: 24 for each place, as a fraction in 0 .. 1, and the lowest one.
         fractions = bits >> np.uint64(40), bits >> np.uint64(16) & np.uint64(2**24 - 1)
@@ -163,7 +163,7 @@ class Augmentation:
         return rows, columns, torch.from_numpy((bits & np.uint64(1)).astype(bool))
 
 
-def _random_bits(seed: int, numbers: np.ndarray) -> np.ndarray:
+def random_bits(seed: int, numbers: np.ndarray) -> np.ndarray:
     """The numbers at those places, from 0, of the stream that SplitMix64 gives for a seed; uint64."""
     # Products and sums of arrays wrap around at 2**64, which is what is meant.
     state = (numbers + np.uint64(1)) * np.uint64(_STEP) + np.uint64(seed)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator
 from xbraid_py.kernels.activation import ACTIVATIONS, activation
-from xbraid_py.layer_parallel import LayerParallel, LayerWindows
+from xbraid_py.layer_parallel.stack import LayerParallel
+from xbraid_py.layer_parallel.windows import LayerWindows
 from xbraid_py.layers.splines import Splines
 from xbraid_py.mgrit.grid import LayerGrid
 

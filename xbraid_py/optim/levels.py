@@ -13,8 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from xbraid_py.optim import Armijo, FixedStep, QuasiNewton
+from xbraid_py.optim.line_search import Armijo, FixedStep
 from xbraid_py.optim.objective import Evaluation, Objective
+from xbraid_py.optim.quasi_newton import QuasiNewton
 from xbraid_py.optim.shifted import ShiftedObjective
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.replicas import ProcessGrid
-from xbraid_py.layer_parallel import LayerParallel
+from xbraid_py.layer_parallel.stack import LayerParallel
 from xbraid_py.run.store.write import Checkpoint, CheckpointError, Shard
 
 WEIGHTS, MOMENTS, SCALARS, RANDOM = "weights", "optimizer", "optimizer_scalars", "random_state"

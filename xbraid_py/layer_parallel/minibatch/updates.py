@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from xbraid_py.comm.errors import RunError
 from xbraid_py.comm.replicas import ProcessGrid
-from xbraid_py.layer_parallel import SolveRecord, clip_grad_norm_
+from xbraid_py.layer_parallel.accuracy import SolveRecord
+from xbraid_py.layer_parallel.ends import clip_grad_norm_
 
 # A batch: what goes into the model, and what should come out; the first axis of both is the samples.
 Batch = tuple[Tensor, Tensor]
