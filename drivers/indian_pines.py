@@ -13,7 +13,6 @@ scene has 220 bands, the public one 200: those in which water vapour absorbs the
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +23,25 @@ import torch
 from xbraid_py.comm import Communicator
 from xbraid_py.data import indian_pines
 from xbraid_py.data.dataset import Dataset
-from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions
+from xbraid_py.multilevel.depth.nested import NestedOptions
 from xbraid_py.problem.network import InitialScales
 from xbraid_py.problem.problem import DenseResNetOptions
 from xbraid_py.problem.regularization import Regularization
-from xbraid_py.recipes.classification import ClassificationOptions, prepare_job
+from xbraid_py.recipes.classification import ClassificationOptions, NestedTraining, curves, prepare_job
 from xbraid_py.recipes.scores import Scores
-from xbraid_py.run.folder import RunFolder
 from xbraid_py.run.launch import launch
+from xbraid_py.run.resume import free
+
+PRESETS = {
+    "smoke": {
+        "num_layers": 16,
+        "num_train": 160,
+        "checkpoint_every": 5,
+        "validate_every": 5,
+        "network": DenseResNetOptions(width=20),
+        "nested": NestedOptions(refinements=1, updates=(12, 8)),
+    }
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +60,13 @@ class Options(ClassificationOptions):
         Training pixels of the random split; all others are for validation.
     """
 
-    data_dir: Path | None = None
+    data_dir: Path | None = free(None)
     source: Literal["auto", "files", "tensorly"] = "auto"
     split: Literal["random", "published"] = "random"
     num_train: int = 1000
     num_layers: int = 128
-    out: Path = Path("runs/indian_pines")
-    validate_every: int = 10
+    out: Path = free(Path("runs/indian_pines"))
+    validate_every: int = free(10)
     network: DenseResNetOptions = DenseResNetOptions(width=220)
     initial: InitialScales = InitialScales(opening=0.05, layers=1e-3, classification=1e-2)
     # Chosen on seeds 0 and 1 with 16 layers: with less on the layers, or more on the opening, a point or two is lost.
@@ -64,19 +74,7 @@ class Options(ClassificationOptions):
     nested: NestedOptions = NestedOptions(updates=(200, 100, 50))
 
 
-@dataclass(frozen=True, kw_only=True)
-class SmokeOptions(Options):
-    """The Indian Pines job in seconds."""
-
-    num_layers: int = 16
-    num_train: int = 160
-    checkpoint_every: int = 5
-    validate_every: int = 5
-    network: DenseResNetOptions = DenseResNetOptions(width=20)
-    nested: NestedOptions = NestedOptions(refinements=1, updates=(12, 8))
-
-
-def setup(options: Options, comm: Communicator) -> Callable[[], None]:
+def setup(options: Options, comm: Communicator) -> Callable[[], object]:
     """Read and check everything, without a message; returns the run."""
     found: list[indian_pines.Scene] = []
 
@@ -92,23 +90,21 @@ def setup(options: Options, comm: Communicator) -> Callable[[], None]:
         found.append(scene)
         return scene.train, scene.validation
 
-    return prepare_job(options, comm, load, lambda run, folder: finish(run, folder, found[0]))
+    return prepare_job(options, comm, load, lambda *trained: finish(*trained, found[0]), recipe="indian_pines")
 
 
-def finish(run: NestedIteration, folder: RunFolder, scene: indian_pines.Scene) -> dict:
+def finish(training: NestedTraining, rows: list[dict], figures: Path, scene: indian_pines.Scene) -> dict | None:
     """Accuracies on the validation pixels, and the pictures of a run."""
-    labels = scene.validation.labels
-    predicted = run.network.predict(run.weights, scene.validation.features)
-    classes = run.network.predict(run.weights, scene.pixels).reshape(scene.truth.shape)
-    if folder.comm.rank:
-        return {}
-    from xbraid_py.recipes import pictures as report  # matplotlib takes its time to load: on one rank only
+    network, weights, labels = training.method.network, training.method.weights, scene.validation.labels
+    predicted = network.predict(weights, scene.validation.features)
+    classes = network.predict(weights, scene.pixels).reshape(scene.truth.shape)
+    if not rows:
+        return None
+    from xbraid_py.recipes.pictures import scene_map  # matplotlib takes its time to load: on one rank only
 
     names = indian_pines.names(scene.train.num_classes)
-    _, rows = report.read_metrics(folder.metrics)
-    report.accuracy_over_work(rows, folder.figures / "accuracy.png")
-    report.convergence(rows, folder.figures / "convergence.png")
-    report.scene_map(classes, scene.truth, names, folder.figures / "classes.png")
+    curves(rows, figures)
+    scene_map(classes, scene.truth, names, figures / "classes.png")
     scores = Scores.of(predicted, labels, scene.train.num_classes)
     for name, share, count in zip(names, scores.per_class, torch.bincount(labels, minlength=len(names)), strict=True):
         print(f"{name:30s} {'-' if share is None else f'{100 * share:6.1f} %'} of {int(count)}")
@@ -117,5 +113,4 @@ def finish(run: NestedIteration, folder: RunFolder, scene: indian_pines.Scene) -
 
 
 if __name__ == "__main__":
-    smoke = any(word.split("=")[0] == "--smoke" for word in sys.argv[1:])
-    launch(SmokeOptions if smoke else Options, setup, description=__doc__.splitlines()[0])
+    launch(Options, setup, presets=PRESETS, description=__doc__.splitlines()[0])

@@ -37,7 +37,7 @@ from xbraid_py.run.folder import claim
 from xbraid_py.run.launch import launch
 from xbraid_py.run.options import to_dict
 from xbraid_py.run.progress import setup_logging
-from xbraid_py.run.resume import checkpoint_folder
+from xbraid_py.recipes.old_resume import checkpoint_folder
 from xbraid_py.run.signals import Stopped, stop_agreed
 from xbraid_py.run.store.write import newest_good
 

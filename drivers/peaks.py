@@ -12,7 +12,6 @@ minimized over all W and b, first with few layers, then with twice as many, and 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,22 @@ from pathlib import Path
 from xbraid_py.comm import Communicator
 from xbraid_py.data import peaks
 from xbraid_py.data.dataset import Dataset
-from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions
-from xbraid_py.recipes.classification import ClassificationOptions, prepare_job
-from xbraid_py.run.folder import RunFolder
+from xbraid_py.multilevel.depth.nested import NestedOptions
+from xbraid_py.recipes.classification import ClassificationOptions, NestedTraining, curves, prepare_job
 from xbraid_py.run.launch import launch
+from xbraid_py.run.resume import free
 
 MAP_SIZE = 200
+PRESETS = {
+    "smoke": {
+        "num_layers": 32,
+        "num_train": 500,
+        "num_val": 500,
+        "checkpoint_every": 5,
+        "validate_every": 1,
+        "nested": NestedOptions(refinements=1, updates=(12, 8)),
+    }
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,23 +53,11 @@ class Options(ClassificationOptions):
 
     num_train: int = 5000
     num_val: int = 5000
-    data_dir: Path | None = None
-    out: Path = Path("runs/peaks")
+    data_dir: Path | None = free(None)
+    out: Path = free(Path("runs/peaks"))
 
 
-@dataclass(frozen=True, kw_only=True)
-class SmokeOptions(Options):
-    """The peaks job in seconds."""
-
-    num_layers: int = 32
-    num_train: int = 500
-    num_val: int = 500
-    checkpoint_every: int = 5
-    validate_every: int = 1
-    nested: NestedOptions = NestedOptions(refinements=1, updates=(12, 8))
-
-
-def setup(options: Options, comm: Communicator) -> Callable[[], None]:
+def setup(options: Options, comm: Communicator) -> Callable[[], object]:
     """Read and check everything, without a message; returns the run."""
 
     def load() -> tuple[Dataset, Dataset]:
@@ -68,23 +65,20 @@ def setup(options: Options, comm: Communicator) -> Callable[[], None]:
             return peaks.load(options.data_dir, dtype=options.torch_dtype)
         return peaks.generate(options.num_train, options.num_val, options.seed, options.torch_dtype)
 
-    return prepare_job(options, comm, load, draw)
+    return prepare_job(options, comm, load, draw, recipe="peaks")
 
 
-def draw(run: NestedIteration, folder: RunFolder) -> dict:
+def draw(training: NestedTraining, rows: list[dict], figures: Path) -> None:
     """The pictures of a run."""
-    classes = run.network.predict(run.weights, peaks.mesh(MAP_SIZE, run.problem.dtype)).reshape(MAP_SIZE, MAP_SIZE)
-    if folder.comm.rank == 0:
-        from xbraid_py.recipes import pictures as report  # matplotlib takes its time to load: on one rank only
+    network, weights = training.method.network, training.method.weights
+    classes = network.predict(weights, peaks.mesh(MAP_SIZE, network.dtype)).reshape(MAP_SIZE, MAP_SIZE)
+    if rows:
+        from xbraid_py.recipes.pictures import class_map  # matplotlib takes its time to load: on one rank only
 
-        _, rows = report.read_metrics(folder.metrics)
-        report.accuracy_over_work(rows, folder.figures / "accuracy.png")
-        report.convergence(rows, folder.figures / "convergence.png")
+        curves(rows, figures)
         true = peaks.class_of(*peaks.mesh(MAP_SIZE).numpy()).reshape(classes.shape)
-        report.class_map(classes, true, peaks.class_names(), folder.figures / "classes.png")
-    return {}
+        class_map(classes, true, peaks.class_names(), figures / "classes.png")
 
 
 if __name__ == "__main__":
-    smoke = any(word.split("=")[0] == "--smoke" for word in sys.argv[1:])
-    launch(SmokeOptions if smoke else Options, setup, description=__doc__.splitlines()[0])
+    launch(Options, setup, presets=PRESETS, description=__doc__.splitlines()[0])

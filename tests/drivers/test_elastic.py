@@ -12,7 +12,7 @@ from xbraid_py.comm.errors import RunError
 from xbraid_py.multilevel.depth.nested_state import save_run
 from xbraid_py.recipes.classification_training import prepare
 from xbraid_py.run.record import read
-from xbraid_py.run.resume import checkpoint_folder, read_resumed
+from xbraid_py.recipes.old_resume import checkpoint_folder, read_resumed
 from xbraid_py.run.store.keep import CheckpointStore
 from xbraid_py.run.store.read import numbered
 from xbraid_py.run.store.write import CheckpointError, file_name, load

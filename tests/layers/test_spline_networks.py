@@ -29,7 +29,7 @@ from xbraid_py.multilevel.width.state_width import StateWidthTransfer
 from xbraid_py.optim import OneShotOptions
 from xbraid_py.problem.network import InitialScales
 from xbraid_py.run.options import to_dict
-from xbraid_py.run.resume import read_resumed
+from xbraid_py.recipes.old_resume import read_resumed
 
 ALL_RANKS = pytest.mark.ranks(1, 2, 3, 5, 8)
 SCALES = InitialScales(1.5, 0.5, 1.5)

@@ -17,7 +17,7 @@ from xbraid_py.multilevel.depth.adaptive import AdaptiveOptions
 from xbraid_py.multilevel.depth.nested_state import save_run
 from xbraid_py.optim import OneShotOptions
 from xbraid_py.recipes.classification_training import _row
-from xbraid_py.run.resume import checkpoint_folder, read_resumed
+from xbraid_py.recipes.old_resume import checkpoint_folder, read_resumed
 from xbraid_py.run.store.write import CheckpointError, Shard, file_name, load, save
 from xbraid_py.testing import run_threads
 

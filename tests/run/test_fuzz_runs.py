@@ -20,7 +20,7 @@ from xbraid_py.comm import SerialCommunicator
 from xbraid_py.multilevel.depth.nested_state import save_run
 from xbraid_py.run import record as metrics
 from xbraid_py.run.lock import take
-from xbraid_py.run.resume import read_resumed, resumed_configuration
+from xbraid_py.recipes.old_resume import read_resumed, resumed_configuration
 from xbraid_py.run.status import mark_ended
 from xbraid_py.run.store.write import CheckpointError, Shard, file_name, load, newest_good, save, verify
 

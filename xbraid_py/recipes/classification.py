@@ -1,4 +1,4 @@
-"""A classification job: options, nested iteration on a data set, its record, checkpoints and screen.
+"""A classification job: options, nested iteration on a data set, and its pictures.
 
 What `drivers/peaks.py` and `drivers/indian_pines.py` have in common. A driver makes a subclass of the options, says how
 its data are read, and what it does with the trained network.
@@ -6,37 +6,37 @@ its data are read, and what it does with the trained network.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from xbraid_py.comm import Communicator
 from xbraid_py.data.dataset import Dataset
+from xbraid_py.kernels import BACKEND
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions
+from xbraid_py.multilevel.depth.record import Record
 from xbraid_py.optim import OneShotOptions
 from xbraid_py.planner import Workload, recommend
 from xbraid_py.problem.network import InitialScales
 from xbraid_py.problem.problem import DenseResNetOptions, Problem
 from xbraid_py.problem.regularization import Regularization
-from xbraid_py.recipes.classification_training import Training, finished_accuracy, prepare
-from xbraid_py.run.folder import RunFolder, claim
-from xbraid_py.run.options import from_dict, to_dict
-from xbraid_py.run.progress import Progress, setup_logging
-from xbraid_py.run.resume import read_resumed, resumed_configuration
-from xbraid_py.run.status import mark_ended
-from xbraid_py.run.tensorboard import require_tensorboard, with_events
+from xbraid_py.run.engine import Row, State, Training, train
+from xbraid_py.run.folder import METRICS, claim
+from xbraid_py.run.options import from_dict
+from xbraid_py.run.record import read
+from xbraid_py.run.resume import RunOptions, free, resumed_configuration
+from xbraid_py.run.store.read import Checkpoint
 
-# What may differ between a run and its continuation: where it writes, and what it shows.
-_FREE = ("out", "resume", "convert_dtype", "smoke", "compare", "plan")
-_FREE += ("checkpoint_every", "keep", "validate_every", "tensorboard")
+# Draws the pictures of a trained network into a folder, on the rank that has rows; what it returns there is recorded.
+Finish = Callable[["NestedTraining", list[Row], Path], Row | None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassificationOptions:
+class ClassificationOptions(RunOptions):
     """A classification job.
 
     Parameters
@@ -47,22 +47,13 @@ class ClassificationOptions:
         Of the data and of the initial weights.
     dtype
         Of weights and states.
-    out
-        Folder of the record, the checkpoints and the pictures.
-    resume
-        Checkpoint to go on from, or auto for the newest good one in the out folder (if there is one).
     convert_dtype
         Go on from a checkpoint of the other dtype as well.
-    checkpoint_every
-        Updates between two checkpoints.
-    keep
-        Newest checkpoints to keep, besides the best.
     validate_every
         Updates between two validations.
     compare
-        Train the deep network alone as well, with as much work, for the pictures.
-    smoke
-        A run of seconds: other defaults, each of which may still be given.
+        Train the deep network alone as well, with as much work: a run of its own in the folder non-nested of the out
+        folder, with pictures of both.
     network
         The network.
     initial
@@ -79,23 +70,16 @@ class ClassificationOptions:
         Iterations of the adjoint solves; as mgrit.max_iter if not given.
     adjoint_tol
         Tolerance of the adjoint solves; as mgrit.tol, or the cycle's, if not given.
-    tensorboard
-        Write event files for TensorBoard as well, into the folder tensorboard of the out folder.
     plan
         Measure this machine first, and take the solver that is predicted to be fastest (auto) instead of mgrit's.
     """
 
     num_layers: int = 64
     seed: int = 0
-    dtype: Literal["float64", "float32"] = "float64"
-    out: Path = Path("runs/classification")
-    resume: str | None = None
-    convert_dtype: bool = False
-    checkpoint_every: int = 20
-    keep: int = 3
-    validate_every: int = 5
-    compare: bool = False
-    smoke: bool = False
+    dtype: Literal["float64", "float32"] = field(default="float64", metadata={"instead": "--convert_dtype"})
+    convert_dtype: bool = free(False)
+    validate_every: int = free(5)
+    compare: bool = free(False)
     network: DenseResNetOptions = DenseResNetOptions()
     initial: InitialScales = InitialScales()
     regularization: Regularization = Regularization()
@@ -104,18 +88,22 @@ class ClassificationOptions:
     mgrit: MGRIT = MGRIT()
     adjoint_iter: int | None = None
     adjoint_tol: float | None = None
-    tensorboard: bool = False
-    plan: Literal["auto"] | None = None
+    plan: Literal["auto"] | None = free(None)
 
     def __post_init__(self):
-        for name in ("checkpoint_every", "keep", "validate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1; use 5")
+        super().__post_init__()
+        if self.validate_every < 1:
+            raise ValueError(f"validate_every={self.validate_every} must be at least 1; use 5")
         for name, good in (("adjoint_iter", "1"), ("adjoint_tol", "1e-6, or 0 for a fixed number of iterations")):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0; use {good}")
         self.nested.depths(self.num_layers)
         self.nested.splines(self.network.splines)
+
+    @property
+    def free(self) -> set[str]:
+        """See `RunOptions`; the dtype is free if numbers of the other one are converted."""
+        return super().free | ({"dtype"} if self.convert_dtype else set())
 
     @property
     def adjoint(self) -> MGRIT:
@@ -148,12 +136,72 @@ class ClassificationOptions:
         )
 
 
+class NestedTraining(Training):
+    """A nested iteration with its validation.
+
+    Parameters
+    ----------
+    options : ClassificationOptions
+    problem : Problem
+    validation : Dataset
+    finish : callable, optional
+        Draws the pictures of the trained network.
+    nested : NestedOptions, optional
+        Another schedule than that of the options.
+    """
+
+    def __init__(
+        self,
+        options: ClassificationOptions,
+        problem: Problem,
+        validation: Dataset,
+        finish: Finish | None = None,
+        nested: NestedOptions | None = None,
+    ):
+        self.options, self.validation, self.finish = options, validation, finish
+        self.method = options.run_of(problem, nested or options.nested)
+        self.total = sum(self.method.options.updates)
+
+    def steps(self) -> Iterator[Row]:
+        for record in self.method.run():
+            yield _row(record)
+
+    def is_due(self, row: Row) -> bool:
+        return row["update"] % self.options.validate_every == 0
+
+    def validate(self) -> Row:
+        return {"val_accuracy": self.accuracy(self.validation)}
+
+    def accuracy(self, points: Dataset) -> float:
+        """Share of some points that the network classifies rightly at present; collective."""
+        predicted = self.method.network.predict(self.method.weights, points.features)
+        return float((predicted == points.labels).double().mean())
+
+    def state(self) -> State:
+        return self.method.state()
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        self.method.load(checkpoint, self.options.convert_dtype)
+
+    def describe(self) -> str:
+        solver = self.method.objective.forward
+        table = solver.hierarchy.table(solver.options)
+        return f"{self.method.depth} layers, kernels: {BACKEND}\n{table}"
+
+    def draw(self, rows: list[Row], figures: Path) -> Row | None:
+        return self.finish(self, rows, figures) if self.finish else None
+
+    def say(self, row: Row) -> str:
+        return f"final validation accuracy: {100 * row['val_accuracy']:.2f} %"
+
+
 def prepare_job(
     options: ClassificationOptions,
     comm: Communicator,
     load: Callable[[], tuple[Dataset, Dataset]],
-    finish: Callable[[NestedIteration, RunFolder], Mapping[str, Any]],
-) -> Callable[[], None]:
+    finish: Finish,
+    recipe: str = "",
+) -> Callable[[], Row]:
     """Read and check everything, without a message; returns the run.
 
     Parameters
@@ -163,33 +211,65 @@ def prepare_job(
     load : callable
         Reads the training and the validation samples, features in the dtype of the options; sends no message.
     finish : callable
-        Is called on all ranks with the trained nested iteration and the open folder: draws pictures. What it returns
-        on rank 0 goes into the record, as an object of kind "summary", if there is anything.
+        Is called on all ranks with the trained network: draws pictures.
+    recipe : str
+        See `train`.
 
     Raises
     ------
     ValueError, OSError
         Whatever is wrong with options, data or folder; on every rank, or on rank 0 alone.
     """
-    setup_logging(comm)
-    if options.tensorboard:
-        require_tensorboard()
-    folder = claim(options.out, comm)
-    train, validation = load()
+    samples, validation = load()
+
+    def prepared(options: ClassificationOptions, **claimed) -> Callable[[], Row]:
+        training = NestedTraining(options, options.problem(samples, comm), validation, finish)
+        nested = train("nested", training, options, comm, recipe=recipe, **claimed)
+        if not options.compare:
+            return nested
+        alone = replace(options, out=options.out / "non-nested", resume=options.resume and "auto")
+        schedule = options.nested.non_nested()
+        other = NestedTraining(alone, options.problem(samples, comm), validation, _beside(options.out), schedule)
+        non_nested = train("non-nested", other, alone, comm, recipe=recipe)
+
+        def both() -> Row:
+            row = nested()
+            non_nested()
+            return row
+
+        return both
+
     if options.plan is None:
-        return _training(options, folder, train, validation, finish)
-    written = resumed_configuration(options.resume, options.out)
-    if written is not None and "mgrit" in written:
+        return prepared(options)
+    written = resumed_configuration(options)
+    if written is not None:
         # A job goes on as it was planned.
-        planned = replace(options, mgrit=from_dict(MGRIT, written["mgrit"]))
-        return _training(planned, folder, train, validation, finish)
-    _training(options, folder, train, validation, finish)  # what else may be wrong is said before measuring
+        return prepared(replace(options, mgrit=from_dict(MGRIT, written["mgrit"])))
+    NestedTraining(options, options.problem(samples, comm), validation)  # what is wrong is said before measuring
+    folder = claim(options.out, comm)
 
-    def planned_run() -> None:
-        planned = replace(options, mgrit=_plan(options, train, comm))
-        _training(planned, folder, train, validation, finish)()
+    def planned() -> Row:
+        return prepared(replace(options, mgrit=_plan(options, samples, comm)), folder=folder)()
 
-    return planned_run
+    return planned
+
+
+def _beside(out: Path) -> Finish:
+    """The pictures of a run of comparison: curves of both runs."""
+
+    def finish(training: NestedTraining, rows: list[Row], figures: Path) -> None:
+        if rows:
+            curves([*read(out / METRICS), *rows], figures)
+
+    return finish
+
+
+def curves(rows: list[Row], figures: Path) -> None:
+    """Accuracy over work, and convergence, of the runs that rows of records are of."""
+    from xbraid_py.recipes.pictures import accuracy_over_work, convergence  # takes its time to load: on one rank only
+
+    accuracy_over_work(rows, figures / "accuracy.png")
+    convergence(rows, figures / "convergence.png")
 
 
 def _plan(options: ClassificationOptions, train: Dataset, comm: Communicator) -> MGRIT:
@@ -206,53 +286,25 @@ def _plan(options: ClassificationOptions, train: Dataset, comm: Communicator) ->
     return recommend(workload, comm)
 
 
-def _training(options, folder: RunFolder, train: Dataset, validation: Dataset, finish) -> Callable[[], None]:
-    comm = folder.comm
-    problem = options.problem(train, comm)
-    schedules = {"nested": options.nested}
-    if options.compare:
-        schedules["non-nested"] = options.nested.non_nested()
-    runs = {name: options.run_of(problem, nested) for name, nested in schedules.items()}
-    configuration = to_dict(options)
-    resumed = read_resumed(options.resume, options.out, runs, configuration, _FREE, options.convert_dtype)
-
-    def run() -> None:
-        if resumed.keys() == runs.keys() and all(snapshot.is_final for snapshot in resumed.values()):
-            if comm.rank == 0:
-                mark_ended(options.out, "finished", "")  # unless it was killed in its last moments, it has said so
-                print(f"the run in {options.out} is finished; to train again, start without --resume")
-                _print_accuracy(finished_accuracy(options.out))
-            return
-        prepare(options.out, comm, runs, resumed)
-        updates = [sum(nested.updates) for nested in schedules.values()]
-        done = sum(snapshot.next_record for snapshot in resumed.values())
-        # TensorBoard drops what follows an update in the curves of all runs: those that are over come to an end there.
-        goes_on = min((snapshot.next_record for snapshot in resumed.values()), default=0)
-        with (
-            folder.open(configuration, sum(updates), max(0, done - 1), append=bool(resumed)),
-            with_events(folder, options.tensorboard, configuration, goes_on) as record,
-            Progress(comm, sum(updates) + len(updates), done=done) as progress,  # the ends are shown as well
-        ):
-            training = Training(
-                folder=record,
-                progress=progress,
-                validation=(validation.features, validation.labels),
-                configuration=configuration,
-                checkpoint_every=options.checkpoint_every,
-                validate_every=options.validate_every,
-                keep=options.keep,
-            )
-            accuracy = training.run_all(runs, resumed)
-            summary = finish(runs["nested"], folder)
-            if summary:
-                record.write({"kind": "summary", **summary})
-        if comm.rank == 0:
-            _print_accuracy(accuracy)
-
-    return run
-
-
-def _print_accuracy(accuracy: float | None) -> None:
-    """The last line of a run."""
-    if accuracy is not None:
-        print(f"final validation accuracy: {100 * accuracy:.2f} %", flush=True)
+def _row(record: Record) -> Row:
+    evaluation = record.evaluation
+    grid = {} if record.cut is None else {"cut": list(record.cut), "lengths": list(record.lengths)}
+    return {
+        "level": record.level,
+        "num_layers": record.num_layers,
+        "update": record.update,
+        "work": record.work,
+        "seconds": record.seconds,
+        "objective": evaluation.value,
+        "loss": evaluation.loss,
+        "grad_norm": record.grad_norm,
+        "train_accuracy": evaluation.accuracy,
+        "state_residual": evaluation.residual,
+        "adjoint_residual": record.adjoint_residual,
+        "step_size": record.step,
+        "backtracks": record.backtracks,
+        "evaluations": record.evaluations,
+        "note": record.note,
+        "final": record.final,
+        **grid,
+    }

@@ -17,7 +17,7 @@ from xbraid_py.comm.errors import RunError
 from xbraid_py.layer_parallel.minibatch.state import Trained, check_weights
 from xbraid_py.run.folder import CHECKPOINTS, METRICS, RunFolder, set_aside
 from xbraid_py.run.record import truncate_after
-from xbraid_py.run.same_configuration import check_configuration
+from xbraid_py.run.resume import check_configuration
 from xbraid_py.run.store.keep import CheckpointStore, Score, clear_rest
 from xbraid_py.run.store.read import no_state, numbered, restoring
 from xbraid_py.run.store.write import CheckpointError, load, newest_good

@@ -11,7 +11,7 @@ from torch import Tensor
 from xbraid_py.comm import Communicator
 from xbraid_py.multilevel.resnet.training import ResNetTraining
 from xbraid_py.multilevel.resnet.training_options import EpochRecord
-from xbraid_py.run.resume import resumed
+from xbraid_py.recipes.old_resume import resumed
 from xbraid_py.run.store.keep import CheckpointStore, Score
 from xbraid_py.run.store.read import no_state, restoring
 from xbraid_py.run.store.write import Shard

@@ -12,9 +12,9 @@ from xbraid_py.multilevel.resnet.training_options import EpochRecord
 from xbraid_py.recipes.classification_training import prepare
 from xbraid_py.recipes.images import ImageOptions, numbers_of
 from xbraid_py.recipes.images_checkpoint import NAME, read_images, save_images
+from xbraid_py.recipes.old_resume import checkpoint_folder
 from xbraid_py.run.folder import RunFolder
 from xbraid_py.run.progress import Progress
-from xbraid_py.run.resume import checkpoint_folder
 from xbraid_py.run.store.keep import CheckpointStore
 from xbraid_py.run.store.write import CheckpointError
 

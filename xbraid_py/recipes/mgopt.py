@@ -1,102 +1,148 @@
-"""A run of MG/OPT in depth with its validation and its minibatches; the problems of paper 000.
+"""MG/OPT in depth as a job: options, problems and training of the very deep and very thin networks of paper 000.
 
 Shape letters: `F` features, `B` samples.
 """
 
 from __future__ import annotations
 
-import os
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from xbraid_py.comm import Communicator
-from xbraid_py.data import mnist
-from xbraid_py.data.mnist_columns import columns
+from xbraid_py.data import circles, mnist, peaks
+from xbraid_py.data.mnist_columns import SCALINGS, columns
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.depth.mgopt import CycleRecord, MGOpt
-from xbraid_py.multilevel.depth.mgopt_options import MGOptOptions
+from xbraid_py.multilevel.depth.mgopt_options import LevelOptions, MGOptOptions
 from xbraid_py.problem.perceptron import PerceptronProblem, perceptron_weights
 from xbraid_py.problem.problem import DenseResNetOptions
 from xbraid_py.problem.regularization import Regularization
+from xbraid_py.run.engine import Row, State, Training
+from xbraid_py.run.resume import RunOptions, free
+from xbraid_py.run.store.read import Checkpoint
 
 Samples = tuple[Tensor, Tensor]  # features (F, B) and labels (B,)
-SERIAL = MGRIT(max_levels=1)
-
-
-@dataclass(frozen=True)
-class Job:
-    """A configuration of MG/OPT, ready to run.
-
-    Attributes
-    ----------
-    training : MGOpt
-    validation : Samples
-    batches : callable or None
-        `batches(k)` are the samples of cycle k; None takes all in every cycle.
-    """
-
-    training: MGOpt
-    validation: Samples
-    batches: Callable[[int], Samples] | None = None
-
-    def accuracy(self) -> float:
-        """Share of the validation samples that are classified rightly at present; collective."""
-        features, labels = self.validation
-        return float((self.training.network.predict(self.training.x, features) == labels).double().mean())
-
-    def run(
-        self, goal: float, max_cycles: int, validate_every: int = 1, done: CycleRecord | None = None
-    ) -> Iterator[tuple[CycleRecord, float | None, bool]]:
-        """Train until a validation reaches the goal, or for so many cycles in all.
-
-        Yields
-        ------
-        CycleRecord
-        float or None
-            Validation accuracy, where it was evaluated; at the end in any case.
-        bool
-            Whether this is the end.
-        """
-        for record in self.training.run(max_cycles, self.batches, done):
-            over = record.cycle == max_cycles
-            accuracy = self.accuracy() if over or record.cycle % validate_every == 0 else None
-            over = over or (accuracy is not None and accuracy >= goal)
-            yield record, accuracy, over
-            if over:
-                return
-
-
-def perceptron_problem(
-    samples: Samples,
-    num_classes: int,
-    architecture: DenseResNetOptions,
-    beta: float,
-    comm: Communicator,
-    mgrit: MGRIT = SERIAL,
-) -> PerceptronProblem:
-    """A problem as in paper 000: Tikhonov beta |.|^2 on all weights, in the type of the features."""
-    features, labels = samples
-    return PerceptronProblem(
-        features=features,
-        labels=labels,
-        num_classes=num_classes,
-        architecture=architecture,
-        # beta |.|^2 is gamma/2 |.|^2 with gamma = 2 beta.
-        regularization=Regularization(2 * beta, 0.0, 2 * beta, "sum"),
-        forward=mgrit,
-        adjoint=mgrit.for_adjoint(),
-        comm=comm,
-        dtype=features.dtype,
-    )
+MAP_SIZE = 200
 
 
 @dataclass(frozen=True, kw_only=True)
-class MnistSamples:
-    """Which images of MNIST, and how many of them at a time.
+class MGOptRunOptions(RunOptions):
+    """A job of MG/OPT in depth.
+
+    Parameters
+    ----------
+    num_layers
+        Residual layers of the finest network.
+    seed
+        Of samples, their order and initial weights.
+    dtype
+        Of weights and states.
+    beta
+        Tikhonov regularization of the finest network.
+    goal
+        Validation accuracy at which the run ends.
+    max_cycles
+        End after so many cycles, whatever the accuracy.
+    validate_every
+        Cycles between two validations.
+    checkpoint_every
+        Cycles between two checkpoints. They hold no momentum and no pairs: those of momentum, adam and lbfgs begin anew.
+    data_dir
+        Folder of the files of a data set.
+    network
+        The network.
+    mgopt
+        Levels, transfers and optimizers.
+    mgrit
+        Solver of the states; the default propagates layer after layer, which is the best on one rank.
+    """
+
+    num_layers: int = 2048
+    seed: int = 0
+    dtype: Literal["float64", "float32"] = "float64"
+    beta: float = 1e-4
+    goal: float = free(1.0)
+    max_cycles: int = free(300)
+    validate_every: int = free(1)
+    data_dir: Path | None = free(None)
+    network: DenseResNetOptions = DenseResNetOptions(width=3, T=1.0, activation="relu")
+    mgopt: MGOptOptions = MGOptOptions()
+    mgrit: MGRIT = MGRIT(max_levels=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("max_cycles", "validate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1; use 100")
+        if not 0.0 < self.goal <= 1.0:
+            raise ValueError(f"goal={self.goal} must be above 0 and at most 1; use 0.93")
+        if not 0.0 <= self.beta < float("inf"):
+            raise ValueError(f"beta={self.beta} must be at least 0 and finite; use 1e-4")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch's."""
+        return getattr(torch, self.dtype)
+
+    @abstractmethod
+    def training(self, comm: Communicator) -> DepthTraining:
+        """The training, at its beginning; reads files, sends no message."""
+
+    def problem(self, samples: Samples, num_classes: int, comm: Communicator) -> PerceptronProblem:
+        """A problem as in paper 000: Tikhonov beta |.|^2 on all weights, in the type of the features."""
+        features, labels = samples
+        return PerceptronProblem(
+            features=features,
+            labels=labels,
+            num_classes=num_classes,
+            architecture=self.network,
+            # beta |.|^2 is gamma/2 |.|^2 with gamma = 2 beta.
+            regularization=Regularization(2 * self.beta, 0.0, 2 * self.beta, "sum"),
+            forward=self.mgrit,
+            adjoint=self.mgrit.for_adjoint(),
+            comm=comm,
+            dtype=features.dtype,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CirclesOptions(MGOptRunOptions):
+    """The circles job.
+
+    Parameters
+    ----------
+    num_train
+        Training points.
+    num_val
+        Validation points.
+    sampling
+        Of the points: balanced classes with a gap between them, or uniform in the square.
+    """
+
+    num_train: int = 2000
+    num_val: int = 1000
+    sampling: Literal["balanced", "square"] = "balanced"
+    out: Path = free(Path("runs/circles"))
+
+    def training(self, comm: Communicator) -> DepthTraining:
+        """The training, at its beginning; sends no message."""
+        numbers = (self.num_train, self.num_val, self.seed, self.sampling, self.torch_dtype)
+        train, validation = circles.generate(*numbers)
+        problem = self.problem((train.features, train.labels), train.num_classes, comm)
+        method = MGOpt(problem, self.num_layers, self.mgopt)
+        return DepthTraining(self, method, (validation.features, validation.labels), plane=circles.class_of)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MnistColumnsOptions(MGOptRunOptions):
+    """The job of MNIST by MG/OPT.
 
     Parameters
     ----------
@@ -105,31 +151,42 @@ class MnistSamples:
     portion
         With batch_size=0, images that are propagated together.
     scaling
-        See `columns`.
-    num_train, num_test
-        Take only the first so many.
-    seed
-        Of the order of the minibatches.
-    dtype
-    data_dir
-        Folder of the four files.
+        Of the pixels: in [0, 1] less the mean of each (centered), in [0, 1] (unit), or of mean 0 and standard
+        deviation 1 (standard).
+    num_train
+        Take only the first so many training images.
+    num_test
+        Take only the first so many test images, for the validation.
     """
 
     batch_size: int = 1000
     portion: int = 2000
-    scaling: str = "centered"
+    scaling: Literal["centered", "unit", "standard"] = "centered"
     num_train: int | None = None
     num_test: int | None = None
-    seed: int = 0
-    dtype: torch.dtype = torch.float32
-    data_dir: str | os.PathLike | None = None
+    dtype: Literal["float64", "float32"] = "float32"
+    beta: float = 1e-5
+    goal: float = free(0.93)
+    max_cycles: int = free(2000)
+    validate_every: int = free(5)
+    checkpoint_every: int = free(100)
+    out: Path = free(Path("runs/mgopt_mnist"))
+    network: DenseResNetOptions = DenseResNetOptions(width=10, T=1.0, activation="relu")
+    mgopt: MGOptOptions = MGOptOptions(optim=LevelOptions(learning_rate=(0.01,)))
 
-    def job(
-        self, num_layers: int, options: MGOptOptions, architecture: DenseResNetOptions, beta: float, comm, mgrit=SERIAL
-    ) -> Job:
-        """MG/OPT on these images; reads the files, sends no message."""
+    def __post_init__(self):
+        super().__post_init__()
+        if self.portion < 1:
+            raise ValueError(f"portion={self.portion} must be at least 1; use 2000")
+        if self.batch_size < 0:
+            raise ValueError(f"batch_size={self.batch_size} must be at least 0; use 1000, or 0 for all images")
+        if self.scaling not in SCALINGS:
+            raise ValueError(f"scaling={self.scaling!r} must be {' or '.join(SCALINGS)}; use centered")
+
+    def training(self, comm: Communicator) -> DepthTraining:
+        """The training, at its beginning; reads the files, sends no message."""
         data = _mnist(self.data_dir)
-        train, test = columns(data, self.scaling, self.dtype, self.num_train, self.num_test)
+        train, test = columns(data, self.scaling, self.torch_dtype, self.num_train, self.num_test)
         portions = batches = None
         if self.batch_size:
             order = mnist.Batches(len(train), self.batch_size, self.seed)
@@ -142,10 +199,111 @@ class MnistSamples:
         else:
             portions = train.portions(self.portion)
             first = portions[0]
-        problem = perceptron_problem(first, mnist.NUM_CLASSES, architecture, beta, comm, mgrit)
-        training = MGOpt(problem, num_layers, options, portions)
-        training.x = perceptron_weights(training.network, self.seed)
-        return Job(training, test.samples(), batches)
+        method = MGOpt(self.problem(first, mnist.NUM_CLASSES, comm), self.num_layers, self.mgopt, portions)
+        return DepthTraining(self, method, test.samples(), batches)
 
 
 _mnist = lru_cache(1)(mnist.load)  # a process of a study makes many runs
+
+
+class DepthTraining(Training):
+    """A run of MG/OPT in depth: cycles until a validation reaches the goal, or so many.
+
+    Parameters
+    ----------
+    options : MGOptRunOptions
+    method : MGOpt
+    validation : Samples
+    batches : callable, optional
+        `batches(k)` are the samples of cycle k; without it all are taken in every cycle.
+    plane : callable, optional
+        Of points in the plane: `plane(x, y)` is the class of each. Then a map of the classes is drawn as well.
+    scale : float
+        Standard deviation of the initial weights of the layers.
+    """
+
+    def __init__(
+        self,
+        options: MGOptRunOptions,
+        method: MGOpt,
+        validation: Samples,
+        batches: Callable[[int], Samples] | None = None,
+        plane: Callable | None = None,
+        scale: float = 1.0,
+    ):
+        self.options, self.method, self.validation, self.batches = options, method, validation, batches
+        self.plane, self.total = plane, options.max_cycles
+        method.x = perceptron_weights(method.network, options.seed, scale)
+
+    def steps(self) -> Iterator[Row]:
+        for record in self.method.run(self.total, self.batches):
+            yield self._row(record)
+
+    def _row(self, record: CycleRecord) -> Row:
+        evaluation = record.evaluation
+        return {
+            "level": 0,
+            "num_layers": self.method.network.grid.num_layers,
+            "update": record.cycle,
+            "cycle": record.cycle,
+            "work": record.work,
+            "counted_work": record.counted,
+            "gradients": record.gradients,
+            "seconds": record.seconds,
+            "objective": evaluation.value,
+            "loss": evaluation.loss,
+            "train_accuracy": evaluation.accuracy,
+            "state_residual": evaluation.residual,
+            "final": record.cycle == self.total,
+        }
+
+    def is_due(self, row: Row) -> bool:
+        return row["update"] % self.options.validate_every == 0
+
+    def validate(self) -> Row:
+        accuracy = self.accuracy()
+        return {"val_accuracy": accuracy} | ({"final": True} if accuracy >= self.options.goal else {})
+
+    def accuracy(self) -> float:
+        """Share of the validation samples that are classified rightly at present; collective."""
+        features, labels = self.validation
+        return float((self.method.network.predict(self.method.x, features) == labels).double().mean())
+
+    def state(self) -> State:
+        return self.method.state()
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        self.method.load(checkpoint)
+
+    def is_over(self, row: Row) -> bool:
+        return row["update"] >= self.total or self.has_reached(row)
+
+    def has_reached(self, row: Row) -> bool:
+        """Whether a row says that the goal is reached."""
+        return row.get("val_accuracy") is not None and row["val_accuracy"] >= self.options.goal
+
+    def describe(self) -> str:
+        work = self.method.schedule.work(self.options.mgopt.cycle, self.method.costs)
+        return f"{self.method.schedule}, {work:.2f} work units a cycle"
+
+    def draw(self, rows: list[Row], figures: Path) -> None:
+        classes = mesh = None
+        if self.plane is not None:
+            mesh = peaks.mesh(MAP_SIZE, self.method.network.dtype)
+            classes = self.method.network.predict(self.method.x, mesh).reshape(MAP_SIZE, MAP_SIZE)
+        if not rows:
+            return
+        from xbraid_py.recipes.pictures import cycles, maps  # matplotlib takes its time to load: on one rank only
+
+        validated = [row for row in rows if row.get("val_accuracy") is not None]
+        cycles.over_cycles({str(self.method.schedule): validated}, figures / "cycles.png")
+        if classes is not None:
+            true = self.plane(*mesh.double().numpy()).reshape(classes.shape)
+            maps.class_map(classes, true, ["elsewhere", "ring"], figures / "classes.png")
+
+    def say(self, row: Row) -> str:
+        missed = "" if self.has_reached(row) else ", not the goal,"
+        return (
+            f"validation accuracy {100 * row['val_accuracy']:.2f} %{missed} after {row['update']} cycles, "
+            f"{row['work']:.1f} work units (counted: {row['counted_work']:.1f}), {row['seconds']:.2f} seconds"
+        )

@@ -11,10 +11,10 @@ from xbraid_py.multilevel.depth.mgopt import CycleRecord
 from xbraid_py.multilevel.depth.mgopt_state import NAME, read_cycle, save_cycle
 from xbraid_py.recipes.classification_training import prepare
 from xbraid_py.recipes.mgopt import Job
+from xbraid_py.recipes.old_resume import checkpoint_folder
 from xbraid_py.run.folder import RunFolder
 from xbraid_py.run.progress import Progress
 from xbraid_py.run.record import read
-from xbraid_py.run.resume import checkpoint_folder
 from xbraid_py.run.store.keep import CheckpointStore
 
 # What may differ between a run and its continuation.

@@ -11,12 +11,12 @@ from xbraid_py.comm.errors import RunError
 from xbraid_py.multilevel.width.training import WidthRecord
 from xbraid_py.multilevel.width.training_options import WidthTrainingOptions
 from xbraid_py.recipes.classification_training import prepare
+from xbraid_py.recipes.old_resume import checkpoint_folder
 from xbraid_py.recipes.width import Job, cycles_of
 from xbraid_py.recipes.width_checkpoint import NAME, read_width, save_width
 from xbraid_py.run.folder import RunFolder
 from xbraid_py.run.progress import Progress
 from xbraid_py.run.record import read
-from xbraid_py.run.resume import checkpoint_folder
 from xbraid_py.run.store.keep import CheckpointStore
 from xbraid_py.run.store.write import CheckpointError
 

@@ -105,12 +105,12 @@ class Progress:
         Parameters
         ----------
         row : mapping
-            Any of "run", "level", "num_layers", "update", "work", "seconds", "objective", "grad_norm",
-            "train_accuracy" and "val_accuracy" (fractions), "state_residual", "adjoint_residual", "step_size",
-            "evaluations". What is missing or None shows as "-"; other keys are ignored.
+            Any of "run", "level", "num_layers", "update", "work", "seconds", "objective" (or else "loss"), "grad_norm",
+            "train_accuracy" and "val_accuracy" (fractions), "state_residual", "adjoint_residual", "step_size" (or else
+            "learning_rate"), "evaluations". What is missing or None shows as "-"; other keys are ignored.
         """
         if self._view is not None:
-            self._view.update(row)
+            self._view.update({"objective": row.get("loss"), "step_size": row.get("learning_rate"), **row})
 
     def note(self, text: str) -> None:
         """Print a line of text, above the bar or after the rows so far."""
@@ -215,7 +215,7 @@ class _Bar:
         now = time.monotonic()
         # On a narrow screen the row is cut; rich would drop the bar. The rest is "400/400 0:00:00" and spaces.
         room = max(0, self._bar.console.width - _BAR_WIDTH - self._count_width - 11)
-        self._bar.update(self._task, advance=1, row=_short_row(row)[:room])
+        self._bar.update(self._task, completed=row.get("update"), row=_short_row(row)[:room])
         if now - self._drawn_at >= _REDRAW_SECONDS:
             self._bar.refresh()
             self._drawn_at = now

@@ -109,7 +109,7 @@ class RunStatus:
             self._has_warned = True
 
 
-def mark_ended(folder: Path, state: str, message: str) -> None:
+def mark_ended(folder: Path, state: str, message: str, even_if_over: bool = False) -> None:
     """Set state and message in the status of a run that is under way, from whichever process ends it.
 
     As far as possible: what cannot be read or written is left alone.
@@ -117,7 +117,7 @@ def mark_ended(folder: Path, state: str, message: str) -> None:
     path = Path(folder) / STATUS
     with contextlib.suppress(OSError, ValueError, RecursionError):
         fields = json.loads(path.read_bytes())
-        if isinstance(fields, dict) and fields.get("state") not in OVER:
+        if isinstance(fields, dict) and (even_if_over or fields.get("state") not in OVER):
             fields |= {"state": state, "message": message, "updated": _now(), "seconds_left": None}
             _replace(path, fields)
 

@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -164,6 +164,49 @@ def with_events(
     finally:
         with folder.guarded():
             events.__exit__()
+
+
+@contextlib.contextmanager
+def events_of(
+    folder: RunFolder, wanted: bool, configuration: Mapping[str, Any], resumed_at: int
+) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """What adds a row of a run to event files in its folder `tensorboard`, if that is wanted, or does nothing.
+
+    Sends no message; what fails is said by the next `RunFolder.update`.
+
+    Parameters
+    ----------
+    folder : RunFolder
+        Open.
+    wanted : bool
+    configuration : mapping
+        JSON-able; shown as text.
+    resumed_at : int
+        TensorBoard drops what earlier files say of this update and later ones.
+
+    Raises
+    ------
+    ValueError
+        If TensorBoard is wanted and not installed.
+    """
+    if not wanted:
+        yield lambda row: None
+        return
+    with contextlib.ExitStack() as stack:
+        events = None
+        with folder.guarded():
+            events = stack.enter_context(EventWriter(folder.path / EVENTS, folder.comm, configuration, resumed_at))
+
+        def write(row: Mapping[str, Any]) -> None:
+            if events is not None:
+                with folder.guarded():
+                    events.write(row)
+
+        try:
+            yield write
+        finally:
+            with folder.guarded():
+                stack.close()
 
 
 def write_events(record: str | os.PathLike | Sequence[Mapping[str, Any]], folder: str | os.PathLike) -> int:

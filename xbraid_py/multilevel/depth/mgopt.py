@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import isfinite
+from typing import Any
 
 from torch import Tensor
 
 from xbraid_py.comm.errors import RunError
 from xbraid_py.comm.partition import require_multiple
 from xbraid_py.multilevel.cycle.vcycle import Damping, Transfer, VCycle
+from xbraid_py.multilevel.depth.arrays import shards, vectors_of
 from xbraid_py.multilevel.depth.depth_transfer import DepthTransfer
 from xbraid_py.multilevel.depth.mgopt_options import MGOptOptions
 from xbraid_py.multilevel.depth.transfer import refuse_splines
@@ -23,6 +25,8 @@ from xbraid_py.problem.network import DenseResNet
 from xbraid_py.problem.portions import PortionedObjective, Samples
 from xbraid_py.problem.problem import Problem
 from xbraid_py.problem.regularization import Regularization
+from xbraid_py.run.store.read import Checkpoint, no_state
+from xbraid_py.run.store.write import Shard
 
 
 def coarsened(regularization: Regularization, factor: int) -> Regularization:
@@ -142,6 +146,8 @@ class MGOpt:
         )
         self._unit = problem.work_unit(num_layers)
         self.x = networks[0].layout.zeros()
+        self._start = CycleRecord(-1, Evaluation(0.0, 0.0, 0.0, 0.0), 0.0, 0.0, (0,) * len(self.objectives), 0.0)
+        self._last = self._start
 
     def _problem_of(self, problem: Problem, level: int, num_layers: int, width_level: int | None = None) -> Problem:
         """The problem of a level: regularization by its depth, width, and perhaps fewer ranks."""
@@ -173,13 +179,35 @@ class MGOpt:
         """The finest network."""
         return self.objectives[0].network
 
-    def run(
-        self,
-        max_cycles: int,
-        batches: Callable[[int], Samples] | None = None,
-        done: CycleRecord | None = None,
-    ) -> Iterator[CycleRecord]:
+    def state(self) -> tuple[dict[str, Shard], dict[str, Any]]:
+        """Where `run` has come to, as global arrays and numbers: momentum and pairs of the optimizers begin anew."""
+        return shards(self.network.layout, "weights", [self.x]), asdict(self._last)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Let `run` go on from a state; sends no message.
+
+        Parameters
+        ----------
+        checkpoint : Checkpoint
+            Of `state`, its numbers under the meta data "state"; written on any number of ranks.
+
+        Raises
+        ------
+        CheckpointError, LookupError, TypeError, ValueError
+            If it is the state of something else.
+        """
+        numbers = dict(checkpoint.meta["state"])
+        evaluation, gradients = Evaluation(**numbers.pop("evaluation")), tuple(numbers.pop("gradients"))
+        done = CycleRecord(**numbers, evaluation=evaluation, gradients=gradients)
+        if type(done.cycle) is not int or done.cycle < 0 or len(gradients) != len(self.objectives):
+            raise no_state(checkpoint.path, f"cycle={done.cycle!r} of {len(gradients)} levels")
+        (self.x,), self._start = vectors_of(checkpoint, self.network.layout, "weights"), done
+        self._last = done
+
+    def run(self, max_cycles: int, batches: Callable[[int], Samples] | None = None) -> Iterator[CycleRecord]:
         """Make cycles; yields a record before the first and after each, when `x` are the weights it is of.
+
+        Goes on from what `load` has read: the next record is that of the cycle after it.
 
         Parameters
         ----------
@@ -188,8 +216,6 @@ class MGOpt:
         batches : callable, optional
             `batches(k)` are the samples of cycle k, counted from 0, on all levels (paper 000, algorithm 3). Then a
             record has the objective on those of the next cycle. Not for an objective in portions.
-        done : CycleRecord, optional
-            Where an earlier run has come to, with its weights in `x`: the next record is that of the cycle after it.
 
         Raises
         ------
@@ -197,8 +223,7 @@ class MGOpt:
             If the objective is not finite.
         """
         objective, schedule, options = self.objectives[0], self.schedule, self.options
-        if done is None:
-            done = CycleRecord(-1, Evaluation(0.0, 0.0, 0.0, 0.0), 0.0, 0.0, (0,) * len(self.objectives), 0.0)
+        done = self._start
         work, seconds, point = done.work, done.seconds, Point(self.x)
         for cycle in range(max(0, done.cycle), max_cycles + 1):
             if batches is not None:
@@ -222,7 +247,8 @@ class MGOpt:
                 )
             self.x = point.x
             if cycle > done.cycle:
-                yield CycleRecord(cycle, point.evaluation, work, counted, gradients, seconds)
+                self._last = CycleRecord(cycle, point.evaluation, work, counted, gradients, seconds)
+                yield self._last
             if cycle == max_cycles:
                 return
             clock = time.perf_counter()

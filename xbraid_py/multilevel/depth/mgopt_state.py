@@ -11,7 +11,7 @@ from torch import Tensor
 from xbraid_py.multilevel.depth.mgopt import CycleRecord
 from xbraid_py.optim.objective import Evaluation
 from xbraid_py.problem.network import DenseResNet
-from xbraid_py.run.resume import resumed
+from xbraid_py.recipes.old_resume import resumed
 from xbraid_py.run.store.keep import CheckpointStore, Score
 from xbraid_py.run.store.read import check_total, no_state
 from xbraid_py.run.store.write import Shard

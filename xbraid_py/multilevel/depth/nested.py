@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import ceil
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -14,12 +14,15 @@ from xbraid_py.comm.partition import require_multiple
 from xbraid_py.layers.splines import Splines
 from xbraid_py.mgrit.grid import LayerGrid
 from xbraid_py.multilevel.depth.adaptive import AdaptiveOptions, layers_to_cut
+from xbraid_py.multilevel.depth.nested_state import arrays_of, check_numbers, read_snapshot
 from xbraid_py.multilevel.depth.record import Record, Snapshot
 from xbraid_py.multilevel.depth.transfer import prolong_depth
 from xbraid_py.optim import OneShot, OneShotOptions, Update
 from xbraid_py.optim.objective import Evaluation
 from xbraid_py.problem.network import DenseResNet, InitialScales
 from xbraid_py.problem.problem import Problem
+from xbraid_py.run.store.read import Checkpoint
+from xbraid_py.run.store.write import Shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +146,7 @@ class NestedIteration:
         self._note: str | None = None
         self._before = {"records": 0, "work": 0.0, "evaluations": 0, "seconds": 0.0}
         self._is_over = False
+        self._loaded: Snapshot | None = None
 
     @property
     def level(self) -> int:
@@ -172,8 +176,10 @@ class NestedIteration:
     def run(self, snapshot: Snapshot | None = None) -> Iterator[Record]:
         """Train; yields a record before each update and one at the end.
 
-        With a snapshot, goes on from there; its own record is not yielded again, unless it is that of the end.
+        With a snapshot, or what `load` has read, goes on from there; its own record is not yielded again, unless it is
+        that of the end.
         """
+        snapshot = snapshot or self._loaded
         if snapshot is None:
             self._begin(0, self._grid, None)
         else:
@@ -273,6 +279,33 @@ class NestedIteration:
             },
             warm=warm,
         )
+
+    def state(self) -> tuple[dict[str, Shard], dict[str, Any]]:
+        """The snapshot as global arrays and numbers, for checkpoints."""
+        snapshot, comm = self.snapshot(), self.problem.comm
+        arrays = arrays_of(snapshot, self.network.layout, self.problem.hierarchies(self.grid), comm.rank)
+        return arrays, snapshot.numbers
+
+    def load(self, checkpoint: Checkpoint, convert_dtype: bool = False) -> None:
+        """Let `run` go on from a state; sends no message.
+
+        Parameters
+        ----------
+        checkpoint : Checkpoint
+            Of `state`, its numbers under the meta data "state"; written on any number of ranks.
+        convert_dtype : bool
+            Take over numbers of the other floating-point type, converted.
+
+        Raises
+        ------
+        CheckpointError, LookupError, TypeError, ValueError
+            If it is the state of something else.
+        """
+        numbers = checkpoint.meta["state"]
+        check_numbers(checkpoint.path, numbers, self.depths, self.options.adaptive is not None)
+        layout, hierarchies = self.network_of(numbers).layout, self.problem.hierarchies(self.grid_of(numbers))
+        rank = self.problem.comm.rank
+        self._loaded = read_snapshot(checkpoint, numbers, layout, hierarchies, rank, convert_dtype)
 
     def grid_of(self, numbers: Mapping) -> LayerGrid:
         """The layers of a snapshot with these numbers."""

@@ -58,7 +58,7 @@ def accuracy_over_work(rows: Sequence[dict], path: str | os.PathLike, unit: floa
 def _draw_accuracy(axes: Axes, run: str, entries: list[dict]) -> None:
     last: list[tuple[float, float]] = []
     for (num_layers, section), color in _colored(run, entries):
-        points = [(row["work"], 100 * row["val_accuracy"]) for row in section if row["val_accuracy"] is not None]
+        points = [(row["work"], 100 * row["val_accuracy"]) for row in section if row.get("val_accuracy") is not None]
         if points:
             # From the last point of the level before, so that the run is one line.
             line(axes, last + points, color, f"{num_layers} layers" + ", non-nested" * (run == "non-nested"))

@@ -1,0 +1,86 @@
+"""One small job of every kind of run, made by its driver, for the tests that hold for all of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from processes import PROJECT
+
+from xbraid_py.comm import Communicator
+from xbraid_py.run.options import parse
+from xbraid_py.run.record import read
+from xbraid_py.run.store.read import load
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A job that takes a second or less.
+
+    Parameters
+    ----------
+    driver : str
+        Name of the program in `drivers`.
+    words : tuple of str
+        Its options, besides --smoke; there is a checkpoint at every update.
+    other : str
+        A further option that makes it another run.
+    folder : str
+        Name of the run's folder.
+    exact_ranks : bool
+        Whether another number of ranks makes the same run, up to rounding.
+    """
+
+    driver: str
+    words: tuple[str, ...]
+    other: str
+    folder: str = "run"
+    exact_ranks: bool = True
+
+
+EVERY = ("--smoke", "--checkpoint_every=1", "--keep=99")
+KINDS = {
+    "mgopt": Kind("circles", ("--num_layers=32", "--mgopt.levels=3", "--max_cycles=6"), "--beta=0.5"),
+}
+
+
+@cache
+def program(name: str) -> ModuleType:
+    """A driver as a module; it is not run as one."""
+    spec = importlib.util.spec_from_file_location(f"driver_{name}", PROJECT / "drivers" / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def options_of(kind: Kind, out: Path, *words: str) -> Any:
+    """The options of a kind with further words, which win."""
+    module = program(kind.driver)
+    return parse(module.Options, [*EVERY, *kind.words, f"--out={out}", *words], presets=module.PRESETS)
+
+
+def run(kind: Kind, comm: Communicator, out: Path, *words: str) -> Any:
+    """Set up and run the job of a kind in a folder, as its driver does."""
+    torch.manual_seed(7)  # not what a run depends on
+    return program(kind.driver).setup(options_of(kind, out, *words), comm)()
+
+
+def updates_of(out: Path) -> list[dict]:
+    """The updates of a record, without what a clock says."""
+    return [
+        {name: value for name, value in row.items() if "seconds" not in name}
+        for row in read(out / "metrics.jsonl")
+        if row["kind"] == "update"
+    ]
+
+
+def arrays_of(path: Path) -> dict[str, torch.Tensor]:
+    """All arrays of a checkpoint."""
+    with load(path) as checkpoint:
+        return {name: checkpoint.rows(name) for name in checkpoint.names()}

@@ -1,0 +1,230 @@
+"""What holds for every kind of run: where it goes on, what it leaves, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from kinds import KINDS, arrays_of, options_of, program, run, updates_of
+
+from xbraid_py.comm import SerialCommunicator
+from xbraid_py.run import engine, signals
+from xbraid_py.run.record import read
+from xbraid_py.run.signals import Stopped
+from xbraid_py.run.store.keep import CheckpointStore
+from xbraid_py.run.store.read import CheckpointError, load, numbered
+
+ALL = pytest.mark.parametrize("name", KINDS)
+SERIAL = SerialCommunicator()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """`finished(name)`: the folder of an uninterrupted run of that kind on one rank, made once, not written to."""
+    made = {}
+
+    def of(name):
+        if name not in made:
+            out = tmp_path_factory.mktemp(name) / KINDS[name].folder
+            run(KINDS[name], SERIAL, out)
+            made[name] = out
+        return made[name]
+
+    return of
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """`copied(name)`: a copy of that folder, with as many of its checkpoints as asked for."""
+
+    def of(name, keep=None):
+        out = tmp_path / KINDS[name].folder
+        shutil.copytree(finished(name), out)
+        if keep is not None:
+            (out / "checkpoints" / "best.h5").unlink(missing_ok=True)
+            for number, path in numbered(out / "checkpoints"):
+                if number > keep:
+                    path.unlink()
+        return out
+
+    return of
+
+
+def status(out):
+    return json.loads((out / "status.json").read_text())
+
+
+def last(out):
+    return max(number for number, _ in numbered(out / "checkpoints"))
+
+
+def same_end(out, expected):
+    """Whether two runs have the same record and end in the same state, bit for bit."""
+    assert updates_of(out) == updates_of(expected)
+    path = sorted((expected / "checkpoints").glob("update_*.h5"))[-1].name
+    ours, theirs = arrays_of(out / "checkpoints" / path), arrays_of(expected / "checkpoints" / path)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@ALL
+def test_a_run_leaves_what_it_should(name, finished):
+    out = finished(name)
+    rows = read(out / "metrics.jsonl")
+    updates = [row for row in rows if row["kind"] == "update"]
+    assert rows[0]["kind"] == "header"
+    numbers = [row["update"] for row in updates]
+    assert numbers == list(range(numbers[0], numbers[0] + len(updates)))
+    assert [row["final"] for row in updates] == [False] * (len(updates) - 1) + [True]
+    assert all({"run", "loss", "seconds"} <= row.keys() for row in updates)
+    assert any(key.startswith("val_") and isinstance(value, float) for key, value in updates[-1].items())
+    assert status(out)["state"] == "finished" and status(out)["update"] == numbers[-1]
+    assert sorted(number for number, _ in numbered(out / "checkpoints")) == numbers
+    assert (out / "checkpoints" / "best.h5").exists() and any((out / "figures").glob("*.png"))
+
+
+@ALL
+def test_going_on_is_bitwise_the_uninterrupted_run(name, finished, copied):
+    expected = finished(name)
+    first = min(number for number, _ in numbered(expected / "checkpoints"))
+    for at in sorted({first, (first + last(expected)) // 2, last(expected) - 1}):
+        out = copied(name, keep=at)
+        run(KINDS[name], SERIAL, out, "--resume=auto")
+        same_end(out, expected)
+        assert status(out)["state"] == "finished"
+        shutil.rmtree(out)
+
+
+@ALL
+@pytest.mark.ranks(2, 3)
+def test_going_on_on_other_ranks(name, finished, copied, spmd, tmp_path):
+    if not KINDS[name].exact_ranks:
+        pytest.skip("each number of ranks is another run")
+    expected = finished(name)
+    out = copied(name, keep=last(expected) - 2)
+    spmd(lambda comm: run(KINDS[name], comm, out, "--resume=auto") and None)
+    for ours, theirs in zip(updates_of(out), updates_of(expected), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+
+
+@ALL
+def test_a_signal_stops_and_the_run_goes_on(name, finished, tmp_path):
+    expected, out = finished(name), tmp_path / KINDS[name].folder
+    at = last(expected) - 1
+    kept = CheckpointStore.save
+
+    def asked(self, comm, update, *rest):
+        signals.note(signal.SIGUSR1 if update == at - 1 else 0)
+        return kept(self, comm, update, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CheckpointStore, "save", asked)
+        with pytest.raises(Stopped, match=f"stopped by SIGUSR1 after update {at}; --resume auto goes on from"):
+            run(KINDS[name], SERIAL, out)
+    signals.forget()
+    assert status(out)["state"] == "stopped" and last(out) == at
+    run(KINDS[name], SERIAL, out, "--resume=auto")
+    same_end(out, expected)
+
+
+@ALL
+def test_a_run_that_dies_while_drawing_draws_the_next_time(name, finished, tmp_path, monkeypatch):
+    out = tmp_path / KINDS[name].folder
+
+    def broken(*_):
+        raise RuntimeError("no ink")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_draw", broken)
+        with pytest.raises(RuntimeError, match="no ink"):
+            run(KINDS[name], SERIAL, out)
+    assert status(out)["state"] == "failed" and not (out / "figures").exists()
+    run(KINDS[name], SERIAL, out, "--resume=auto")
+    assert status(out)["state"] == "finished" and any((out / "figures").glob("*.png"))
+    same_end(out, finished(name))
+
+
+@ALL
+@pytest.mark.parametrize("state", ["running", "failed", "stopped"])
+def test_a_run_that_was_killed_behind_its_last_checkpoint_is_finished(name, copied, state, capsys):
+    out = copied(name)
+    (out / "status.json").write_text(json.dumps({**status(out), "state": state, "message": "killed"}))
+    shutil.rmtree(out / "figures")
+    run(KINDS[name], SERIAL, out, "--resume=auto")
+    assert status(out)["state"] == "finished" and status(out)["message"] == ""
+    assert any((out / "figures").glob("*.png"))
+    assert "is finished" in capsys.readouterr().out
+
+
+@ALL
+def test_a_finished_run_is_left_alone(name, copied):
+    out = copied(name)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != "lock"}
+    run(KINDS[name], SERIAL, out, "--resume=auto")
+    changed = [path.name for path, content in before.items() if path.read_bytes() != content]
+    assert set(changed) <= {"status.json", "log.txt"}
+
+
+@ALL
+def test_options_that_are_free(name, finished, copied, tmp_path):
+    """Where things are and how often it looks: none of it keeps a run from going on, in any kind."""
+    module = program(KINDS[name].driver)
+    free = {"out", "resume", "record_every", "checkpoint_every", "checkpoint_best", "keep", "tensorboard"}
+    options = options_of(KINDS[name], tmp_path)
+    assert free <= options.free
+    fields = {field for field in vars(options) if field in ("data_dir", "validate_every", "device")}
+    assert fields <= options.free, f"{module.__name__}: {fields - options.free} keep a run from going on"
+    out = copied(name, keep=last(finished(name)) - 1)
+    run(KINDS[name], SERIAL, out, "--resume=auto", "--keep=2", "--checkpoint_every=3", "--record_every=2")
+    assert status(out)["state"] == "finished"
+
+
+@ALL
+def test_what_is_no_state_of_this_run_is_refused(name, finished, copied, tmp_path):
+    kind = KINDS[name]
+    option = kind.other.lstrip("-").partition("=")[0]
+    with pytest.raises(CheckpointError, match=f"was written with {option}=.*, but this run has {option}="):
+        run(kind, SERIAL, copied(name), "--resume=auto", kind.other)
+    others = [other for other in KINDS if KINDS[other].driver != kind.driver]
+    for other in others[:1]:
+        path = sorted((finished(other) / "checkpoints").glob("update_*.h5"))[-1]
+        with pytest.raises(CheckpointError, match="holds no state of a training run"):
+            run(kind, SERIAL, tmp_path / "elsewhere" / kind.folder, f"--resume={path}")
+
+
+@ALL
+def test_a_checkpoint_says_what_it_is_of(name, finished):
+    out = finished(name)
+    for _, path in numbered(out / "checkpoints"):
+        with load(path) as checkpoint:
+            meta = checkpoint.meta
+        assert {"run", "update", "row", "state", "configuration", "recipe", "sizes"} <= meta.keys()
+        assert meta["row"]["update"] == meta["update"]
+        assert meta["run"] == updates_of(out)[0]["run"]
+
+
+@ALL
+def test_the_same_command_gives_the_same_bits(name, finished, tmp_path):
+    out = tmp_path / KINDS[name].folder
+    run(KINDS[name], SERIAL, out)
+    same_end(out, finished(name))
+
+
+@ALL
+def test_tensorboard_for_every_kind(name, tmp_path):
+    pytest.importorskip("tensorboard")
+    out = tmp_path / KINDS[name].folder
+    run(KINDS[name], SERIAL, out, "--tensorboard")
+    assert any((out / "tensorboard").iterdir())
+
+
+def test_rows_in_memory_are_those_of_the_record(finished):
+    """Studies train without a folder: `rows_of` is the same loop."""
+    kind = KINDS["mgopt"]
+    options = replace(options_of(kind, finished("mgopt")), resume=None)
+    rows = list(engine.rows_of(options.training(SERIAL)))
+    assert [row["loss"] for row in rows] == [row["loss"] for row in updates_of(finished("mgopt"))]
