@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import sys
+import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from processes import PROJECT
 
-from xbraid_py.comm import Communicator
+from xbraid_py.comm import Communicator, SerialCommunicator
 from xbraid_py.run.options import parse
 from xbraid_py.run.record import read
 from xbraid_py.run.store.read import load
@@ -69,6 +71,16 @@ def run(kind: Kind, comm: Communicator, out: Path, *words: str) -> Any:
     """Set up and run the job of a kind in a folder, as its driver does."""
     torch.manual_seed(7)  # not what a run depends on
     return program(kind.driver).setup(options_of(kind, out, *words), comm)()
+
+
+@cache
+def finished(name: str) -> Path:
+    """The folder of an uninterrupted run of a kind on one rank, made once in each process, not to be written to."""
+    scratch = tempfile.TemporaryDirectory()
+    atexit.register(scratch.cleanup)
+    out = Path(scratch.name) / KINDS[name].folder
+    run(KINDS[name], SerialCommunicator(), out)
+    return out
 
 
 def updates_of(out: Path) -> list[dict]:

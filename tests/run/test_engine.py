@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from kinds import KINDS, arrays_of, options_of, program, run, updates_of
+from kinds import KINDS, arrays_of, finished, options_of, program, run, updates_of
 
 from xbraid_py.comm import SerialCommunicator
-from xbraid_py.run import engine, signals
+from xbraid_py.run import engine, signals, tensorboard
 from xbraid_py.run.record import read
 from xbraid_py.run.signals import Stopped
 from xbraid_py.run.store.keep import CheckpointStore
@@ -22,23 +24,8 @@ ALL = pytest.mark.parametrize("name", KINDS)
 SERIAL = SerialCommunicator()
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """`finished(name)`: the folder of an uninterrupted run of that kind on one rank, made once, not written to."""
-    made = {}
-
-    def of(name):
-        if name not in made:
-            out = tmp_path_factory.mktemp(name) / KINDS[name].folder
-            run(KINDS[name], SERIAL, out)
-            made[name] = out
-        return made[name]
-
-    return of
-
-
 @pytest.fixture
-def copied(finished, tmp_path):
+def copied(tmp_path):
     """`copied(name)`: a copy of that folder, with as many of its checkpoints as asked for."""
 
     def of(name, keep=None):
@@ -72,7 +59,7 @@ def same_end(out, expected):
 
 
 @ALL
-def test_a_run_leaves_what_it_should(name, finished):
+def test_a_run_leaves_what_it_should(name):
     out = finished(name)
     rows = read(out / "metrics.jsonl")
     updates = [row for row in rows if row["kind"] == "update"]
@@ -88,7 +75,7 @@ def test_a_run_leaves_what_it_should(name, finished):
 
 
 @ALL
-def test_going_on_is_bitwise_the_uninterrupted_run(name, finished, copied):
+def test_going_on_is_bitwise_the_uninterrupted_run(name, copied):
     expected = finished(name)
     first = min(number for number, _ in numbered(expected / "checkpoints"))
     for at in sorted({first, (first + last(expected)) // 2, last(expected) - 1}):
@@ -101,7 +88,7 @@ def test_going_on_is_bitwise_the_uninterrupted_run(name, finished, copied):
 
 @ALL
 @pytest.mark.ranks(2, 3)
-def test_going_on_on_other_ranks(name, finished, copied, spmd, tmp_path):
+def test_going_on_on_other_ranks(name, copied, spmd):
     if not KINDS[name].exact_ranks:
         pytest.skip("each number of ranks is another run")
     expected = finished(name)
@@ -112,7 +99,7 @@ def test_going_on_on_other_ranks(name, finished, copied, spmd, tmp_path):
 
 
 @ALL
-def test_a_signal_stops_and_the_run_goes_on(name, finished, tmp_path):
+def test_a_signal_stops_and_the_run_goes_on(name, tmp_path):
     expected, out = finished(name), tmp_path / KINDS[name].folder
     at = last(expected) - 1
     kept = CheckpointStore.save
@@ -132,7 +119,7 @@ def test_a_signal_stops_and_the_run_goes_on(name, finished, tmp_path):
 
 
 @ALL
-def test_a_run_that_dies_while_drawing_draws_the_next_time(name, finished, tmp_path, monkeypatch):
+def test_a_run_that_dies_while_drawing_draws_the_next_time(name, tmp_path, monkeypatch):
     out = tmp_path / KINDS[name].folder
 
     def broken(*_):
@@ -170,7 +157,7 @@ def test_a_finished_run_is_left_alone(name, copied):
 
 
 @ALL
-def test_options_that_are_free(name, finished, copied, tmp_path):
+def test_options_that_are_free(name, copied, tmp_path):
     """Where things are and how often it looks: none of it keeps a run from going on, in any kind."""
     module = program(KINDS[name].driver)
     free = {"out", "resume", "record_every", "checkpoint_every", "checkpoint_best", "keep", "tensorboard"}
@@ -184,7 +171,7 @@ def test_options_that_are_free(name, finished, copied, tmp_path):
 
 
 @ALL
-def test_what_is_no_state_of_this_run_is_refused(name, finished, copied, tmp_path):
+def test_what_is_no_state_of_this_run_is_refused(name, copied, tmp_path):
     kind = KINDS[name]
     option = kind.other.lstrip("-").partition("=")[0]
     with pytest.raises(CheckpointError, match=f"was written with {option}=.*, but this run has {option}="):
@@ -197,7 +184,7 @@ def test_what_is_no_state_of_this_run_is_refused(name, finished, copied, tmp_pat
 
 
 @ALL
-def test_a_checkpoint_says_what_it_is_of(name, finished):
+def test_a_checkpoint_says_what_it_is_of(name):
     out = finished(name)
     for _, path in numbered(out / "checkpoints"):
         with load(path) as checkpoint:
@@ -208,21 +195,42 @@ def test_a_checkpoint_says_what_it_is_of(name, finished):
 
 
 @ALL
-def test_the_same_command_gives_the_same_bits(name, finished, tmp_path):
+def test_the_same_command_gives_the_same_bits(name, tmp_path):
     out = tmp_path / KINDS[name].folder
     run(KINDS[name], SERIAL, out)
     same_end(out, finished(name))
 
 
 @ALL
-def test_tensorboard_for_every_kind(name, tmp_path):
-    pytest.importorskip("tensorboard")
+def test_tensorboard_for_every_kind(name, tmp_path, monkeypatch):
+    """A stand-in for TensorBoard's writer, which need not be installed here."""
+    scalars = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            assert purge_step == 0
+
+        def add_text(self, *_):
+            pass
+
+        def add_scalar(self, tag, value, step):
+            scalars.append((tag, value, step))
+
+        def close(self):
+            scalars.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    for module in (engine, tensorboard):
+        monkeypatch.setattr(module, "require_tensorboard", lambda: None)
     out = tmp_path / KINDS[name].folder
     run(KINDS[name], SERIAL, out, "--tensorboard")
-    assert any((out / "tensorboard").iterdir())
+    rows = updates_of(out)
+    losses = [(f"{row['run']}/loss", row["loss"], row["update"]) for row in rows]
+    assert [each for each in scalars if each[0] == losses[0][0]] == losses
+    assert scalars[-1] == "closed"
 
 
-def test_rows_in_memory_are_those_of_the_record(finished):
+def test_rows_in_memory_are_those_of_the_record():
     """Studies train without a folder: `rows_of` is the same loop."""
     kind = KINDS["mgopt"]
     options = replace(options_of(kind, finished("mgopt")), resume=None)
