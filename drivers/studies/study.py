@@ -1,7 +1,7 @@
 """Studies: many runs with other settings each, every one made once, on all cores, and kept when it is over.
 
 A study has a folder with one file, `runs.jsonl`: a line for every run that is over. What is there is not made again,
-so a study that was killed goes on where it was.
+so a study that was killed goes on where it was. At its end a page with the tables is written beside it.
 """
 
 from __future__ import annotations
@@ -14,20 +14,52 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TextIO
 
+from rich.console import Console
+from rich.progress import track
+
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.errors import RunError
 from xbraid_py.run.lock import take
+from xbraid_py.run.options import to_dict
+from xbraid_py.run.resume import RunOptions
 
 logger = logging.getLogger(__name__)
 
-RUNS = "runs.jsonl"
+RUNS, PAGE = "runs.jsonl", "study.md"
 Settings = Mapping[str, Any]
 Result = dict[str, Any]
+# The settings of the runs of each part of a study; and from the rows of the stages before, by `key`, those of the next.
+Parts = Mapping[str, Sequence[Settings]]
+Stage = Callable[[Mapping[str, Result]], Parts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions:
+    """What every study is told.
+
+    Parameters
+    ----------
+    out
+        Folder of the results, the tables and the pictures.
+    workers
+        Runs at the same time; one core each.
+    seeds
+        Of samples and initial weights, from 0 on.
+    """
+
+    out: Path = Path("runs/study")
+    workers: int = 2
+    seeds: int = 3
+
+    def __post_init__(self):
+        for name in ("workers", "seeds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1; use 2")
 
 
 @dataclass(frozen=True)
@@ -185,6 +217,87 @@ def together(
 def key(settings: Settings) -> str:
     """What tells runs apart: the settings as JSON, their names sorted."""
     return json.dumps(settings, sort_keys=True)
+
+
+def settings_of(options: RunOptions) -> Settings:
+    """The settings of a run from the options of its recipe, without what `RunOptions` says of folders and checkpoints.
+
+    `from_dict` makes the options of them again.
+    """
+    without = {each.name for each in fields(RunOptions)}
+    return {name: value for name, value in to_dict(options).items() if name not in without}
+
+
+def of_seeds(cases: Iterable[RunOptions], seeds: Iterable[int], **more: Any) -> list[Settings]:
+    """Every case with every seed: of each seed in turn, so that a part of the study is one of fewer seeds.
+
+    Parameters
+    ----------
+    cases : iterable of RunOptions
+        With a field "seed".
+    seeds : iterable of int
+    **more
+        Further settings of all these runs.
+    """
+    cases = list(cases)
+    return once({**more, **settings_of(replace(case, seed=seed))} for seed in seeds for case in cases)
+
+
+def once(settings: Iterable[Settings]) -> list[Settings]:
+    """The settings without those that are there already."""
+    return list({key(each): each for each in settings}.values())
+
+
+def run_study(
+    study: Study,
+    stages: Mapping[str, Stage],
+    write: Callable[[dict[str, list[Result]], Path], str | None],
+    comm: Communicator,
+    said: Callable[[Settings], str] = str,
+) -> Callable[[], None]:
+    """Check that there is one rank; returns the study: its runs with a progress bar, and then its page.
+
+    Parameters
+    ----------
+    study : Study
+    stages : mapping of str to callable
+        By what the progress bar says, one after the other: each gives the settings of the runs of its parts, which may
+        have runs in common.
+    write : callable
+        `write(parts, out)` writes the page from the rows of each part; what it returns is printed.
+    comm : Communicator
+    said : callable
+        How a run that fails is called on the screen.
+
+    Raises
+    ------
+    ValueError
+        On more than one rank.
+    """
+    if comm.size > 1:
+        raise ValueError(f"{comm.size} ranks: the study has workers of its own; start it without mpirun")
+
+    def run() -> None:
+        console, rows, parts = Console(stderr=True), {}, {}
+        for title, stage in stages.items():
+            made = stage(rows)
+            settings = once(each for part in made.values() for each in part)
+            if not settings:
+                continue
+            over = len(study.finished().keys() & {key(each) for each in settings})
+            print(f"{len(settings)} {title}, {over} of them over, by {study.workers} worker(s)", flush=True)
+            bar = track(study.run(settings), title, len(settings), console=console, disable=not console.is_terminal)
+            for row in bar:
+                rows[key(row["settings"])] = row
+                if "failure" in row:
+                    console.print(f"{said(row['settings'])}: {row['failure']}")
+            parts |= {part: [rows[key(each)] for each in of_part] for part, of_part in made.items()}
+        text = write(parts, study.folder)
+        if text:
+            print(text)
+        print(f"{len(rows)} runs in {study.folder / RUNS}; tables in {study.folder / PAGE}", flush=True)
+
+    return run
 
 
 def _keep(file: TextIO, row: Result) -> None:
