@@ -5,40 +5,20 @@ import zlib
 
 import numpy as np
 
-# Code of the values, code of the class, type.
-KINDS = [
-    (1, 8, "i1"),
-    (2, 9, "u1"),
-    (3, 10, "i2"),
-    (4, 11, "u2"),
-    (5, 12, "i4"),
-    (6, 13, "u4"),
-    (7, 7, "f4"),
-    (9, 6, "f8"),
-    (12, 14, "i8"),
-    (13, 15, "u8"),
-]
-SHAPES = [(1, 1), (1, 3), (2, 3), (3, 1), (0, 4), (2, 3, 2), (1, 2, 1, 2, 3)]
 
-
-def element(order, code, data, small=True):
-    """Literal writer of a data element."""
-    if small and 0 < len(data) <= 4:
+def element(order, code, data):
+    """A data element: up to 4 bytes stand in its head."""
+    if 0 < len(data) <= 4:
         return struct.pack(f"{order}I", len(data) << 16 | code) + data.ljust(4, b"\0")
     return struct.pack(f"{order}II", code, len(data)) + data + b"\0" * (-len(data) % 8)
 
 
-def matrix(order, name, array, kind, number, small=True, flags=0):
-    """Literal writer of an array: its flags, axes, name and values."""
+def matrix(order, name, array, kind, number):
+    """An array: its flags, axes, name and values; the code of the values and that of the class."""
     axes = struct.pack(f"{order}{array.ndim}i", *array.shape)
     values = array.astype(array.dtype.newbyteorder(order)).tobytes("F")
-    parts = [
-        element(order, 6, struct.pack(f"{order}II", number | flags, 0)),
-        element(order, 5, axes),
-        element(order, 1, name.encode(), small),
-        element(order, kind, values, small),
-    ]
-    return element(order, 14, b"".join(parts), small=False)
+    parts = ((6, struct.pack(f"{order}II", number, 0)), (5, axes), (1, name.encode()), (kind, values))
+    return element(order, 14, b"".join(element(order, *part) for part in parts))
 
 
 def packed(order, data):
@@ -48,7 +28,7 @@ def packed(order, data):
 
 
 def header(order, version=0x0100):
-    """Literal writer of the header."""
+    """The header."""
     return b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack(f"{order}HH", version, 0x4D49)
 
 
