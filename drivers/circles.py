@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from xbraid_py.comm import Communicator
-from xbraid_py.multilevel.depth.mgopt_options import MGOptOptions
+from xbraid_py.multilevel.depth.mgopt import MGOptOptions
 from xbraid_py.recipes.mgopt import CirclesOptions as Options
 from xbraid_py.run.engine import train
 from xbraid_py.run.launch import launch

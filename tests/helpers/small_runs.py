@@ -11,8 +11,7 @@ from torch import Tensor
 from xbraid_py.comm import Communicator
 from xbraid_py.data import peaks
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions
-from xbraid_py.multilevel.depth.record import Record
+from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions, Record
 from xbraid_py.optim import OneShotOptions
 from xbraid_py.problem.network import InitialScales
 from xbraid_py.problem.problem import DenseResNetOptions, Problem

@@ -20,16 +20,15 @@ from xbraid_py.mgrit import MGRIT
 from xbraid_py.mgrit.grid import LayerGrid
 from xbraid_py.multilevel.depth.adaptive import AdaptiveOptions
 from xbraid_py.multilevel.depth.depth_transfer import DepthTransfer
-from xbraid_py.multilevel.depth.mgopt import MGOpt
-from xbraid_py.multilevel.depth.mgopt_options import MGOptOptions
+from xbraid_py.multilevel.depth.mgopt import MGOpt, MGOptOptions
 from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions
 from xbraid_py.multilevel.depth.nested_state import save_run
 from xbraid_py.multilevel.depth.transfer import prolong_depth
 from xbraid_py.multilevel.width.state_width import StateWidthTransfer
 from xbraid_py.optim import OneShotOptions
 from xbraid_py.problem.network import InitialScales
-from xbraid_py.run.options import to_dict
 from xbraid_py.recipes.old_resume import read_resumed
+from xbraid_py.run.options import to_dict
 
 ALL_RANKS = pytest.mark.ranks(1, 2, 3, 5, 8)
 SCALES = InitialScales(1.5, 0.5, 1.5)

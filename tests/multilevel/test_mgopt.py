@@ -9,8 +9,7 @@ from small_runs import gathered
 
 from xbraid_py.comm.errors import RunError
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel.depth.mgopt import MGOpt
-from xbraid_py.multilevel.depth.mgopt_options import LevelOptions, MGOptOptions
+from xbraid_py.multilevel.depth.mgopt import LevelOptions, MGOpt, MGOptOptions
 from xbraid_py.optim import OneShot, OneShotOptions
 from xbraid_py.optim.levels import Point
 from xbraid_py.problem.perceptron import perceptron_weights

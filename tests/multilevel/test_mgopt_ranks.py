@@ -9,7 +9,7 @@ from small_runs import gathered
 
 from xbraid_py.comm.partition import Partition
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel.depth.mgopt_options import LevelOptions, MGOptOptions
+from xbraid_py.multilevel.depth.mgopt import LevelOptions, MGOptOptions
 
 GD = LevelOptions(learning_rate=(0.3, 0.2, 0.1))
 METHODS = {

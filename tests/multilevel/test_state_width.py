@@ -7,7 +7,7 @@ from small_runs import gathered
 
 from xbraid_py.multilevel.cycle.vcycle import renewed
 from xbraid_py.multilevel.depth.depth_transfer import DepthTransfer
-from xbraid_py.multilevel.depth.mgopt_options import LevelOptions, MGOptOptions
+from xbraid_py.multilevel.depth.mgopt import LevelOptions, MGOptOptions
 from xbraid_py.multilevel.width.matching import match_rows
 from xbraid_py.multilevel.width.state_width import ComposedTransfer, StateWidthTransfer, gram, match_state
 from xbraid_py.optim.levels import Point

@@ -9,8 +9,7 @@ import torch
 from mgopt_runs import EXACT, last, mgopt, points, problem
 
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel.depth.mgopt import MGOpt
-from xbraid_py.multilevel.depth.mgopt_options import LevelOptions, MGOptOptions
+from xbraid_py.multilevel.depth.mgopt import LevelOptions, MGOpt, MGOptOptions
 from xbraid_py.problem.perceptron import perceptron_weights
 from xbraid_py.problem.portions import PortionedObjective
 

@@ -5,10 +5,9 @@ from xbraid_py.multilevel.cycle.stochastic import Minibatches, StochasticCycle
 from xbraid_py.multilevel.cycle.vcycle import Damping, Transfer, VCycle
 from xbraid_py.multilevel.depth.adaptive import AdaptiveOptions
 from xbraid_py.multilevel.depth.depth_transfer import DepthTransfer
-from xbraid_py.multilevel.depth.mgopt import CycleRecord, MGOpt
-from xbraid_py.multilevel.depth.mgopt_options import LevelOptions, MGOptOptions
-from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions
-from xbraid_py.multilevel.depth.record import Record, Snapshot
+from xbraid_py.multilevel.depth.mgopt import CycleRecord, LevelOptions, MGOpt, MGOptOptions
+from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions, Record
+from xbraid_py.multilevel.depth.nested_state import Snapshot
 from xbraid_py.multilevel.depth.transfer import prolong_depth
 from xbraid_py.multilevel.resnet.cycles import CosineCycles
 from xbraid_py.multilevel.resnet.refinement import refine
@@ -16,8 +15,7 @@ from xbraid_py.multilevel.resnet.training import ResNetTraining
 from xbraid_py.multilevel.resnet.training_options import EpochRecord, ResNetTrainingOptions
 from xbraid_py.multilevel.width.layout import Layout
 from xbraid_py.multilevel.width.state_width import ComposedTransfer, StateWidthTransfer
-from xbraid_py.multilevel.width.training import WidthRecord, WidthTraining
-from xbraid_py.multilevel.width.training_options import WidthTrainingOptions
+from xbraid_py.multilevel.width.training import WidthRecord, WidthTraining, WidthTrainingOptions
 from xbraid_py.multilevel.width.transfer import WidthOptions, WidthTransfer
 
 __all__ = [

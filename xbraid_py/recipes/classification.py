@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 
 from xbraid_py.comm import Communicator
 from xbraid_py.data.dataset import Dataset
 from xbraid_py.kernels import BACKEND
+from xbraid_py.layer_parallel.export import to_sequential
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions
-from xbraid_py.multilevel.depth.record import Record
+from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions, Record
 from xbraid_py.optim import OneShotOptions
 from xbraid_py.planner import Workload, recommend
 from xbraid_py.problem.network import InitialScales
@@ -270,6 +271,11 @@ def curves(rows: list[Row], figures: Path) -> None:
 
     accuracy_over_work(rows, figures / "accuracy.png")
     convergence(rows, figures / "convergence.png")
+
+
+def network(checkpoint: Checkpoint) -> nn.Module:
+    """The trained network of a checkpoint as a plain module, from features (B, F) to logits (B, classes)."""
+    return to_sequential(checkpoint.path)
 
 
 def _plan(options: ClassificationOptions, train: Dataset, comm: Communicator) -> MGRIT:

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator
 from xbraid_py.data import circles, mnist, peaks
 from xbraid_py.data.mnist_columns import SCALINGS, columns
+from xbraid_py.layer_parallel.export import to_sequential
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel.depth.mgopt import CycleRecord, MGOpt
-from xbraid_py.multilevel.depth.mgopt_options import LevelOptions, MGOptOptions
+from xbraid_py.multilevel.depth.mgopt import CycleRecord, LevelOptions, MGOpt, MGOptOptions
 from xbraid_py.problem.perceptron import PerceptronProblem, perceptron_weights
 from xbraid_py.problem.problem import DenseResNetOptions
 from xbraid_py.problem.regularization import Regularization
@@ -53,7 +53,7 @@ class MGOptRunOptions(RunOptions):
     validate_every
         Cycles between two validations.
     checkpoint_every
-        Cycles between two checkpoints. They hold no momentum and no pairs: those of momentum, adam and lbfgs begin anew.
+        Cycles between two checkpoints, which hold no momentum and no pairs: momentum, adam and lbfgs begin anew.
     data_dir
         Folder of the files of a data set.
     network
@@ -307,3 +307,8 @@ class DepthTraining(Training):
             f"validation accuracy {100 * row['val_accuracy']:.2f} %{missed} after {row['update']} cycles, "
             f"{row['work']:.1f} work units (counted: {row['counted_work']:.1f}), {row['seconds']:.2f} seconds"
         )
+
+
+def network(checkpoint: Checkpoint) -> nn.Module:
+    """The trained network of a checkpoint as a plain module, from features (B, F) to logits (B, classes)."""
+    return to_sequential(checkpoint.path)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from xbraid_py.multilevel.depth.nested import NestedIteration
 from xbraid_py.multilevel.depth.nested_state import (
+    Snapshot,
     _read_snapshot,
 )
-from xbraid_py.multilevel.depth.record import Snapshot
 from xbraid_py.run.resume import check_configuration
 from xbraid_py.run.store.read import no_state, restoring
 from xbraid_py.run.store.write import Checkpoint, CheckpointError, load, newest_good

@@ -9,8 +9,7 @@ from typing import Any
 from studies.mgopt.rows import CURVE
 from xbraid_py.comm import as_communicator
 from xbraid_py.data import circles, peaks
-from xbraid_py.multilevel.depth.mgopt import MGOpt
-from xbraid_py.multilevel.depth.mgopt_options import LevelOptions, MGOptOptions
+from xbraid_py.multilevel.depth.mgopt import LevelOptions, MGOpt, MGOptOptions
 from xbraid_py.problem.perceptron import perceptron_weights
 from xbraid_py.problem.problem import DenseResNetOptions
 from xbraid_py.recipes.mgopt import Job, MnistSamples, perceptron_problem

@@ -14,8 +14,7 @@ from xbraid_py.comm.partition import require_multiple
 from xbraid_py.layers.splines import Splines
 from xbraid_py.mgrit.grid import LayerGrid
 from xbraid_py.multilevel.depth.adaptive import AdaptiveOptions, layers_to_cut
-from xbraid_py.multilevel.depth.nested_state import arrays_of, check_numbers, read_snapshot
-from xbraid_py.multilevel.depth.record import Record, Snapshot
+from xbraid_py.multilevel.depth.nested_state import Snapshot, arrays_of, check_numbers, read_snapshot
 from xbraid_py.multilevel.depth.transfer import prolong_depth
 from xbraid_py.optim import OneShot, OneShotOptions, Update
 from xbraid_py.optim.objective import Evaluation
@@ -86,6 +85,55 @@ class NestedOptions:
             raise ValueError("spline_refine=True needs a network with splines; give network.splines.num, such as 11")
         finest.coarsen(2**self.refinements)
         return [finest.coarsen(2**level) for level in range(self.refinements, -1, -1)]
+
+
+@dataclass(frozen=True)
+class Record:
+    """The state of the run before an update, or at its end.
+
+    Attributes
+    ----------
+    level, num_layers : int
+        Level of the nesting (0 is the finest) and its depth.
+    update : int
+        Number of this record. As there is one before each update, that is the number of updates so far, unless
+        a level has ended early.
+    work : float
+        Work so far in work units (one update on the finest level: paper 001, section 3), by counting
+        evaluations of a layer.
+    seconds : float
+        Time spent so far in training.
+    evaluations : int
+        State solves so far.
+    evaluation : Evaluation
+        The objective.
+    adjoint_residual : float or None
+        Relative residual of the last adjoint solve.
+    grad_norm, step, backtracks, note
+        As in `optim.Update`; grad_norm is None at the end of the run.
+    final : bool
+        Whether this is the end of the run.
+    cut : tuple of int or None
+        At the first record after a refinement of chosen layers: those of the level before that were cut.
+    lengths : tuple of int or None
+        At such a record: lengths of the layers, as `LayerGrid` has them (all 1 where they are equal).
+    """
+
+    level: int
+    num_layers: int
+    update: int
+    work: float
+    seconds: float
+    evaluations: int
+    evaluation: Evaluation
+    adjoint_residual: float | None
+    grad_norm: float | None
+    step: float
+    backtracks: int
+    note: str | None = None
+    final: bool = False
+    cut: tuple[int, ...] | None = None
+    lengths: tuple[int, ...] | None = None
 
 
 class NestedIteration:

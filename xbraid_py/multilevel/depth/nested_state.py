@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch import Tensor
 from xbraid_py.layers.parameters import Layout
 from xbraid_py.mgrit.hierarchy import Hierarchy
 from xbraid_py.multilevel.depth.arrays import shards, vectors_of
-from xbraid_py.multilevel.depth.record import Snapshot
 from xbraid_py.optim.objective import Evaluation
 from xbraid_py.run.store.read import Checkpoint, CheckpointError, check_total, no_state
 from xbraid_py.run.store.write import Shard
@@ -27,6 +26,35 @@ _NUMBERS = {
     **{"step": float, "scale": float, "work": float, "adjoint_residual": float | None, "is_final": bool},
 }
 _BEFORE = {"records": int, "work": float, "evaluations": int, "seconds": float}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that the rest of a run depends on, at one of its records.
+
+    Attributes
+    ----------
+    numbers : dict
+        Level, updates, counters and the last evaluation, JSON-able.
+    vectors : dict of str to list of Tensor
+        Flat vectors of the level's network: "weights", "gradient", "s" and "y".
+    warm : dict of str to tuple of Tensor
+        `Solution.warm` of the last "state" and "adjoint" solves, the l-th with rows over the intervals of level l.
+    """
+
+    numbers: dict
+    vectors: dict[str, list[Tensor]]
+    warm: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    @property
+    def is_final(self) -> bool:
+        """Whether it is that of the end of the run."""
+        return self.numbers["is_final"]
+
+    @property
+    def next_record(self) -> int:
+        """Number of records up to this one, and so that of the first new one of a run that goes on from here."""
+        return self.numbers["before"]["records"]
 
 
 def arrays_of(snapshot: Snapshot, layout: Layout, hierarchies: Sequence[Hierarchy], rank: int) -> dict[str, Shard]:
