@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xbraid_py.cli.arguments import command_parser, parse
 from xbraid_py.cli.reader import CHECKPOINTS, read_run
-from xbraid_py.cli.resume import DRIVERS
 from xbraid_py.cli.summary import printable
+from xbraid_py.run.store.files import replacing
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from xbraid_py.run.store.read import Checkpoint
 
 _BEST = "best.h5"
 
@@ -32,8 +32,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument(
         "--driver",
         type=Path,
-        help="The program that trained on minibatches, whose `build` makes the network; if not given, that of the "
-        "drivers folder which the checkpoint names.",
+        help="A program of your own that trained on minibatches, whose `build` makes the network.",
     )
     options = parse(parser, words)
     out = options.OUT
@@ -43,11 +42,11 @@ def main(words: Sequence[str]) -> int:
     if out.exists() and not options.force:
         raise ValueError(f"OUT={out} exists; give another name, or --force to replace it")
     source = checkpoint_of(options.DIR, options.best)
-    layers, call = export(source, out, options.driver)
-    print(f"{out}: the network of {printable(source)}, {layers} layers; load it with")
+    layers = export(source, out, options.driver)
+    print(f"{out}: the network of {printable(source)}, {layers} residual layers; load it with")
     print(f"  model = torch.load({str(out)!r}, weights_only=False)")
     print("where xbraid_py is installed (MPI is not needed); `weights_only=False` since it holds a module, so load it")
-    print(f"from a trusted place only. {call}")
+    print("from a trusted place only. model(inputs) maps inputs (B, ...) to what the network was trained to give.")
     return 0
 
 
@@ -76,74 +75,58 @@ def checkpoint_of(folder: Path, best: bool) -> Path:
     return found
 
 
-def export(source: Path, out: Path, driver: Path | None = None) -> tuple[int, str]:
-    """Write the network of a checkpoint to a file, at once: the number of its residual layers, and how it is called."""
+def export(source: Path, out: Path, driver: Path | None = None) -> int:
+    """Write the network of a checkpoint to a file, at once; the number of its residual layers."""
     import torch
 
-    from xbraid_py.layer_parallel.export import ResidualStep, to_sequential
-    from xbraid_py.recipes.digits_resume import is_of_minibatches
-    from xbraid_py.run.store.write import load
+    from xbraid_py.layer_parallel.export import ResidualStep
+    from xbraid_py.recipes import registry
+    from xbraid_py.run.store.read import load
 
     with load(source) as checkpoint:
-        meta = checkpoint.meta
-    if is_of_minibatches(meta):
-        module = trained_on_minibatches(source, meta, driver)
-        call = "model(inputs) maps inputs such as the driver's batches to logits."
-    else:
-        module = to_sequential(source)
-        call = "model(features) maps features (B, F) to logits (B, classes)."
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
+        module = registry.network(checkpoint) if driver is None else built_by(driver, checkpoint)
+    with replacing(out) as temporary:
         torch.save(module, temporary)
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return sum(isinstance(part, ResidualStep) for part in module.modules()), call
+    return sum(isinstance(part, ResidualStep) for part in module.modules())
 
 
-def trained_on_minibatches(source: Path, meta: Mapping[str, Any], driver: Path | None) -> nn.Module:
-    """The network of a checkpoint as a plain module in evaluation mode: `build` of its driver, and its weights.
+def built_by(driver: Path, checkpoint: Checkpoint) -> nn.Module:
+    """The network of a checkpoint of training on minibatches as a plain module, made by the program that trained it.
 
     Parameters
     ----------
-    source : Path
-        The checkpoint.
-    meta : mapping
-        Its meta data.
-    driver : Path or None
-        The program: `Options`, and `build(options, None, **sizes)`, which makes the network. Without one the checkpoint
-        names it, but only the project's own are taken: what a file says is not run.
+    driver : Path
+        `Options`, and `build(options, None, **sizes)`, which makes the network. Only a program that is named on the
+        command line is taken: what a file says is not run.
+    checkpoint : Checkpoint
 
     Raises
     ------
     ValueError
         If there is no such program, or its network is another one.
     """
-    import yaml
-
     from xbraid_py.layer_parallel.export import to_sequential
     from xbraid_py.layer_parallel.minibatch.state import load_weights
-    from xbraid_py.run.options import parse as parse_options
-    from xbraid_py.run.store.write import load
+    from xbraid_py.run.options import from_dict
+    from xbraid_py.run.resume import state_of
 
-    path = driver or DRIVERS / Path(str(meta.get("driver"))).name
-    if not path.is_file():
-        raise ValueError(f"driver={path} is no file; use --driver=FILE with the program that trained the network")
-    program = module_of(path)
+    if not driver.is_file():
+        raise ValueError(f"driver={driver} is no file; use --driver=FILE with the program that trained the network")
+    program = module_of(driver)
     if not hasattr(program, "Options") or not hasattr(program, "build"):
-        raise ValueError(f"driver={path} has no Options and build; use --driver={DRIVERS / 'mnist.py'}")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "config.yaml"
-        file.write_text(yaml.safe_dump(meta["configuration"]), encoding="utf-8")
-        options = parse_options(program.Options, [f"--config={file}"])
+        raise ValueError(f"driver={driver} has no Options and build; use the program that trained the network")
+    meta = state_of(checkpoint)
+    try:
+        options = from_dict(program.Options, meta["configuration"])
+    except TypeError as error:
+        raise ValueError(f"driver={driver} has other options than {checkpoint.path}: {error}") from error
     model = program.build(options, None, **meta.get("sizes", {}))
-    with load(source) as checkpoint:
-        load_weights(checkpoint, model)
+    load_weights(checkpoint, model)
     plain = to_sequential(model).eval()
     own = sorted({type(part).__name__ for part in plain.modules() if type(part).__module__ == program.__name__})
     if own:
         # They could not be found again when the file is loaded.
-        raise ValueError(f"driver={path} defines parts of the network, {', '.join(own)}; put them into a module")
+        raise ValueError(f"driver={driver} defines parts of the network, {', '.join(own)}; put them into a module")
     return plain
 
 

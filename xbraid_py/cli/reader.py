@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from xbraid_py.run.record import number, scalars
+from xbraid_py.run.record import RecordReader
 
 STATUS, RECORD, CONFIGURATION, CHECKPOINTS, FIGURES, LOG = (
     "status.json",
@@ -50,8 +50,7 @@ class Run:
     rows : list of dict
         All other lines of the record.
     columns : dict of str to dict of str to dict of float to float
-        The numbers of the rows by their names; for each of the runs in the record ("" where rows name none) the values
-        by updates. Rows without a number of an update count from 0. Of several values for one update the last holds.
+        The numbers of the rows, see `RecordReader`.
     configuration : dict
         Options of the run: `config.yaml`, or else those in the header.
     figures, checkpoints : list of Path
@@ -104,7 +103,7 @@ class RunReader:
 
     def __init__(self, folder: str | os.PathLike):
         self.path = Path(folder)
-        self._record = _RecordReader(self.path / RECORD)
+        self._record = RecordReader(self.path / RECORD)
 
     def read(self) -> Run:
         """The folder as it is now; raises `NoRun` if it does not exist, or nothing in it is of a run."""
@@ -117,7 +116,7 @@ class RunReader:
         flaws: list[str] = []
         status = self._mapping(STATUS, json.loads, flaws)
         record = self._record
-        flaws += record.read()
+        flaws += _flaws(record)
         configuration = self._mapping(CONFIGURATION, yaml.safe_load, flaws)
         written = record.header.get("configuration")
         figures = self._files(FIGURES, ".png", flaws)
@@ -161,63 +160,18 @@ class RunReader:
         return found
 
 
-class _RecordReader:
-    """The lines of a record that grows, and that a resumed run may replace by a shorter one."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._reset(None)
-
-    def _reset(self, file: int | None) -> None:
-        self._file, self._offset, self._damaged = file, 0, 0
-        self.header: dict[str, Any] = {}
-        self.resumes: list[dict[str, Any]] = []
-        self.rows: list[dict[str, Any]] = []
-        self.columns: dict[str, dict[str, dict[float, float]]] = {}
-
-    def read(self) -> list[str]:
-        """Take in what is new; what is missing or damaged."""
-        try:
-            with open(self.path, "rb") as stream:
-                info = os.fstat(stream.fileno())
-                if info.st_ino != self._file or info.st_size < self._offset:
-                    self._reset(info.st_ino)
-                stream.seek(self._offset)
-                new = stream.read()
-        except FileNotFoundError:
-            self._reset(None)
-            return [f"no {RECORD}"]
-        except OSError as error:
-            return [f"{RECORD} cannot be read: {error.strerror}"]
-        end = new.rfind(b"\n") + 1  # a line that breaks off may yet be completed
-        for line in new[:end].splitlines():
-            self._take(line)
-        self._offset += end
-        flaws = []
-        if not self.header:
-            flaws.append(f"{RECORD} has no header")
-        if self._damaged:
-            flaws.append(f"{RECORD}: {self._damaged} damaged {'line' if self._damaged == 1 else 'lines'} left out")
-        return flaws
-
-    def _take(self, line: bytes) -> None:
-        try:
-            row = json.loads(line)
-        except _NOT_READABLE:
-            row = None
-        if not isinstance(row, dict):
-            self._damaged += 1
-        elif row.get("kind") == "header":
-            self.header = row
-        elif row.get("kind") == "resume":
-            self.resumes.append(row)
-        else:
-            update = number(row.get("update"))
-            at = len(self.rows) if update is None else update
-            name = row["run"] if isinstance(row.get("run"), str) else ""
-            for column, value in scalars(row).items():
-                self.columns.setdefault(column, {}).setdefault(name, {})[at] = value
-            self.rows.append(row)
+def _flaws(record: RecordReader) -> list[str]:
+    """Read on; what is missing or damaged."""
+    try:
+        record.read()
+    except FileNotFoundError:
+        return [f"no {RECORD}"]
+    except OSError as error:
+        return [f"{RECORD} cannot be read: {error.strerror}"]
+    flaws = [] if record.header else [f"{RECORD} has no header"]
+    if count := len(record.damaged):
+        flaws.append(f"{RECORD}: {count} damaged {'line' if count == 1 else 'lines'} left out")
+    return flaws
 
 
 def _changed(path: Path) -> float | None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import datetime
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from xbraid_py.cli.arguments import command_parser, parse
 from xbraid_py.cli.reader import LOG, Run, read_run
 from xbraid_py.cli.summary import printable, progress, shown, summarize
-from xbraid_py.run.option_table import text
+from xbraid_py.run.options import flat, text
 from xbraid_py.run.record import number, scalars
+from xbraid_py.run.store.files import replacing
 
 _ROWS = 40  # of the record in the page; the first and the last are among them
 _LOG_BYTES, _LOG_LINES = 20_000, 60
@@ -34,19 +34,11 @@ def main(words: Sequence[str]) -> int:
     if out.suffix not in (".html", ".htm"):
         # Whatever else it is, it may be a file of the run.
         raise ValueError(f"out={out} must be the name of a page; use --out={out.with_suffix('.html')}")
-    write_text(out, page(runs))
+    content = page(runs)
+    with replacing(out) as temporary:
+        temporary.write_text(content, encoding="utf-8")
     print(f"{out} ({out.stat().st_size / 1e3:.0f} kB)")
     return 0
-
-
-def write_text(path: Path, content: str) -> None:
-    """Replace a file at once, so that a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def page(runs: Sequence[Run]) -> str:
@@ -110,8 +102,8 @@ def _about(run: Run, label: str) -> dict[str, Any]:
             [run.rows[index] for index in sorted({0, *range(len(run.rows) - 1, -1, -step)} if run.rows else ())]
         ),
         "thinned": f"every {step}th of {len(run.rows)}" if step > 1 else "",
-        "options": list(flat(run.configuration)),
-        "about": [(name, value) for name, value in flat(about) if value != "null"],
+        "options": _options(run.configuration),
+        "about": [(name, value) for name, value in _options(about) if value != "null"],
         "checkpoints": [(printable(path.name), _kilobytes(path)) for path in run.checkpoints],
         "log": _log(run.path / LOG),
     }
@@ -136,13 +128,9 @@ def _log(path: Path) -> str:
     return "\n".join(map(printable, lines[-_LOG_LINES:]))
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def _options(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Options by their full names, as they are written on a command line."""
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield printable(f"{prefix}{name}"), printable(text(value))
+    return [(printable(name), printable(text(value))) for name, value in flat(values).items()]
 
 
 def _row_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -181,7 +169,7 @@ def _final_values(runs: Sequence[Run], labels: Sequence[str]) -> dict[str, Any]:
 
 def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
     """Options with their values in all runs, and whether they differ; those that do come first."""
-    options = [dict(flat(run.configuration)) for run in runs]
+    options = [dict(_options(run.configuration)) for run in runs]
     names = dict.fromkeys(name for each in options for name in each)
     rows = [(name, [each.get(name, "-") for each in options]) for name in names]
     return sorted(((name, cells, len(set(cells)) > 1) for name, cells in rows), key=lambda row: not row[2])

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from xbraid_py.cli.arguments import command_parser, parse
 from xbraid_py.cli.reader import CONFIGURATION, Run, read_run
 from xbraid_py.cli.summary import printable, progress, summarize
-from xbraid_py.run.option_table import text
+from xbraid_py.run.options import flat, text
 
-DRIVERS = Path(__file__).resolve().parents[2] / "drivers"
 _EPILOG = (
     "What follows -- goes to the driver as it is. The run goes on from its newest good checkpoint; on this process's "
     "terminal, with the driver's exit status."
@@ -90,57 +87,19 @@ def configured(run: Run) -> list[str]:
         return [f"--config={file}"]
     if not run.configuration:
         raise ValueError(f"{run.path} says nowhere with which options it was started: {'; '.join(run.flaws)}")
-    return [f"--{name}={value}" for name, value in _flat(run.configuration, "")]
-
-
-def _flat(values: Mapping[str, Any], prefix: str):
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        elif f"{prefix}{name}" not in ("resume", "out"):
-            yield f"{prefix}{name}", text(value)
+    options = {name: value for name, value in flat(run.configuration).items() if name not in ("resume", "out")}
+    return [f"--{name}={text(value)}" for name, value in options.items()]
 
 
 def find_driver(run: Run) -> Path:
-    """The program that a run was made by: the one that its record names, or else the one that has all its options.
+    """The program that a run was made by, as its record names it.
 
     Raises
     ------
     ValueError
-        If neither tells.
+        If the record names none, or there is no such file here.
     """
     named = run.about.get("driver") or run.header.get("driver")
-    if isinstance(named, str) and named:
-        places = (Path(named), DRIVERS / Path(named).name)
-        return next((path for path in places if path.is_file()), places[0])
-    names = set(run.configuration)
-    found = [path for path in sorted(DRIVERS.glob("*.py")) if names and names <= _options_of(path)]
-    if len(found) != 1:
-        known = ", ".join(path.name for path in found)
-        what = f"may have been made by {known}" if found else "does not say which program it was made by"
-        raise ValueError(f"{run.path} {what}; use --driver=drivers/peaks.py")
-    return found[0]
-
-
-def _options_of(path: Path, name: str = "Options") -> set[str]:
-    """Names of the options of a driver, from the text of its class `Options` and of those that it is derived from."""
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, SyntaxError):
-        return set()
-    found = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), None)
-    if found is None:
-        return set()
-    fields = {
-        item.target.id for item in found.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
-    }
-    homes = {
-        alias.asname or alias.name: (DRIVERS.parent / Path(*node.module.split(".")).with_suffix(".py"), alias.name)
-        for node in tree.body
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("xbraid_py.") and not node.level
-        for alias in node.names
-    }
-    for base in found.bases:
-        if isinstance(base, ast.Name) and base.id != name:
-            fields |= _options_of(*homes.get(base.id, (path, base.id)))
-    return fields
+    if not isinstance(named, str) or not named:
+        raise ValueError(f"{run.path} does not say which program it was made by; use --driver=drivers/peaks.py")
+    return Path(named)

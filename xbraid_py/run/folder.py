@@ -21,6 +21,7 @@ from xbraid_py.run.lock import RunLock, take
 from xbraid_py.run.record import MetricsWriter
 from xbraid_py.run.signals import Stopped, stop_agreed
 from xbraid_py.run.status import RunStatus, mark_ended
+from xbraid_py.run.store.files import replacing
 
 # What a run leaves in its folder, and what makes room for the next one.
 CONFIG, METRICS, LOG, CHECKPOINTS = "config.yaml", "metrics.jsonl", "log.txt", "checkpoints"
@@ -124,7 +125,8 @@ class RunFolder:
     def _start(self, stack, configuration, total, done, append) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(dict(configuration), sort_keys=False)
-        _write(self.path / CONFIG, f"# python {sys.argv[0]} --config {self.path / CONFIG}\n{text}")
+        with replacing(self.path / CONFIG) as temporary:
+            temporary.write_text(f"# python {sys.argv[0]} --config {self.path / CONFIG}\n{text}", encoding="utf-8")
         self._handler = _LogFile(self.path / LOG)
         stack.callback(self._close_log)
         logging.getLogger("xbraid_py").addHandler(self._handler)
@@ -224,12 +226,6 @@ class _LogFile(logging.FileHandler):
     def close(self):
         with contextlib.suppress(OSError):
             super().close()
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def claim(out: str | os.PathLike, comm: Communicator) -> RunFolder:

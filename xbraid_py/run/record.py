@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from xbraid_py.run.store.files import library_versions, publish
+from xbraid_py.run.store.files import library_versions, replacing
 
 if TYPE_CHECKING:
     from xbraid_py.comm import Communicator
@@ -104,7 +104,7 @@ class MetricsWriter:
             "kernels": BACKEND,
         }
         return {
-            "driver": sys.argv[0],
+            "driver": os.path.abspath(sys.argv[0]),
             "configuration": self._header,
             "versions": library_versions(),
             "ranks": self._ranks,
@@ -128,6 +128,90 @@ def _plain(value: Any) -> Any:
     return value
 
 
+class RecordReader:
+    """Reads a record again and again, of it what is new; a resumed run may replace it by a shorter one.
+
+    Parameters
+    ----------
+    path : path-like
+
+    Attributes
+    ----------
+    header : dict
+        The header; empty if there is none.
+    resumes : list of dict
+        What the record says of continuations.
+    rows : list of dict
+        All other objects.
+    columns : dict of str to dict of str to dict of float to float
+        The numbers of the rows by their names (`scalars`); for each of the runs in the record ("" where rows name none)
+        the values by updates. Rows without a number of an update count from 0. Of several values for one update the
+        last holds.
+    damaged : list of int
+        Numbers, from 1, of lines that are no JSON objects.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self._reset(None)
+
+    def _reset(self, file: int | None) -> None:
+        self._file, self._offset, self._lines = file, 0, 0
+        self.header: dict[str, Any] = {}
+        self.resumes: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = []
+        self.columns: dict[str, dict[str, dict[float, float]]] = {}
+        self.damaged: list[int] = []
+
+    def read(self) -> None:
+        """Take in what is new; a line that breaks off may yet be completed, and is left for the next time.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be read; of one that is gone nothing is known any more.
+        """
+        try:
+            with open(self.path, "rb") as stream:
+                info = os.fstat(stream.fileno())
+                if info.st_ino != self._file or info.st_size < self._offset:
+                    self._reset(info.st_ino)
+                stream.seek(self._offset)
+                new = stream.read()
+        except FileNotFoundError:
+            self._reset(None)
+            raise
+        end = new.rfind(b"\n") + 1
+        for line in new[:end].splitlines():
+            self._lines += 1
+            self._take(line)
+        self._offset += end
+
+    def _take(self, line: bytes) -> None:
+        row = _object(line)
+        if row is None:
+            self.damaged.append(self._lines)
+        elif row.get("kind") == "header":
+            self.header = row
+        elif row.get("kind") == "resume":
+            self.resumes.append(row)
+        else:
+            update = number(row.get("update"))
+            at = len(self.rows) if update is None else update
+            name = row["run"] if isinstance(row.get("run"), str) else ""
+            for column, value in scalars(row).items():
+                self.columns.setdefault(column, {}).setdefault(name, {})[at] = value
+            self.rows.append(row)
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # the latter for deep nesting
+        return None
+    return row if isinstance(row, dict) else None
+
+
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:
     """All objects of a record, the header first; an incomplete last line, as a killed run leaves it, is left out.
 
@@ -146,11 +230,8 @@ def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         lines.pop()
     found = []
     for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):  # the latter for deep nesting
-            row = None
-        if not isinstance(row, dict):
+        row = _object(line)
+        if row is None:
             raise ValueError(f"record {path}: line {number} is no JSON object; remove the line, or give another file")
         found.append((line, row))
     if found and found[0][1].get("kind") != "header":
@@ -187,12 +268,8 @@ def truncate_after(path: str | os.PathLike, update: int, run: str | None = None)
         return 0
     lines = _lines(path)
     kept = [line for line, row in lines if not _is_repeated(row, update, run)]
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    with replacing(path, durable=True) as temporary:
         temporary.write_bytes(b"".join(kept))
-        publish(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return len(lines) - len(kept)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from xbraid_py.run.folder import CHECKPOINTS
+from xbraid_py.run.options import flat, to_dict
 from xbraid_py.run.store.read import Checkpoint, CheckpointError, load, newest_good, no_state
 
 
@@ -95,8 +96,6 @@ def find_start(kind: str, options: RunOptions) -> Start | None:
     path = checkpoint_of(options.resume, options.out)
     if path is None:
         return None
-    from xbraid_py.run.options import to_dict
-
     with load(path) as checkpoint:
         meta = state_of(checkpoint)
     if meta["run"] != kind:
@@ -171,14 +170,3 @@ def check_configuration(
                 f"{path} was written with {name}={theirs.get(name)}, but this run has {name}={ours.get(name)}; "
                 f"give --{name} {theirs.get(name)}{other}, or start without --resume"
             )
-
-
-def flat(configuration: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The options of all groups under names such as "mgrit.cfactor"."""
-    found: dict[str, Any] = {}
-    for name, value in configuration.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = value
-    return found

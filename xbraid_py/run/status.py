@@ -14,6 +14,8 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from xbraid_py.run.store.files import replacing
+
 log = logging.getLogger(__name__)
 
 STATUS = "status.json"
@@ -123,14 +125,8 @@ def mark_ended(folder: Path, state: str, message: str, even_if_over: bool = Fals
 
 
 def _replace(path: Path, fields: dict[str, Any]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(fields, indent=1) + "\n", encoding="ascii")
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def host_kind() -> str:

@@ -1,10 +1,12 @@
-"""What checkpoints and the record share: replacing a file so that a crash leaves the old or the new, and versions."""
+"""Replacing a file so that whoever looks at it, and a crash, find the old one or the new one; versions of libraries."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -30,6 +32,30 @@ def publish(temporary: Path, path: Path) -> None:
     sync(temporary)
     os.replace(temporary, path)
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
+    """A name beside `path` to write a file under, which takes the place of `path` at once when the block is left.
+
+    If the block raises, `path` is as it was, and nothing is left.
+
+    Parameters
+    ----------
+    path : Path
+    durable : bool
+        Wait for the disk, see `publish`.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        if durable:
+            publish(temporary, path)
+        else:
+            os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def library_versions() -> dict[str, str | None]:

@@ -1,0 +1,44 @@
+"""Which recipes there are, by the names that their checkpoints bear: what makes a trained network again."""
+
+from __future__ import annotations
+
+import importlib
+
+from torch import nn
+
+from xbraid_py.run.resume import state_of
+from xbraid_py.run.store.read import Checkpoint
+
+# Each is a module here with a function network(checkpoint).
+RECIPES = {
+    "peaks": "classification",
+    "indian_pines": "classification",
+    "circles": "mgopt",
+    "mgopt_mnist": "mgopt",
+    "poisson": "width",
+    "darcy": "width",
+    "images": "images",
+    "mnist": "digits",
+    "sequences": "digits",
+    "transformer": "text",
+}
+
+
+def network(checkpoint: Checkpoint) -> nn.Module:
+    """The trained network of a checkpoint as a plain module in evaluation mode, that knows nothing of ranks.
+
+    Raises
+    ------
+    CheckpointError
+        If it is no checkpoint of a run, or holds another network than it says.
+    ValueError
+        If its recipe is none of those here.
+    """
+    name = state_of(checkpoint).get("recipe")
+    if name not in RECIPES:
+        raise ValueError(
+            f"recipe={name!r} of {checkpoint.path} is none of {', '.join(RECIPES)}; use --driver=FILE with the program "
+            f"that trained the network"
+        )
+    recipe = importlib.import_module(f"xbraid_py.recipes.{RECIPES[name]}")
+    return recipe.network(checkpoint).eval()
