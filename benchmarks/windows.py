@@ -4,7 +4,7 @@
 
 Residual convolutions (two of 16 channels with a GroupNorm, 28 x 28 pixels, float32), one thread a rank, SGD. Each
 contestant is a job of its own: a plain loop over the modules; the same with `torch.utils.checkpoint` in W segments;
-`LayerParallel` as it is and with `recompute=True`; `in_windows` with W windows. On one rank propagation is exact, on
+`LayerParallel` as it is, with `recompute=True` and with W windows. On one rank propagation is exact, on
 several it is one MGRIT cycle with intervals of 4 layers and no check of the gradient. Memory is the peak (VmHWM) of the
 rank that needs most, less what it had behind a first update with one sample. Last line: `memory_NAME_P` and
 `time_NAME_P` for P ranks, those of the plain loop being 1; NAME is kept, recompute, windows_W or checkpoint_W. With
@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint_sequential
 
-from xbraid_py import MGRIT, GradientControl, LayerParallel, ResidualStep, in_windows
+from xbraid_py import MGRIT, GradientControl, LayerParallel, ResidualStep
 from xbraid_py.comm import Communicator, world
 from xbraid_py.comm.partition import Partition
 
@@ -65,7 +65,7 @@ def network(kind: str, number: int, num_layers: int, comm: Communicator) -> tupl
     mgrit = common.SERIAL if comm.size == 1 else SEVERAL
     options = {"mgrit": mgrit, "accuracy": GradientControl(check=0, adapt=False), "vmap": False}
     if kind == "windows":
-        model = in_windows(block, num_layers, T, comm, windows=number, **options)
+        model = LayerParallel(block, num_layers, T, comm, windows=number, **options)
     elif kind in ("kept", "recompute"):
         model = LayerParallel(block, num_layers, T, comm, recompute=kind == "recompute", **options)
     else:

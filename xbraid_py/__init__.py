@@ -48,14 +48,13 @@ _HOMES = {
     "comm.errors": ("RunError",),
     "comm.partition": ("Partition",),
     "comm.replicas": ("ProcessGrid",),
-    "comm.share": ("share",),
+    "comm.share": ("broadcast_batch",),
     "layer_parallel": (
         *(
             "GradientControl",
             "LayerParallel",
             "SolveRecord",
             "clip_grad_norm_",
-            "in_windows",
             "parallel_stages",
             "broadcast_loss",
         ),

@@ -183,8 +183,9 @@ def loss_of(output: Tensor, seed: int = 7) -> Tensor:
 
 
 def gradients(stack: LayerParallel) -> dict[str, Tensor]:
-    """Gradients of all layers (N, *shape) on every rank."""
-    return {name: stack.layers.gathered(p.grad).clone() for name, p in stack.layers.named_parameters()}
+    """Gradients of all layers (N, *shape) on every rank, of a stack in any number of windows."""
+    parts = [{name: w.layers.gathered(p.grad) for name, p in w.layers.named_parameters()} for w in stack.windows]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def loop_gradients(modules: nn.ModuleList) -> dict[str, Tensor]:

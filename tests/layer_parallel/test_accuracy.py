@@ -244,7 +244,8 @@ def test_back_to_mgrit_when_it_has_become_good(spmd):
 
     def body(comm):
         stack = case.stack(comm, 16, 1.0, mgrit=ROUGH, accuracy=GradientControl(gradient_error=0.3, check=2))
-        stack._controller.restore({"update": 1, "level": 1, "exact": True, "ratio": 1.0, "ratios": [], "due": False})
+        accuracy = {"update": 1, "level": 1, "exact": True, "ratio": 1.0, "ratios": [], "due": False}
+        stack.load_solver_state(stack.solver_state() | {"accuracy": accuracy})
         records = []
         for update in range(3):
             loss_of(stack(case.input(update))).backward()

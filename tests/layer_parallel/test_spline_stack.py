@@ -15,7 +15,6 @@ from xbraid_py import LayerParallel, Splines, broadcast_loss, clip_grad_norm_, t
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.layer_parallel.minibatch.alike import check_alike
 from xbraid_py.layer_parallel.minibatch.state import Trained
-from xbraid_py.layer_parallel.window import Window
 from xbraid_py.run.store.write import load, save
 
 RANKS = pytest.mark.ranks(1, 2, 3, 5)
@@ -160,9 +159,9 @@ def test_states_are_loaded_on_any_number_of_ranks_and_wrong_ones_refused(spmd):
         assert error == "TypeError: splines=8 must be Splines or None; use Splines(8)"
 
 
-def test_in_a_window_they_are_refused():
-    with pytest.raises(ValueError, match=r"^splines=Splines\(.*must be None in a window of a deeper stack; use"):
-        CASES["mlp"].stack(None, 9, T, splines=Splines(4), window=Window(first_layer=3))
+def test_in_windows_they_are_refused():
+    with pytest.raises(ValueError, match=r"^splines=Splines\(.*must be None with windows=3; use windows=1"):
+        CASES["mlp"].stack(None, 9, T, splines=Splines(4), windows=3)
 
 
 def model_of(comm, seed: int = 0) -> nn.Sequential:

@@ -11,7 +11,7 @@ from blocks import CASES, UNCHECKED, C, Case, distance, gradients, loop_gradient
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from xbraid_py import MGRIT, LayerGrid, LayerParallel, SpatialCoarsening, in_windows, to_sequential
+from xbraid_py import MGRIT, LayerGrid, LayerParallel, SpatialCoarsening, to_sequential
 
 RANKS = pytest.mark.ranks(1, 2, 3, 5)
 LENGTHS = (3, 1, 1, 2, 1, 4, 4, 1, 2, 2, 1, 1)
@@ -40,9 +40,7 @@ def solved(stack, u):
     start = u.clone().requires_grad_()
     output = stack(start)
     loss_of(output).backward()
-    stacks = getattr(stack, "windows", [stack])
-    parts = [gradients(each) for each in stacks]
-    return output.detach(), start.grad, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return output.detach(), start.grad, gradients(stack)
 
 
 def far(found, wanted) -> float:
@@ -97,7 +95,7 @@ def test_windows_of_such_a_grid(spmd):
 
     def body(comm):
         how = {"comm": comm, "mgrit": MGRIT(cfactor=2, max_levels=2, **V), "accuracy": UNCHECKED, "vmap": False}
-        stack = in_windows(case.block, GRID, windows=3, **how)
+        stack = LayerParallel(case.block, GRID, windows=3, **how)
         return far(solved(stack, case.input()), looped(stack.state_dict(), case, case.input(), GRID.sizes()))
 
     assert max(spmd(body)) < 1e-10
@@ -112,13 +110,9 @@ def test_fewer_pixels_on_coarse_levels(spmd, states, windows):
 
     def body(comm):
         how = {"comm": comm, "mgrit": MGRIT(cfactor=2, max_levels=2, **V), "accuracy": UNCHECKED, "vmap": False}
-        stack = (
-            in_windows(case.block, 12, 2.0, windows=2, spatial=spatial, **how)
-            if windows == 2
-            else LayerParallel(case.block, 12, 2.0, spatial=spatial, **how)
-        )
+        stack = LayerParallel(case.block, 12, 2.0, windows=windows, spatial=spatial, **how)
         found = solved(stack, case.input())
-        records = [each.record for each in getattr(stack, "windows", [stack])]
+        records = stack.records
         assert all(len(record.residuals) >= 2 and record.residuals[0] > 1e-4 for record in records)
         assert all(record.residuals[-1] == record.residual < 1e-13 for record in records)
         assert all(record.adjoint_residuals[-1] == record.adjoint_residual for record in records)

@@ -21,7 +21,6 @@ from xbraid_py import (
     LayerParallel,
     broadcast_loss,
     clip_grad_norm_,
-    in_windows,
     to_sequential,
 )
 
@@ -31,15 +30,7 @@ ALL = {**CASES, "moving": Case(Normed, SHAPES[1])}
 
 def windowed(case: Case, comm, num_layers: int, windows: int, solve: str = "V", **options):
     defaults = {"mgrit": SOLVES[solve], "accuracy": UNCHECKED, "vmap": False}
-    return in_windows(case.block, num_layers, T, comm, windows=windows, **{**defaults, **options})
-
-
-def of_all(model) -> dict:
-    """Gradients of all layers, of one stack or of windows."""
-    if isinstance(model, LayerParallel):
-        return gradients(model)
-    parts = [gradients(stack) for stack in model.windows]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return LayerParallel(case.block, num_layers, T, comm, windows=windows, **{**defaults, **options})
 
 
 def copied(state) -> dict:
@@ -55,7 +46,7 @@ def run(model, case: Case, updates: int = 2) -> list:
         u = case.input(update).requires_grad_()
         output = model(u)
         loss_of(output).backward()
-        found = {"output": output.detach(), "input": u.grad, "weights": of_all(model)}
+        found = {"output": output.detach(), "input": u.grad, "weights": gradients(model)}
         optimizer.step()
         record.append(found | {"state": copied(model.state_dict())})
     return record
@@ -104,7 +95,7 @@ def test_windows_of_a_grid_with_steps_of_several_lengths(spmd):
     grid = LayerGrid(12, T, (1, 2, 3, 1, 1, 2, 4, 1, 1, 1, 2, 3))
 
     def body(comm):
-        model = in_windows(case.block, grid, comm=comm, windows=2, mgrit=SOLVES["V"], accuracy=UNCHECKED, vmap=False)
+        model = LayerParallel(case.block, grid, comm=comm, windows=2, mgrit=SOLVES["V"], accuracy=UNCHECKED, vmap=False)
         return run(model, case)
 
     exact = run(LayerParallel(case.block, grid, mgrit=SOLVES["exact"]), case)
@@ -164,10 +155,10 @@ def test_no_layer_is_kept_between_the_passes(windows):
     """Outputs of layers with a graph: none behind the forward pass, those of one window during the backward pass."""
     case = Case(Watched, CASES["mlp"].shape)
     Watched.seen.clear()
-    model = windowed(case, None, 12, windows, "exact")
+    model = windowed(case, None, 12, windows, "exact", recompute="states")
     most = []
-    for stack in model.windows:
-        stack.layers.get_parameter("linear.weight").register_hook(lambda gradient: most.append(alive()))
+    for window in model.windows:
+        window.layers.get_parameter("linear.weight").register_hook(lambda gradient: most.append(alive()))
     loss = loss_of(model(case.input()))
     # The first call tries the block, once, with a graph.
     assert alive() == 0, "no graph is left"
@@ -249,7 +240,7 @@ def test_around_windows(spmd, output):
         plain = to_sequential(model)
         with torch.no_grad():
             ends = [part.eval()(case.input()) for part in (model, plain)]
-        own = of_all(windows)
+        own = gradients(windows)
         return (
             state,
             loss.item(),

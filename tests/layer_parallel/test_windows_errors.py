@@ -6,14 +6,13 @@ import pytest
 from blocks import CASES, SOLVES, reduced
 from test_windows import T, windowed
 
-from xbraid_py import MGRIT, in_windows
+from xbraid_py import MGRIT, LayerParallel
 
 
 def test_windows_differ_by_one_layer_or_one_interval():
     def counts(num_layers, windows, **options):
-        model = in_windows(CASES["mlp"].block, num_layers, T, windows=windows, mgrit=MGRIT(**options))
-        assert model.num_layers == num_layers
-        return [stack.grid.num_layers for stack in model.windows]
+        model = LayerParallel(CASES["mlp"].block, num_layers, T, windows=windows, mgrit=MGRIT(**options))
+        return [len(window.sizes) for window in model.windows]
 
     assert counts(11, 3, max_levels=1) == counts(11, 3) == [4, 4, 3]
     assert counts(28, 3, cfactor=4, min_coarse=1) == [12, 8, 8]
@@ -35,7 +34,7 @@ def test_windows_differ_by_one_layer_or_one_interval():
 )
 def test_windows_that_cannot_be(spmd, given, message):
     def body(comm):
-        return reduced(comm, lambda: in_windows(CASES["mlp"].block, 12, T, comm, **given))
+        return reduced(comm, lambda: LayerParallel(CASES["mlp"].block, 12, T, comm, **given))
 
     assert all(message in found for found in spmd(body))
 
@@ -49,4 +48,4 @@ def test_a_way_to_recompute_that_there_is_not():
 def test_ranks_that_ask_for_other_windows(spmd):
     case = CASES["mlp"]
     found = spmd(lambda comm: reduced(comm, lambda: windowed(case, comm, 12, 2 + (comm.rank == 1))))
-    assert all("windows, recompute=" in message and "on rank 1" in message for message in found)
+    assert all("arguments=" in message and "on rank 1" in message for message in found)

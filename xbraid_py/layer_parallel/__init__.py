@@ -4,16 +4,13 @@ from xbraid_py.layer_parallel.accuracy import GradientControl, SolveRecord
 from xbraid_py.layer_parallel.ends import broadcast_loss, clip_grad_norm_
 from xbraid_py.layer_parallel.stack import LayerParallel
 from xbraid_py.layer_parallel.stages import StageParallelResNet, parallel_stages
-from xbraid_py.layer_parallel.windows import LayerWindows, in_windows
 
 __all__ = [
     "GradientControl",
     "LayerParallel",
-    "LayerWindows",
     "SolveRecord",
     "StageParallelResNet",
-    "clip_grad_norm_",
-    "in_windows",
-    "parallel_stages",
     "broadcast_loss",
+    "clip_grad_norm_",
+    "parallel_stages",
 ]

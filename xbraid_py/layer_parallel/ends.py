@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator
 from xbraid_py.layer_parallel.stack import LayerParallel
+from xbraid_py.layer_parallel.weights import StackedWeights
 
 
 class _ShareLoss(torch.autograd.Function):
@@ -55,17 +56,18 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> float:
     """
     square = 0.0
     inside: set[int] = set()
-    for stack in (part for part in model.modules() if isinstance(part, LayerParallel)):
-        if stack.output == "last":
-            raise ValueError('output="last" leaves the gradients around a stack on some ranks alone; use output="all"')
-        if stack.layers.splines is not None:
+    parts = list(model.modules())
+    if any(isinstance(part, LayerParallel) and part.output == "last" for part in parts):
+        raise ValueError('output="last" leaves the gradients around a stack on some ranks alone; use output="all"')
+    for weights in (part for part in parts if isinstance(part, StackedWeights)):
+        if weights.splines is not None:
             continue  # coefficients are the same on every rank
-        gradients = [p.grad for p in stack.parameters() if p.grad is not None]
-        inside.update(id(p) for p in stack.parameters())
+        gradients = [p.grad for p in weights.parameters() if p.grad is not None]
+        inside.update(id(p) for p in weights.parameters())
         if gradients:
             # A summand for each layer, whoever owns it.
             rows = torch.stack([g[:, None].flatten(1).square().sum(1) for g in gradients], 1).sum(1, keepdim=True)
-            square += float(stack.comm.ordered_sum(rows, stack.layers.partition.counts))
+            square += float(weights.comm.ordered_sum(rows, weights.partition.counts))
     others = [p.grad for p in model.parameters() if p.grad is not None and id(p) not in inside]
     square += sum(float(gradient.square().sum()) for gradient in others)
     norm = square**0.5

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from xbraid_py.comm import Communicator
 from xbraid_py.kernels.activation import ACTIVATIONS, activation
 from xbraid_py.layer_parallel.stack import LayerParallel
-from xbraid_py.layer_parallel.windows import LayerWindows
+from xbraid_py.layer_parallel.window import Window
 from xbraid_py.layers.splines import Splines
 from xbraid_py.mgrit.grid import LayerGrid
 
@@ -126,7 +126,6 @@ def _of_module(source: nn.Module) -> nn.Module:
             f"source={type(source).__name__} holds no LayerParallel, so it is a plain module already; "
             f"use copy.deepcopy(source)"
         )
-    windows = [part for part in source.modules() if isinstance(part, LayerWindows)]
     inside = {id(part) for stack in stacks for part in stack.modules()}
     for name, part in source.named_modules():
         for key, value in vars(part).items() if id(part) not in inside else ():
@@ -135,17 +134,22 @@ def _of_module(source: nn.Module) -> nn.Module:
                 raise ValueError(f"source.{path} is a communicator, which has no copy; keep it outside of the module")
     # What is in the memo is not copied again: each stack comes out as its plain form, wherever it is referred to.
     plain: dict[int, nn.Module] = {id(stack): _of_stack(stack) for stack in stacks}
-    for each in windows:
-        plain[id(each)] = nn.Sequential(*(step for stack in each.windows for step in plain[id(stack)]))
-        plain[id(each)].training = each.training
     return copy.deepcopy(source, plain)
 
 
 def _of_stack(stack: LayerParallel) -> nn.Sequential:
-    block, weights = stack.layers.block, stack.layers
+    found = nn.Sequential(*(step for window in stack.windows for step in _of_window(window)))
+    # Parts of a block may have modes of their own.
+    for part in (found, *found):
+        part.training = stack.training
+    return found
+
+
+def _of_window(window: Window) -> list[ResidualStep]:
+    block, weights = window.block, window.layers
     gathered = [weights.gathered(tensor) for tensor in weights.tensors()]
     steps = []
-    for layer, h in enumerate(stack.sizes):
+    for layer, h in enumerate(window.sizes):
         module = copy.deepcopy(block.module)
         place = dict(module.named_parameters()) | dict(module.named_buffers())
         for column, rows, own in zip(block.columns, gathered, weights.tensors(), strict=True):
@@ -154,11 +158,7 @@ def _of_stack(stack: LayerParallel) -> nn.Sequential:
             if column.is_parameter:
                 place[column.name].requires_grad_(own.requires_grad)
         steps.append(ResidualStep(module, h, weights.frozen))
-    found = nn.Sequential(*steps)
-    # Parts of a block may have modes of their own.
-    for part in (found, *steps):
-        part.training = stack.training
-    return found
+    return steps
 
 
 def _of_checkpoint(path: str | os.PathLike) -> nn.Sequential:
@@ -167,22 +167,22 @@ def _of_checkpoint(path: str | os.PathLike) -> nn.Sequential:
     with load(path) as checkpoint:
         configuration = checkpoint.meta.get("configuration")
         shape = configuration.get("network") if isinstance(configuration, dict) else None
-        names = {f"weights/{stack}.{name}" for stack in _STACKS for name in ("weight", "bias")}
+        names = {f"weights/{stack}.weight" for stack in _STACKS} | {f"weights/{stack}.bias" for stack in _STACKS[1:]}
         known = isinstance(shape, dict) and {"T", "activation"} <= shape.keys() and shape["activation"] in ACTIVATIONS
         if not known or not names <= set(checkpoint.names()):
             raise CheckpointError(
-                f"checkpoint {path} holds no network trained by nested iteration; give a file of the checkpoints "
+                f"checkpoint {path} holds no dense network trained in depth; give a file of the checkpoints "
                 f"folder of drivers/peaks.py, such as runs/peaks/checkpoints/update_000040.h5"
             )
         # Layers of different sizes are those of a run that has cut only some of them.
-        snapshot = checkpoint.meta.get("snapshot", {})
+        snapshot = checkpoint.meta.get("state", {})
         lengths, splines = snapshot.get("lengths"), snapshot.get("splines")
         count = snapshot.get("num_layers") if splines else checkpoint.total("weights/layers.weight")
         grid = LayerGrid(count, shape["T"], lengths and tuple(lengths))
         middles = {"layers": (Splines(**splines), grid.middles())} if splines else {}
         (opening,), layers, (classification,) = (
             _layers(
-                checkpoint, stack, "identity" if stack == "classification" else shape["activation"], middles.get(stack)
+                checkpoint, stack, shape["activation"], middles.get(stack)
             )
             for stack in _STACKS
         )
@@ -194,7 +194,12 @@ def _of_checkpoint(path: str | os.PathLike) -> nn.Sequential:
 def _layers(
     checkpoint, stack: str, activation: str, places: tuple[Splines, Sequence[float]] | None
 ) -> list[PlainDense]:
-    weights, biases = (checkpoint.rows(f"weights/{stack}.{name}") for name in ("weight", "bias"))
+    weights = checkpoint.rows(f"weights/{stack}.weight")
+    # The linear opening of MG/OPT's networks has none.
+    is_affine = f"weights/{stack}.bias" in checkpoint.names()
+    biases = checkpoint.rows(f"weights/{stack}.bias") if is_affine else weights.new_zeros(len(weights), 1)
+    if stack == "classification" or not is_affine:
+        activation = "identity"
     if places is not None:
         splines, times = places
         weights, biases = (

@@ -1,6 +1,6 @@
-"""One propagation through a stack and its adjoint: which solvers, what is kept between them, how good the gradient is.
+"""One propagation through consecutive layers and its adjoint: solvers, what is kept between, how good the gradient is.
 
-Shape letters: `n` layers owned here, `S` shape of a state, `p` numbers of a row of weights.
+Shape letters: `n` layers owned here, `B` batch, `S` shape of a state, `p` numbers of a row of weights.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from xbraid_py.comm import Communicator
+from xbraid_py.comm.partition import Partition
 from xbraid_py.layer_parallel.accuracy import TIGHTER, Controller, SolveRecord
 from xbraid_py.layers.pixels import PixelTransfer, SpatialCoarsening
 from xbraid_py.mgrit import MGRIT, Hierarchy, Solution, Solver
@@ -24,9 +25,11 @@ from xbraid_py.mgrit.protocols import Steps
 # Makes the steps of the layers owned here; with True, of the kind that keeps the graphs of its layers.
 MakeSteps = Callable[[bool], Steps]
 
+_PORTIONS = 4  # of a batch; the more, the fewer ranks wait, and the smaller the matrices
+
 
 class Solvers:
-    """The solvers of a stack: MGRIT with its options tightened as asked, and layer after layer.
+    """The solvers of consecutive layers: MGRIT with its options tightened as asked, and layer after layer.
 
     Parameters
     ----------
@@ -50,7 +53,7 @@ class Solvers:
         comm: Communicator,
         spatial: SpatialCoarsening | None = None,
     ):
-        self.options, self.adjoint, self.comm, self.spatial = options, adjoint, comm, spatial
+        self.options, self.adjoint, self.grid, self.comm, self.spatial = options, adjoint, grid, comm, spatial
         if spatial is not None:
             spatial.check(options)
             spatial.check(adjoint)
@@ -242,3 +245,45 @@ class Propagation:
 def hollow(state: Tensor) -> Tensor:
     """A tensor of the shape and type of a state, without its memory."""
     return state.new_empty(()).expand(state.shape)
+
+
+def pipeline(
+    comm: Communicator,
+    partition: Partition,
+    batch: Tensor,
+    through: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor],
+) -> list[tuple[Tensor, Tensor]]:
+    """Portions of a batch (B, ...) through the layers of all ranks, one behind the other.
+
+    `through(portion, receive)` makes the state of a portion behind the layers owned here; `receive(state)` is the
+    state before them: what comes from the rank before, or on the first rank `state` itself.
+
+    Returns
+    -------
+    list of pair of Tensor
+        Each portion and its state behind the last layer, on the owner of that; empty elsewhere.
+    """
+    rank = comm.rank
+    if not partition.count(rank):
+        return []
+    ahead, behind = (partition.neighbor(rank, direction) for direction in (+1, -1))
+
+    def receive(state: Tensor) -> Tensor:
+        return state if behind is None else comm.recv(torch.empty_like(state), behind)
+
+    found, waits = [], []
+    for portion in batch.chunk(_PORTIONS):
+        state = through(portion, receive)
+        if ahead is None:
+            found.append((portion, state))
+        else:
+            waits.append(comm.isend(state, ahead))
+    for wait in waits:
+        wait()
+    return found
+
+
+def graph_is_kept() -> bool:
+    """Whether the backward pass under way was asked to keep the graph; if torch does not tell, it may have been."""
+    tell = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return tell is None or tell()

@@ -1,11 +1,12 @@
-"""A stack of residual blocks as one torch module, parallel over its layers.
+"""A stack of residual blocks as one torch module, parallel over its layers, in one piece or window by window.
 
-Shape letters: `N` layers, `n` of them owned here, `B` batch, `S` shape of a state, the batch included.
+Shape letters: `N` layers, `n` of them owned here, `W` windows, `B` batch, `S` shape of a state, the batch included.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import lcm, prod
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,25 +14,14 @@ from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator, as_communicator
 from xbraid_py.comm.agreement import together
-from xbraid_py.layer_parallel.accuracy import Controller, GradientControl, SolveRecord
-from xbraid_py.layer_parallel.function import Propagate
-from xbraid_py.layer_parallel.inference import exact_output
-from xbraid_py.layer_parallel.input import agree_on_input
-from xbraid_py.layer_parallel.solves import Propagation, Solvers, for_adjoint
-from xbraid_py.layer_parallel.spline_columns import spline_layers
-from xbraid_py.layer_parallel.statistics import move_statistics, start_statistics
-from xbraid_py.layer_parallel.weights import StackedWeights
-from xbraid_py.layer_parallel.window import Window
-from xbraid_py.layers.batch_norm import Moments
-from xbraid_py.layers.dense_block import DenseBlock
-from xbraid_py.layers.dense_steps import ResidualSteps
-from xbraid_py.layers.module_block import ModuleBlock
-from xbraid_py.layers.module_steps import ModuleSteps, Tape
+from xbraid_py.comm.partition import Partition, require_multiple
+from xbraid_py.layer_parallel.accuracy import GradientControl, SolveRecord
+from xbraid_py.layer_parallel.solves import Solvers, for_adjoint
+from xbraid_py.layer_parallel.window import Place, Settings, Window
 from xbraid_py.layers.pixels import SpatialCoarsening
 from xbraid_py.layers.splines import Splines
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.mgrit.grid import LayerGrid
-from xbraid_py.mgrit.protocols import Steps
 
 Recompute = Literal[False, True, "states", "all"]
 
@@ -48,6 +38,13 @@ class LayerParallel(nn.Module):
     samples following each other through the ranks in portions (the first axis of the state is the samples').
     Dropout and batch normalization are those of this package: all evaluations of an update meet the same network.
 
+    A stack too deep for the memory is propagated window by window: the layers of each window are shared among all
+    ranks, the forward pass keeps the input of each window, the ranks in turns, and nothing else; the backward pass
+    solves for the states of a window again, and then for its adjoints. So states and graphs of N / W layers are in
+    memory at a time, for one forward solve more. Results are those of the stack in one piece: the same bits with exact
+    propagation, otherwise up to the errors of the solves. So is `state_dict()`: either loads the other's, with any
+    numbers of windows and of ranks.
+
     Parameters
     ----------
     block : callable
@@ -59,12 +56,15 @@ class LayerParallel(nn.Module):
         Final time; that of the grid, if one is given.
     comm : Communicator or mpi4py.MPI.Comm, optional
         A serial run without.
+    windows : int
+        W. Where it does not divide the number of layers, the first windows have one layer more, or one interval more
+        where a coarsening factor is given.
     mgrit : MGRIT, optional
         Of the states. The default solves until the relative change is below 1e-2.
     adjoint : MGRIT, optional
         Of the adjoints; what it leaves at its default is taken from `mgrit`.
     accuracy : GradientControl, optional
-        What is asked of the gradients.
+        What is asked of the gradients, of each window's weights.
     output : {"all", "last"}
         Whether every rank gets the output, or only the last one, `last_rank` (elsewhere it is 0; see `broadcast_loss`).
         The gradient of the input is there on every rank, or only on the first one.
@@ -75,27 +75,28 @@ class LayerParallel(nn.Module):
         faster by far for the first input, as measured on one rank; results agree to rounding.
     recompute : {False, True, "states", "all"}
         True: do not keep the graphs of the layers for the backward pass, but evaluate them again: less memory, a third
-        more time. "states": keep nothing but the input of the stack, and solve for the states again. "all": both.
-    window : Window, optional
-        The place of this stack in a deeper one; see `in_windows`.
+        more time. "states": keep nothing but the input of the stack, and solve for the states again, as several windows
+        always do. "all": both.
     splines : Splines, optional
         The parameters are coefficients of splines in depth then, (M, *shape) on every rank alike; t_n is the middle of
-        layer n. Buffers that differ from layer to layer keep a row for each layer.
+        layer n. Buffers that differ from layer to layer keep a row for each layer. Only in one piece.
     spatial : SpatialCoarsening, optional
         Fewer pixels on coarse levels, for blocks of convolutions.
 
     Attributes
     ----------
-    record : SolveRecord or None
-        What the last forward and backward solve did.
+    windows : sequence of Window
+        The stretches that are propagated at once, each with its `layers` and its `record`; a single one is the stack.
+    layers : StackedWeights
+        The weights of a stack in one piece.
 
     Raises
     ------
     ValueError
-        If the ranks do not pass the same arguments, if a coarsening factor does not divide the number of layers, or
-        if the block cannot be a layer.
+        If the ranks do not pass the same arguments, if a coarsening factor does not divide the number of layers, if
+        there are more windows than layers or intervals, or if the block cannot be a layer.
     TypeError
-        If `block` is no callable, or a module.
+        If `block` is no callable, or a module; if `windows` is no integer, or `splines` are none.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class LayerParallel(nn.Module):
         T: float = 1.0,
         comm: Any = None,
         *,
+        windows: int = 1,
         mgrit: MGRIT | None = None,
         adjoint: MGRIT | None = None,
         accuracy: GradientControl | None = None,
@@ -112,62 +114,66 @@ class LayerParallel(nn.Module):
         seed: int = 0,
         vmap: bool | None = None,
         recompute: Recompute = False,
-        window: Window | None = None,
         splines: Splines | None = None,
         spatial: SpatialCoarsening | None = None,
     ):
         super().__init__()
         self.comm: Communicator = as_communicator(comm)
-        self.output, self.seed, self.recompute, self._vmap = output, seed, recompute, vmap
-        self._window = window or Window()
         options = mgrit or MGRIT()
         backwards = for_adjoint(adjoint, options)
         with together(self.comm):
-            if isinstance(block, nn.Module) or not callable(block):
-                raise TypeError(
-                    f"block={type(block).__name__} must be a function that makes a block, one for each layer; "
-                    f"use block=lambda: MyBlock(64)"
-                )
-            if output not in ("all", "last"):
-                raise ValueError(f"output={output!r} must be all or last; use all")
-            if recompute not in get_args(Recompute):
-                raise ValueError(f"recompute={recompute!r} must be False, True, states or all; use False")
+            _check(block, windows, output, recompute, splines)
             self.grid = num_layers if isinstance(num_layers, LayerGrid) else LayerGrid(num_layers, T)
-            self._solvers = Solvers(options, backwards, self.grid, self.comm, spatial)
-        how = (output, seed, vmap, recompute, self._window, splines, spatial)
-        self.comm.same((self.grid, options, backwards, accuracy, *how), "arguments")
-        self._controller = Controller(accuracy or GradientControl(), self._solvers.are_iterative)
-        self.record: SolveRecord | None = None
-        self._draws = 0
-        self._checked: set[tuple] = set()
-        partition = self._solvers.partition
-        curves = spline_layers(splines, self.grid, partition, self.comm, self._window)
-        self.layers = StackedWeights(block, partition, self.comm, seed, self._window.first_layer, curves)
-        self._block: ModuleBlock = self.layers.block
-        self.train()
-
-    # ---- What a user meets
+            counts = _counts(self.grid.num_layers, windows, options, backwards)
+            solvers = [Solvers(options, backwards, grid, self.comm, spatial) for grid in _pieces(self.grid, counts)]
+        if windows > 1:
+            recompute = "all" if recompute in (True, "all") else "states"
+        settings = Settings(
+            accuracy=accuracy or GradientControl(), output=output, seed=seed, vmap=vmap, recompute=recompute
+        )
+        self.comm.same((self.grid, windows, options, backwards, settings, splines, spatial), "arguments")
+        made = [
+            Window(block, each, settings, place, splines)
+            for each, place in zip(solvers, _places(self.grid, counts, self.comm.size), strict=True)
+        ]
+        # Parameters have the names of their layers, in several windows behind the number of the window.
+        if windows == 1:
+            self.windows, self.layers = tuple(made), made[0].layers
+        else:
+            self.windows = nn.ModuleList(made)
+            self.register_state_dict_post_hook(_join)
+            self.register_load_state_dict_pre_hook(_cut)
+        self.output = output
 
     @property
     def first_rank(self) -> int:
         """Owner of the first layer."""
-        return self._solvers.partition.owner(0)
+        return self.windows[0].first_rank
 
     @property
     def last_rank(self) -> int:
         """Owner of the last layer."""
-        return self._solvers.partition.owner(self.grid.num_layers - 1)
+        return self.windows[-1].last_rank
 
     @property
     def sizes(self) -> list[float]:
         """Step sizes of all layers."""
-        return self.grid.sizes() if self._window.h is None else [self._window.h] * self.grid.num_layers
+        return [h for window in self.windows for h in window.sizes]
 
     @property
-    def own_layers(self) -> range:
+    def own_layers(self) -> list[int]:
         """Numbers of the layers owned here."""
-        partition, rank = self._solvers.partition, self.comm.rank
-        return range(partition.first(rank), partition.first(rank) + partition.count(rank))
+        return [window.place.first_layer + layer for window in self.windows for layer in window.own_layers]
+
+    @property
+    def record(self) -> SolveRecord | None:
+        """What the last forward and backward solve did; of several windows the last solve of all, in the first one."""
+        return self.windows[0].record
+
+    @property
+    def records(self) -> list[SolveRecord | None]:
+        """What the last forward and backward solves of all windows did."""
+        return [window.record for window in self.windows]
 
     def forward(self, u: Tensor) -> Tensor:
         """Output of the last layer for the input u (*S) of the first one.
@@ -179,88 +185,36 @@ class LayerParallel(nn.Module):
         ValueError
             If the ranks differ in shape, type or mode, or the block cannot be evaluated for such states.
         """
-        agree_on_input(self, u)
-        if not torch.is_grad_enabled() and not self.training:
-            return exact_output(self, u)
-        if self.training:
-            self._draws += 1
-            if self._block.moving:
-                start_statistics(self, u)
-        return Propagate.apply(self, u, *self.layers.tensors())
+        for window in self.windows:
+            u = window(u)
+        return u
 
     def extra_repr(self) -> str:
         own = self.own_layers
-        return f"num_layers={self.grid.num_layers}, T={self.grid.T}, own_layers={own.start}..{own.stop - 1}"
+        here = f"{own[0]}..{own[-1]}" if own else "none"
+        windows = f", windows={len(self.windows)}" if len(self.windows) > 1 else ""
+        return f"num_layers={self.grid.num_layers}, T={self.grid.T}{windows}, own_layers={here}"
 
     def table(self) -> str:
-        """The levels of the solver as text."""
-        return self._solvers.hierarchy.table(self._solvers.options)
+        """The levels of the solver, of the first window, as text."""
+        solvers = self.windows[0].solvers
+        return solvers.hierarchy.table(solvers.options)
 
     def solver_state(self) -> dict:
-        """What a checkpoint keeps beside `state_dict()`: counts of updates, and how exactly solves are made."""
-        return {"draws": self._draws, "accuracy": self._controller.state(), "vmap": self._vmap}
+        """What a checkpoint keeps beside `state_dict()`: counts of updates, and how exactly solves are made.
+
+        A stack with another number of windows takes it too.
+        """
+        states = [window.solver_state() for window in self.windows]
+        return states[0] if len(states) == 1 else {**states[0], "windows": states}
 
     def load_solver_state(self, state: dict) -> None:
-        """The opposite of `solver_state`."""
-        self._draws = int(state["draws"])
-        self._controller.restore(state["accuracy"])
-        # Looped and batched differ in their last bits: a resumed run does as it did, and does not measure again.
-        self._vmap = state["vmap"]
-
-    # ---- How it goes
-
-    def _steps(self, theta: Tensor, keep: bool, draw: int, moments: Moments | None = None) -> Steps:
-        """The layers owned here."""
-        own = self.own_layers
-        h = self.sizes[0]
-        if not self.grid.is_uniform:
-            h = torch.tensor(self.sizes[own.start : own.stop], dtype=theta.dtype, device=theta.device)
-        if self._is_dense:
-            return ResidualSteps(self._block.module.layer, theta, h)
-        tape = Tape() if keep and self.recompute in (False, "states") else None
-        batched = bool(self._vmap) and not self._block.is_random
-        layers = tuple(self._window.first_layer + layer for layer in own)
-        return ModuleSteps(self._block, theta, h, layers, draw, batched, tape, moments)
-
-    @property
-    def _is_dense(self) -> bool:
-        return type(self._block.module) is DenseBlock
-
-    def _state(self, u: Tensor) -> Tensor:
-        """u as the steps take it: dense ones features first."""
-        u = u.detach()
-        return u.flatten(0, -2).t().contiguous() if self._is_dense else u.contiguous()
-
-    def _user_state(self, state: Tensor, like: Tensor) -> Tensor:
-        """The opposite of `_state`, in the shape of `like`."""
-        return state.t().reshape(like.shape).contiguous() if self._is_dense else state
-
-    def _propagation(self, u: Tensor, tensors: tuple[Tensor, ...], keep: bool) -> Propagation:
-        theta = self._block.join([tensor.detach() for tensor in tensors])
-
-        draw = self._draws  # an exact gradient may be asked for after further calls
-        moments = self._block.moments(len(theta))
-        solves = iter([moments])  # the first one; all others of this update see the same network, and move nothing
-
-        def make_steps(kept: bool) -> Steps:
-            return self._steps(theta, kept, draw, next(solves, None))
-
-        keeper = None
-        if keep and self.recompute in ("states", "all"):
-            keeper = self.first_rank if self._window.keeper is None else self._window.keeper
-        start = self._state(u)
-        run = Propagation(self._solvers, self._controller, make_steps, len(theta), start, keep, keeper)
-        if moments is not None:
-            move_statistics(self.layers, moments)
-        return run
-
-    def _spread(self, state: Tensor | None, like: Tensor, root: int, is_end: bool) -> Tensor:
-        """A state of rank `root`, in the user's shape: on all ranks, or, at an end, there and 0 elsewhere."""
-        own = self.comm.rank == root
-        if self.output == "all" or not is_end:
-            found = self._user_state(state, like) if own else like.new_empty(like.shape)
-            return self.comm.broadcast(found, root)
-        return self._user_state(state, like) if own else torch.zeros_like(like)
+        """The opposite of `solver_state`; of another number of windows each takes what that of the first one was."""
+        states = state.get("windows", [state])
+        if len(states) != len(self.windows):
+            states = [state] * len(self.windows)
+        for window, own in zip(self.windows, states, strict=True):
+            window.load_solver_state(own)
 
     def __deepcopy__(self, memo):
         raise TypeError(
@@ -268,13 +222,103 @@ class LayerParallel(nn.Module):
             "or use to_sequential for a copy without ranks"
         )
 
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        self._block.module._apply(fn)
-        self._checked.clear()
-        return self
 
-    def train(self, mode: bool = True):
-        super().train(mode)
-        self.layers.set_mode(mode)
-        return self
+def _check(block, windows, output, recompute, splines) -> None:
+    """Raise an error for an argument that is no such thing."""
+    if isinstance(block, nn.Module) or not callable(block):
+        raise TypeError(
+            f"block={type(block).__name__} must be a function that makes a block, one for each layer; "
+            f"use block=lambda: MyBlock(64)"
+        )
+    if not isinstance(windows, int):
+        raise TypeError(f"windows={windows!r} must be an integer; use 4")
+    if output not in ("all", "last"):
+        raise ValueError(f"output={output!r} must be all or last; use all")
+    if recompute not in get_args(Recompute):
+        raise ValueError(f"recompute={recompute!r} must be False, True, states or all; use False")
+    if splines is not None:
+        if not isinstance(splines, Splines):
+            raise TypeError(f"splines={splines!r} must be Splines or None; use Splines(8)")
+        if windows != 1:
+            raise ValueError(f"splines={splines} must be None with windows={windows}; use windows=1")
+
+
+# ---- Windows
+
+
+def _counts(num_layers: int, windows: int, *options: MGRIT) -> tuple[int, ...]:
+    """Layers of each window: whole intervals where their length is given."""
+    if windows == 1:
+        return (num_layers,)
+    unit = lcm(*(_length(each, num_layers) for each in options))
+    require_multiple("num_layers", num_layers, unit, "cfactor")
+    if not 1 <= windows <= num_layers // unit:
+        what = f"intervals of {unit} layers" if unit > 1 else "layers"
+        most = num_layers // unit
+        raise ValueError(
+            f"windows={windows} must be at least 1, and at most the {most} {what} of num_layers={num_layers}; "
+            f"use {min(max(windows, 1), most)}"
+        )
+    return Partition.balanced(num_layers // unit, windows).refine(unit).counts
+
+
+def _length(options: MGRIT, num_layers: int) -> int:
+    """Layers that a window has to have a multiple of."""
+    if options.cfactor is None and options.cycle == "lagged":
+        return 1  # which makes intervals of what there is
+    given = len(options.cfactor) if isinstance(options.cfactor, tuple) else 1
+    return prod(options.cfactor_of(level, num_layers) or 1 for level in range(given))
+
+
+def _firsts(counts: tuple[int, ...]) -> list[int]:
+    """The first layer of each window."""
+    return [sum(counts[:number]) for number in range(len(counts))]
+
+
+def _pieces(grid: LayerGrid, counts: tuple[int, ...]) -> list[LayerGrid]:
+    """The grids of the windows."""
+    if len(counts) == 1:
+        return [grid]
+    found = []
+    for first, count in zip(_firsts(counts), counts, strict=True):
+        lengths = None if grid.is_uniform else grid.lengths[first : first + count]
+        found.append(LayerGrid(count, sum(grid.sizes(first, count)), lengths))
+    return found
+
+
+def _places(grid: LayerGrid, counts: tuple[int, ...], num_ranks: int) -> list[Place]:
+    """Where the windows are in the stack."""
+    if len(counts) == 1:
+        return [Place()]
+    return [
+        Place(
+            first_layer=first,
+            h=grid.h if grid.is_uniform else None,
+            keeper=number % num_ranks,
+            is_first=number == 0,
+            is_last=number == len(counts) - 1,
+        )
+        for number, first in enumerate(_firsts(counts))
+    ]
+
+
+def _join(stack: LayerParallel, state: dict, prefix: str, local_metadata) -> None:
+    """Make the state of windows that of a stack in one piece."""
+    first = f"{prefix}windows.0.layers."
+    for name in [key.removeprefix(first) for key in state if key.startswith(first)]:
+        parts = [state.pop(f"{prefix}windows.{w}.layers.{name}") for w in range(len(stack.windows))]
+        state[f"{prefix}layers.{name}"] = torch.cat(parts)
+
+
+def _cut(stack: LayerParallel, state, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+    """The opposite of `_join`."""
+    counts = [window.layers.partition.num_rows for window in stack.windows]
+    for name in [column.name for column in stack.windows[0].block.columns]:
+        tensor = state.pop(f"{prefix}layers.{name}", None)
+        if tensor is None:
+            continue
+        if len(tensor) != sum(counts):
+            errors.append(f"{prefix}layers.{name} has {len(tensor)} layers, the windows have {sum(counts)}")
+            continue
+        for w, part in enumerate(tensor.split(counts)):
+            state[f"{prefix}windows.{w}.layers.{name}"] = part

@@ -1,11 +1,12 @@
 """The weights of a stack of blocks: the layers owned here on the first axis, the whole stack in a state dict.
 
-Shape letters: `N` layers, `n` of them owned here.
+Shape letters: `N` layers, `n` of them owned here, `M` coefficients of splines in depth, `C` channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.agreement import together
 from xbraid_py.comm.partition import Partition
-from xbraid_py.layer_parallel.spline_columns import Expand
+from xbraid_py.layers.batch_norm import Moments
 from xbraid_py.layers.module_block import ModuleBlock, own_random_numbers
 from xbraid_py.layers.spline_weights import SplineLayers
+from xbraid_py.layers.splines import Splines
+from xbraid_py.mgrit.grid import LayerGrid
 
 
 class StackedWeights(nn.Module):
@@ -28,39 +31,43 @@ class StackedWeights(nn.Module):
     ----------
     make : callable
         Makes a block.
+    grid : LayerGrid
     partition : Partition
         Of the layers.
     comm : Communicator
     seed : int
         The weights of a layer depend on it and on the number of the layer.
     first_layer : int
-        Number of the first layer of the stack.
-    splines : SplineLayers, optional
+        Number of the first layer, where these are not all layers of a stack.
+    splines : Splines, optional
         The parameters (M, *shape) are the coefficients of splines in depth then, on every rank alike, each row drawn as
         the weights of a layer are. Buffers have a row for each layer.
 
     Attributes
     ----------
     block : ModuleBlock
-        The block that all layers are evaluated with.
+        The block that all layers are evaluated with. It goes along with the weights, in type, device and mode.
+    splines : SplineLayers or None
     """
 
     def __init__(
         self,
         make: Callable[[], nn.Module],
+        grid: LayerGrid,
         partition: Partition,
         comm: Communicator,
         seed: int,
         first_layer: int = 0,
-        splines: SplineLayers | None = None,
+        splines: Splines | None = None,
     ):
         super().__init__()
-        self.partition, self.comm, self.splines = partition, comm, splines
+        self.partition, self.comm = partition, comm
+        self.splines = None if splines is None else SplineLayers(splines, grid, partition, comm)
         first, count = first_layer + partition.first(comm.rank), partition.count(comm.rank)
         with together(comm):
             made, tensors = self._make(make, seed, range(first, first + count))
             if splines is not None:
-                _, rows = self._make(make, seed, range(splines.splines.num))
+                _, rows = self._make(make, seed, range(splines.num))
                 choices = zip(made.columns, rows, tensors, strict=True)
                 tensors = [row if column.is_parameter else tensor for column, row, tensor in choices]
         self.block = made
@@ -80,6 +87,7 @@ class StackedWeights(nn.Module):
                 place.register_buffer(last, tensor)
         self.register_state_dict_post_hook(_gather)
         self.register_load_state_dict_pre_hook(_slice)
+        self.train()
 
     @staticmethod
     def _make(make, seed: int, layers: range) -> tuple[ModuleBlock, list[Tensor]]:
@@ -108,7 +116,7 @@ class StackedWeights(nn.Module):
         have = dict(self.named_parameters()) | dict(self.named_buffers())
         if self.splines is not None:
             names = [column.name for column in self.block.columns if column.is_parameter]
-            have |= dict(zip(names, Expand.apply(self.splines, *(have[name] for name in names)), strict=True))
+            have |= dict(zip(names, _Expand.apply(self.splines, *(have[name] for name in names)), strict=True))
         return tuple(have[column.name] for column in self.block.columns)
 
     @property
@@ -132,15 +140,35 @@ class StackedWeights(nn.Module):
         """Names of the batch normalizations of the block whose statistics stay as they are in training mode."""
         return [name for name, part in self.block.module.named_modules() if any(part is each for each in self._frozen)]
 
-    def set_mode(self, training: bool) -> None:
-        """Training or evaluation mode of the block; frozen statistics stay frozen."""
-        self.block.module.train(training)
+    def train(self, mode: bool = True):
+        """Training or evaluation mode, of the block too; frozen statistics stay frozen."""
+        super().train(mode)
+        self.block.module.train(mode)
         for part in self._frozen:
             part.eval()
+        return self
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.block.module._apply(fn)
+        return self
 
     def gathered(self, tensor: Tensor) -> Tensor:
         """A column (n, *shape) of all layers (N, *shape), on every rank."""
         return self.comm.allgather(tensor.detach(), self.partition.counts)
+
+    def statistics(self, norm: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Running means and variances (n, C) of a norm of the block, and the batches (n,) they have met; not copies."""
+        prefix = f"{norm}." if norm else ""
+        mean, variance, count = (
+            self.get_buffer(prefix + key) for key in ("running_mean", "running_var", "num_batches_tracked")
+        )
+        return mean, variance, count
+
+    def move_statistics(self, moments: Moments) -> None:
+        """Move the running statistics of the layers owned here, once, by what a solve has met."""
+        for name, norm in self.block.moving.items():
+            norm.move(*self.statistics(name), moments.found[norm.number])
 
 
 def _gather(weights: StackedWeights, state: dict, prefix: str, local_metadata) -> None:
@@ -165,3 +193,45 @@ def _slice(weights: StackedWeights, state, prefix, local_metadata, strict, missi
             errors.append(f"{prefix}{column.name} has {len(tensor)} layers, the stack has {partition.num_rows}")
             continue
         state[prefix + column.name] = tensor[first : first + partition.count(rank)]
+
+
+class _Expand(torch.autograd.Function):
+    """`apply(layers, *coefficients)`: columns (n, *shape) from coefficients (M, *shape), the same on all ranks.
+
+    The backward pass is collective: it sums the gradients of all layers, and every rank gets the sum.
+    """
+
+    @staticmethod
+    def forward(ctx, layers: SplineLayers, *coefficients: Tensor) -> tuple[Tensor, ...]:
+        """The weights of the layers owned here."""
+        ctx.layers, ctx.shapes = layers, [each.shape[1:] for each in coefficients]
+        found = tuple(
+            layers.layers(_flat(each)).reshape(-1, *shape) for each, shape in zip(coefficients, ctx.shapes, strict=True)
+        )
+        wanted = ctx.needs_input_grad[1:]
+        ctx.mark_non_differentiable(*(each for each, want in zip(found, wanted, strict=True) if not want))
+        return found
+
+    @staticmethod
+    def backward(ctx, *slopes: Tensor):
+        """Gradients of the coefficients."""
+        layers, wanted = ctx.layers, ctx.needs_input_grad[1:]
+        sizes = [prod(shape) for shape in ctx.shapes]
+        rows = torch.cat([_flat(slope) for slope, want in zip(slopes, wanted, strict=True) if want], 1)
+        sums = layers.sums(rows)
+        if sums is None:
+            sums = rows.new_empty((layers.splines.num, rows.shape[1]))
+        parts = iter(
+            layers.comm.broadcast(sums, layers.root).split(
+                [size for size, want in zip(sizes, wanted, strict=True) if want], 1
+            )
+        )
+        found = (
+            next(parts).reshape(-1, *shape) if want else None for shape, want in zip(ctx.shapes, wanted, strict=True)
+        )
+        return None, *found
+
+
+def _flat(column: Tensor) -> Tensor:
+    """Rows (n, size) of a column (n, *shape), whose layers may have one number."""
+    return column[:, None].flatten(1)

@@ -1,25 +1,46 @@
-"""Where a stack is in a deeper one that is propagated window by window."""
+"""Consecutive layers that are propagated at once, all of a stack or a window of it: one node of autograd's graph.
+
+Shape letters: `n` layers owned here, `B` batch, `S` shape of a state, the batch included.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from xbraid_py.comm import Communicator
+from xbraid_py.comm.agreement import agree
+from xbraid_py.layer_parallel.accuracy import Controller, GradientControl, SolveRecord
+from xbraid_py.layer_parallel.batching import batched_pays
+from xbraid_py.layer_parallel.solves import Propagation, Solvers, graph_is_kept, hollow, pipeline
+from xbraid_py.layer_parallel.weights import StackedWeights
+from xbraid_py.layers.batch_norm import Moments
+from xbraid_py.layers.dense_block import DenseBlock
+from xbraid_py.layers.dense_steps import ResidualSteps
+from xbraid_py.layers.module_steps import ModuleSteps, Tape
+from xbraid_py.layers.splines import Splines
+from xbraid_py.mgrit.equations import Forward
+from xbraid_py.mgrit.protocols import Steps
 
 
 @dataclass(frozen=True, kw_only=True)
-class Window:
-    """The place of a stack among the windows of a deeper one; `in_windows` makes them.
+class Place:
+    """Where a window is in its stack.
 
     Parameters
     ----------
     first_layer : int
-        Its first layer in the deeper stack, whose numbers initial weights and masks of dropout depend on.
+        Its first layer in the stack, whose numbers initial weights and masks of dropout depend on.
     h : float, optional
         Step size, where T / N of the window would be another number in the last bit.
     keeper : int, optional
-        The rank that keeps the input between forward and backward pass with `recompute="states"`; by default the owner
+        The rank that keeps the input between forward and backward pass, if nothing else is kept; by default the owner
         of the first layer.
     is_first, is_last : bool
-        Whether the input and the output are those of the deeper stack; others are on all ranks.
+        Whether the input and the output are those of the stack; others are on all ranks.
     """
 
     first_layer: int = 0
@@ -27,3 +48,291 @@ class Window:
     keeper: int | None = None
     is_first: bool = True
     is_last: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What all windows of a stack do alike; as of `LayerParallel`."""
+
+    accuracy: GradientControl
+    output: str
+    seed: int
+    vmap: bool | None
+    recompute: bool | str
+
+
+class Window(nn.Module):
+    """Consecutive layers with their weights, solvers and records; made by `LayerParallel`.
+
+    Parameters
+    ----------
+    block : callable
+        Makes one block.
+    solvers : Solvers
+        Of these layers.
+    settings : Settings
+    place : Place
+    splines : Splines, optional
+
+    Attributes
+    ----------
+    layers : StackedWeights
+    record : SolveRecord or None
+        What the last forward and backward solve did.
+    """
+
+    def __init__(
+        self,
+        block: Callable[[], nn.Module],
+        solvers: Solvers,
+        settings: Settings,
+        place: Place,
+        splines: Splines | None = None,
+    ):
+        super().__init__()
+        self.solvers, self.settings, self.place = solvers, settings, place
+        self.comm: Communicator = solvers.comm
+        self.controller = Controller(settings.accuracy, solvers.are_iterative)
+        self.record: SolveRecord | None = None
+        self.layers = StackedWeights(
+            block, solvers.grid, solvers.partition, self.comm, settings.seed, place.first_layer, splines
+        )
+        self.block = self.layers.block
+        self._vmap = settings.vmap
+        self._draws = 0
+        self._checked: set[tuple] = set()
+
+    @property
+    def first_rank(self) -> int:
+        """Owner of the first layer."""
+        return self.solvers.partition.owner(0)
+
+    @property
+    def last_rank(self) -> int:
+        """Owner of the last layer."""
+        return self.solvers.partition.owner(self.solvers.grid.num_layers - 1)
+
+    @property
+    def sizes(self) -> list[float]:
+        """Step sizes of all layers."""
+        grid = self.solvers.grid
+        return grid.sizes() if self.place.h is None else [self.place.h] * grid.num_layers
+
+    @property
+    def own_layers(self) -> range:
+        """Numbers of the layers owned here, in the window."""
+        partition, rank = self.solvers.partition, self.comm.rank
+        return range(partition.first(rank), partition.first(rank) + partition.count(rank))
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Output of the last layer for the input u (*S) of the first one; see `LayerParallel.forward`."""
+        self._agree_on_input(u)
+        training = self.layers.training
+        if not torch.is_grad_enabled() and not training:
+            return self._exact_output(u)
+        if training:
+            self._draws += 1
+            if self.block.moving:
+                self._start_statistics(u)
+        return _Propagate.apply(self, u, *self.layers.tensors())
+
+    def solver_state(self) -> dict:
+        """What a checkpoint keeps beside the weights."""
+        return {"draws": self._draws, "accuracy": self.controller.state(), "vmap": self._vmap}
+
+    def load_solver_state(self, state: dict) -> None:
+        """The opposite of `solver_state`."""
+        self._draws = int(state["draws"])
+        self.controller.restore(state["accuracy"])
+        # Looped and batched differ in their last bits: a resumed run does as it did, and does not measure again.
+        self._vmap = state["vmap"]
+
+    # ---- The input
+
+    def _agree_on_input(self, u: Tensor) -> None:
+        """Raise the same error on all ranks unless they all go on with such a state, and the block can; collective.
+
+        Raises
+        ------
+        ValueError
+            If `u` is no state for these weights, or the ranks pass different ones or are in different modes; if the
+            block cannot be evaluated for it, with all its pixels or with those of a coarse level.
+        """
+        dtype, device, training = self.layers.dtype, self.layers.device, self.layers.training
+        message = call = None
+        if not isinstance(u, Tensor) or u.dim() == 0:
+            message = f"u={type(u).__name__} must be a tensor whose first axis is the samples"
+        elif u.dtype != dtype or u.device != device:
+            message = f"u is {u.dtype} on {u.device}, the weights are {dtype} on {device}; use u.to(...)"
+        else:
+            # All ranks take part in the adjoint solve, and where the output is spread in that of the input's gradient.
+            differentiable = u.requires_grad or (
+                self.settings.output == "last" and any(tensor.requires_grad for tensor in self.layers.parameters())
+            )
+            call = (tuple(u.shape), torch.is_grad_enabled(), training, differentiable)
+        agree(self.comm, (message, call), "shape and mode of the input")
+        if message:
+            raise ValueError(message)
+        key = (call, dtype, device)
+        if key in self._checked:
+            return
+        self.block.check_mode()
+        self.block.check_state(u.shape, u)
+        for transfer in self.solvers.transfers(u.shape):
+            if transfer is not None:
+                if self._is_dense:
+                    spatial = self.solvers.spatial
+                    raise ValueError(f"spatial={spatial} is for blocks of convolutions; a DenseBlock has no pixels")
+                coarse = torch.Size((*u.shape[: -len(transfer.pixels)], *transfer.coarse_pixels))
+                try:
+                    self.block.check_state(coarse, u)
+                except RuntimeError as error:
+                    raise ValueError(
+                        f"spatial: the block cannot be evaluated for states {tuple(coarse)} of a coarse level "
+                        f"({error}); use blocks that take any number of pixels, and dims for their axes"
+                    ) from error
+        if self._vmap is None and not self._is_dense:
+            measures = self.comm.rank == 0
+            self._vmap = self.comm.bcast(batched_pays(self.block, u, self.solvers.hierarchy) if measures else None)
+        self._checked.add(key)
+
+    @torch.no_grad()
+    def _start_statistics(self, u: Tensor) -> None:
+        """Give statistics to all norms that have met no batch yet, by a pass with u layer after layer; collective."""
+        weights, comm = self.layers, self.comm
+        every = {name: weights.statistics(name) for name in self.block.moving}
+        fresh = torch.tensor([int(any((count == 0).any() for _, _, count in every.values()))])
+        if not comm.allgather(fresh, (1,) * comm.size).any():
+            return
+        theta = self._theta(weights.tensors())
+        moments = self.block.moments(len(theta), start=True)
+        # One row after the other: the norms write into the rows of theta.
+        steps = replace(self._steps(theta, False, self._draws, moments), vmap=False)
+        state = self._state(u)
+        self.solvers.sequential.solve(Forward(steps, None, state), state)
+        found = dict(zip((column.name for column in self.block.columns), self.block.split(theta), strict=True))
+        for name, (mean, variance, _) in every.items():
+            prefix = f"{name}." if name else ""
+            mean.copy_(found[f"{prefix}running_mean"])
+            variance.copy_(found[f"{prefix}running_var"])
+
+    # ---- The steps, and states as they take them
+
+    def _theta(self, tensors: tuple[Tensor, ...]) -> Tensor:
+        """Rows of the weights owned here, from their columns."""
+        return self.block.join([tensor.detach() for tensor in tensors])
+
+    def _steps(self, theta: Tensor, keep: bool, draw: int, moments: Moments | None = None) -> Steps:
+        """The layers owned here."""
+        own = self.own_layers
+        h = self.sizes[0]
+        if not self.solvers.grid.is_uniform:
+            h = torch.tensor(self.sizes[own.start : own.stop], dtype=theta.dtype, device=theta.device)
+        if self._is_dense:
+            return ResidualSteps(self.block.module.layer, theta, h)
+        tape = Tape() if keep and self.settings.recompute in (False, "states") else None
+        batched = bool(self._vmap) and not self.block.is_random
+        layers = tuple(self.place.first_layer + layer for layer in own)
+        return ModuleSteps(self.block, theta, h, layers, draw, batched, tape, moments)
+
+    @property
+    def _is_dense(self) -> bool:
+        return type(self.block.module) is DenseBlock
+
+    def _state(self, u: Tensor) -> Tensor:
+        """u as the steps take it: dense ones features first."""
+        u = u.detach()
+        return u.flatten(0, -2).t().contiguous() if self._is_dense else u.contiguous()
+
+    def _user_state(self, state: Tensor, like: Tensor) -> Tensor:
+        """The opposite of `_state`, in the shape of `like`."""
+        return state.t().reshape(like.shape).contiguous() if self._is_dense else state
+
+    # ---- The output
+
+    def _exact_output(self, u: Tensor) -> Tensor:
+        """The output for the input u (*S), layer after layer, the samples in portions; collective."""
+        theta = self._theta(self.layers.tensors())
+        steps = self._steps(theta, False, self._draws)
+
+        def through(portion: Tensor, receive: Callable[[Tensor], Tensor]) -> Tensor:
+            return steps.relax(receive(self._state(portion))[None], len(theta), None, None)[0]
+
+        found = pipeline(self.comm, self.solvers.partition, u.detach(), through)
+        own = self.comm.rank == self.last_rank
+        end = torch.cat([self._user_state(state, portion) for portion, state in found]) if own else None
+        if self.settings.output == "all" or not self.place.is_last:
+            return self.comm.broadcast(end if own else u.new_empty(u.shape), self.last_rank)
+        return end if own else torch.zeros_like(u)
+
+    def propagation(self, u: Tensor, tensors: tuple[Tensor, ...], keep: bool) -> Propagation:
+        """The forward solve with the input u (*S) and the columns of the weights, kept for an adjoint one or not."""
+        theta = self._theta(tensors)
+        draw = self._draws  # an exact gradient may be asked for after further calls
+        moments = self.block.moments(len(theta))
+        solves = iter([moments])  # the first one; all others of this update see the same network, and move nothing
+
+        def make_steps(kept: bool) -> Steps:
+            return self._steps(theta, kept, draw, next(solves, None))
+
+        keeper = None
+        if keep and self.settings.recompute in ("states", "all"):
+            keeper = self.first_rank if self.place.keeper is None else self.place.keeper
+        run = Propagation(self.solvers, self.controller, make_steps, len(theta), self._state(u), keep, keeper)
+        if moments is not None:
+            self.layers.move_statistics(moments)
+        return run
+
+    def output_of(self, run: Propagation, like: Tensor) -> Tensor:
+        """The output of a forward solve, in the shape of the input, wherever it is wanted; once."""
+        return self._spread(run.take_end(), like, self.last_rank, self.place.is_last)
+
+    def gradients_of(
+        self, run: Propagation, slope: Tensor, like: Tensor, keep: bool, with_input: bool
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Gradients of the columns of the weights, and of the input if asked for, from that of the output (*S)."""
+        own = self.comm.rank == self.last_rank
+        gradient, back, self.record = run.backward(self._state(slope) if own else None, keep)
+        of_u = self._spread(back, like, self.first_rank, self.place.is_first) if with_input else None
+        return self.block.split(gradient), of_u
+
+    def _spread(self, state: Tensor | None, like: Tensor, root: int, is_end: bool) -> Tensor:
+        """A state of rank `root`, in the user's shape: on all ranks, or, at an end, there and 0 elsewhere."""
+        own = self.comm.rank == root
+        if self.settings.output == "all" or not is_end:
+            found = self._user_state(state, like) if own else like.new_empty(like.shape)
+            return self.comm.broadcast(found, root)
+        return self._user_state(state, like) if own else torch.zeros_like(like)
+
+
+class _Propagate(torch.autograd.Function):
+    """`apply(window, u, *tensors)`: a solve for the states forwards, one for the adjoints backwards."""
+
+    @staticmethod
+    def forward(ctx, window: Window, u: Tensor, *tensors: Tensor) -> Tensor:
+        """The output of the last layer."""
+        keep = any(ctx.needs_input_grad)
+        run = window.propagation(u, tensors, keep)
+        if keep:
+            ctx.window, ctx.run, ctx.u = window, run, hollow(u)
+        return window.output_of(run, u)
+
+    @staticmethod
+    def backward(ctx, slope: Tensor):
+        """Gradients of the input and of the weights owned here."""
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph=True: a LayerParallel has no second derivatives; use to_sequential(model), a plain module"
+            )
+        if ctx.run is None:
+            raise RuntimeError(
+                "backward through a LayerParallel a second time: what its forward pass kept has been freed; use "
+                "backward(retain_graph=True) the first time"
+            )
+        keep = graph_is_kept()
+        columns, of_u = ctx.window.gradients_of(ctx.run, slope, ctx.u, keep, ctx.needs_input_grad[1])
+        if not keep:
+            # A loss that is still around would otherwise hold all states during the next forward pass.
+            ctx.run = None
+        wanted = ctx.needs_input_grad[2:]
+        return None, of_u, *(column if want else None for column, want in zip(columns, wanted, strict=True))

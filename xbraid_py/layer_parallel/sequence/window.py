@@ -1,6 +1,6 @@
-"""A window of a sequence through all stacked layers and back: one solve for each layer and direction.
+"""The windows of a sequence: who owns which steps, and one window through all stacked layers and back.
 
-Shape letters: `n` steps of the window owned here, `M` steps of the window, `B` batch, `H` hidden size, `F` inputs of a
+Shape letters: `n` steps of a window owned here in `K` intervals of `c`, `B` batch, `H` hidden size, `F` inputs of a
 layer.
 """
 
@@ -8,16 +8,95 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from xbraid_py.layer_parallel.sequence.plan import SequencePlan
-from xbraid_py.layer_parallel.sequence.sums import weight_gradient
+from xbraid_py.comm import Communicator
+from xbraid_py.comm.partition import Partition
+from xbraid_py.layer_parallel.solves import Solvers
 from xbraid_py.layers.gru import GruCell, affine
 from xbraid_py.layers.gru_steps import GruSteps
-from xbraid_py.mgrit import Solution
 from xbraid_py.mgrit.equations import Adjoint, Forward
+from xbraid_py.mgrit.grid import LayerGrid
+from xbraid_py.mgrit.levels import Solution
+from xbraid_py.mgrit.options import MGRIT
+
+
+def padded(options: MGRIT, length: int) -> tuple[int, int]:
+    """The least number of steps from `length` on that all coarsenings divide that `options` ask for, and the levels.
+
+    Steps are added at the end where no factor divides a length; a level that would have fewer than `min_coarse` steps
+    is not made.
+    """
+    steps, unit, level = length, 1, 0
+    while True:
+        if level == 0 and options.cycle == "lagged" and options.cfactor is None:
+            # As many intervals as asked for, whatever the length.
+            factor = options.cfactor_of(0, options.intervals * -(-steps // options.intervals))
+        else:
+            factor = options.cfactor_of(level, steps)
+        if factor is None or -(-steps // factor) < options.min_coarse:
+            return steps * unit, level + 1
+        steps, unit, level = -(-steps // factor), unit * factor, level + 1
+
+
+@dataclass(frozen=True)
+class SequencePlan:
+    """Who owns which steps of a sequence of `length` steps, cut in windows.
+
+    Attributes
+    ----------
+    length : int
+        Steps of the sequence.
+    window : int
+        Steps of a window, padding included; the last one may be padded by more.
+    solvers : Solvers
+        Of a window.
+    """
+
+    length: int
+    window: int
+    solvers: Solvers
+
+    @classmethod
+    def make(
+        cls, options: MGRIT, adjoint: MGRIT, length: int, windows: int, dt: float, comm: Communicator
+    ) -> SequencePlan:
+        """The plan for `length` steps of size `dt` in so many windows, fewer if they would not have a step each."""
+        wanted = -(-length // min(windows, length))
+        window, levels = padded(options, wanted)
+        options, adjoint = (replace(each, max_levels=levels) for each in (options, adjoint))
+        return cls(length, window, Solvers(options, adjoint, LayerGrid(window, window * dt), comm))
+
+    @property
+    def partition(self) -> Partition:
+        """Owners of the steps of a window."""
+        return self.solvers.partition
+
+    @cached_property
+    def intervals(self) -> Partition:
+        """Owners of the intervals of a window."""
+        return self.solvers.hierarchy.intervals
+
+    @property
+    def num_windows(self) -> int:
+        """Windows that have steps of the sequence."""
+        return -(-self.length // self.window)
+
+    def count(self, window: int) -> int:
+        """Steps of the sequence in a window."""
+        return min(self.window, self.length - window * self.window)
+
+    def own(self, window: int, rank: int) -> range:
+        """Steps of a window that belong to a rank and to the sequence."""
+        first, last = self.partition.bounds[rank : rank + 2]
+        count = self.count(window)
+        return range(window * self.window + min(first, count), window * self.window + min(last, count))
+
+
+_AT_ONCE = 1 << 22  # numbers of the summands of all intervals that are held at once
 
 
 @dataclass(frozen=True)
@@ -47,7 +126,7 @@ class _Adjoint(Adjoint):
         super().correct(before, after, replace(coarse, steps=replace(coarse.steps, sources=None)))
 
 
-class Window:
+class SequenceWindow:
     """One window: made by its forward solves.
 
     Parameters
@@ -180,3 +259,49 @@ class Window:
         # The output of the last step of the sequence is the end of the window; that of padding is nobody's.
         found[max(0, self.count - self.first) :] = 0
         return found
+
+
+def chained_sum(rows: Tensor, partition: Partition, comm: Communicator) -> Tensor:
+    """Sum over the rows (K, ...) of all ranks, one after the other, on every rank.
+
+    Bitwise the same on any number of ranks, as with `Communicator.ordered_sum`; here only the sum so far travels, from
+    each rank to the next, and not the summands: they are as large as the weights.
+    """
+    total = rows.new_zeros(rows.shape[1:])
+    if len(rows):
+        behind, ahead = (partition.neighbor(comm.rank, direction) for direction in (-1, +1))
+        if behind is not None:
+            comm.recv(total, behind)
+        for row in rows:
+            total += row
+        if ahead is not None:
+            comm.isend(total, ahead)()
+    return comm.broadcast(total, partition.owner(partition.num_rows - 1))
+
+
+def weight_gradient(slopes: Tensor, values: Tensor, partition: Partition, comm: Communicator) -> tuple[Tensor, Tensor]:
+    """The gradients of W (3 H, F) and b (3 H,) from those of W x + b at all steps.
+
+    Parameters
+    ----------
+    slopes : (K c, B, 3 H) tensor
+        Gradients of W x + b.
+    values : (K c, B, F) tensor
+        x.
+    partition : Partition
+        Of the intervals.
+    comm : Communicator
+    """
+    count, width = partition.count(comm.rank), values.shape[-1] + 1
+    # The ones make b a column of W.
+    values = torch.cat([values, values.new_ones(*values.shape[:-1], 1)], -1)
+    length = len(values) // max(count, 1) * values.shape[1]
+    values, slopes = values.reshape(count, length, width), slopes.reshape(count, length, slopes.shape[-1])
+    # The same pieces on any number of ranks.
+    at_once = max(1, _AT_ONCE // (partition.num_rows * width))
+    found = []
+    for first in range(0, slopes.shape[-1], at_once):
+        rows = torch.bmm(slopes[..., first : first + at_once].transpose(1, 2), values)
+        found.append(chained_sum(rows, partition, comm))
+    both = torch.cat(found)
+    return both[:, :-1].contiguous(), both[:, -1].contiguous()
