@@ -1,4 +1,4 @@
-"""The faults of whole jobs: each case runs the peaks driver until it is through, whatever is done to it meanwhile.
+"""The faults of whole jobs: each case runs a driver until it is through, whatever is done to it meanwhile.
 
 A case is a function of a `Bench` that counts what it does, and raises `Hang`, `Wrong` or `Lost`. After every fault the
 next job goes on in the same folder by `--resume auto`, on another number of ranks, and the end has to be the
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from chain import Bench, Chain, check_accepted, check_stopped, send
 from damage import flip, truncate
-from disturbed import EVERY, Job, Lost, Wrong, check_finished, last_start, last_update, mpirun, newest, updates
+from disturbed import Job, Lost, Wrong, check_finished, last_start, last_update, mpirun, newest, updates
 
 from xbraid_py.run.store.read import newest_good, numbered
 from xbraid_py.run.store.write import CheckpointError, verify
@@ -29,15 +29,17 @@ _REMOUNT, _DETACH = 32, 2
 
 def undisturbed(bench: Bench) -> None:
     """The run that all others have to equal, on two ranks."""
-    with Job(bench.folder / "undisturbed", 2, words=()) as job:
+    with Job(bench.subject, bench.out("undisturbed"), 2, words=()) as job:
         job.await_training()
         began = time.monotonic()
         code = job.end(240.0)
         bench.seconds = time.monotonic() - began
     bench.expected = updates(job.out)
+    bench.hits = None
     check_finished(job, code, bench.expected)
     check_accepted(job.out)
-    bench.say(f"undisturbed: {len(bench.expected) - 1} updates, {bench.seconds:.1f} s with pictures")
+    last = bench.expected[-1]["update"]
+    bench.say(f"{bench.subject.name}, undisturbed: {last} updates, {bench.seconds:.1f} s with pictures")
 
 
 def kills(bench: Bench, count: int, name: str = "kills") -> None:
@@ -152,7 +154,7 @@ def damaged(bench: Bench, count: int) -> None:
 
     The times of the files lie as well: by them the oldest is the newest.
     """
-    chain = Chain(bench, "damaged", allowed=2 * EVERY)
+    chain = Chain(bench, "damaged", intervals=2)
     bad, good, kind = None, None, ""
     for number in range(2 * count + 1):
         goes_on = chain.stop(bench.next_hit()[0])
@@ -194,7 +196,7 @@ def clock_jumps(bench: Bench, count: int) -> None:
     wrapper = (CLOCK, bench.random.randrange(1000), counter)
     for _ in range(count - 1):
         chain.stop(bench.next_hit()[0], wrapper=wrapper)
-    chain.finish(3, wrapper=wrapper)
+    chain.finish(bench.next_hit()[0], wrapper=wrapper)
     if (jumps := counter.stat().st_size) < 10:
         raise Wrong(f"only {jumps} jumps of the clock were seen")
     bench.counts["clock_jumps"] += jumps
@@ -230,7 +232,7 @@ def _full(chain: Chain, reason: str, **others) -> None:
         raise Wrong(f"{chain.out}: a full disk, status {code} instead of 1\n{job.stderr}")
     chain.check()
     good = newest_good(chain.out / "checkpoints")
-    if good is None or int(good.stem.partition("_")[2]) < chain.reached - EVERY:
+    if good is None or int(good.stem.partition("_")[2]) < chain.reached - chain.bench.subject.every:
         raise Lost(f"{chain.out}: the newest good checkpoint is {good}, update {chain.reached} was reached")
     if list((chain.out / "checkpoints").glob("*.tmp")):
         raise Wrong(f"{chain.out}: half a checkpoint is left on the full disk")

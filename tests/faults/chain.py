@@ -11,18 +11,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from disturbed import EVERY, Job, Lost, Wrong, check_finished, last_start, last_update, status
+from disturbed import Job, Lost, Wrong, check_finished, last_start, last_update, status
+from subjects import Subject
 
 from xbraid_py.run.store.read import newest_good, numbered
-
-# Numbers of ranks and the rank that is hit, so that each is hit in turn.
-HIT = ((2, 0), (3, 1), (4, 3), (2, 1), (3, 0), (4, 2), (3, 2), (1, 0), (4, 1), (4, 0))
 
 
 @dataclass
 class Bench:
-    """Where the cases write, what chance they have, what they count, and the undisturbed run's updates."""
+    """What is disturbed, where the cases write, their chance, what they count, and the undisturbed run's updates."""
 
+    subject: Subject
     folder: Path
     random: random.Random
     counts: Counter
@@ -42,7 +41,11 @@ class Bench:
 
     def _hits(self) -> Iterator[tuple[int, int]]:
         while True:
-            yield from self.random.sample(HIT, len(HIT))
+            yield from self.random.sample(self.subject.hits, len(self.subject.hits))
+
+    def out(self, name: str) -> Path:
+        """The folder of a run."""
+        return self.folder / name / self.subject.folder
 
     def pause(self, share: float = 0.5) -> None:
         """Sleep for a random part of the time that the undisturbed run takes for its updates."""
@@ -52,14 +55,14 @@ class Bench:
 class Chain:
     """A run in one folder, job after job, until it is finished; checks after every job what it has lost."""
 
-    def __init__(self, bench: Bench, name: str, allowed: int = EVERY):
-        self.bench, self.out, self.allowed = bench, bench.folder / name, allowed
+    def __init__(self, bench: Bench, name: str, intervals: int = 1):
+        self.bench, self.out, self.allowed = bench, bench.out(name), intervals * bench.subject.every
         self.reached = 0  # the last update that any job has recorded
         self.begin: dict | None = None  # what the record says of the last job that was looked at
 
     def job(self, ranks: int, **others) -> Job:
         """The next job, which goes on where the last one was."""
-        return Job(self.out, ranks, **others)
+        return Job(self.bench.subject, self.out, ranks, **others)
 
     def check(self) -> None:
         """`Lost` if the last job has begun further back than one checkpoint interval behind the best one before it."""

@@ -16,17 +16,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 from processes import PROJECT, job_environment
+from subjects import Subject
 
 from xbraid_py.run.record import read
 from xbraid_py.run.store.read import numbered
 
-DRIVER = PROJECT / "drivers" / "peaks.py"
-EVERY = 5  # updates between two checkpoints
-UPDATES = (60, 60)
-WORDS = [
-    *("--num_layers=32", "--num_train=500", "--num_val=500", "--nested.refinements=1"),
-    *(f"--nested.updates={UPDATES[0]},{UPDATES[1]}", f"--checkpoint_every={EVERY}", "--validate_every=5"),
-]
 PATIENCE = 20.0  # seconds within which a job ends after a fault
 START = 90.0  # seconds within which a job begins to train, on a busy machine
 _RANK = re.compile(rb"(?:^|\0)(?:PMI_RANK|OMPI_COMM_WORLD_RANK)=(\d+)\0")
@@ -54,10 +48,11 @@ def mpirun() -> str:
 
 
 class Job:
-    """The peaks driver on a folder, started at once; a context manager that leaves no process behind.
+    """A driver on a folder, started at once; a context manager that leaves no process behind.
 
     Parameters
     ----------
+    subject : Subject
     out : Path
         Folder of the run; what is printed goes into OUT.stdout and OUT.stderr beside it.
     ranks : int
@@ -69,6 +64,7 @@ class Job:
 
     def __init__(
         self,
+        subject: Subject,
         out: Path,
         ranks: int,
         words: Sequence[str] = ("--resume=auto",),
@@ -76,7 +72,8 @@ class Job:
     ):
         self.out, self.ranks = out, ranks
         self.seen: dict[int, int] = {}
-        command = [sys.executable, *map(str, wrapper), str(DRIVER), *WORDS, f"--out={out}", *words]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, *map(str, wrapper), str(subject.driver), *subject.words, f"--out={out}", *words]
         if ranks > 1:
             command = [mpirun(), "-n", str(ranks), *command]
         self._err = out.with_name(f"{out.name}.stderr")
@@ -213,7 +210,7 @@ def rows(out: Path) -> list[dict]:
 
 def updates(out: Path) -> list[dict]:
     """The updates in the record, without the clock."""
-    return [{key: row[key] for key in row if key != "seconds"} for row in rows(out) if row["kind"] == "update"]
+    return [{key: row[key] for key in row if "seconds" not in key} for row in rows(out) if row["kind"] == "update"]
 
 
 def last_update(out: Path) -> int:

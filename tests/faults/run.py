@@ -1,4 +1,4 @@
-"""Fault injection: the peaks job is killed, stopped, its checkpoints damaged, its disk filled, its clock set wrong.
+"""Fault injection: jobs of all kinds are killed, stopped, their checkpoints damaged, disks filled, clocks set wrong.
 
     python tests/faults/run.py [--quick] [--seed 0] [--kills 30] [--signals 10] [--truncations 60] [--flips 300] ...
 
@@ -26,15 +26,17 @@ from pathlib import Path
 import cases
 from chain import Bench
 from disturbed import PATIENCE, PROJECT, Hang, Lost, Wrong, job_environment, newest
+from subjects import subjects
 
 FAULTS = ("kills", "signals", "truncations", "bit_flips", "disk_full", "clock_jumps", "fuzz_inputs")
+FUZZ = ("fuzz", "fuzz_runs")
 FAILURES = ("hangs", "wrong", "lost", "crashes")
 
 
 def damage(bench: Bench, truncations: int, flips: int) -> None:
     """Damaged copies of a checkpoint, read in a process of their own: a bad file might crash or block HDF5."""
     script = Path(__file__).resolve().parent / "damage.py"
-    words = [newest(bench.folder / "undisturbed"), bench.random.randrange(1000), truncations, flips]
+    words = [newest(bench.out("undisturbed")), bench.random.randrange(1000), truncations, flips]
     command = [sys.executable, script, *map(str, words)]
     verdicts: Counter = Counter()
     with subprocess.Popen(command, env=job_environment(), stdout=subprocess.PIPE, text=True) as process:
@@ -61,10 +63,14 @@ def damage(bench: Bench, truncations: int, flips: int) -> None:
 
 
 def fuzz(bench: Bench, inputs: int) -> None:
-    """Random input to all readers, `tests/test_fuzz.py` and `tests/test_fuzz_runs.py`, about so many in all."""
+    """Random input to all readers, `tests/run/test_fuzz.py` and `test_fuzz_runs.py`, about so many in all."""
     count = bench.folder / "fuzz_inputs"
     command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", "--timeout=600"]
-    command += [f"--hypothesis-seed={bench.random.randrange(1000)}", "tests/test_fuzz.py", "tests/test_fuzz_runs.py"]
+    command += [
+        f"--hypothesis-seed={bench.random.randrange(1000)}",
+        "tests/run/test_fuzz.py",
+        "tests/run/test_fuzz_runs.py",
+    ]
     variables = {"XBRAID_FUZZ_INPUTS": str(inputs), "XBRAID_FUZZ_COUNT": str(count)}
     done = subprocess.run(command, env=job_environment(variables), cwd=PROJECT, text=True, capture_output=True)
     if count.exists():
@@ -90,39 +96,53 @@ def main() -> int:
     parser.add_argument("--full", type=int, default=1, help="full disks of each kind")
     parser.add_argument("--clock", type=int, default=2, help="jobs with a clock that jumps")
     parser.add_argument("--fuzz", type=int, default=10_500, help="random inputs; 0 leaves them out")
+    parser.add_argument("--each", type=int, default=2, help="kills, signals and damaged checkpoints of each other kind")
     parser.add_argument("--keep", type=Path, help="folder to work in, which stays")
     given = parser.parse_args()
     logging.getLogger("xbraid_py").setLevel(logging.ERROR)  # of damage that is looked at here
     plan = [
-        ("kills", lambda: cases.kills(bench, given.kills)),
-        ("signals", lambda: cases.signals(bench, given.signals)),
-        ("second SIGTERM", lambda: cases.second_sigterm(bench, given.second)),
-        ("damaged", lambda: cases.damaged(bench, given.damaged)),
-        ("damaged copies", lambda: damage(bench, given.truncations, given.flips)),
-        ("disk full", lambda: cases.disk_full(bench, given.full)),
-        ("clock jumps", lambda: cases.clock_jumps(bench, given.clock)),
+        ("kills", lambda bench: cases.kills(bench, given.kills)),
+        ("signals", lambda bench: cases.signals(bench, given.signals)),
+        ("second SIGTERM", lambda bench: cases.second_sigterm(bench, given.second)),
+        ("damaged", lambda bench: cases.damaged(bench, given.damaged)),
+        ("damaged copies", lambda bench: damage(bench, given.truncations, given.flips)),
+        ("disk full", lambda bench: cases.disk_full(bench, given.full)),
+        ("clock jumps", lambda bench: cases.clock_jumps(bench, given.clock)),
     ]
     if given.fuzz:
-        plan.append(("fuzzing", lambda: fuzz(bench, given.fuzz)))
+        plan.append(("fuzzing", lambda bench: fuzz(bench, given.fuzz)))
     if given.quick:
-        plan = [("kills", lambda: cases.kills(bench, 2)), ("damaged copies", lambda: damage(bench, 5, 10))]
+        plan = [("kills", lambda bench: cases.kills(bench, 2)), ("damaged copies", lambda bench: damage(bench, 5, 10))]
+    others = [
+        ("kills", lambda bench: cases.kills(bench, given.each)),
+        ("signals", lambda bench: cases.signals(bench, given.each)),
+        ("damaged", lambda bench: cases.damaged(bench, (given.each + 1) // 2)),
+    ]
+    if given.quick or not given.each:
+        others = []
     counts = Counter(dict.fromkeys((*FAULTS, *FAILURES), 0))
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         if given.keep:
             given.keep.mkdir(parents=True)
-        bench = Bench((given.keep or Path(folder)).resolve(), random.Random(given.seed), counts)
-        for name, case in [("undisturbed", lambda: cases.undisturbed(bench)), *plan]:
-            start = time.monotonic()
-            try:
-                case()
-            except (Hang, Wrong, Lost) as failure:
-                kind = {Hang: "hangs", Wrong: "wrong", Lost: "lost"}[type(failure)]
-                counts[kind] += 1
-                bench.say(f"{kind.upper()}: {failure}")
-                if name == "undisturbed":
-                    break
-            bench.say(f"-- {name}: {time.monotonic() - start:.0f} s")
+        place, chance = (given.keep or Path(folder)).resolve(), random.Random(given.seed)
+        for kind, subject in subjects(place / "data").items():
+            bench = Bench(subject, place / kind, chance, counts)
+            bench.folder.mkdir()
+            cases_of_kind = plan if kind == "nested" else others
+            for name, case in (
+                [("undisturbed", lambda bench: cases.undisturbed(bench)), *cases_of_kind] if cases_of_kind else ()
+            ):
+                start = time.monotonic()
+                try:
+                    case(bench)
+                except (Hang, Wrong, Lost) as failure:
+                    word = {Hang: "hangs", Wrong: "wrong", Lost: "lost"}[type(failure)]
+                    counts[word] += 1
+                    bench.say(f"{word.upper()}: {failure}")
+                    if name == "undisturbed":
+                        break
+                bench.say(f"-- {kind}, {name}: {time.monotonic() - start:.0f} s")
     bench.say(f"{time.monotonic() - began:.0f} s in all, load {os.getloadavg()[0]:.1f}, seed {given.seed}")
     print(json.dumps({name: counts[name] for name in (*FAULTS, *FAILURES)}), flush=True)
     return 1 if any(counts[name] for name in FAILURES) else 0
