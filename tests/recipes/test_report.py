@@ -1,8 +1,5 @@
 """Pictures of a run: the record that is read, the work units, and what the PNG files show."""
 
-import json
-import logging
-
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -64,48 +61,6 @@ def assert_picture(path, least=(500, 400)):
 # Lines of a picture: label -> (x, y).
 def lines_of(axes):
     return {line.get_label(): tuple(map(list, line.get_data())) for line in axes.lines}
-
-
-def test_metrics_come_back(tmp_path, nested):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in [HEADER, *nested]))
-    assert report.read_metrics(path) == (HEADER, nested)
-
-
-@pytest.mark.parametrize("rest", ['{"kind": "upd', "{", '{"kind": "update", "loss": 1.'])
-def test_broken_last_line_is_ignored_with_a_warning(tmp_path, nested, rest, caplog):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in [HEADER, *nested]) + rest)
-    with caplog.at_level(logging.WARNING):
-        assert report.read_metrics(path) == (HEADER, nested)
-    assert [record.message for record in caplog.records] == [f"{path}, line 6 breaks off and is ignored"]
-
-
-def test_complete_last_line_without_newline_counts(tmp_path, nested, caplog):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("\n".join(json.dumps(record) for record in [HEADER, *nested]))
-    assert report.read_metrics(path) == (HEADER, nested)
-    assert not caplog.records
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"kind": "header"}\n{"kind": \n{}\n', "line 2: found '{\"kind\": ': Expecting value; a good line is "),
-        ('{"kind": "header"}\n{}\nnonsense\n', "line 3: found 'nonsense': Expecting value; a good line is "),
-        ('{"kind": "header"}\n[1]\n', "line 2: found '[1]': no JSON object; a good line is "),
-        ('{"kind": "header"}\n\n', "line 2: found '': Expecting value; a good line is "),
-        ('{"kind": "update"}\n', "line 1: no header; a record of a run starts with "),
-        ('{"kind": "hea', "line 1: no header; a record of a run starts with "),
-        ("", "line 1: no header; a record of a run starts with "),
-    ],
-)
-def test_malformed_metrics(tmp_path, text, message):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(text)
-    with pytest.raises(ValueError, match="metrics.jsonl, line") as caught:
-        report.read_metrics(path)
-    assert str(caught.value).startswith(f"{path}, {message}")
 
 
 def test_work_unit_is_the_mean_update_of_the_non_nested_run(nested, non_nested):

@@ -14,7 +14,7 @@ import torch
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.run import record as metrics
-from xbraid_py.run.record import MetricsWriter, read, truncate_after
+from xbraid_py.run.record import MetricsWriter, RecordReader, read, truncate_after
 
 CONFIGURATION = {"num_layers": 16, "out": Path("runs/a"), "cfactor": (4, 2), "tol": math.inf}
 
@@ -200,7 +200,7 @@ def test_a_full_disk_is_an_error(tmp_path):
 _KILLED = """
 import os, signal, sys
 from xbraid_py.comm import SerialCommunicator
-from xbraid_py.run.record import MetricsWriter
+from xbraid_py.run.record import RecordReader, MetricsWriter
 with MetricsWriter(sys.argv[1], SerialCommunicator(), {}) as record:
     for update in range(3):
         record.write({"run": "nested", "update": update})
@@ -212,3 +212,26 @@ def test_a_killed_run_leaves_its_rows(tmp_path, run_job):
     path = tmp_path / "metrics.jsonl"
     assert run_job(["-c", _KILLED, path]).returncode == -signal.SIGKILL
     assert updates_in(path) == [0, 1, 2]
+
+
+def test_a_record_that_grows_is_read_on(tmp_path):
+    """`RecordReader` takes in what is new, leaves a line that breaks off, and begins anew with another file."""
+    path = tmp_path / "metrics.jsonl"
+    reader = RecordReader(path)
+    with pytest.raises(FileNotFoundError):
+        reader.read()
+    path.write_text('{"kind": "header", "ranks": 2}\n{"kind": "update", "run": "a", "update": 3, "loss": 0.5}\n{"kind"')
+    reader.read()
+    assert reader.header["ranks"] == 2 and len(reader.rows) == 1 and not reader.damaged
+    with path.open("a") as file:
+        file.write(': "update", "run": "a", "update": 4, "loss": 0.25}\n[1]\n{"kind": "resume", "ranks": 3}\n')
+    reader.read()
+    assert reader.columns["loss"] == {"a": {3: 0.5, 4: 0.25}}
+    assert reader.damaged == [4] and reader.resumes[0]["ranks"] == 3
+    reader.read()
+    assert len(reader.rows) == 2
+    other = tmp_path / "other"
+    other.write_text('{"kind": "header", "ranks": 1}\n')
+    other.replace(path)
+    reader.read()
+    assert reader.header["ranks"] == 1 and not reader.rows and not reader.damaged

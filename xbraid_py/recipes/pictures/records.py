@@ -2,59 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-
-logger = logging.getLogger(__name__)
-
-
-def read_metrics(path: str | os.PathLike) -> tuple[dict, list[dict]]:
-    """Records of a run.
-
-    A last line that breaks off, as a killed run leaves it, is ignored with a warning in the log.
-
-    Parameters
-    ----------
-    path : path-like
-        A `metrics.jsonl`: a header, then one JSON object a line.
-
-    Returns
-    -------
-    header, rows : dict, list of dict
-        The first line (configuration, versions, ranks), and the others in their order.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be read.
-    ValueError
-        If a line is no JSON object or the first one is no header, with the number of the line.
-    """
-    text = Path(path).read_bytes().decode(errors="replace")
-    *lines, rest = text.split("\n")
-    records = [_record(path, number, line) for number, line in enumerate(lines, start=1)]
-    if rest:
-        try:
-            records.append(_record(path, len(lines) + 1, rest))
-        except ValueError:
-            logger.warning("%s, line %d breaks off and is ignored", path, len(lines) + 1)
-    if not records or records[0].get("kind") != "header":
-        raise ValueError(f'{path}, line 1: no header; a record of a run starts with {{"kind": "header", ...}}')
-    return records[0], records[1:]
-
-
-def _record(path, number: int, line: str) -> dict:
-    try:
-        record, flaw = json.loads(line), "no JSON object"
-    except json.JSONDecodeError as error:
-        record, flaw = None, error.msg
-    if not isinstance(record, dict):
-        good = 'a good line is {"kind": "update", ...}'
-        raise ValueError(f"{path}, line {number}: found {line[:60]!r}: {flaw}; {good}")
-    return record
 
 
 def wall_work_units(rows: Sequence[dict]) -> list[float] | None:
