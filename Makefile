@@ -24,6 +24,11 @@ export OMP_NUM_THREADS = 1
 export OMPI_MCA_rmaps_base_oversubscribe = 1
 export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 
+# The published data sets, for what reads them: beside the checkout, if they are there and nothing else is said.
+ifneq ($(wildcard ../shared/data),)
+export XBRAID_DATA ?= $(abspath ../shared/data)
+endif
+
 .PHONY: peaks test slurm faults lint clean env
 
 peaks: env

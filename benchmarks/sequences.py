@@ -30,7 +30,7 @@ import torch
 from xbraid_py import MGRIT, ParallelGRU
 from xbraid_py.comm import Communicator, world
 from xbraid_py.data import mnist
-from xbraid_py.data.mnist_sequences import sequences
+from xbraid_py.data.mnist import sequences
 from xbraid_py.run.record import read
 
 SCRIPT = Path(__file__).resolve()

@@ -29,7 +29,7 @@ from studies.study import RUNS, Settings, together
 from xbraid_py.comm import Communicator
 from xbraid_py.data import mnist, peaks
 from xbraid_py.data.dataset import Dataset
-from xbraid_py.data.mnist_columns import columns
+from xbraid_py.data.mnist import columns
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.depth.adaptive import AdaptiveOptions
 from xbraid_py.multilevel.depth.nested import NestedOptions

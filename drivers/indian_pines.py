@@ -51,7 +51,7 @@ class Options(ClassificationOptions):
     Parameters
     ----------
     data_dir
-        Folder of the files; by default indian_pines in the folder that XBRAID_DATA names, or in ../shared/data.
+        Folder of the files; by default indian_pines in the folder that XBRAID_DATA names.
     source
         Read the files, the copy in the package tensorly, or whichever is there.
     split

@@ -43,7 +43,7 @@ class Options:
     out
         Folder of the results, the table and the picture.
     data_dir
-        Folder of the files; by default indian_pines in the folder that XBRAID_DATA names, or in ../shared/data.
+        Folder of the files; by default indian_pines in the folder that XBRAID_DATA names.
     source
         Read the files, the copy in the package tensorly, or whichever is there.
     workers

@@ -29,15 +29,15 @@ from studies.multi_level.case import Case
 
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.replicas import ProcessGrid
-from xbraid_py.data.image_subsets import Samples, load_samples
+from xbraid_py.data.image_sets import ImageSplit, load_split
 from xbraid_py.multilevel.resnet.training import ResNetTraining
 from xbraid_py.recipes.images_checkpoint import NAME
 from xbraid_py.recipes.images_follow import Following, follow
+from xbraid_py.recipes.old_resume import checkpoint_folder
 from xbraid_py.run.folder import claim
 from xbraid_py.run.launch import launch
 from xbraid_py.run.options import to_dict
 from xbraid_py.run.progress import setup_logging
-from xbraid_py.recipes.old_resume import checkpoint_folder
 from xbraid_py.run.signals import Stopped, stop_agreed
 from xbraid_py.run.store.write import newest_good
 
@@ -166,9 +166,9 @@ class Options:
         """Where the training of a network is."""
         return self.out / f"{'-'.join(map(str, case.blocks))}_h{case.step_size:g}_{case.seed}"
 
-    def samples_of(self, case: Case, ranks: int) -> Samples:
+    def samples_of(self, case: Case, ranks: int) -> ImageSplit:
         """The images of a network; a `ValueError` or `OSError` if they do not do."""
-        samples = load_samples(case.data, case.train_images, self.test_images, self.data_dir)
+        samples = load_split(case.data, case.train_images, self.test_images, self.data_dir)
         case.check(samples, ranks)
         return samples
 

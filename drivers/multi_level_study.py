@@ -25,7 +25,7 @@ from studies.multi_level.case import Case, train
 from studies.study import RUNS, Settings, Study, key
 
 from xbraid_py.comm import Communicator
-from xbraid_py.data.image_subsets import load_samples
+from xbraid_py.data.image_sets import load_split
 from xbraid_py.recipes.images import ImageOptions
 from xbraid_py.run.launch import launch
 
@@ -134,7 +134,7 @@ def setup(options: Options, comm: Communicator) -> Callable[[], None]:
     """Check everything; returns the study."""
     if comm.size > 1:
         raise ValueError(f"{comm.size} ranks: the study has workers of its own; start it without mpirun")
-    samples = load_samples(options.data, options.train_images, options.test_images, options.data_dir)
+    samples = load_split(options.data, options.train_images, options.test_images, options.data_dir)
     options.check(samples, 1)
     data_dir = None if options.data_dir is None else str(options.data_dir)
     study = Study(options.out, partial(train, data_dir=data_dir), options.workers)

@@ -11,7 +11,7 @@ import torch
 
 from xbraid_py.data import darcy_public
 from xbraid_py.data.darcy_public import FILES
-from xbraid_py.data.dataset import data_folder
+from xbraid_py.data.files import data_folder
 
 SIZES = {"darcy_train_16.npz": (6, 4), "darcy_test_16.npz": (3, 4), "darcy_test_32.npz": (2, 8)}
 

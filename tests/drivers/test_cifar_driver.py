@@ -17,7 +17,7 @@ from studies.multi_level.tables import CURVE
 
 from xbraid_py import RunError
 from xbraid_py.comm import SerialCommunicator
-from xbraid_py.data.image_subsets import load_samples
+from xbraid_py.data.image_sets import load_split
 from xbraid_py.run import signals
 from xbraid_py.run.record import read
 from xbraid_py.run.store.write import CheckpointError
@@ -219,7 +219,7 @@ def test_a_run_of_a_study_is_that_of_the_driver(run, data_dir, tmp_path):
 
 
 def test_subsets_do_not_depend_on_the_seed(data_dir):
-    load = partial(load_samples, "cifar10", data_dir=data_dir)
+    load = partial(load_split, "cifar10", data_dir=data_dir)
     few, more, every = load(5, 3), load(9, 4), load()
     assert torch.equal(few.train.pixels, more.train.pixels[:5]) and torch.equal(few.test.labels, more.test.labels[:3])
     assert (every.train.num_samples, every.test.num_samples, every.num_classes) == (40, 20, 10)

@@ -36,9 +36,9 @@ BAD = {
     "nowhere": (
         ["--data_dir=/nowhere"],
         "/nowhere/Indian_pines_corrected.mat not found. It comes from https://doi.org/10.4231/R7RX991C (the corrected "
-        "scene, Indian_pines_corrected.mat and Indian_pines_gt.mat; ...--source tensorly). Name the folder that holds "
-        "Indian_pines_corrected.mat with --data_dir, or the folder that holds indian_pines/ with the variable "
-        "XBRAID_DATA.",
+        "scene, Indian_pines_corrected.mat and Indian_pines_gt.mat; ...--source tensorly). Name the folder of the files "
+        "with --data_dir FOLDER, or the folder that holds indian_pines/ with the variable XBRAID_DATA; without both it "
+        "is looked for in ...indian_pines.",
     ),
     "no_split": (
         ["--data_dir=FOLDER/plain", "--split=published"],

@@ -12,8 +12,7 @@ import torch
 from digit_files import write_digits
 from processes import PROJECT, run_job
 
-from xbraid_py.data.mnist import standardized
-from xbraid_py.data.mnist_sequences import sequences
+from xbraid_py.data.mnist import sequences, standardized
 from xbraid_py.run.record import read
 
 DRIVER = PROJECT / "drivers" / "sequences.py"

@@ -6,11 +6,11 @@ from functools import cache
 
 import torch
 from studies.width.case import Case
+from xbraid_py.multilevel.width.training_options import WidthTrainingOptions
 
 from xbraid_py.data.pde_dataset import PdeDataset
-from xbraid_py.data.pde_source import SampleSource
+from xbraid_py.data.pde_files import PdeSource
 from xbraid_py.data.poisson import Poisson
-from xbraid_py.multilevel.width.training_options import WidthTrainingOptions
 from xbraid_py.recipes.width import Job
 from xbraid_py.recipes.width_networks import WidthNetwork
 
@@ -23,7 +23,7 @@ NETWORK = WidthNetwork(widths=(16, 12))
 @cache
 def samples() -> tuple[PdeDataset, PdeDataset]:
     """Forty samples for training and ten for validation, in double precision."""
-    return SampleSource(problem=Poisson(mesh=8), num_train=40, num_val=10).load(dtype=torch.float64)
+    return PdeSource(problem=Poisson(mesh=8), num_train=40, num_val=10).load(dtype=torch.float64)
 
 
 def job(grid=None, network=NETWORK, standardize=False, batch_size=8, **options) -> Job:

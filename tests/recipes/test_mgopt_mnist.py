@@ -10,11 +10,11 @@ from digit_files import write_digits
 from mgopt_runs import last, mgopt
 from processes import PROJECT
 from small_runs import gathered, same_bits
+from xbraid_py.multilevel.depth.mgopt_state import NAME, read_cycle, save_cycle
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.data import mnist
-from xbraid_py.data.mnist_columns import columns
-from xbraid_py.multilevel.depth.mgopt_state import NAME, read_cycle, save_cycle
+from xbraid_py.data.mnist import columns
 from xbraid_py.run.record import read
 from xbraid_py.run.store.keep import CheckpointStore
 from xbraid_py.run.store.write import CheckpointError, Shard

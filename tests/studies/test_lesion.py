@@ -18,7 +18,7 @@ from studies.multi_level.case import Case
 from xbraid_py import RunError
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.replicas import ProcessGrid
-from xbraid_py.data.image_subsets import load_samples
+from xbraid_py.data.image_sets import load_split
 from xbraid_py.layers.image_resnet import ImageResNet
 from xbraid_py.multilevel.resnet import training as resnet_training
 from xbraid_py.run import signals
@@ -70,7 +70,7 @@ def make(data_dir, comm=None, blocks=(3, 4)):
     case = Case(
         blocks=blocks, filters=(4, 8), step_size=0.5, epochs=(1,), batch_size=5, stem_stride=2, precision="float64"
     )
-    samples = load_samples("cifar10", 0, 0, data_dir)
+    samples = load_split("cifar10", 0, 0, data_dir)
     training = case.make("first", 3, samples, ProcessGrid(comm, comm.size) if comm else None)
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -2,10 +2,10 @@
 
 from xbraid_py.data import mnist, peaks, text
 from xbraid_py.data.augmentation import Augmentation, standardize
-from xbraid_py.data.dataset import Dataset
+from xbraid_py.data.dataset import Batches, Dataset
 from xbraid_py.data.image_sets import load_images
 from xbraid_py.data.images import Images, ImageSets
-from xbraid_py.data.mnist import Batches, Mnist
+from xbraid_py.data.mnist import Mnist
 from xbraid_py.data.text import Corpus
 
 __all__ = [

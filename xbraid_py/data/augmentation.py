@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from xbraid_py.data.files import whole_number
+from xbraid_py.data.dataset import whole_number
 from xbraid_py.data.images import check_pixels, kind
 
 # SplitMix64: G. L. Steele, D. Lea, C. H. Flood, Fast splittable pseudorandom number generators, OOPSLA 2014, with the

@@ -13,8 +13,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from xbraid_py.data.image_files import Published, check_labels, found_words, read_names, read_records
-from xbraid_py.data.images import Images, ImageSets
+from xbraid_py.data.images import (
+    Images,
+    ImageSets,
+    Published,
+    check_labels,
+    found_words,
+    read_names,
+    read_records,
+)
 
 SIZE = 32
 PIXELS = 3 * SIZE * SIZE
@@ -59,8 +66,8 @@ def load_cifar10(folder: str | os.PathLike | None = None) -> ImageSets:
     ----------
     folder : path-like, optional
         Folder of the files, or the one in which the published archive was unpacked; by default `cifar10` in the folder
-        that the variable XBRAID_DATA names, or the archive's own folder beside or in that; without the variable, in
-        `../shared/data` seen from the project's root.
+        that the variable XBRAID_DATA names, or the archive's own folder beside or in that; without the variable, see
+        `data_folder`.
 
     Returns
     -------

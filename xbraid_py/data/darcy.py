@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from scipy.special import gamma, kv
 
+from xbraid_py.data.dataset import whole_number
 from xbraid_py.data.elliptic import solve_darcy
-from xbraid_py.data.files import whole_number
 
 _LARGEST = 16  # times the unit square: the widest torus that is tried
 _NEGLIGIBLE = 1e-9  # of the largest eigenvalue: negative ones up to here are set to 0

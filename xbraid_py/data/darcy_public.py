@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from xbraid_py.data.dataset import find_files
+from xbraid_py.data.files import find_files
 from xbraid_py.data.pde_dataset import PdeDataset
 
 FILES = {
@@ -68,8 +68,8 @@ def load(folder: str | os.PathLike | None = None, dtype: torch.dtype = torch.flo
     Parameters
     ----------
     folder : path-like, optional
-        Folder of the three files; by default `darcy` in the folder that the variable XBRAID_DATA names, or in
-        `../shared/data` seen from the project's root.
+        Folder of the three files; by default `darcy` in the folder that the variable XBRAID_DATA names; without
+        it, see `data_folder`.
     dtype : torch.dtype
         Floating-point type of inputs and targets.
 

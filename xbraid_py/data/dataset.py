@@ -1,24 +1,15 @@
-"""A labeled data set, and what is common to reading one from files: the folder, checksums, text rows.
+"""A labeled data set in memory, a seeded order of its minibatches, and the check of whole numbers.
 
 Shape letters: `F` features, `B` samples. Features lie outermost and samples last, as in the states (C, B).
 """
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import math
-import os
-from collections.abc import Iterator, Mapping
+import operator
 from dataclasses import dataclass
-from pathlib import Path
 
+import numpy as np
 import torch
-
-logger = logging.getLogger(__name__)
-
-# Where data sets lie if nothing else is said: beside the project.
-_DEFAULT_ROOT = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,143 +75,97 @@ def _kind(value) -> str:
     return str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
-def data_folder(name: str, folder: str | os.PathLike | None = None) -> Path:
-    """Folder of the data set `name`: `folder`, else `$XBRAID_DATA/name`, else `../shared/data/name`.
+@dataclass(frozen=True)
+class Batches:
+    """A seeded order of minibatches: every epoch a new permutation of all samples.
 
-    The last is relative to the project's root. Whether the folder exists is not checked.
+    The permutation depends on the seed and the number of the epoch only. So it is the same on every rank without a
+    message, and a run that goes on in the middle of an epoch finds its place by `epoch(number)[done:]`.
+
+    Parameters
+    ----------
+    num_samples : int
+        Number of samples, at least 1.
+    batch_size : int
+        Samples in a minibatch, at least 1.
+    seed : int
+        Seed of all permutations, not negative.
+    drop_last : bool
+        Leave out the last minibatch of an epoch if it is incomplete; by default so, as sizes that change are not
+        worth their trouble in training. False is for evaluation: every sample comes exactly once.
+
+    Raises
+    ------
+    TypeError
+        If a number is not an integer or `drop_last` no bool.
+    ValueError
+        If a number is too small, or not one complete minibatch is left.
     """
-    if folder is not None:
-        return Path(folder).expanduser()
-    root = os.environ.get("XBRAID_DATA")
-    return (Path(root).expanduser() if root else _DEFAULT_ROOT) / name
+
+    num_samples: int
+    batch_size: int
+    seed: int = 0
+    drop_last: bool = True
+
+    def __post_init__(self):
+        whole_number("num_samples", self.num_samples, 1, 60000)
+        whole_number("batch_size", self.batch_size, 1, 100)
+        whole_number("seed", self.seed, 0, 0)
+        if not isinstance(self.drop_last, bool):
+            raise TypeError(f"drop_last={self.drop_last!r} must be True or False; use True")
+        if self.drop_last and self.batch_size > self.num_samples:
+            raise ValueError(
+                f"batch_size={self.batch_size} is more than num_samples={self.num_samples}, and drop_last=True leaves "
+                f"no minibatch; use at most {self.num_samples}, or drop_last=False"
+            )
+
+    def __len__(self) -> int:
+        """Minibatches in an epoch."""
+        complete, rest = divmod(self.num_samples, self.batch_size)
+        return complete + (rest > 0 and not self.drop_last)
+
+    def epoch(self, number: int) -> tuple[torch.Tensor, ...]:
+        """Minibatches of an epoch.
+
+        Parameters
+        ----------
+        number : int
+            Number of the epoch, from 0.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            As many as `len` says; each int64 of shape (batch_size,), the last one shorter if it is incomplete and
+            kept: indices of samples.
+        """
+        random = np.random.default_rng((self.seed, whole_number("number", number, 0, 0)))
+        order = torch.from_numpy(random.permutation(self.num_samples).astype(np.int64))
+        return order.split(self.batch_size)[: len(self)]
 
 
-def find_files(name: str, names: Mapping[str, str], origin: str, folder: str | os.PathLike | None = None) -> list[Path]:
-    """Paths of the files of a data set.
-
-    A file of other contents than the published one is reported by a warning in the log, not refused:
-    own files of the same format are welcome.
+def whole_number(name: str, value: int, least: int, example: int) -> int:
+    """`value` as an int, if it is an integer of at least `least`.
 
     Parameters
     ----------
     name : str
-        Name of the data set, which is the name of its folder in `XBRAID_DATA`.
-    names : mapping of str to str
-        File names, each with the SHA-256 of the published file.
-    origin : str
-        Where the files officially come from.
-    folder : path-like, optional
-        See `data_folder`.
+        What the caller's argument is called, for the message.
+    value : int
+        The argument; numpy's integers too, no bool.
+    least : int
+        Smallest value allowed.
+    example : int
+        A value that works, for the message.
 
     Raises
     ------
-    FileNotFoundError
-        If one is missing, with the way to get it.
-    """
-    paths = [data_folder(name, folder) / file for file in names]
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} not found. It comes from {origin}. Name the folder that holds {path.name} with "
-                f"--data_dir, or the folder that holds {name}/ with the variable XBRAID_DATA."
-            )
-    for path, published in zip(paths, names.values(), strict=True):
-        if hashlib.sha256(path.read_bytes()).hexdigest() != published:
-            logger.warning("%s is not the published file (its SHA-256 differs)", path)
-    return paths
-
-
-def read_features(path: str | os.PathLike, num_features: int | None = None) -> torch.Tensor:
-    """Features from a text file: one sample a line, numbers separated by blanks.
-
-    Parameters
-    ----------
-    path : path-like
-        The file.
-    num_features : int, optional
-        Numbers a line must hold; by default as many as the first line does.
-
-    Returns
-    -------
-    torch.Tensor
-        Shape (F, B), float64.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be read.
+    TypeError
+        If it is no integer.
     ValueError
-        For a row of another length, a word that is no finite number, or a file without rows; with the line.
+        If it is too small.
     """
-    rows = [row for _, _, row in _rows(Path(path), num_features, lambda columns: "0.5 " * (columns - 1) + "-1.25")]
-    return torch.tensor(rows, dtype=torch.float64).T.contiguous()
-
-
-def read_labels(path: str | os.PathLike, num_classes: int | None = None) -> tuple[torch.Tensor, int]:
-    """Classes from a text file of one-hot rows: a single 1, at the class, and otherwise 0.
-
-    Parameters
-    ----------
-    path : path-like
-        The file.
-    num_classes : int, optional
-        Numbers a line must hold; by default as many as the first line does.
-
-    Returns
-    -------
-    labels : torch.Tensor
-        Shape (B,), int64.
-    num_classes : int
-        Length of the rows.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be read.
-    ValueError
-        As in `read_features`, and for a row that is not one-hot.
-    """
-    labels = []
-    for number, line, row in _rows(Path(path), num_classes, _one_hot_example):
-        if sorted(row) != [0.0] * (len(row) - 1) + [1.0]:
-            raise _row_error(path, number, line, "not one-hot (a single 1, otherwise 0)", _one_hot_example(len(row)))
-        labels.append(row.index(1.0))
-    return torch.tensor(labels), len(row)
-
-
-def _one_hot_example(columns: int) -> str:
-    return " ".join(["0", "1", "0", "0", "0", *["0"] * (columns - 5)][:columns])
-
-
-def _rows(path: Path, columns: int | None, example) -> Iterator[tuple[int, str, list[float]]]:
-    """Line number, text and numbers of every row; `example(columns)` is a good row."""
-    # A file that is no text at all is to fail at its first row, like any other bad row.
-    lines = path.read_bytes().decode(errors="replace").rstrip().splitlines()
-    if not lines:
-        raise ValueError(f"{path} has no rows; each line is one sample, as in '{example(columns or 2)}'")
-    for number, line in enumerate(lines, start=1):
-        words = line.split()
-        columns = columns or len(words) or 2
-        row = [_number(word) for word in words]
-        for word, value in zip(words, row, strict=True):
-            if not math.isfinite(value):
-                raise _row_error(path, number, line, f"{_cut(word)} is not a finite number", example(columns))
-        if len(row) != columns:
-            rule = f"{len(row)} number(s) where every row holds {columns}"
-            raise _row_error(path, number, line, rule, example(columns))
-        yield number, line, row
-
-
-def _number(word: str) -> float:
-    try:
-        return float(word)
-    except ValueError:
-        return math.nan
-
-
-def _row_error(path: Path | str | os.PathLike, number: int, line: str, rule: str, example: str) -> ValueError:
-    return ValueError(f"{path}, line {number}: found {_cut(line)}: {rule}; a good row is '{example}'")
-
-
-def _cut(text: str, length: int = 60) -> str:
-    return repr(text if len(text) <= length else text[:length] + "...")
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}={value!r} must be an integer; use {example}")
+    if value < least:
+        raise ValueError(f"{name}={value} must be at least {least}; use {example}")
+    return operator.index(value)

@@ -12,7 +12,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from xbraid_py.data.files import whole_number
+from xbraid_py.data.dataset import whole_number
 
 _ADJECTIVES = ("small ", "old ", "brown ", "quick ", "lazy ", "quiet ")
 _NOUNS = ("dog ", "cat ", "fox ", "bird ", "king ", "child ", "farmer ", "river ")

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xbraid_py.data.dataset import Dataset, data_folder, find_files
-from xbraid_py.data.files import whole_number
+from xbraid_py.data.dataset import Dataset, whole_number
+from xbraid_py.data.files import data_folder, find_files
 from xbraid_py.data.mat_files import read_array
 
 CUBE, TRUTH = "Indian_pines_corrected.mat", "Indian_pines_gt.mat"

@@ -1,6 +1,7 @@
-"""The handwritten digits of MNIST, and a seeded order of minibatches.
+"""The handwritten digits of MNIST: as images, as columns of features, and as sequences.
 
-Shape letters: `B` samples, `H W` pixels. Samples lie outermost, as torch's image layers have them.
+Shape letters: `B` samples, `H W` pixels, `F` features, `L` steps. Samples lie outermost, as torch's image layers have
+them, but in columns.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from xbraid_py.data.dataset import data_folder
-from xbraid_py.data.files import read_idx, whole_number
+from xbraid_py.data.files import data_folder, read_idx, ways
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +23,9 @@ NUM_CLASSES = 10
 IMAGE_SHAPE = (28, 28)
 # Mean and standard deviation of all training pixels, black being 0 and white 1.
 MEAN, STANDARD_DEVIATION = 0.1307, 0.3081
+SCALINGS = ("centered", "unit", "standard")
+ORDERS = {"rows": 28, "columns": 28, "pixels": 1}
+"""How an image is read as a sequence, and the features F of a step."""
 
 ORIGIN = "http://yann.lecun.com/exdb/mnist"
 # The published files, each with the SHA-256 of its values, which packing and header do not change.
@@ -63,7 +66,7 @@ def load(folder: str | os.PathLike | None = None) -> Mnist:
     ----------
     folder : path-like, optional
         Folder of the four files; by default `mnist` in the folder that the variable XBRAID_DATA names, or that folder
-        itself; without the variable, `mnist` in `../shared/data` seen from the project's root.
+        itself; without the variable, see `data_folder`.
 
     Raises
     ------
@@ -85,9 +88,8 @@ def load(folder: str | os.PathLike | None = None) -> Mnist:
         if path is None:
             places = home or " or ".join(map(str, folders))
             raise FileNotFoundError(
-                f"{name}, or {_dotted(name)}, each also with .gz, not found in {places}. "
-                f"It comes from {ORIGIN}. Name the folder that holds it with --data_dir FOLDER, or the folder that "
-                f"holds mnist/ with the variable XBRAID_DATA."
+                f"{name}, or {_dotted(name)}, each also with .gz, not found in {places}. It comes from {ORIGIN}. "
+                f"{ways('mnist')}"
             )
         paths.append(path)
         values.append(read_idx(path))
@@ -161,70 +163,120 @@ def standardized(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> to
     return ((images.to(dtype) / 255 - MEAN) / STANDARD_DEVIATION).unsqueeze(1)
 
 
-@dataclass(frozen=True)
-class Batches:
-    """A seeded order of minibatches: every epoch a new permutation of all samples.
-
-    The permutation depends on the seed and the number of the epoch only. So it is the same on every rank without a
-    message, and a run that goes on in the middle of an epoch finds its place by `epoch(number)[done:]`. Of a data
-    set of any kind, not of MNIST alone.
+class Columns:
+    """Images of one half of a data set as columns of 784 features, converted when they are asked for.
 
     Parameters
     ----------
-    num_samples : int
-        Number of samples, at least 1.
-    batch_size : int
-        Samples in a minibatch, at least 1.
-    seed : int
-        Seed of all permutations, not negative.
-    drop_last : bool
-        Leave out the last minibatch of an epoch if it is incomplete; by default so, as sizes that change are not
-        worth their trouble in training. False is for evaluation: every sample comes exactly once.
+    images : (n, 28, 28) uint8 tensor
+    labels : (n,) int64 tensor
+    center : (784,) tensor
+        Is subtracted from the pixels divided by `spread`.
+    spread : float
+    dtype : torch.dtype
+    """
+
+    def __init__(
+        self, images: torch.Tensor, labels: torch.Tensor, center: torch.Tensor, spread: float, dtype: torch.dtype
+    ):
+        self.labels, self._pixels = labels, images.flatten(1)
+        self._center, self._factor, self._dtype = center.to(dtype), 1.0 / spread, dtype
+
+    def __len__(self) -> int:
+        """Samples."""
+        return len(self.labels)
+
+    def samples(self, which: torch.Tensor | slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features (784, B) and labels (B,) of some samples; all if nothing is said."""
+        pixels = self._pixels[which].to(self._dtype).mul_(self._factor).sub_(self._center)
+        return pixels.T.contiguous(), self.labels[which]
+
+    def portions(self, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """All samples in their order, at most so many together, as evenly as can be."""
+        count = -(-len(self) // size)
+        return [self.samples(which) for which in torch.arange(len(self)).tensor_split(count)]
+
+
+def columns(
+    data: Mnist,
+    scaling: str = "centered",
+    dtype: torch.dtype = torch.float64,
+    num_train: int | None = None,
+    num_test: int | None = None,
+) -> tuple[Columns, Columns]:
+    """Training and test images as columns.
+
+    Parameters
+    ----------
+    data : Mnist
+    scaling : {"centered", "unit", "standard"}
+        Pixels in [0, 1] less the mean of each over all training images (paper 000, section 4); pixels in [0, 1]; or of
+        mean 0 and standard deviation 1 over all pixels of all training images.
+    dtype : torch.dtype
+        Of the features.
+    num_train, num_test : int, optional
+        Take only the first so many.
 
     Raises
     ------
-    TypeError
-        If a number is not an integer or `drop_last` no bool.
     ValueError
-        If a number is too small, or not one complete minibatch is left.
+        If `scaling` is no such word, or there are not so many images.
     """
+    if scaling not in SCALINGS:
+        raise ValueError(f"scaling={scaling!r} must be {' or '.join(SCALINGS)}; use centered")
+    halves = []
+    for name, number, images, labels in (
+        ("num_train", num_train, data.train_images, data.train_labels),
+        ("num_test", num_test, data.test_images, data.test_labels),
+    ):
+        if number is not None and not 1 <= number <= len(images):
+            raise ValueError(f"{name}={number} must lie in 1 .. {len(images)}, the images there are; use {len(images)}")
+        halves.append((images[:number], labels[:number]))
+    center, spread = torch.zeros(data.train_images[0].numel(), dtype=torch.float64), 255.0
+    if scaling == "centered":
+        # Sums of bytes: exact, and without a copy of all images as floating-point numbers.
+        center = data.train_images.flatten(1).sum(0, dtype=torch.int64) / (255.0 * len(data.train_images))
+    elif scaling == "standard":
+        center, spread = center + MEAN / STANDARD_DEVIATION, 255.0 * STANDARD_DEVIATION
+    return tuple(Columns(*half, center, spread, dtype) for half in halves)
 
-    num_samples: int
-    batch_size: int
-    seed: int = 0
-    drop_last: bool = True
 
-    def __post_init__(self):
-        whole_number("num_samples", self.num_samples, 1, 60000)
-        whole_number("batch_size", self.batch_size, 1, 100)
-        whole_number("seed", self.seed, 0, 0)
-        if not isinstance(self.drop_last, bool):
-            raise TypeError(f"drop_last={self.drop_last!r} must be True or False; use True")
-        if self.drop_last and self.batch_size > self.num_samples:
-            raise ValueError(
-                f"batch_size={self.batch_size} is more than num_samples={self.num_samples}, and drop_last=True leaves "
-                f"no minibatch; use at most {self.num_samples}, or drop_last=False"
-            )
+def sequences(
+    images: torch.Tensor, order: str = "rows", length: int | None = None, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Images as sequences: 28 rows or columns of 28 pixels, from top to bottom or left to right, or 784 pixels by rows.
 
-    def __len__(self) -> int:
-        """Minibatches in an epoch."""
-        complete, rest = divmod(self.num_samples, self.batch_size)
-        return complete + (rest > 0 and not self.drop_last)
+    Parameters
+    ----------
+    images : (B, 28, 28) uint8 tensor
+    order : {"rows", "columns", "pixels"}
+    length : int, optional
+        Steps L, at least 2: the sequence is read at as many equally distant times, between two steps of the image
+        linearly interpolated. As many as it has if not given.
+    dtype : torch.dtype
 
-    def epoch(self, number: int) -> tuple[torch.Tensor, ...]:
-        """Minibatches of an epoch.
+    Returns
+    -------
+    (B, L, F) tensor
+        Of mean 0 and standard deviation 1 over the training images if they are not resampled.
 
-        Parameters
-        ----------
-        number : int
-            Number of the epoch, from 0.
-
-        Returns
-        -------
-        tuple of torch.Tensor
-            As many as `len` says; each int64 of shape (batch_size,), the last one shorter if it is incomplete and
-            kept: indices of samples.
-        """
-        random = np.random.default_rng((self.seed, whole_number("number", number, 0, 0)))
-        order = torch.from_numpy(random.permutation(self.num_samples).astype(np.int64))
-        return order.split(self.batch_size)[: len(self)]
+    Raises
+    ------
+    ValueError
+        If there is no such order, or the length is too small.
+    TypeError
+        If `images` is no uint8 tensor.
+    """
+    if order not in ORDERS:
+        raise ValueError(f"order={order!r} must be {' or '.join(ORDERS)}; use rows")
+    if length is not None and length < 2:
+        raise ValueError(f"length={length} must be at least 2; use 128")
+    found = standardized(images, dtype)[:, 0]
+    if order == "columns":
+        found = found.transpose(1, 2)
+    elif order == "pixels":
+        found = found.reshape(len(found), -1, 1)
+    if length is not None and length != found.shape[1]:
+        resampled = torch.nn.functional.interpolate(found.transpose(1, 2), length, mode="linear", align_corners=True)
+        found = resampled.transpose(1, 2)
+    return found.contiguous()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from xbraid_py.data.files import whole_number
+from xbraid_py.data.dataset import whole_number
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""Samples of a problem on a mesh in a file: generated once, stored with what they were made from, and loaded again.
+"""Samples of a problem on a mesh in a file, generated once and stored with what they were made from; where a run's lie.
 
 A file is one of global arrays with checksums, as checkpoints are: any number of ranks writes and reads it, links and
 foreign filters are refused, and it appears under its name only when it is complete.
@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from xbraid_py.comm import Communicator
-from xbraid_py.data.files import whole_number
-from xbraid_py.data.pde_samples import PROBLEMS, Problem, Samples, generate_rows
+from xbraid_py.comm import Communicator, as_communicator
+from xbraid_py.data import darcy_public
+from xbraid_py.data.dataset import whole_number
+from xbraid_py.data.pde_dataset import PdeDataset, split
+from xbraid_py.data.pde_samples import PROBLEMS, PdeProblem, PdeSamples, generate, generate_rows
 from xbraid_py.run.store.write import Checkpoint, CheckpointError, Shard, save
 from xbraid_py.run.store.write import load as open_file
 
+SOURCES = (*PROBLEMS, "darcy_public")
 KIND = "samples of a problem on a mesh"
 _HELP = "delete it to have the samples generated anew, or name another folder or file"
 
 
-def file_name(problem: Problem, num_samples: int, seed: int) -> str:
+def file_name(problem: PdeProblem, num_samples: int, seed: int) -> str:
     """Name that says what is in the file, such as poisson-mesh32-seed0-samples10000-v1.h5."""
     settings = dataclasses.asdict(problem)
     words = [f"{key}{value}" for key, value in settings.items()]
@@ -31,18 +35,18 @@ def file_name(problem: Problem, num_samples: int, seed: int) -> str:
 
 
 def obtain(
-    problem: Problem,
+    problem: PdeProblem,
     num_samples: int,
     seed: int,
     folder: str | os.PathLike,
     comm: Communicator,
     show_progress: bool = True,
-) -> Samples:
+) -> PdeSamples:
     """The samples from their file in `folder`, generated and stored there first if there is none; collective.
 
     Parameters
     ----------
-    problem : Problem
+    problem : PdeProblem
         Such as `Poisson(mesh=32)`.
     num_samples, seed : int
         As in `generate`.
@@ -84,7 +88,7 @@ def obtain(
     return samples
 
 
-def load(path: str | os.PathLike) -> Samples:
+def load(path: str | os.PathLike) -> PdeSamples:
     """The samples of a file that `obtain` has written, on each rank for itself, without a message.
 
     Raises
@@ -101,7 +105,7 @@ def load(path: str | os.PathLike) -> Samples:
         raise ValueError(f"{error.reason.removeprefix('checkpoint ')}; {_HELP}") from error
 
 
-def _meta(problem: Problem, num_samples: int, seed: int) -> dict[str, Any]:
+def _meta(problem: PdeProblem, num_samples: int, seed: int) -> dict[str, Any]:
     return {
         "kind": KIND,
         "problem": problem.name,
@@ -112,7 +116,7 @@ def _meta(problem: Problem, num_samples: int, seed: int) -> dict[str, Any]:
     }
 
 
-def _read(file: Checkpoint) -> Samples:
+def _read(file: Checkpoint) -> PdeSamples:
     meta = file.meta
     if meta.get("kind") != KIND or set(meta) != set(_meta(PROBLEMS["poisson"](), 1, 0)):
         raise _wrong(file.path, f"holds no {KIND}, but {str(meta)[:80]}")
@@ -139,10 +143,10 @@ def _read(file: Checkpoint) -> Samples:
     for name, values in arrays.items():
         if values.dtype != torch.float64 or not torch.isfinite(values).all():
             raise _wrong(file.path, f"{name!r} in it holds {values.dtype} or values that are not finite")
-    return Samples(problem, seed, arrays)
+    return PdeSamples(problem, seed, arrays)
 
 
-def _agree(path: Path, samples: Samples, problem: Problem, num_samples: int, seed: int) -> None:
+def _agree(path: Path, samples: PdeSamples, problem: PdeProblem, num_samples: int, seed: int) -> None:
     """Raise `ValueError` unless the file holds what was asked for."""
     there = _meta(samples.problem, len(next(iter(samples.arrays.values()))), samples.seed)
     asked = _meta(problem, num_samples, seed)
@@ -153,3 +157,64 @@ def _agree(path: Path, samples: Samples, problem: Problem, num_samples: int, see
 
 def _wrong(path: Path, what: str) -> ValueError:
     return ValueError(f"{path}: {what}; {_HELP}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PdeSource:
+    """Where samples for training and validation come from: made here, read from our file, or the public Darcy set.
+
+    Parameters
+    ----------
+    problem : PdeProblem or None
+        Such as `Poisson(mesh=32)`; None for the public Darcy set.
+    num_train, num_val : int
+        Of the public set the first ones, at most as many as there are.
+    seed : int
+        Of the samples, and of which of them are for validation.
+    target : str, optional
+        What is to be learned; by default the solution.
+    data_dir : path-like, optional
+        Folder where the samples of a problem are stored, and read if they are there; by default they stay in memory.
+        For the public set the folder of its files, by default the usual one.
+    """
+
+    problem: PdeProblem | None
+    num_train: int
+    num_val: int
+    seed: int = 0
+    target: str | None = None
+    data_dir: str | os.PathLike | None = None
+
+    def __post_init__(self):
+        for name, use in (("num_train", 2000), ("num_val", 500)):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1; use {use}")
+
+    def samples(self, comm: Communicator) -> PdeSamples:
+        """Samples of the problem, on all ranks; collective."""
+        total = self.num_train + self.num_val
+        if self.data_dir is None:
+            return generate(self.problem, total, self.seed, comm)
+        return obtain(self.problem, total, self.seed, self.data_dir, comm)
+
+    @property
+    def shape(self) -> tuple[int, int, int] | None:
+        """(C, H, W) of the inputs; of the public set its files say so."""
+        mesh = None if self.problem is None else self.problem.mesh
+        return None if mesh is None else (len(self.problem.default_channels), mesh, mesh)
+
+    def load(
+        self, comm: Communicator | None = None, dtype: torch.dtype = torch.float32
+    ) -> tuple[PdeDataset, PdeDataset]:
+        """Samples for training and for validation, the same on all ranks; collective.
+
+        Raises
+        ------
+        ValueError, OSError
+            On all ranks: files are missing or damaged, or there are too few samples.
+        """
+        comm = as_communicator(None) if comm is None else comm
+        if self.problem is None:
+            public = darcy_public.load(self.data_dir, dtype)
+            return public.train.rows(slice(self.num_train)), public.test.rows(slice(self.num_val))
+        return split(self.samples(comm).dataset(target=self.target, dtype=dtype), self.num_val, self.seed)

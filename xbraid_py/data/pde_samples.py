@@ -17,7 +17,7 @@ from rich.progress import Progress
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.partition import Partition
 from xbraid_py.data.darcy import Darcy
-from xbraid_py.data.files import whole_number
+from xbraid_py.data.dataset import whole_number
 from xbraid_py.data.pde_dataset import PdeDataset
 from xbraid_py.data.poisson import Poisson
 
@@ -26,7 +26,7 @@ PROBLEMS = {"poisson": Poisson, "darcy": Darcy}
 _SHOWN_EVERY = 20  # samples, each a millisecond or two
 
 
-class Problem(Protocol):
+class PdeProblem(Protocol):
     """What is asked of a problem: a frozen dataclass of its settings, such as `Poisson` or `Darcy`.
 
     Attributes
@@ -57,18 +57,18 @@ class Problem(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Samples:
+class PdeSamples:
     """Samples 0 .. B - 1 of the sequence that a seed gives.
 
     Attributes
     ----------
-    problem : Problem
+    problem : PdeProblem
     seed : int
     arrays : dict of str to torch.Tensor
         float64, (B, ...) each, as `problem.shapes` says.
     """
 
-    problem: Problem
+    problem: PdeProblem
     seed: int
     arrays: dict[str, torch.Tensor]
 
@@ -126,14 +126,16 @@ class Samples:
         )
 
 
-def generate(problem: Problem, num_samples: int, seed: int, comm: Communicator, show_progress: bool = True) -> Samples:
+def generate(
+    problem: PdeProblem, num_samples: int, seed: int, comm: Communicator, show_progress: bool = True
+) -> PdeSamples:
     """Draw and solve samples, each rank its share; collective. All ranks get all of them.
 
     Sample i depends on the problem, the seed and i alone: neither on the number of ranks nor on `num_samples`.
 
     Parameters
     ----------
-    problem : Problem
+    problem : PdeProblem
     num_samples : int
         B, at least 1.
     seed : int
@@ -149,11 +151,11 @@ def generate(problem: Problem, num_samples: int, seed: int, comm: Communicator, 
     """
     block, partition = generate_rows(problem, num_samples, seed, comm, show_progress)
     arrays = {name: comm.allgather(rows, partition.counts) for name, rows in sorted(block.items())}
-    return Samples(problem, seed, arrays)
+    return PdeSamples(problem, seed, arrays)
 
 
 def generate_rows(
-    problem: Problem, num_samples: int, seed: int, comm: Communicator, show_progress: bool = True
+    problem: PdeProblem, num_samples: int, seed: int, comm: Communicator, show_progress: bool = True
 ) -> tuple[dict[str, torch.Tensor], Partition]:
     """As `generate`, but each rank gets its own rows only, and who has which."""
     num_samples, seed = whole_number("num_samples", num_samples, 1, 10_000), whole_number("seed", seed, 0, 0)

@@ -5,14 +5,14 @@ Shape letters: `B` samples. Features are (x, y), shape (2, B); the class is the 
 
 from __future__ import annotations
 
-import operator
 import os
 from functools import cache
 
 import numpy as np
 import torch
 
-from xbraid_py.data.dataset import Dataset, find_files, read_features, read_labels
+from xbraid_py.data.dataset import Dataset, whole_number
+from xbraid_py.data.files import find_files, read_features, read_labels
 
 NUM_CLASSES = 5
 GRID_SIZE = 256
@@ -146,9 +146,9 @@ def generate(
     ValueError
         If a number is no multiple of 5 where it has to be, is too small, or there are too few grid points.
     """
-    num_train = _at_least("num_train", num_train, NUM_CLASSES, 5000)
-    num_val = _at_least("num_val", num_val, 1, 5000)
-    seed = _at_least("seed", seed, 0, 0)
+    num_train = whole_number("num_train", num_train, NUM_CLASSES, 5000)
+    num_val = whole_number("num_val", num_val, 1, 5000)
+    seed = whole_number("seed", seed, 0, 0)
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype={dtype} is no floating-point type; use torch.float64")
     share = _share("num_train", num_train)
@@ -212,8 +212,8 @@ def load(
     Parameters
     ----------
     folder : path-like, optional
-        Folder of the four files; by default `peaks` in the folder that the variable XBRAID_DATA names, or
-        in `../shared/data` seen from the project's root.
+        Folder of the four files; by default `peaks` in the folder that the variable XBRAID_DATA names; without
+        it, see `data_folder`.
     num_train, num_val : int, optional
         Take only so many points, the first ones of every class in equal numbers; by default all.
     dtype : torch.dtype
@@ -250,7 +250,7 @@ def load(
 
 def _first_of_classes(name: str, number: int, labels: torch.Tensor) -> torch.Tensor:
     """Rows of the first `number / 5` samples of every class, in the order of the file."""
-    share, extra = divmod(_at_least(name, number, NUM_CLASSES, NUM_CLASSES), NUM_CLASSES)
+    share, extra = divmod(whole_number(name, number, NUM_CLASSES, NUM_CLASSES), NUM_CLASSES)
     available = int(torch.bincount(labels, minlength=NUM_CLASSES).min())
     if extra or share > available:
         raise ValueError(
@@ -259,11 +259,3 @@ def _first_of_classes(name: str, number: int, labels: torch.Tensor) -> torch.Ten
         )
     rows = [torch.nonzero(labels == k).flatten()[:share] for k in range(NUM_CLASSES)]
     return torch.cat(rows).sort().values
-
-
-def _at_least(name: str, value: int, least: int, example: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}={value!r} must be an integer; use {example}")
-    if value < least:
-        raise ValueError(f"{name}={value} must be at least {least}; use {example}")
-    return operator.index(value)

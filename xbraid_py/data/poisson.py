@@ -14,8 +14,8 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from xbraid_py.data.dataset import whole_number
 from xbraid_py.data.elliptic import solve_poisson
-from xbraid_py.data.files import whole_number
 
 # Intervals of the parameters, in the order in which a sample draws them.
 RANGES = {"kx": (0.5, 4.0), "ky": (0.5, 4.0), "ax": (0.0, 0.5), "ay": (0.0, 0.5), "alpha": (0.0, np.pi / 2)}

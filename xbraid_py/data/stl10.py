@@ -11,8 +11,15 @@ from pathlib import Path
 
 import torch
 
-from xbraid_py.data.image_files import Published, check_labels, found_words, read_names, read_records
-from xbraid_py.data.images import Images, ImageSets
+from xbraid_py.data.images import (
+    Images,
+    ImageSets,
+    Published,
+    check_labels,
+    found_words,
+    read_names,
+    read_records,
+)
 
 SIZE = 96
 NUM_CLASSES = 10
@@ -44,8 +51,8 @@ def load_stl10(folder: str | os.PathLike | None = None) -> ImageSets:
     ----------
     folder : path-like, optional
         Folder of the files, or the one in which the published archive was unpacked; by default `stl10` in the folder
-        that the variable XBRAID_DATA names, or the archive's own folder beside or in that; without the variable, in
-        `../shared/data` seen from the project's root.
+        that the variable XBRAID_DATA names, or the archive's own folder beside or in that; without the variable, see
+        `data_folder`.
 
     Returns
     -------

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from xbraid_py.data import grammar
-from xbraid_py.data.files import whole_number
+from xbraid_py.data.dataset import whole_number
 
 # The largest alphabet; of more characters the rarest are replaced by UNKNOWN, which is Unicode's sign for that.
 MAX_CHARACTERS = 96

@@ -21,7 +21,7 @@ from xbraid_py.comm import Communicator
 from xbraid_py.comm.errors import RunError
 from xbraid_py.comm.partition import Partition
 from xbraid_py.comm.replicas import ProcessGrid
-from xbraid_py.data.image_subsets import Samples
+from xbraid_py.data.image_sets import ImageSplit
 from xbraid_py.layers.image_resnet import ImageResNet, residual_norms, with_blocks
 from xbraid_py.multilevel.resnet.training import ResNetTraining
 from xbraid_py.recipes.images import ImageOptions
@@ -202,7 +202,7 @@ def measure(training: ResNetTraining, lesions: Lesions) -> dict[str, Any]:
     }
 
 
-def measured(trained: Trained, samples: Samples, lesions: Lesions, comm: Communicator) -> dict[str, Any]:
+def measured(trained: Trained, samples: ImageSplit, lesions: Lesions, comm: Communicator) -> dict[str, Any]:
     """The row of a network for tables and pictures, "settings" and "result" (see `measure`); collective.
 
     Raises
