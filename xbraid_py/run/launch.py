@@ -22,7 +22,7 @@ from xbraid_py.comm import Communicator, launcher_rank, world
 from xbraid_py.comm.errors import RunError
 from xbraid_py.run import signals
 from xbraid_py.run.folder import last_words
-from xbraid_py.run.options import OptionError, parse
+from xbraid_py.run.options import OptionError, Presets, parse
 
 T = TypeVar("T")
 
@@ -38,6 +38,7 @@ def launch(
     setup: Callable[[T, Communicator], Callable[[], None]],
     argv: Sequence[str] | None = None,
     *,
+    presets: Presets | None = None,
     prog: str | None = None,
     description: str = "",
 ) -> None:
@@ -77,6 +78,8 @@ def launch(
         Set-up as above.
     argv : sequence of str, optional
         Words of the command line; those of this process by default.
+    presets : mapping, optional
+        Small jobs by name, other defaults of some options, as `{"smoke": {"num_layers": 32}}` makes `--smoke`.
     prog, description : str, optional
         Name and purpose of the driver for the help.
 
@@ -93,7 +96,7 @@ def launch(
         warnings.simplefilter("ignore")
     problem = None
     try:
-        options = parse(options_class, argv, prog=prog, description=description)
+        options = parse(options_class, argv, presets=presets, prog=prog, description=description)
     except OptionError as error:
         problem = str(error)
         if not isinstance(error.__cause__, OSError):
