@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import difflib
 import re
-from argparse import ArgumentError
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-
-from jsonargparse import ArgumentParser, Namespace
+from typing import NoReturn
 
 _KINDS = {"int": "an int", "float": "a float"}
 
 
-def command_parser(command: str, usage: str, description: str, epilog: str | None = None) -> ArgumentParser:
+class CommandParser(ArgumentParser):
+    """A parser that raises what argparse would end the process with, and says which value would work."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{_better(self, message)}\ntry {self.prog} --help")
+
+
+def command_parser(command: str, usage: str, description: str, epilog: str | None = None) -> CommandParser:
     """Parser of `xbraid-py COMMAND USAGE`."""
-    return ArgumentParser(
-        prog=f"xbraid-py {command}",
-        usage=f"%(prog)s {usage}",
-        description=description,
-        epilog=epilog,
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
+    prog = f"xbraid-py {command}"
+    return CommandParser(prog, f"%(prog)s {usage}", description=description, epilog=epilog, allow_abbrev=False)
 
 
-def parse(parser: ArgumentParser, words: Sequence[str]) -> Namespace:
+def parse(parser: CommandParser, words: Sequence[str]) -> Namespace:
     """The values of a command line.
 
     Raises
@@ -34,17 +34,14 @@ def parse(parser: ArgumentParser, words: Sequence[str]) -> Namespace:
     SystemExit
         With status 0 after `--help`.
     """
-    try:
-        return parser.parse_args(list(words))
-    except ArgumentError as error:
-        raise ValueError(f"{_message(parser, ' '.join(str(error).split()))}\ntry {parser.prog} --help") from error
+    return parser.parse_args(list(words))
 
 
-def _usage(parser: ArgumentParser) -> str:
+def _usage(parser: CommandParser) -> str:
     return parser.format_usage().strip().replace("usage:", "usage is")
 
 
-def _message(parser: ArgumentParser, said: str) -> str:
+def _better(parser: CommandParser, said: str) -> str:
     if match := re.fullmatch(r"unrecognized arguments: (\S+).*", said):
         word = match[1].split("=")[0]
         if not word.startswith("-"):
@@ -54,7 +51,7 @@ def _message(parser: ArgumentParser, said: str) -> str:
         return f"unknown option {word}" + (f"; did you mean {close[0]}?" if close else "")
     if match := re.fullmatch(r"the following arguments are required: (.*)", said):
         return f"{match[1]} must be given; the {_usage(parser)}"
-    if match := re.fullmatch(r'Parser key "(\w+)": .*<class \'(\w+)\'>.*Got value: (.*)', said):
+    if match := re.fullmatch(r"argument --(\w+): invalid (\w+) value: '(.*)'", said):
         name, kind, value = match.groups()
         default = parser.get_default(name)
         good = default if default is not None else {"int": 4, "float": 1.0}.get(kind, "TEXT")

@@ -49,18 +49,18 @@ def page(runs: Sequence[Run]) -> str:
     runs : sequence of Run
         One, or several to be compared.
     """
-    from xbraid_py.cli import plots  # matplotlib and jinja2 take their time to load
-    from xbraid_py.cli.page import render
+    # matplotlib and jinja2 take their time to load
+    from xbraid_py.cli.page import MOST, draw, quantities, render
 
     labels = _labels(runs)
-    names = plots.quantities(runs)
-    curves = [{"title": printable(name), "content": plots.draw(runs, labels, name)} for name in names[: plots.MOST]]
+    names = quantities(runs)
+    curves = [{"title": printable(name), "content": draw(runs, labels, name)} for name in names[:MOST]]
     several = len(runs) > 1
     return render(
         title=f"Comparison of {len(runs)} runs" if several else f"Run {labels[0]}",
         runs=[_about(run, label) for run, label in zip(runs, labels, strict=True)],
         curves=curves,
-        left_out=[printable(name) for name in names[plots.MOST :]],
+        left_out=[printable(name) for name in names[MOST:]],
         values=_final_values(runs, labels) if several else _values(runs[0]),
         differences=_differences(runs) if several else None,
         date=f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
