@@ -11,8 +11,7 @@ from xbraid_py.multilevel.depth.nested_state import Snapshot
 from xbraid_py.multilevel.depth.transfer import prolong_depth
 from xbraid_py.multilevel.resnet.cycles import CosineCycles
 from xbraid_py.multilevel.resnet.refinement import refine
-from xbraid_py.multilevel.resnet.training import ResNetTraining
-from xbraid_py.multilevel.resnet.training_options import EpochRecord, ResNetTrainingOptions
+from xbraid_py.multilevel.resnet.training import EpochRecord, ResNetTraining, ResNetTrainingOptions
 from xbraid_py.multilevel.width.layout import Layout
 from xbraid_py.multilevel.width.state_width import ComposedTransfer, StateWidthTransfer
 from xbraid_py.multilevel.width.training import WidthRecord, WidthTraining, WidthTrainingOptions

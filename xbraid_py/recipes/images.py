@@ -1,21 +1,35 @@
-"""What a run of (multi-level) training on images is told, whoever starts it; and the training made of it."""
+"""(Multi-level) training on images as a job: options, runs, and the network of a checkpoint (paper 003)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
 
 import torch
 
+from xbraid_py.comm import Communicator
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.data.augmentation import Augmentation, standardize
-from xbraid_py.data.image_subsets import Samples
+from xbraid_py.data.image_sets import ImageSplit, load_split
 from xbraid_py.layers.image_resnet import ImageResNet
 from xbraid_py.layers.module_block import own_random_numbers
-from xbraid_py.multilevel.resnet.cycles import CosineCycles, Level, plan
-from xbraid_py.multilevel.resnet.training import ResNetTraining
-from xbraid_py.multilevel.resnet.training_options import EpochRecord, Pipeline, ResNetTrainingOptions
+from xbraid_py.multilevel.resnet.cycles import MODELS, CosineCycles, Level, plan
+from xbraid_py.multilevel.resnet.training import (
+    PRECISIONS,
+    EpochRecord,
+    Pipeline,
+    ResNetTraining,
+    ResNetTrainingOptions,
+    load_network,
+)
+from xbraid_py.run.engine import Row, State, Training, train
+from xbraid_py.run.options import from_dict
+from xbraid_py.run.resume import RunOptions, free, state_of
+from xbraid_py.run.store.read import Checkpoint
 
+KIND = "images"
 FILTERS, WIDE = (16, 32, 64), (32, 64, 128)
 # Images of a minibatch, and zeros around an image, by the set (paper 003, section 5.2 and appendix A).
 _BATCH_SIZES, _PADS = {"stl10": 32}, {"stl10": 12}
@@ -23,7 +37,7 @@ _BATCH_SIZES, _PADS = {"stl10": 32}, {"stl10": 12}
 
 @dataclass(frozen=True, kw_only=True)
 class ImageOptions:
-    """Data, network and training, but for the model and the seed.
+    """Images, and what a residual network makes of them, whatever its blocks.
 
     Parameters
     ----------
@@ -32,40 +46,26 @@ class ImageOptions:
     train_images
         Take only so many training images; 0 takes all that are found.
     test_images
-        The same of the test images.
-    blocks
-        Residual blocks of each stage in the first cycle; twice as many in every further one.
-    wide
-        Twice the filters: a Wide ResNet.
+        The same of the test images, which are those of the validations.
+    data_dir
+        Folder of the images; by default one of the set's name in the folder that XBRAID_DATA names.
     filters
-        Of each stage; by default 16,32,64, or 32,64,128 with --wide.
+        Of each stage; by default those of the paper, 16,32,64.
     norm
         Normalization: batch, group, batch with frozen statistics, none. Batch normalization takes each rank's share of
         a minibatch for itself, so that its results depend on the number of ranks.
     stem_stride
         Of the first convolution; 2 halves large images at once.
-    step_size
-        Explicit step size h of the first cycle.
-    last_step_size
-        That of the model last; by default that of the last cycle.
-    epochs
-        Of each cycle.
     eta_max
-        Learning rate at the beginning of a cycle.
+        Learning rate at the beginning of a cycle; it falls along a cosine.
     eta_min
         Learning rate at its end.
-    reset
-        Begin with eta_max in every cycle; otherwise one cosine spans all of them.
     batch_size
         Images of a minibatch, shared by the ranks; by default 100, or 32 of STL-10.
     momentum
         Of SGD.
     weight_decay
         Of SGD.
-    interpolation
-        Of the weights in depth where the blocks are doubled.
-    carry_momentum
-        Prolong the momentum there as well; otherwise it begins anew.
     pad
         Zeros around a training image, of which a part is cut out; by default 4, or 12 of STL-10.
     flip
@@ -83,44 +83,91 @@ class ImageOptions:
     data: Literal["cifar10", "cifar100", "stl10"] = "cifar10"
     train_images: int = 0
     test_images: int = 0
-    blocks: tuple[int, ...] = (2, 2, 2)
-    wide: bool = False
+    data_dir: Path | None = free(None)
     filters: tuple[int, ...] | None = None
     norm: Literal["batch", "group", "frozen", "none"] = "batch"
     stem_stride: int = 1
-    step_size: float = 1.0
-    last_step_size: float | None = None
-    epochs: tuple[int, ...] = (60, 50, 50)
     eta_max: float = 0.5
     eta_min: float = 0.001
-    reset: bool = True
     batch_size: int | None = None
     momentum: float = 0.9
     weight_decay: float = 2e-4
-    interpolation: Literal["constant", "linear"] = "constant"
-    carry_momentum: bool = False
     pad: int | None = None
     flip: bool = True
     precision: Literal["float64", "float32", "bfloat16", "float16"] = "float32"
     channels_last: bool = False
-    device: Literal["cpu", "cuda"] = "cpu"
-    validate_every: int = 1
+    device: Literal["cpu", "cuda"] = free("cpu")
+    validate_every: int = free(1)
 
     def __post_init__(self):
-        if self.wide and self.filters is not None and tuple(self.filters) != WIDE:
-            raise ValueError(f"filters={list(self.filters)} and wide=True are two choices; use one of them")
         if self.validate_every < 1:
             raise ValueError(f"validate_every={self.validate_every} must be at least 1; use 5")
         if self.pad is not None and self.pad < 0:
             raise ValueError(f"pad={self.pad} must be at least 0; use 4")
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f"device={self.device!r} must be cpu or cuda; use cpu")
-        _ = self.training
-        with torch.device("meta"):  # no memory, no random numbers: only the checks
-            self._network(self.levels("first")[0], 10)
+
+    def samples(self) -> ImageSplit:
+        """The images; reads files, sends no message."""
+        return load_split(self.data, self.train_images, self.test_images, self.data_dir)
+
+    def device_of(self, rank: int) -> torch.device:
+        """That of a rank."""
+        if self.device == "cpu":
+            return torch.device("cpu")
+        if not torch.cuda.is_available():
+            raise ValueError("device=cuda: PyTorch finds no such device here; use cpu")
+        return torch.device("cuda", rank % torch.cuda.device_count())
 
     @property
-    def training(self) -> ResNetTrainingOptions:
+    def border(self) -> int:
+        """Zeros around a training image."""
+        return _PADS.get(self.data, 4) if self.pad is None else self.pad
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiLevelOptions(ImageOptions):
+    """Multi-level training on images, but for the model and the seed.
+
+    Parameters
+    ----------
+    blocks
+        Residual blocks of each stage in the first cycle; twice as many in every further one.
+    wide
+        Twice the filters, 32,64,128: a Wide ResNet.
+    step_size
+        Explicit step size h of the first cycle.
+    last_step_size
+        That of the model last; by default that of the last cycle.
+    epochs
+        Of each cycle.
+    reset
+        Begin with eta_max in every cycle; otherwise one cosine spans all of them.
+    interpolation
+        Of the weights in depth where the blocks are doubled.
+    carry_momentum
+        Prolong the momentum there as well; otherwise it begins anew.
+    """
+
+    blocks: tuple[int, ...] = (2, 2, 2)
+    wide: bool = False
+    step_size: float = 1.0
+    last_step_size: float | None = None
+    epochs: tuple[int, ...] = (60, 50, 50)
+    reset: bool = True
+    interpolation: Literal["constant", "linear"] = "constant"
+    carry_momentum: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.wide and self.filters is not None and tuple(self.filters) != WIDE:
+            raise ValueError(f"filters={list(self.filters)} and wide=True are two choices; use one of them")
+        _ = self.optimization
+        with torch.device("meta"):  # no memory, no random numbers: only the checks
+            self.network(self.levels("first")[0], 10)
+
+    @property
+    def optimization(self) -> ResNetTrainingOptions:
         """The options of the training."""
         names = "momentum weight_decay interpolation carry_momentum precision channels_last".split()
         return ResNetTrainingOptions(
@@ -138,61 +185,8 @@ class ImageOptions:
         """Networks of the cycles of a model, see `plan`."""
         return plan(model, self.blocks, len(self.epochs), self.step_size, self.last_step_size)
 
-    def make(self, model: str, seed: int, samples: Samples, grid: ProcessGrid | None = None) -> ResNetTraining:
-        """The training of a model, ready to go.
-
-        All models of a seed have the same minibatches and the same augmentation.
-
-        Raises
-        ------
-        ValueError
-            If there are too few images, or there is no such device.
-        """
-
-        def network(level: Level) -> ImageResNet:
-            with own_random_numbers(seed):
-                return self._network(level, samples.num_classes)
-
-        return ResNetTraining(
-            network,
-            self.levels(model),
-            samples.train,
-            samples.test,
-            Pipeline(Augmentation(pad=self._pad, flip=self.flip, seed=seed), standardize),
-            self.training,
-            seed=seed,
-            grid=grid,
-            device=self.device_of(grid.data.rank if grid else 0),
-        )
-
-    def check(self, samples: Samples, ranks: int) -> None:
-        """Raise `ValueError` unless there are images enough, and minibatches and a device for so many ranks."""
-        batch, images = self.training.batch_size, samples.train.num_samples
-        if not ranks <= batch <= images:
-            raise ValueError(
-                f"batch_size={batch} must lie in {ranks} .. {images}, from the ranks to the training images there are; "
-                f"use {min(100, images)}"
-            )
-        if not samples.test.num_samples:
-            raise ValueError("test_images=0: the set has no test image; use a folder of --data_dir that has some")
-        pad, size = self._pad, samples.train.size
-        if pad >= size:
-            raise ValueError(f"pad={pad} must be smaller than images of {size} x {size} pixels; use 4")
-        self.device_of(0)
-
-    def device_of(self, rank: int) -> torch.device:
-        """That of a rank."""
-        if self.device == "cpu":
-            return torch.device("cpu")
-        if not torch.cuda.is_available():
-            raise ValueError("device=cuda: PyTorch finds no such device here; use cpu")
-        return torch.device("cuda", rank % torch.cuda.device_count())
-
-    @property
-    def _pad(self) -> int:
-        return _PADS.get(self.data, 4) if self.pad is None else self.pad
-
-    def _network(self, level: Level, num_classes: int) -> ImageResNet:
+    def network(self, level: Level, num_classes: int) -> ImageResNet:
+        """The network of a level, its weights at random."""
         return ImageResNet(
             level.blocks,
             self.channels,
@@ -202,18 +196,198 @@ class ImageOptions:
             stem_stride=self.stem_stride,
         )
 
+    def training(self, model: str, seed: int, samples: ImageSplit, grid: ProcessGrid | None = None) -> ImageTraining:
+        """The training of a model, at its beginning.
 
-def numbers_of(record: EpochRecord) -> dict[str, Any]:
-    """A record by the names that reports and files have."""
-    return {
-        "epoch": record.epoch,
-        "cycle": record.cycle,
-        "blocks": record.blocks,
-        "learning_rate": record.learning_rate,
-        "train_loss": record.loss,
-        "train_error": record.error,
-        "test_loss": record.test_loss,
-        "test_error": record.test_error,
-        "seconds": record.seconds,
-        "block_evaluations": record.block_evaluations,
-    }
+        All models of a seed have the same minibatches and the same augmentation.
+
+        Raises
+        ------
+        ValueError
+            If there are too few images, or there is no such model or device.
+        """
+
+        def make(level: Level) -> ImageResNet:
+            with own_random_numbers(seed):
+                return self.network(level, samples.num_classes)
+
+        method = ResNetTraining(
+            make,
+            self.levels(model),
+            samples.train,
+            samples.test,
+            Pipeline(Augmentation(pad=self.border, flip=self.flip, seed=seed), standardize),
+            self.optimization,
+            seed=seed,
+            grid=grid,
+            device=self.device_of(grid.data.rank if grid else 0),
+        )
+        return ImageTraining(self, method)
+
+    def check(self, samples: ImageSplit, ranks: int) -> None:
+        """Raise `ValueError` unless there are images enough, and minibatches and a device for so many ranks."""
+        batch, images = self.optimization.batch_size, samples.train.num_samples
+        if not ranks <= batch <= images:
+            raise ValueError(
+                f"batch_size={batch} must lie in {ranks} .. {images}, from the ranks to the training images there are; "
+                f"use {min(100, images)}"
+            )
+        if not samples.test.num_samples:
+            raise ValueError("test_images=0: the set has no test image; use a folder of --data_dir that has some")
+        if self.border >= samples.train.size:
+            size = samples.train.size
+            raise ValueError(f"pad={self.border} must be smaller than images of {size} x {size} pixels; use 4")
+        self.device_of(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRunOptions(MultiLevelOptions, RunOptions):
+    """Runs of multi-level training on images: several models and seeds, one after the other.
+
+    Parameters
+    ----------
+    models
+        First, last, multilevel.
+    seeds
+        Of weights, order and augmentation of the images.
+    out
+        Folder of the tables and the picture of all; in it one for each run, such as multilevel_0.
+    resume
+        Checkpoint to go on from, of a single run; or auto, for the newest good one of each run (if there is one).
+    checkpoint_every
+        Epochs between two checkpoints.
+    """
+
+    models: tuple[str, ...] = MODELS
+    seeds: tuple[int, ...] = (0,)
+    out: Path = free(Path("runs/cifar"))
+    checkpoint_every: int = free(1)
+
+    def __post_init__(self):
+        RunOptions.__post_init__(self)
+        MultiLevelOptions.__post_init__(self)
+        for name in ("models", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name}={list(values)} must name each at least one, and each once; use one of them")
+        for model in self.models:
+            self.levels(model)
+        count = len(self.models) * len(self.seeds)
+        if self.resume not in (None, "auto") and count > 1:
+            raise ValueError(f"resume={self.resume} is of one run, but there are {count}; use auto")
+
+    @property
+    def runs(self) -> list[ImageRunOptions]:
+        """The options of each run alone, with its own folder.
+
+        That is a folder in `out`, or `out` itself if it has the run's name: so `xbraid-py resume` gives it.
+        """
+        return [self._alone(model, seed) for seed in self.seeds for model in self.models]
+
+    def _alone(self, model: str, seed: int) -> ImageRunOptions:
+        name = f"{model}_{seed}"
+        out = self.out if self.out.name == name else self.out / name
+        return replace(self, models=(model,), seeds=(seed,), out=out)
+
+
+class ImageTraining(Training):
+    """Epochs of (multi-level) training, with validations on the test images.
+
+    Parameters
+    ----------
+    options : MultiLevelOptions
+    method : ResNetTraining
+    """
+
+    def __init__(self, options: MultiLevelOptions, method: ResNetTraining):
+        self.options, self.method, self.total = options, method, method.options.cycles.total
+        self._last_blocks = options.levels("last")[-1].blocks
+
+    def steps(self) -> Iterator[Row]:
+        for record in self.method.run():
+            yield self._row(record)
+
+    def _row(self, record: EpochRecord) -> Row:
+        method = self.method
+        images = method.steps_per_epoch * method.options.batch_size
+        return {
+            "level": len({level.blocks for level in method.levels[record.cycle - 1 :]}) - 1,
+            "num_layers": sum(record.blocks),
+            "update": record.epoch,
+            "epoch": record.epoch,
+            "cycle": record.cycle,
+            "blocks": list(record.blocks),
+            # The unit is an epoch of the last cycle's network.
+            "work": record.block_evaluations / (images * sum(self._last_blocks)),
+            "block_evaluations": record.block_evaluations,
+            "seconds": record.seconds,
+            "loss": record.loss,
+            "train_error": record.error,
+            "train_accuracy": 1.0 - record.error,
+            "learning_rate": record.learning_rate,
+            "final": record.epoch == self.total,
+        }
+
+    def is_due(self, row: Row) -> bool:
+        return row["epoch"] % self.options.validate_every == 0 or row["epoch"] in self.method.options.cycles.ends
+
+    def validate(self) -> Row:
+        loss, error = self.method.evaluate()
+        return {"val_loss": loss, "val_error": error, "val_accuracy": 1.0 - error}
+
+    def state(self) -> State:
+        return self.method.state()
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        self.method.load(checkpoint)
+
+    def describe(self) -> str:
+        network, last = self.method.network, "-".join(map(str, self._last_blocks))
+        blocks = "-".join(map(str, network.blocks))
+        return f"{blocks} blocks, h = {network.step_size:g}; work is in epochs of {last} blocks"
+
+    def draw(self, rows: list[Row], figures: Path) -> None:
+        if rows:
+            from xbraid_py.recipes.pictures.epochs import over_epochs  # takes its time to load: on one rank only
+
+            over_epochs([row for row in rows if row["kind"] == "update"], figures / "epochs.png")
+
+    def say(self, row: Row) -> str:
+        return f"test error {100 * row['val_error']:.2f} % after {row['epoch']} epochs, {row['seconds']:.1f} seconds"
+
+
+def prepare(
+    options: ImageRunOptions, samples: ImageSplit, comm: Communicator, driver: Path | None = None
+) -> Callable[[], Row]:
+    """Claim the folder of a run alone and find out where it goes on, without a message; returns the run.
+
+    Parameters
+    ----------
+    options : ImageRunOptions
+        One of `ImageRunOptions.runs`.
+    samples : ImageSplit
+    comm : Communicator
+    driver : Path, optional
+        See `train`.
+    """
+    (model,), (seed,) = options.models, options.seeds
+    options.check(samples, comm.size)
+    torch.backends.cudnn.benchmark = True  # all minibatches have one shape
+
+    def make() -> ImageTraining:
+        return options.training(model, seed, samples, ProcessGrid(comm, comm.size))
+
+    sizes = {"num_classes": samples.num_classes}
+    return train(KIND, make, options, comm, sizes=sizes, recipe="images", driver=driver)
+
+
+def network(checkpoint: Checkpoint) -> ImageResNet:
+    """The network of a checkpoint, at any epoch; it maps standardized images (B, 3, H, W) to logits (B, classes)."""
+    meta = state_of(checkpoint)
+    options = from_dict(ImageRunOptions, meta["configuration"])
+    cycle = options.optimization.cycles.cycle_of(meta["update"] - 1)
+    with own_random_numbers(0):  # as if none were drawn
+        made = options.network(options.levels(options.models[0])[cycle], meta["sizes"]["num_classes"])
+    made = made.to(PRECISIONS[options.precision][0])
+    load_network(checkpoint, made)
+    return made.eval()

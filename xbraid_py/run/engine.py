@@ -6,6 +6,7 @@ It knows no method: a training is what `Training` says, and everything else abou
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -124,6 +125,8 @@ def train(
     folder: RunFolder | None = None,
     sizes: Mapping[str, int] | None = None,
     recipe: str = "",
+    driver: str | os.PathLike | None = None,
+    check: Callable[[Checkpoint], None] | None = None,
 ) -> Callable[[], Row]:
     """Claim the folder of a run and find out where it goes on, without a message; returns the run.
 
@@ -146,6 +149,10 @@ def train(
         What the network depends on besides the options, such as the number of tokens; for the checkpoints.
     recipe : str
         By which name the network can be made again (`xbraid_py.recipes.registry`); for the checkpoints.
+    driver : path-like, optional
+        The program that goes on with the run by these options, if that is not this one.
+    check : callable, optional
+        Of a training that is made later: raises an error now if a checkpoint, open, does not fit. It sends no message.
 
     Returns
     -------
@@ -166,8 +173,11 @@ def train(
     configuration = to_dict(options)
     start = find_start(kind, options)
     is_made = not callable(make)
-    if is_made and start:
+    if start and is_made:
         _load(make, start)
+    elif start and check is not None:
+        with load(start.path) as checkpoint, restoring(start.path):
+            check(checkpoint)
 
     def run() -> Row:
         training = make if is_made else _made(make)
@@ -180,7 +190,7 @@ def train(
             return start.row
         _make_room(folder, start)
         about = {"sizes": dict(sizes or {}), "recipe": recipe, "configuration": configuration}
-        row = _follow(kind, training, options, folder, about, start)
+        row = _follow(kind, training, options, folder, about, start, driver)
         if comm.rank == 0 and (text := training.say(row)):
             print(text, flush=True)
         return row
@@ -195,12 +205,15 @@ def _follow(
     folder: RunFolder,
     about: Mapping[str, Any],
     start: Start | None,
+    driver: str | os.PathLike | None,
 ) -> Row:
     """The loop itself, in an open folder; the last row."""
     comm, done, level = folder.comm, start.update if start else 0, None
     store = CheckpointStore(folder.checkpoints, options.keep)
     with ExitStack() as stack:
-        stack.enter_context(folder.open(about["configuration"], training.total, done, append=start is not None))
+        stack.enter_context(
+            folder.open(about["configuration"], training.total, done, append=start is not None, driver=driver)
+        )
         events = stack.enter_context(
             events_of(folder, options.tensorboard, about["configuration"], done + 1 if start else 0)
         )

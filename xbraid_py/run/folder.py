@@ -70,7 +70,12 @@ class RunFolder:
 
     @contextlib.contextmanager
     def open(
-        self, configuration: Mapping[str, Any], total: int | None = None, done: int = 0, append: bool = False
+        self,
+        configuration: Mapping[str, Any],
+        total: int | None = None,
+        done: int = 0,
+        append: bool = False,
+        driver: str | os.PathLike | None = None,
     ) -> Iterator[None]:
         """A run in this folder from its start to its end; collective at the start. Releases the folder at the end.
 
@@ -87,6 +92,8 @@ class RunFolder:
             Updates before this start.
         append : bool
             Go on with the record that is there.
+        driver : path-like, optional
+            The program that takes this configuration; this one by default.
 
         Raises
         ------
@@ -97,7 +104,7 @@ class RunFolder:
             stack.callback(self.release)
             if self.comm.rank == 0:
                 with self.guarded():
-                    self._start(stack, configuration, total, done, append)
+                    self._start(stack, configuration, total, done, append, driver or sys.argv[0])
             _under_way.add(self)
             stack.callback(_under_way.discard, self)
             self._agree()
@@ -122,15 +129,16 @@ class RunFolder:
                 raise
             self._end("finished", "")
 
-    def _start(self, stack, configuration, total, done, append) -> None:
+    def _start(self, stack, configuration, total, done, append, driver) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(dict(configuration), sort_keys=False)
         with replacing(self.path / CONFIG) as temporary:
-            temporary.write_text(f"# python {sys.argv[0]} --config {self.path / CONFIG}\n{text}", encoding="utf-8")
+            temporary.write_text(f"# python {driver} --config {self.path / CONFIG}\n{text}", encoding="utf-8")
         self._handler = _LogFile(self.path / LOG)
         stack.callback(self._close_log)
         logging.getLogger("xbraid_py").addHandler(self._handler)
-        self._record = stack.enter_context(MetricsWriter(self.metrics, self.comm, configuration, append=append))
+        record = MetricsWriter(self.metrics, self.comm, configuration, append=append, driver=driver)
+        self._record = stack.enter_context(record)
         stack.callback(setattr, self, "_record", None)
         self._status = RunStatus(self.path, self.comm.size, total, done)
         self._status.change("starting")

@@ -40,6 +40,8 @@ class MetricsWriter:
         Go on with an existing record (see `truncate_after`) instead of replacing it.
     mpi_library : str, optional
         What the MPI library says of its version, for the header.
+    driver : path-like, optional
+        The program that takes this configuration, for the header; this one by default.
 
     Raises
     ------
@@ -56,6 +58,7 @@ class MetricsWriter:
         header: Mapping[str, Any],
         append: bool = False,
         mpi_library: str | None = None,
+        driver: str | os.PathLike | None = None,
     ):
         self.path = Path(path)
         self._append = append
@@ -63,6 +66,7 @@ class MetricsWriter:
         self._ranks = comm.size
         self._header = header
         self._mpi_library = mpi_library
+        self._driver = driver or sys.argv[0]
         self._file = None
 
     def __enter__(self) -> Self:
@@ -104,7 +108,7 @@ class MetricsWriter:
             "kernels": BACKEND,
         }
         return {
-            "driver": os.path.abspath(sys.argv[0]),
+            "driver": os.path.abspath(self._driver),
             "configuration": self._header,
             "versions": library_versions(),
             "ranks": self._ranks,

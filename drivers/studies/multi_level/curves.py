@@ -75,10 +75,10 @@ def mean_curve(runs: Sequence[Sequence[Mapping]]) -> list[dict]:
 
 
 def _draw(axes: Axes, curve: Sequence[Mapping], field: str, model: str) -> None:
-    for name, style in (("train_error", ":"), ("test_error", "-")):
+    for name, label, style in (("train_error", "train", ":"), ("val_error", "test", "-")):
         points = [(point[field], 100 * point[name]) for point in curve if point[name] is not None]
         if not points:
-            note(axes, f"{model}: no {name.replace('_', ' ')}")
+            note(axes, f"{model}: no {label} error")
             continue
-        line(axes, points, _COLORS.get(model, "k"), f"{model}, {name.removesuffix('_error')}")
+        line(axes, points, _COLORS.get(model, "k"), f"{model}, {label}")
         axes.lines[-1].set_linestyle(style)

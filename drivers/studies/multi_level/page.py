@@ -10,8 +10,8 @@ from studies.multi_level.curves import figure6
 from studies.multi_level.tables import group, name_of, page, saved
 from studies.rows import Row, table
 from studies.statistics import Summary
+from studies.study import PAGE
 
-PAGE = "study.md"
 _TITLES = {
     "models": "First-cycle, last-cycle and multi-level models (tables 3 and 4, figure 6)",
     "reset": "One cosine over all cycles instead of one for each (figure 10)",
@@ -54,14 +54,14 @@ def differences(rows: Sequence[Row]) -> str:
     base = next((runs for runs in groups.values() if runs[0]["settings"]["model"] == "last"), None)
     if base is None:
         return ""
-    errors = {row["settings"]["seed"]: row["result"]["test_error"] for row in base}
+    errors = {row["settings"]["seed"]: row["result"]["val_error"] for row in base}
     seconds = {row["settings"]["seed"]: row["result"]["seconds"] for row in base}
     usual, lines = rows[0]["settings"], []
     for runs in groups.values():
         pairs = [row for row in runs if row["settings"]["seed"] in errors]
         if runs is base or not pairs:
             continue
-        apart = Summary.of([100 * (row["result"]["test_error"] - errors[row["settings"]["seed"]]) for row in pairs])
+        apart = Summary.of([100 * (row["result"]["val_error"] - errors[row["settings"]["seed"]]) for row in pairs])
         time = [100 * (1 - row["result"]["seconds"] / seconds[row["settings"]["seed"]]) for row in pairs]
         unlike = [f"{k}={v}" for k, v in runs[0]["settings"].items() if v != usual[k] and k not in ("model", "seed")]
         label = ", ".join([name_of(runs[0]["settings"]), *unlike])
@@ -79,7 +79,7 @@ def figures(rows: Sequence[Row]) -> dict[str, float]:
         model: [row["result"] for row in rows if "result" in row and row["settings"]["model"] == model]
         for model in ("first", "last", "multilevel")
     }
-    error = {model: Summary.of([each["test_error"] for each in runs]) for model, runs in by_model.items() if runs}
+    error = {model: Summary.of([each["val_error"] for each in runs]) for model, runs in by_model.items() if runs}
     grown = next(row for row in rows if "result" in row and row["settings"]["model"] == "multilevel")
     return {
         "time_saved": median(saved(rows)[group(grown)]),

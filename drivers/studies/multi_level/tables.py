@@ -13,15 +13,15 @@ from typing import Any
 from studies.rows import Row, table
 from studies.statistics import Summary
 
-# What a point of a curve consists of: one for each epoch.
+# What a point of a curve consists of: one for each epoch. The images of the validations are the test images.
 CURVE = (
     "epoch",
     "cycle",
     "learning_rate",
-    "train_loss",
+    "loss",
     "train_error",
-    "test_loss",
-    "test_error",
+    "val_loss",
+    "val_error",
     "seconds",
     "block_evaluations",
 )
@@ -58,25 +58,25 @@ _HEAD = (
 
 
 def result_of(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The result of a run from its epochs, mappings with the names of `CURVE`.
+    """The result of a run from its epochs, mappings with the names of `CURVE`; without a validation, those of it lack.
 
     Returns
     -------
     dict
-        "test_error" at the end, "best_test_error", "train_error" of the last epoch, "seconds" of training,
+        "val_error" at the end, "best_val_error", "train_error" of the last epoch, "seconds" of training,
         "block_evaluations", and the "curve", lists of numbers in the order of `CURVE`.
     """
     if not points:
         raise ValueError("points holds no epoch; a run has at least one")
-    tested = [point["test_error"] for point in points if point["test_error"] is not None]
+    tested = [point["val_error"] for point in points if point.get("val_error") is not None]
     last = points[-1]
     return {
-        "test_error": tested[-1] if tested else None,
-        "best_test_error": min(tested, default=None),
+        "val_error": tested[-1] if tested else None,
+        "best_val_error": min(tested, default=None),
         "train_error": last["train_error"],
         "seconds": last["seconds"],
         "block_evaluations": last["block_evaluations"],
-        "curve": [[_rounded(point[name]) for name in CURVE] for point in points],
+        "curve": [[_rounded(point.get(name)) for name in CURVE] for point in points],
     }
 
 
@@ -140,7 +140,7 @@ def page(rows: Sequence[Row]) -> str:
         blocks = ["-".join(map(str, each)) for each in _blocks(settings)]
         paper = _paper(name, data)
         base = _paper(name.removesuffix("-i"), data)
-        errors = [row["result"]["test_error"] for row in good if row["result"]["test_error"] is not None]
+        errors = [row["result"]["val_error"] for row in good if row["result"]["val_error"] is not None]
         lines.append(
             (
                 name,

@@ -1,4 +1,4 @@
-"""Multi-level training of a residual network on images (paper 003, section 4): epochs as records.
+"""Multi-level training of a residual network on images (paper 003, section 4): options, epochs as records, state.
 
 Shape letters: `B` images, `H W` pixels.
 """
@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import inf
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +18,122 @@ from xbraid_py.comm.errors import RunError
 from xbraid_py.comm.partition import Partition
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.layers.image_resnet import ImageResNet
-from xbraid_py.multilevel.resnet.cycles import Level
+from xbraid_py.multilevel.resnet.cycles import CosineCycles, Level
 from xbraid_py.multilevel.resnet.refinement import refine, refined_tensors
-from xbraid_py.multilevel.resnet.training_options import (
-    PRECISIONS,
-    EpochRecord,
-    LabeledImages,
-    Pipeline,
-    ResNetTrainingOptions,
-)
+from xbraid_py.run.store.read import Checkpoint, no_state
+from xbraid_py.run.store.write import Shard
 
 # Images of the test set that are propagated together: the same on any number of ranks.
 _PORTION = 500
+# Type of the weights, and of the products where it is another one.
+PRECISIONS = {
+    "float64": (torch.float64, None),
+    "float32": (torch.float32, None),
+    "bfloat16": (torch.float32, torch.bfloat16),
+    "float16": (torch.float32, torch.float16),
+}
+
+
+class LabeledImages(Protocol):
+    """Images (B, 3, H, W) uint8, and labels (B,) int64."""
+
+    pixels: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What becomes of images before the network sees them.
+
+    Attributes
+    ----------
+    augment : callable
+        `augment(pixels, indices, epoch)`, from uint8 to uint8, of training images by their numbers
+        in the set, which are on the CPU.
+    standardize : callable
+        `standardize(pixels, dtype)`, from uint8 to floating point.
+    """
+
+    augment: Callable[[Tensor, Tensor, int], Tensor]
+    standardize: Callable[[Tensor, torch.dtype], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResNetTrainingOptions:
+    """How a residual network is trained.
+
+    Parameters
+    ----------
+    cycles
+        Epochs and learning rates of the cycles.
+    batch_size
+        Images of a minibatch, shared by the ranks. Batch normalization takes each rank's share for itself, so that its
+        results depend on the number of ranks; running statistics are averaged over the ranks after every epoch.
+    momentum
+        Of SGD.
+    weight_decay
+        Of SGD, on all weights.
+    interpolation
+        Of the weights in depth where the blocks are doubled.
+    carry_momentum
+        Prolong the momentum like the weights there; otherwise it begins anew (the paper says nothing).
+    precision
+        Of the numbers; with bfloat16 and float16 that of the products alone (mixed precision), float16 with a
+        scaled loss.
+    channels_last
+        Lay the channels of an image innermost in memory: faster on GPUs with mixed precision.
+    """
+
+    cycles: CosineCycles = CosineCycles()
+    batch_size: int = 100
+    momentum: float = 0.9
+    weight_decay: float = 2e-4
+    interpolation: Literal["constant", "linear"] = "constant"
+    carry_momentum: bool = False
+    precision: Literal["float64", "float32", "bfloat16", "float16"] = "float32"
+    channels_last: bool = False
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} must be at least 1; use 100")
+        if not 0.0 <= self.momentum < 1.0:
+            raise ValueError(f"momentum={self.momentum} must lie in 0 .. 1, 1 excluded; use 0.9")
+        if not 0.0 <= self.weight_decay < inf:
+            raise ValueError(f"weight_decay={self.weight_decay} must be at least 0 and finite; use 2e-4")
+        if self.interpolation not in ("constant", "linear"):
+            raise ValueError(f"interpolation={self.interpolation!r} must be constant or linear; use constant")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision!r} must be one of {', '.join(PRECISIONS)}; use float32")
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """The state of a training run after an epoch.
+
+    Attributes
+    ----------
+    epoch, cycle : int
+        From 1.
+    blocks : tuple of int
+        Of each stage of the network.
+    learning_rate : float
+        Of the last training step.
+    loss, error : float
+        Mean cross entropy and share of wrong answers over the epoch's minibatches, each before its update.
+    seconds : float
+        Time of training so far.
+    block_evaluations : int
+        Images times blocks propagated for training so far, by all ranks: the unit of work.
+    """
+
+    epoch: int
+    cycle: int
+    blocks: tuple[int, ...]
+    learning_rate: float
+    loss: float
+    error: float
+    seconds: float
+    block_evaluations: int
 
 
 class ResNetTraining:
@@ -56,6 +163,10 @@ class ResNetTraining:
     network : ImageResNet
         As it is now.
     optimizer : torch.optim.SGD
+    epoch : int
+        Epochs made.
+    seconds, block_evaluations
+        So far, see `EpochRecord`.
 
     Raises
     ------
@@ -97,38 +208,30 @@ class ResNetTraining:
         self.network = self._placed(make(levels[0]))
         self.optimizer = self._new_optimizer()
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=options.precision == "float16")
+        self.epoch, self.seconds, self.block_evaluations = 0, 0.0, 0
 
-    def run(self, validate_every: int = 1, done: EpochRecord | None = None) -> Iterator[EpochRecord]:
-        """Train to the end; yields a record after each epoch, when `network` is the one that it is of.
-
-        Parameters
-        ----------
-        validate_every : int
-            Epochs between two looks at the test images; the ends of cycles come in addition.
-        done : EpochRecord, optional
-            Where an earlier run has come to, whose state has been restored.
+    def run(self) -> Iterator[EpochRecord]:
+        """Train to the end, from where it is; yields a record after each epoch, when `network` is the one it is of.
 
         Raises
         ------
         RunError
             On all ranks, if the loss is not finite.
         """
-        cycles = self.options.cycles
-        first, seconds, evaluations = (done.epoch, done.seconds, done.block_evaluations) if done else (0, 0.0, 0)
-        for epoch in range(first, cycles.total):
+        cycles, steps = self.options.cycles, self.steps_per_epoch
+        while self.epoch < cycles.total:
             clock = time.perf_counter()
-            cycle = cycles.cycle_of(epoch)
+            cycle = cycles.cycle_of(self.epoch)
             blocks = self.levels[cycle].blocks
             if blocks != self.network.blocks:
                 self.interpolate()
-            loss, error = self._train(epoch)
+            loss, error = self._train(self.epoch)
             self._average_statistics()
-            evaluations += self.steps_per_epoch * self.options.batch_size * sum(blocks)
-            seconds += time.perf_counter() - clock
-            due = (epoch + 1) % validate_every == 0 or epoch + 1 in cycles.ends
-            rate = cycles.learning_rate((epoch + 1) * self.steps_per_epoch - 1, self.steps_per_epoch)
-            found = self.evaluate() if due else (None, None)
-            yield EpochRecord(epoch + 1, cycle + 1, blocks, rate, loss, error, *found, seconds, evaluations)
+            self.epoch += 1
+            self.block_evaluations += steps * self.options.batch_size * sum(blocks)
+            self.seconds += time.perf_counter() - clock
+            rate = cycles.learning_rate(self.epoch * steps - 1, steps)
+            yield EpochRecord(self.epoch, cycle + 1, blocks, rate, loss, error, self.seconds, self.block_evaluations)
 
     def interpolate(self) -> None:
         """Double the blocks of every stage and halve the step size (paper 003, figure 5)."""
@@ -159,42 +262,47 @@ class ResNetTraining:
         loss, wrong = (rows / len(labels)).tolist()
         return loss, wrong
 
-    def state(self) -> dict[str, Tensor]:
-        """Where the run has come to, by name: weights, statistics, momentum; the same on all ranks after an epoch.
+    def state(self) -> tuple[dict[str, Shard], dict[str, Any]]:
+        """Where the run has come to after an epoch: weights, statistics, momentum; and the counters.
 
-        Everything else is a function of the seed and the epoch.
+        Everything else is a function of the seed and the epoch. All ranks have the same: the first one gives it.
         """
         found = {f"network/{name}": value.detach() for name, value in self.network.state_dict().items()}
         found |= {f"momentum/{name}": value for name, value in self._momentum().items()}
         if self._scaler.is_enabled():
             scale = self._scaler.state_dict()
             found["scaler"] = torch.tensor([scale["scale"], scale["_growth_tracker"]], dtype=torch.float64)
-        return {name: value if value.dim() else value.reshape(1) for name, value in found.items()}
+        if self.grid is not None and self.grid.replica > 0:
+            found = {}
+        rows = {name: (value if value.dim() else value.reshape(1)).cpu() for name, value in found.items()}
+        numbers = {"epoch": self.epoch, "seconds": self.seconds, "block_evaluations": self.block_evaluations}
+        return {name: Shard(value, 0, len(value)) for name, value in rows.items()}, numbers
 
-    def restore(self, state: Mapping[str, Tensor], epoch: int) -> None:
-        """Go on from what `state` of the same run gave after so many epochs.
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Go on from what `state` of the same run gave; sends no message.
 
         Raises
         ------
-        ValueError, KeyError
+        CheckpointError, LookupError, RuntimeError, TypeError, ValueError
             If it is of another network, or something is missing.
         """
+        numbers = checkpoint.meta["state"]
+        epoch = numbers["epoch"]
+        if type(epoch) is not int or not 1 <= epoch <= self.options.cycles.total:
+            raise no_state(checkpoint.path, f"epoch={epoch!r}")
         self.network = self._placed(self.make(self.levels[self.options.cycles.cycle_of(epoch - 1)]))
-        own = self.network.state_dict()
-        given = {name.removeprefix("network/"): value for name, value in state.items() if name.startswith("network/")}
-        if given.keys() != own.keys():
-            raise ValueError(f"state holds other arrays than this network: {sorted(given.keys() ^ own.keys())[:3]}")
-        with torch.no_grad():
-            for name, value in own.items():
-                value.copy_(given[name].reshape(value.shape))
+        load_network(checkpoint, self.network)
         self.optimizer = self._new_optimizer()
-        momentum = {name.removeprefix("momentum/"): v for name, v in state.items() if name.startswith("momentum/")}
-        if momentum:
-            self._set_momentum(momentum)
+        prefix = "momentum/"
+        held = [name for name in checkpoint.names() if name.startswith(prefix)]
+        if held:
+            self._set_momentum({name.removeprefix(prefix): checkpoint.rows(name) for name in held})
         if self._scaler.is_enabled():
-            scale, tracker = state["scaler"].tolist()
+            scale, tracker = checkpoint.rows("scaler").tolist()
             known = self._scaler.state_dict()
             self._scaler.load_state_dict(known | {"scale": scale, "_growth_tracker": int(tracker)})
+        self.epoch, self.seconds = epoch, float(numbers["seconds"])
+        self.block_evaluations = int(numbers["block_evaluations"])
 
     def _train(self, epoch: int) -> tuple[float, float]:
         """An epoch; its loss and error."""
@@ -275,3 +383,20 @@ class ResNetTraining:
         for name, parameter in self.network.named_parameters():
             value = momentum[name].reshape(parameter.shape)
             self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(value)
+
+
+def load_network(checkpoint: Checkpoint, network: ImageResNet) -> None:
+    """Take weights and statistics from a checkpoint of training.
+
+    Raises
+    ------
+    CheckpointError, RuntimeError
+        If they are those of another network.
+    """
+    own, prefix = network.state_dict(), "network/"
+    held = {name.removeprefix(prefix) for name in checkpoint.names() if name.startswith(prefix)}
+    if held != own.keys():
+        raise no_state(checkpoint.path, f"other arrays than this network has: {sorted(held ^ own.keys())[:3]}")
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(checkpoint.rows(f"{prefix}{name}").reshape(value.shape))
