@@ -8,8 +8,7 @@ import torch
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.partition import Partition
-from xbraid_py.layers.gru import GruCell, Sizes
-from xbraid_py.layers.gru_steps import GruSteps
+from xbraid_py.layers.gru import GruCell, GruSteps, Sizes
 from xbraid_py.mgrit.equations import Adjoint, Forward
 
 M, B, H = 6, 3, 5

@@ -10,8 +10,7 @@ import reference as ref
 import torch
 from torch import nn
 
-from xbraid_py.layers.dense import DenseLayer
-from xbraid_py.layers.dense_steps import ResidualSteps
+from xbraid_py.layers.dense import DenseLayer, ResidualSteps
 from xbraid_py.layers.module_block import ModuleBlock
 from xbraid_py.layers.module_steps import ModuleSteps, Tape
 from xbraid_py.layers.richardson import error_norms, halved, local_errors, output_error

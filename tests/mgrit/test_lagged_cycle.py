@@ -11,8 +11,7 @@ import torch
 from test_mgrit import ALL_RANKS, chain, deviation, joined, options_for, same_bits, solve
 
 from xbraid_py.comm import SerialCommunicator
-from xbraid_py.layers.dense import DenseLayer
-from xbraid_py.layers.dense_steps import ResidualSteps
+from xbraid_py.layers.dense import DenseLayer, ResidualSteps
 from xbraid_py.mgrit import MGRIT, Hierarchy, Solver
 from xbraid_py.mgrit.equations import Adjoint, Forward
 from xbraid_py.mgrit.grid import LayerGrid

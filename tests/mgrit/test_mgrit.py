@@ -13,8 +13,7 @@ from torch import Tensor
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.kernels import fallback
-from xbraid_py.layers.dense import DenseLayer
-from xbraid_py.layers.dense_steps import ResidualSteps
+from xbraid_py.layers.dense import DenseLayer, ResidualSteps
 from xbraid_py.mgrit import MGRIT, Hierarchy, Solution, Solver
 from xbraid_py.mgrit.equations import Adjoint, Forward
 from xbraid_py.mgrit.grid import LayerGrid

@@ -12,8 +12,7 @@ import torch
 from test_mgrit import chain, deviation, joined, options_for, solve
 
 from xbraid_py.kernels import fallback
-from xbraid_py.layers.dense import DenseLayer
-from xbraid_py.layers.dense_steps import ResidualSteps
+from xbraid_py.layers.dense import DenseLayer, ResidualSteps
 from xbraid_py.mgrit import Hierarchy, Solver
 from xbraid_py.mgrit.equations import Adjoint, Forward
 from xbraid_py.mgrit.grid import LayerGrid

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.partition import Partition
-from xbraid_py.layers.dense import DenseLayer
-from xbraid_py.layers.dense_steps import ResidualSteps
+from xbraid_py.layers.dense import DenseLayer, ResidualSteps
 from xbraid_py.mgrit import MGRIT, Hierarchy, Solver
 from xbraid_py.mgrit.equations import Adjoint, Forward
 from xbraid_py.mgrit.grid import LayerGrid

@@ -7,7 +7,7 @@ from objectives import evaluation, numbers, plain_dots
 from xbraid_py.multilevel.cycle.vcycle import Damping, VCycle
 from xbraid_py.optim import Armijo, FixedStep, QuasiNewton
 from xbraid_py.optim.levels import GradientDescent, Point, QuasiNewtonOptimizer, TorchOptimizer
-from xbraid_py.optim.shifted import ShiftedObjective
+from xbraid_py.optim.objective import ShiftedObjective
 
 
 class Membrane:

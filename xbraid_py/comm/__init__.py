@@ -1,16 +1,23 @@
-"""Messages between ranks: serial or MPI, tensors on any device. `mpi.py` is the only file that imports mpi4py."""
+"""Messages between ranks: serial or MPI, tensors on any device; replicas and batches handed to all ranks.
+
+`mpi.py` is the only file that imports mpi4py.
+"""
 
 from xbraid_py.comm.base import Communicator, SerialCommunicator
 from xbraid_py.comm.launch import LaunchError, check_launcher, launcher_rank
 from xbraid_py.comm.mpi import MPICommunicator, as_communicator, world
+from xbraid_py.comm.replicas import ProcessGrid
+from xbraid_py.comm.share import broadcast_batch
 
 __all__ = [
     "Communicator",
     "LaunchError",
     "MPICommunicator",
+    "ProcessGrid",
     "SerialCommunicator",
+    "as_communicator",
+    "broadcast_batch",
     "check_launcher",
     "launcher_rank",
     "world",
-    "as_communicator",
 ]

@@ -17,8 +17,7 @@ from xbraid_py.comm import Communicator, as_communicator
 from xbraid_py.comm.agreement import agree, together
 from xbraid_py.layer_parallel.accuracy import GradientControl
 from xbraid_py.layer_parallel.stack import LayerParallel, Recompute
-from xbraid_py.layers.image_resnet import ImageResNet, check_images
-from xbraid_py.layers.residual_block import ResidualBlock
+from xbraid_py.layers.image_resnet import ImageResNet, ResidualBlock, check_images
 from xbraid_py.mgrit import MGRIT
 
 

@@ -18,8 +18,7 @@ from xbraid_py.layer_parallel.batching import batched_pays
 from xbraid_py.layer_parallel.solves import Propagation, Solvers, graph_is_kept, hollow, pipeline
 from xbraid_py.layer_parallel.weights import StackedWeights
 from xbraid_py.layers.batch_norm import Moments
-from xbraid_py.layers.dense_block import DenseBlock
-from xbraid_py.layers.dense_steps import ResidualSteps
+from xbraid_py.layers.dense import DenseBlock, ResidualSteps
 from xbraid_py.layers.module_steps import ModuleSteps, Tape
 from xbraid_py.layers.splines import Splines
 from xbraid_py.mgrit.equations import Forward

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from xbraid_py.optim.line_search import Armijo, FixedStep
-from xbraid_py.optim.objective import Evaluation, Objective
+from xbraid_py.optim.objective import Evaluation, Objective, ShiftedObjective
 from xbraid_py.optim.quasi_newton import QuasiNewton
-from xbraid_py.optim.shifted import ShiftedObjective
 
 
 @dataclass(frozen=True)

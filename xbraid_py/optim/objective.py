@@ -1,9 +1,9 @@
-"""What an optimizer knows of a problem: a value, a gradient, and how good the solves behind them are."""
+"""What an optimizer knows of a problem: a value, a gradient, how good the solves are; and that of a coarse level."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -44,3 +44,35 @@ class Objective(Protocol):
 
     def dots(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
         """Dot products over all ranks of each of some flat vectors with each of others, (len(a), len(b))."""
+
+
+class ShiftedObjective:
+    """The objective of a coarse level and its coupling term: H(x) = L(x) + <shift, x> (paper 000, eq. 9).
+
+    Parameters
+    ----------
+    objective : Objective
+        L.
+    shift : Tensor
+        dg, a flat vector as x.
+    """
+
+    def __init__(self, objective: Objective, shift: Tensor):
+        self.objective, self.shift = objective, shift
+
+    def shifted(self, x: Tensor, evaluation: Evaluation) -> Evaluation:
+        """What an evaluation of L at x says of H; loss and accuracy remain those of L."""
+        coupling = float(self.dots([self.shift], [x])[0, 0])
+        return replace(evaluation, value=evaluation.value + coupling)
+
+    def evaluate(self, x: Tensor, max_iter: int | None = None, error: float | None = None) -> Evaluation:
+        """H at x; see `Objective`."""
+        return self.shifted(x, self.objective.evaluate(x, max_iter, error))
+
+    def gradient(self, x: Tensor, max_iter: int | None = None, exact: bool = False) -> Tensor:
+        """The gradient of H at x, where `evaluate` has been called last."""
+        return self.objective.gradient(x, max_iter, exact) + self.shift
+
+    def dots(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+        """Dot products over all ranks; see `Objective`."""
+        return self.objective.dots(a, b)

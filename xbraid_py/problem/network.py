@@ -16,8 +16,7 @@ from torch import Tensor
 
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.partition import Partition
-from xbraid_py.layers.dense import DenseLayer
-from xbraid_py.layers.dense_steps import ResidualSteps
+from xbraid_py.layers.dense import DenseLayer, ResidualSteps
 from xbraid_py.layers.parameters import Layout, Stack
 from xbraid_py.layers.spline_weights import SplineLayers
 from xbraid_py.layers.splines import Splines

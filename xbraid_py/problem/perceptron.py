@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xbraid_py.layers.linear import LinearMap
+from xbraid_py.layers.dense import LinearMap
 from xbraid_py.problem.network import DenseResNet, InitialScales
 from xbraid_py.problem.problem import Problem
 

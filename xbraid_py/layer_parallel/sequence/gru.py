@@ -18,8 +18,7 @@ from xbraid_py.comm import Communicator, as_communicator
 from xbraid_py.comm.agreement import agree, together
 from xbraid_py.layer_parallel.sequence.window import LayerWeights, SequencePlan, SequenceWindow
 from xbraid_py.layer_parallel.solves import for_adjoint, graph_is_kept
-from xbraid_py.layers.gru import KINDS, GruCell
-from xbraid_py.layers.gru_steps import COARSE
+from xbraid_py.layers.gru import COARSE, KINDS, GruCell
 from xbraid_py.layers.module_block import own_random_numbers
 from xbraid_py.mgrit.levels import Solution
 from xbraid_py.mgrit.options import MGRIT
@@ -87,7 +86,7 @@ class ParallelGRU(nn.Module):
         The sequence is cut in so many stretches, solved one after the other by all ranks. Only the state before each is
         kept, and the backward pass solves it again: memory of one window, for one more forward solve.
     coarse : {"compose", "euler"}
-        Coarse steps; see `xbraid_py.layers.gru_steps.GruSteps`.
+        Coarse steps; see `xbraid_py.layers.gru.GruSteps`.
     seed : int
         Of initial weights.
     device, dtype

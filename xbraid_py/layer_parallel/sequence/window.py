@@ -16,8 +16,7 @@ from torch import Tensor
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.partition import Partition
 from xbraid_py.layer_parallel.solves import Solvers
-from xbraid_py.layers.gru import GruCell, affine
-from xbraid_py.layers.gru_steps import GruSteps
+from xbraid_py.layers.gru import GruCell, GruSteps, affine
 from xbraid_py.mgrit.equations import Adjoint, Forward
 from xbraid_py.mgrit.grid import LayerGrid
 from xbraid_py.mgrit.levels import Solution

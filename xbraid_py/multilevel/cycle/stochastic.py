@@ -11,8 +11,7 @@ from torch import Tensor
 
 from xbraid_py.multilevel.cycle.vcycle import UNDAMPED, Damping, Transfer, VCycle
 from xbraid_py.optim.levels import LevelOptimizer, Point
-from xbraid_py.optim.objective import Objective
-from xbraid_py.optim.shifted import ShiftedObjective
+from xbraid_py.optim.objective import Objective, ShiftedObjective
 
 Samples = tuple[Tensor, Tensor]
 # `draw(count)`: the next minibatches.

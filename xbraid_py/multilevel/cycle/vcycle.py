@@ -14,8 +14,7 @@ from torch import Tensor
 from xbraid_py.multilevel.cycle.schedule import CYCLES, Schedule
 from xbraid_py.optim import Armijo
 from xbraid_py.optim.levels import LevelOptimizer, Point
-from xbraid_py.optim.objective import Objective
-from xbraid_py.optim.shifted import ShiftedObjective
+from xbraid_py.optim.objective import Objective, ShiftedObjective
 
 
 class Transfer(Protocol):
