@@ -3,7 +3,7 @@
 import pytest
 from processes import PROJECT, run_job
 
-from xbraid_py.recipes.pictures.cycles import over_cycles
+from xbraid_py.recipes.pictures.curves import over_cycles
 from xbraid_py.run.record import read
 
 DRIVER = PROJECT / "drivers" / "circles.py"

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator
 from xbraid_py.data import circles, mnist, peaks
-from xbraid_py.data.mnist_columns import SCALINGS, columns
+from xbraid_py.data.dataset import Batches
+from xbraid_py.data.mnist import SCALINGS, columns
 from xbraid_py.layer_parallel.export import to_sequential
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.depth.mgopt import CycleRecord, LevelOptions, MGOpt, MGOptOptions
@@ -189,7 +190,7 @@ class MnistColumnsOptions(MGOptRunOptions):
         train, test = columns(data, self.scaling, self.torch_dtype, self.num_train, self.num_test)
         portions = batches = None
         if self.batch_size:
-            order = mnist.Batches(len(train), self.batch_size, self.seed)
+            order = Batches(len(train), self.batch_size, self.seed)
             epoch = lru_cache(1)(order.epoch)
 
             def batches(cycle: int) -> Samples:
@@ -293,13 +294,14 @@ class DepthTraining(Training):
             classes = self.method.network.predict(self.method.x, mesh).reshape(MAP_SIZE, MAP_SIZE)
         if not rows:
             return
-        from xbraid_py.recipes.pictures import cycles, maps  # matplotlib takes its time to load: on one rank only
+        from xbraid_py.recipes.pictures.curves import over_cycles  # matplotlib takes its time: on one rank only
+        from xbraid_py.recipes.pictures.maps import class_map
 
         validated = [row for row in rows if row.get("val_accuracy") is not None]
-        cycles.over_cycles({str(self.method.schedule): validated}, figures / "cycles.png")
+        over_cycles({str(self.method.schedule): validated}, figures / "cycles.png")
         if classes is not None:
             true = self.plane(*mesh.double().numpy()).reshape(classes.shape)
-            maps.class_map(classes, true, ["elsewhere", "ring"], figures / "classes.png")
+            class_map(classes, true, ["elsewhere", "ring"], figures / "classes.png")
 
     def say(self, row: Row) -> str:
         missed = "" if self.has_reached(row) else ", not the goal,"

@@ -8,7 +8,7 @@ from statistics import mean, stdev
 
 from studies.mgopt.rows import Point, best, groups, points, ratios, reached, speedup, spread
 from studies.rows import Row, table, where
-from xbraid_py.recipes.pictures.cycles import over_cycles
+from xbraid_py.recipes.pictures.curves import over_cycles
 
 PAGE = "study.md"
 # V-cycles and work units of table 1 by the number of levels, and of table 2 by the schedule. There the work of a cycle

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from matplotlib import colormaps
@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from xbraid_py.recipes.pictures.records import runs_of, sections_of, updates_of, wall_work_units
 from xbraid_py.recipes.pictures.style import ADJOINT, GRAY, RED, STATE, clean, line, note, save
 
 
@@ -127,3 +126,104 @@ def _colored(run: str, entries: list[dict]):
 def depth_colors(count: int) -> np.ndarray:
     """Colors of so many depths, darker the deeper."""
     return colormaps["YlGnBu"](np.linspace(0.45, 0.95, count) if count > 1 else [0.85])
+
+
+def wall_work_units(rows: Sequence[dict]) -> list[float] | None:
+    """Measured work after every update, in the paper's unit (paper 001, section 3).
+
+    The unit is the average wall-clock time of an update of the non-nested run; without such a run, that of
+    an update on the finest level (0) of the nested one.
+
+    Parameters
+    ----------
+    rows : sequence of dict
+        Records; those that are no updates are left out. `seconds` counts the training time of its own
+        run, from its start to the end of the update.
+
+    Returns
+    -------
+    list of float or None
+        One number for every update, in the order of the rows; None if no update can serve as the unit.
+
+    Raises
+    ------
+    ValueError
+        If there is no update among the rows.
+    """
+    runs = dict(runs_of(rows))
+    if "non-nested" in runs:
+        spent, number = runs["non-nested"][-1]["seconds"], len(runs["non-nested"])
+    else:
+        nested = runs.get("nested", [])
+        number = sum(row["level"] == 0 for row in nested)
+        before = [0.0] + [row["seconds"] for row in nested if row["level"] > 0]
+        spent = nested[-1]["seconds"] - before[-1] if number else 0.0
+    if spent <= 0:
+        return None
+    return [row["seconds"] * number / spent for row in updates_of(rows)]
+
+
+def updates_of(rows: Sequence[dict]) -> list[dict]:
+    """The rows that are updates."""
+    return [row for row in rows if row.get("kind") == "update"]
+
+
+def runs_of(rows: Sequence[dict]) -> Iterator[tuple[str, list[dict]]]:
+    """Updates of every run there is, the nested one first."""
+    updates = updates_of(rows)
+    if not updates:
+        raise ValueError('rows holds no update; pictures need at least one row with "kind": "update"')
+    for run in ("nested", "non-nested"):
+        if entries := [row for row in updates if row["run"] == run]:
+            yield run, entries
+
+
+def sections_of(entries: list[dict]) -> Iterator[tuple[int, list[dict]]]:
+    """Updates of one level of the nesting after the other: number of layers, rows."""
+    for level in sorted({row["level"] for row in entries}, reverse=True):
+        section = [row for row in entries if row["level"] == level]
+        yield section[0]["num_layers"], section
+
+
+AXES = {"cycle": "V-cycles", "work": "work units", "seconds": "seconds"}
+
+
+def over_cycles(runs: Mapping[str, Sequence[dict]], path: str | os.PathLike, over: str = "cycle") -> None:
+    """Picture of the loss (solid lines, left axis) and of the validation accuracy (dashed lines, right axis).
+
+    Parameters
+    ----------
+    runs : mapping of str to sequence of dict
+        Rows of each run by its name for the legend, with `loss`, `val_accuracy` and what `over` names.
+    path : path-like
+        The PNG to write, its folder included.
+    over : {"cycle", "work", "seconds"}
+        The horizontal axis.
+
+    Raises
+    ------
+    ValueError
+        If there is no run, or `over` is no such word.
+    """
+    if not runs:
+        raise ValueError("runs holds no run; pictures need at least one")
+    if over not in AXES:
+        raise ValueError(f"over={over!r} must be one of {', '.join(AXES)}; use cycle")
+    figure = Figure(figsize=(6.0, 3.8), layout="constrained")
+    left = figure.subplots()
+    right = left.twinx()
+    shades = colormaps["viridis"](np.linspace(0.0, 0.85, len(runs)))
+    for (name, rows), color in zip(runs.items(), shades, strict=True):
+        where = [row[over] for row in rows]
+        left.plot(where, [row["loss"] for row in rows], color=color, linewidth=1.4, label=name)
+        right.plot(where, [100 * row["val_accuracy"] for row in rows], "--", color=color, linewidth=1.1)
+    clean(left, AXES[over])
+    if over == "cycle" or any(row[over] > 0 for rows in runs.values() for row in rows):
+        left.set_xscale("symlog", linthresh=1.0)
+        left.xaxis.set_major_formatter("{x:g}")
+    left.set_xlim(left=0)
+    left.set_ylabel("loss (solid)")
+    right.set(ylabel="validation accuracy, % (dashed)", ylim=(None, 101))
+    right.spines["top"].set_visible(False)
+    left.legend(frameon=False, fontsize="small", loc="center right")
+    save(figure, path)

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Loss and tests over the updates, and below them the estimated error of the gradients, as a PNG.
+    """Loss and validations over the updates, and below them the estimated error of the gradients, as a PNG.
 
     Parameters
     ----------
@@ -20,21 +20,20 @@ def picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure  # takes its time to load: on one rank only
 
     updates = [row for row in rows if row["kind"] == "update"]
-    tests = [row for row in rows if row["kind"] == "test"]
     at = [row["update"] for row in updates]
     figure = Figure(figsize=(7.0, 5.4), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     upper.plot(at, [row["loss"] for row in updates], color="#0072b2", linewidth=0.9, label="loss of a minibatch")
     upper.set(ylabel="loss", yscale="log")
-    names = [name for name in tests[-1] if name not in ("kind", "update", "seconds")] if tests else []
-    for name, color in zip(names, ("#c1272d", "#009e73", "#cc79a7"), strict=False):
-        # Losses share the axis of the loss; everything else has its own on the right.
-        axes = upper if name.endswith("loss") else upper.twinx()
-        points = [(row["update"], row[name]) for row in tests]
-        axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4, label=name.replace("_", " "))
+    for name, title, color in (("val_accuracy", "accuracy", "#c1272d"), ("val_loss", "loss", "#009e73")):
+        points = [(row["update"], row[name]) for row in updates if row.get(name) is not None]
+        if not points:
+            continue
+        # Losses share the axis of the loss; accuracies have their own on the right.
+        axes = upper if title == "loss" else upper.twinx()
+        axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4, label=f"validation {title}")
         if axes is not upper:
-            axes.set_ylabel(name.replace("_", " "), color=color)
-        if name.endswith("accuracy"):
+            axes.set_ylabel(f"validation {title}", color=color)
             axes.set_ylim(top=1.0)
     upper.legend(loc="upper right", frameon=False)
     solved = [(row["update"], stack) for row in updates for stack in row["stacks"]]
