@@ -15,7 +15,7 @@ class CommandParser(ArgumentParser):
     """A parser that raises what argparse would end the process with, and says which value would work."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{_better(self, message)}\ntry {self.prog} --help")
+        raise ValueError(f"{_better(self, ' '.join(message.split()))}\ntry {self.prog} --help")
 
 
 def command_parser(command: str, usage: str, description: str, epilog: str | None = None) -> CommandParser:

@@ -25,7 +25,7 @@ def main(words: Sequence[str]) -> int:
     """Print a line for each run; the exit status of the worst."""
     parser = command_parser("status", "DIR... [--stale SECONDS]", "What runs are doing, a line each.", _EPILOG)
     parser.add_argument("DIR", nargs="+", type=Path, help="Folders of runs.")
-    parser.add_argument("--stale", type=float, default=STALE, help="Seconds without a sign of life.")
+    parser.add_argument("--stale", type=float, default=STALE, help="Seconds without a sign of life (%(default)g).")
     options = parse(parser, words)
     check_stale(options.stale)
     runs: list[tuple[Run, Summary]] = []
