@@ -6,6 +6,7 @@ import atexit
 import importlib.util
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from digit_files import write_digits
 from processes import PROJECT
+from scenes import scene, write
 
 from xbraid_py.comm import Communicator, SerialCommunicator
 from xbraid_py.run.options import parse
@@ -37,6 +40,8 @@ class Kind:
         Name of the run's folder.
     exact_ranks : bool
         Whether another number of ranks makes the same run, up to rounding.
+    data : callable, optional
+        Writes the files of its samples into a folder, the option data_dir, once in each process.
     """
 
     driver: str
@@ -44,11 +49,39 @@ class Kind:
     other: str
     folder: str = "run"
     exact_ranks: bool = True
+    data: Callable[[Path], object] | None = None
+
+
+def _digits(folder: Path) -> None:
+    write_digits(folder, 200, 103)
 
 
 EVERY = ("--smoke", "--checkpoint_every=1", "--keep=99")
 KINDS = {
     "mgopt": Kind("circles", ("--num_layers=32", "--mgopt.levels=3", "--max_cycles=6"), "--beta=0.5"),
+    "mgopt_mnist": Kind(
+        "mgopt_mnist",
+        ("--num_layers=16", "--mgopt.levels=3", "--max_cycles=6", "--mgopt.optim.learning_rate=0.003"),
+        "--scaling=unit",
+        data=_digits,
+    ),
+    "nested": Kind(
+        "peaks",
+        ("--num_layers=16", "--num_train=50", "--num_val=40", "--mgrit.intervals=4", "--nested.updates=4,4"),
+        "--regularization.tikhonov=0.5",
+    ),
+    "indian_pines": Kind(
+        "indian_pines",
+        ("--num_layers=8", "--num_train=160", "--network.width=5", "--nested.updates=3,3", "--validate_every=2"),
+        "--regularization.tikhonov=0.5",
+        data=lambda folder: write(folder, *scene()),
+    ),
+    "digits": Kind("mnist", ("--max_updates=5", "--validate_every=2"), "--width=4", data=_digits),
+    "sequences": Kind("sequences", ("--max_updates=5", "--validate_every=2"), "--hidden_size=8", data=_digits),
+    "text": Kind("transformer", ("--updates=5", "--validate_every=2"), "--warmup=1"),
+    "width": Kind(
+        "poisson", ("--mesh=8", "--num_train=40", "--num_val=10", "--max_work=84", "--dtype=float64"), "--batch_size=10"
+    ),
 }
 
 
@@ -64,7 +97,8 @@ def program(name: str) -> ModuleType:
 def options_of(kind: Kind, out: Path, *words: str) -> Any:
     """The options of a kind with further words, which win."""
     module = program(kind.driver)
-    return parse(module.Options, [*EVERY, *kind.words, f"--out={out}", *words], presets=module.PRESETS)
+    data = [] if kind.data is None else [f"--data_dir={_written(kind)}"]
+    return parse(module.Options, [*EVERY, *kind.words, *data, f"--out={out}", *words], presets=module.PRESETS)
 
 
 def run(kind: Kind, comm: Communicator, out: Path, *words: str) -> Any:
@@ -76,11 +110,23 @@ def run(kind: Kind, comm: Communicator, out: Path, *words: str) -> Any:
 @cache
 def finished(name: str) -> Path:
     """The folder of an uninterrupted run of a kind on one rank, made once in each process, not to be written to."""
-    scratch = tempfile.TemporaryDirectory()
-    atexit.register(scratch.cleanup)
-    out = Path(scratch.name) / KINDS[name].folder
+    out = _scratch() / KINDS[name].folder
     run(KINDS[name], SerialCommunicator(), out)
     return out
+
+
+@cache
+def _written(kind: Kind) -> Path:
+    folder = _scratch()
+    kind.data(folder)
+    return folder
+
+
+def _scratch() -> Path:
+    """A folder that goes with the process."""
+    scratch = tempfile.TemporaryDirectory()
+    atexit.register(scratch.cleanup)
+    return Path(scratch.name)
 
 
 def updates_of(out: Path) -> list[dict]:

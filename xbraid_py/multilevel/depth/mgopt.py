@@ -16,9 +16,8 @@ from xbraid_py.comm.partition import require_multiple
 from xbraid_py.multilevel.cycle.schedule import CYCLES, Schedule
 from xbraid_py.multilevel.cycle.vcycle import Damping, Transfer, VCycle
 from xbraid_py.multilevel.depth.arrays import shards, vectors_of
-from xbraid_py.multilevel.depth.depth_transfer import INTERPOLATIONS, RESTRICTIONS, DepthTransfer
-from xbraid_py.multilevel.depth.transfer import refuse_splines
-from xbraid_py.multilevel.width.layer_matrices import SCALINGS
+from xbraid_py.multilevel.depth.transfer import INTERPOLATIONS, RESTRICTIONS, DepthTransfer, refuse_splines
+from xbraid_py.multilevel.width.matching import SCALINGS
 from xbraid_py.multilevel.width.state_width import ComposedTransfer, StateWidthTransfer
 from xbraid_py.optim import Armijo, FixedStep, QuasiNewton
 from xbraid_py.optim.levels import GradientDescent, LevelOptimizer, Point, QuasiNewtonOptimizer, TorchOptimizer

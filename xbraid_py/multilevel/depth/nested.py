@@ -188,13 +188,11 @@ class NestedIteration:
         self.problem, self.options, self.one_shot_options = problem, options, one_shot
         self.scales, self.seed = scales or InitialScales(), seed
         self._unit = problem.work_unit(num_layers)
-        self._index = 0
-        self._grid = problem.grid(self.depths[0])
         self._cut: tuple[int, ...] | None = None
         self._note: str | None = None
         self._before = {"records": 0, "work": 0.0, "evaluations": 0, "seconds": 0.0}
-        self._is_over = False
-        self._loaded: Snapshot | None = None
+        self._is_over = self._is_recorded = False
+        self._begin(0, problem.grid(self.depths[0]), None)
 
     @property
     def level(self) -> int:
@@ -221,21 +219,14 @@ class NestedIteration:
         """The network of the present level."""
         return self.objective.network
 
-    def run(self, snapshot: Snapshot | None = None) -> Iterator[Record]:
+    def run(self) -> Iterator[Record]:
         """Train; yields a record before each update and one at the end.
 
-        With a snapshot, or what `load` has read, goes on from there; its own record is not yielded again, unless it is
-        that of the end.
+        Goes on from what `load` has read, whose own record is not yielded again, unless it is that of the end.
         """
-        snapshot = snapshot or self._loaded
-        if snapshot is None:
-            self._begin(0, self._grid, None)
-        else:
-            self._restore(snapshot)
-            if snapshot.is_final:
-                yield self._record(None)
-                return
-        skip = snapshot is not None
+        if self._is_over:
+            yield self._record(None)
+            return
         while True:
             updates = self.one_shot.run(self.options.updates[self._index])
             while True:
@@ -244,9 +235,9 @@ class NestedIteration:
                 self._before["seconds"] += time.perf_counter() - clock
                 if update is None:
                     break
-                if not skip:
+                if not self._is_recorded:
                     yield self._record(update)
-                skip = False
+                self._is_recorded = False
             if self._index == self.options.refinements:
                 yield self._record(None)
                 return
@@ -353,7 +344,7 @@ class NestedIteration:
         check_numbers(checkpoint.path, numbers, self.depths, self.options.adaptive is not None)
         layout, hierarchies = self.network_of(numbers).layout, self.problem.hierarchies(self.grid_of(numbers))
         rank = self.problem.comm.rank
-        self._loaded = read_snapshot(checkpoint, numbers, layout, hierarchies, rank, convert_dtype)
+        self._restore(read_snapshot(checkpoint, numbers, layout, hierarchies, rank, convert_dtype))
 
     def grid_of(self, numbers: Mapping) -> LayerGrid:
         """The layers of a snapshot with these numbers."""
@@ -379,6 +370,6 @@ class NestedIteration:
         objective.warm, objective.adjoint_warm = (snapshot.warm.get(name) or None for name in ("state", "adjoint"))
         objective.adjoint_residual = numbers["adjoint_residual"]
         objective.work, objective.evaluations = numbers["work"], numbers["evaluations"]
-        self._before = dict(numbers["before"])
-        if snapshot.is_final:
+        self._before, self._is_over, self._is_recorded = dict(numbers["before"]), numbers["is_final"], True
+        if self._is_over:
             self._before["records"] -= 1  # the end is recorded again

@@ -46,16 +46,6 @@ class Snapshot:
     vectors: dict[str, list[Tensor]]
     warm: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
-    @property
-    def is_final(self) -> bool:
-        """Whether it is that of the end of the run."""
-        return self.numbers["is_final"]
-
-    @property
-    def next_record(self) -> int:
-        """Number of records up to this one, and so that of the first new one of a run that goes on from here."""
-        return self.numbers["before"]["records"]
-
 
 def arrays_of(snapshot: Snapshot, layout: Layout, hierarchies: Sequence[Hierarchy], rank: int) -> dict[str, Shard]:
     """The vectors of a snapshot, what solves start from, and the state of torch's random numbers.

@@ -1,6 +1,25 @@
-"""Transfers of weights between networks of different depth.
+"""Transfers between networks of different depth: of weights to a deeper one, and both ways between neighbors of MG/OPT.
 
-Shape letters: `n` layers owned here, `p` parameters of a layer.
+What is consistent. The weights are values of a function theta(t) on [0, T], a layer is a step of size h = T / N, and a
+coarse layer stands for two fine ones with the step H = 2h.
+
+* Weights. I repeats (or interpolates) values, so each row of I sums to 1. The coarse network discretizes the same
+  equation y' = F(y, theta(t)) if the coarse weights are values of the same function: each row of the restriction has to
+  sum to 1. Injection (theta at the beginning of the coarse step) and averaging do. The rows of R = I^T sum to 2: used
+  on weights, it makes a coarse network for 2 theta(t), and for 2^(L-1) theta(t) on the coarsest of L levels. R would
+  be right for h theta, the weights of a network without a step size.
+* Gradients. A gradient pairs with changes of the weights: <g, I e> = <I^T g, e>, hence R = I^T whatever restricts the
+  weights. It is consistent as it stands: g_k is about h G(t_k) with G the gradient in L2(0, T), and R sums two of them
+  to 2h G = H G, which is what the coarse network's own gradient is about.
+* First-order consistency, grad H(x^0) = R grad H_fine(x), holds for each of the restrictions, by the coupling term.
+
+So injection and averaging satisfy both demands. Averaging is the least-squares restriction for the constant I: two
+fine steps make u + h F(u, theta_0) + h F(u, theta_1) + O(h^2), for F linear in theta a coarse step with their mean.
+Injection keeps the size of weights that are no smooth function of depth, such as random initial ones, of which
+averaging halves the variance on every level. Injection is the default. Opening and classification have no depth: they
+are carried unchanged, and so are their gradients.
+
+Shape letters: `N` layers of the coarse network, `n` layers owned here, `p` parameters of a layer.
 """
 
 from __future__ import annotations
@@ -14,6 +33,9 @@ from torch import Tensor
 from xbraid_py.comm.partition import Partition
 from xbraid_py.layers.splines import Splines
 from xbraid_py.problem.network import DenseResNet
+
+INTERPOLATIONS = ("constant", "linear")
+RESTRICTIONS = ("inject", "average", "transpose")
 
 
 def prolong_rows(rows: Tensor, interpolation: str, following: Tensor | None = None) -> Tensor:
@@ -131,3 +153,82 @@ def hand_over(comm, row: Tensor, target: Tensor, source: int, dest: int) -> None
         comm.isend(row.contiguous(), dest)()
     elif comm.rank == dest:
         comm.recv(target, source)
+
+
+class DepthTransfer:
+    """Prolongation and restriction between networks of N and 2N layers.
+
+    Rows move between ranks where the partitions of the two networks ask for it, and otherwise only the rows of
+    neighbors that linear interpolation needs.
+
+    Parameters
+    ----------
+    coarse, fine : DenseResNet
+        N and 2N layers, over the same communicator.
+    interpolation : {"constant", "linear"}
+        I: layer 2k + 1 takes the weights of coarse layer k, or the mean of those of k and k + 1 (those of k at the
+        end); layer 2k takes those of k.
+    restriction : {"inject", "average", "transpose"}
+        Of the weights: those of layer 2k, the mean of 2k and 2k + 1, or the literal I^T of paper 000.
+
+    Raises
+    ------
+    ValueError
+        If the depths do not fit, a word is none of these, or the weights are splines.
+    """
+
+    def __init__(
+        self,
+        coarse: DenseResNet,
+        fine: DenseResNet,
+        interpolation: str = "constant",
+        restriction: str = "inject",
+    ):
+        if fine.grid.num_layers != 2 * coarse.grid.num_layers:
+            raise ValueError(
+                f"fine num_layers={fine.grid.num_layers} must be {2 * coarse.grid.num_layers}, twice the coarse"
+            )
+        refuse_splines(coarse.splines or fine.splines)
+        if interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation={interpolation!r} must be {' or '.join(INTERPOLATIONS)}; use constant")
+        if restriction not in RESTRICTIONS:
+            raise ValueError(f"restriction={restriction!r} must be {' or '.join(RESTRICTIONS)}; use inject")
+        self.coarse, self.fine = coarse, fine
+        self.interpolation, self.restriction = interpolation, restriction
+
+    def prolong(self, x: Tensor) -> Tensor:
+        """I x, for weights and for corrections."""
+        return prolong_depth(self.coarse, self.fine, x, self.interpolation)
+
+    def restrict(self, x: Tensor) -> Tensor:
+        """Weights of the coarse network, as `restriction` says."""
+        if self.restriction == "inject":
+            return self._restricted(x, lambda even, odd: even)
+        if self.restriction == "average":
+            return self._restricted(x, lambda even, odd: (even + odd) / 2)
+        return self.restrict_gradient(x)
+
+    def restrict_gradient(self, gradient: Tensor) -> Tensor:
+        """R g with R = I^T."""
+        return self._restricted(gradient, self._summed_linear if self.interpolation == "linear" else torch.add)
+
+    def _restricted(self, x: Tensor, pairwise) -> Tensor:
+        """Coarse layers from the pairs (n, p), (n, p) of fine ones; opening and classification unchanged."""
+        coarse, fine, comm = self.coarse, self.fine, self.coarse.comm
+        rows = fine.layout.rows(x)
+        pairs = comm.redistribute(rows["layers"], fine.partition, coarse.partition.refine(2))
+        out = coarse.layout.zeros()
+        target = coarse.layout.rows(out)
+        target["layers"].copy_(pairwise(pairs[0::2], pairs[1::2]))
+        target["opening"].copy_(rows["opening"])
+        hand_over(comm, rows["classification"], target["classification"], fine.last_rank, coarse.last_rank)
+        return out
+
+    def _summed_linear(self, even: Tensor, odd: Tensor) -> Tensor:
+        """Column k of the linear I: 1 for layer 2k, 1/2 for 2k - 1 and 2k + 1; 1 for the very last layer."""
+        before = self.coarse.comm.shift(odd[-1:], self.coarse.partition, +1) if len(odd) else None
+        behind = torch.cat([torch.zeros_like(odd[:1]) if before is None else before, odd[:-1]])
+        share = odd / 2
+        if self.coarse.is_last:
+            share[-1] = odd[-1]
+        return even + share + behind / 2
