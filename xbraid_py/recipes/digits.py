@@ -1,11 +1,15 @@
-"""Jobs on handwritten digits: their options, and the run, for whatever network reads the images."""
+"""Handwritten digits as a job: options, data and training, whatever network reads them; and that of residual layers.
+
+Shape letters: `B` images.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,205 +17,223 @@ from torch import Tensor, nn
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.data import mnist
-from xbraid_py.layer_parallel.minibatch.state import Trained
-from xbraid_py.layer_parallel.minibatch.updates import evaluate
-from xbraid_py.mgrit import MGRIT
-from xbraid_py.recipes.digits_resume import read_resumed
-from xbraid_py.recipes.digits_run import follow
-from xbraid_py.run.folder import claim
-from xbraid_py.run.options import to_dict
-from xbraid_py.run.progress import setup_logging
-from xbraid_py.run.tensorboard import require_tensorboard
+from xbraid_py.data.dataset import Batches
+from xbraid_py.layer_parallel.accuracy import GradientControl
+from xbraid_py.layer_parallel.export import to_sequential
+from xbraid_py.layer_parallel.minibatch.state import MinibatchState
+from xbraid_py.layer_parallel.minibatch.updates import Batch, evaluate
+from xbraid_py.layer_parallel.stack import LayerParallel
+from xbraid_py.layers.dense import DenseBlock
+from xbraid_py.layers.module_block import own_random_numbers
+from xbraid_py.recipes.minibatch import MinibatchOptions, MinibatchTraining, network_of, prepare
+from xbraid_py.run.engine import Row
+from xbraid_py.run.resume import free
+from xbraid_py.run.store.read import Checkpoint
 
-# What may differ between a run and its continuation: where things are, how often it looks, how ranks are shared out.
-_FREE = (
-    *("out", "resume", "smoke", "data_dir", "record_every", "test_every", "checkpoint_every", "keep", "tensorboard"),
-    "replicas",
-)
+PIXELS = 28 * 28
 _TEST_BATCH = 500
 
 
 @dataclass(frozen=True, kw_only=True)
-class DigitOptions:
-    """What all jobs on digits have.
+class DigitOptions(MinibatchOptions):
+    """What all jobs on digits are told.
 
     Parameters
     ----------
     epochs
         Passes over the training images.
-    batch_size
-        Images of an update, of all replicas together.
-    learning_rate
-        Of Adam.
-    clip
-        2-norm above which the gradient is scaled down; not at all if not given.
+    schedule
+        Of the learning rate: falling to zero along a cosine, or constant.
     max_updates
         End after so many updates, whatever the epochs.
     num_train
         Use only the first so many training images; all if not given.
     num_test
-        The same for the test images.
+        The same for the test images, for the validation.
     data_dir
-        Folder of the four files; by default mnist in the folder that XBRAID_DATA names, or in ../shared/data.
-    seed
-        Of initial weights and of the order of the images.
-    replicas
-        Copies of the network, each on as many ranks, that share out every batch; divides the number of ranks.
-    exact
-        Propagate layer after layer, or step after step of a sequence, instead of by MGRIT.
-    record_every
-        Updates between two rows of the record.
-    test_every
-        Updates between two tests, the last of which ends the run.
-    checkpoint_every
-        Updates between two checkpoints.
-    keep
-        Newest checkpoints to keep, besides the best.
-    out
-        Folder of the record, the checkpoints and the picture.
-    resume
-        Checkpoint to go on from, or auto for the newest good one in the out folder (if there is one).
-    tensorboard
-        Write event files for TensorBoard as well.
-    smoke
-        A run of seconds: other defaults, each of which may still be given.
-    mgrit
-        Solver of the states.
-    adjoint
-        Solver of the adjoints; what is left at its default is taken from mgrit.
+        Folder of the four files; by default mnist in the folder that XBRAID_DATA names.
     """
 
     epochs: int = 1
-    batch_size: int = 50
-    learning_rate: float = 5e-3
-    clip: float | None = None
+    schedule: Literal["cosine", "constant"] = "cosine"
     max_updates: int | None = None
     num_train: int | None = None
     num_test: int | None = None
-    data_dir: Path | None = None
-    seed: int = 0
-    replicas: int = 1
-    exact: bool = False
-    record_every: int = 10
-    test_every: int = 300
-    checkpoint_every: int = 100
-    keep: int = 3
-    out: Path = Path("runs/digits")
-    resume: str | None = None
-    tensorboard: bool = False
-    smoke: bool = False
-    mgrit: MGRIT = MGRIT()
-    adjoint: MGRIT = MGRIT()
+    data_dir: Path | None = free(None)
+    record_every: int = free(10)
 
     def __post_init__(self):
-        sizes = ("batch_size", "num_train", "num_test", "replicas", "epochs", "max_updates")
-        for name in (*sizes, "record_every", "test_every", "checkpoint_every", "keep"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1; use 10")
-        for name, good in (("learning_rate", "0.005"), ("clip", "1.0")):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)} must be positive and finite; use {good}")
-
-    @property
-    def solvers(self) -> dict[str, MGRIT]:
-        """The arguments `mgrit` and `adjoint` of what is solved for: without coarse levels if it is to be exact."""
-        both = {"mgrit": self.mgrit, "adjoint": self.adjoint}
-        return {name: replace(each, max_levels=1) for name, each in both.items()} if self.exact else both
+        super().__post_init__()
+        self.require_least(epochs=1, max_updates=1, num_train=1, num_test=1)
 
 
-def prepare(
-    options: DigitOptions,
-    comm: Communicator,
-    build: Callable[[Communicator | None], nn.Module],
-    read: Callable[[Tensor], Tensor],
-    *,
-    free: tuple[str, ...] = (),
-    constant_rate: bool = False,
-    also: Callable[[nn.Module], dict[str, float]] = lambda model: {},
-) -> Callable[[], None]:
-    """Read and check everything, without a message; returns the run.
+@dataclass(frozen=True)
+class Digits:
+    """The images of a job (B, 28, 28) in bytes, their labels (B,), and the order in which they are trained on."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    order: Batches
+
+    @classmethod
+    def load(cls, options: DigitOptions) -> Digits:
+        """Read the files; raises what `mnist.load` and `Batches` raise."""
+        data, train, test = mnist.load(options.data_dir), options.num_train, options.num_test
+        labels = data.train_labels[:train]
+        order = Batches(len(labels), options.batch_size, options.seed)
+        return cls(data.train_images[:train], labels, data.test_images[:test], data.test_labels[:test], order)
+
+
+class DigitTraining(MinibatchTraining):
+    """A network that learns digits by Adam.
 
     Parameters
     ----------
     options : DigitOptions
+    digits : Digits
+    model : Module
+        Logits (B, 10) of what `read` makes of images.
+    grid : ProcessGrid
     comm : Communicator
-    build : callable
-        Makes the network for a communicator, or without ranks; logits (B, 10) of what `read` makes.
-    read : callable
-        What the network gets of images (B, 28, 28) of bytes.
-    free : tuple of str
-        Further options that may differ between a run and its continuation.
-    constant_rate : bool
-        Or the learning rate falls to zero along a cosine.
-    also : callable
-        What a test records of the network besides the accuracy; called after an update, before the test.
-
-    Raises
-    ------
-    ValueError
-        If the replicas do not fit the ranks or the batch, or for what `build` and the checkpoint raise it.
     """
-    setup_logging(comm)
-    if comm.size % options.replicas:
-        raise ValueError(f"replicas={options.replicas} does not divide the {comm.size} rank(s); use 1")
-    if options.batch_size < options.replicas:
-        raise ValueError(f"batch_size={options.batch_size} is too small for replicas={options.replicas}; use 100")
-    alone = build(None)  # without ranks it sends no message, and refuses what others would refuse
-    if options.tensorboard:
-        require_tensorboard()
-    data = mnist.load(options.data_dir)
-    train_images, train_labels = data.train_images[: options.num_train], data.train_labels[: options.num_train]
-    test_images, test_labels = data.test_images[: options.num_test], data.test_labels[: options.num_test]
-    order = mnist.Batches(len(train_labels), options.batch_size, options.seed)
-    num_updates = min(options.epochs * len(order), options.max_updates or sys.maxsize)
-    folder = claim(options.out, comm)
-    start = read_resumed(options.resume, options.out, to_dict(options), (*_FREE, *free), alone)
 
-    def batches(done: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def __init__(self, options: DigitOptions, digits: Digits, model: nn.Module, grid: ProcessGrid, comm: Communicator):
+        total = min(options.epochs * len(digits.order), options.max_updates or sys.maxsize)
+        optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
+        is_cosine = options.schedule == "cosine"
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total) if is_cosine else None
+        trained = MinibatchState(model=model, optimizer=optimizer, comm=comm, scheduler=cosine, grid=grid)
+        super().__init__(options, trained, total)
+        self.digits = digits
+
+    def read(self, images: Tensor) -> Tensor:
+        """What the network gets of images (B, 28, 28) of bytes."""
+        return mnist.standardized(images)
+
+    def batches(self, done: int) -> Iterator[Batch]:
+        digits, order = self.digits, self.digits.order
         minibatches = order.epoch(done // len(order))
-        for number in range(done, num_updates):
+        for number in range(done, self.total):
             epoch, place = divmod(number, len(order))
             if place == 0:
                 minibatches = order.epoch(epoch)
-            yield read(train_images[minibatches[place]]), train_labels[minibatches[place]]
+            chosen = minibatches[place]
+            yield self.read(digits.train_images[chosen]), digits.train_labels[chosen]
 
-    def tests() -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in zip(test_images.split(_TEST_BATCH), test_labels.split(_TEST_BATCH), strict=True):
-            yield read(images), labels
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs, targets)
 
-    def run() -> None:
-        grid = ProcessGrid(comm, options.replicas)
-        model = build(grid.layers)
-        optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
-        cosine = None if constant_rate else torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_updates)
+    def validate(self) -> Row:
+        portions = (each.split(_TEST_BATCH) for each in (self.digits.test_images, self.digits.test_labels))
+        batches = ((self.read(images), labels) for images, labels in zip(*portions, strict=True))
+        return {"val_accuracy": evaluate(self.trained.model, batches, _share_of_right_ones, self.trained.grid)}
 
-        def test() -> dict[str, float]:
-            found = also(model)
-            return {"test_accuracy": evaluate(model, tests(), _share_of_right_ones, grid), **found}
-
-        tested = follow(
-            Trained(model=model, optimizer=optimizer, scheduler=cosine, grid=grid),
-            batches,
-            nn.functional.cross_entropy,
-            test,
-            folder=folder,
-            configuration=to_dict(options),
-            num_updates=num_updates,
-            record_every=options.record_every,
-            test_every=options.test_every,
-            checkpoint_every=options.checkpoint_every,
-            keep=options.keep,
-            clip=options.clip,
-            start=start,
-            tensorboard=options.tensorboard,
-        )
-        if comm.rank == 0:
-            accuracy, seconds = 100 * tested["test_accuracy"], tested["seconds"]
-            print(f"test accuracy: {accuracy:.2f} %, {seconds:.1f} seconds of training", flush=True)
-
-    return run
+    def say(self, row: Row) -> str:
+        return f"test accuracy: {100 * row['val_accuracy']:.2f} %, {row['seconds']:.1f} seconds of training"
 
 
 def _share_of_right_ones(logits: Tensor, labels: Tensor) -> Tensor:
     """Accuracy of a batch."""
     return (logits.argmax(1) == labels).double().mean()
+
+
+def prepare_digits(
+    kind: str,
+    recipe: str,
+    options: DigitOptions,
+    comm: Communicator,
+    build: Callable[[DigitOptions, Communicator | None], nn.Module],
+    training: type[DigitTraining] = DigitTraining,
+) -> Callable[[], Row]:
+    """Read and check everything, without a message; returns the run.
+
+    Parameters
+    ----------
+    kind, recipe
+        See `xbraid_py.run.engine.train`.
+    options : DigitOptions
+    comm : Communicator
+    build : callable
+        `build(options, comm)` makes the network on ranks, or without any for None.
+    training : type
+        What reads the images, and how it is validated.
+    """
+    digits = Digits.load(options)
+
+    def made(layers: Communicator | None) -> nn.Module:
+        return build(options, layers)
+
+    def make(model: nn.Module, grid: ProcessGrid) -> DigitTraining:
+        return training(options, digits, model, grid, comm)
+
+    return prepare(kind, recipe, options, comm, made, make)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MnistOptions(DigitOptions):
+    """The MNIST job.
+
+    Parameters
+    ----------
+    variant
+        Kind of the layers: convolutional or dense.
+    num_layers
+        Residual layers.
+    T
+        Final time; a step is T / num_layers.
+    width
+        Channels of the convolutional states (7 x 7 pixels), or numbers of a dense state.
+    accuracy
+        What is asked of the gradients.
+    """
+
+    variant: Literal["conv", "dense"] = "conv"
+    num_layers: int = 32
+    T: float = 2.0
+    width: int = 16
+    out: Path = free(Path("runs/mnist"))
+    accuracy: GradientControl = GradientControl()
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_least(width=1)
+
+
+def network(checkpoint: Checkpoint) -> nn.Module:
+    """The trained network of a checkpoint as a plain module, from images (B, 1, 28, 28) to logits (B, 10)."""
+    return to_sequential(network_of(checkpoint, MnistOptions, build))
+
+
+def build(options: MnistOptions, comm: Communicator | None) -> nn.Sequential:
+    """The network: opening, layers, head; what lies around the layers is the same on every rank."""
+    width = options.width
+    with own_random_numbers(options.seed):
+        if options.variant == "conv":
+            opening = [nn.Conv2d(1, width, 5, stride=2, padding=2), nn.ReLU(), nn.MaxPool2d(2)]
+            pooling = nn.AvgPool2d(2, padding=1)  # 7 x 7 pixels to 4 x 4
+            head = [norm(width), nn.ReLU(), pooling, nn.Flatten(), nn.Linear(16 * width, mnist.NUM_CLASSES)]
+        else:
+            opening = [nn.Flatten(), nn.Linear(PIXELS, width)]
+            head = [nn.Linear(width, mnist.NUM_CLASSES)]
+    stack = LayerParallel(
+        (lambda: conv_block(width)) if options.variant == "conv" else (lambda: DenseBlock(width)),
+        options.num_layers,
+        options.T,
+        comm,
+        **options.solvers,
+        accuracy=options.accuracy,
+        seed=options.seed,
+    )
+    return nn.Sequential(*opening, stack, *head)
+
+
+def conv_block(channels: int) -> nn.Sequential:
+    """F(u) of a convolutional layer, for states (B, channels, 7, 7)."""
+    return nn.Sequential(norm(channels), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1))
+
+
+def norm(channels: int) -> nn.GroupNorm:
+    """Statistics over groups of four channels, or over all where four do not divide them."""
+    return nn.GroupNorm(channels // 4 if channels % 4 == 0 else 1, channels)

@@ -19,7 +19,7 @@ RECIPES = {
     "darcy": "width",
     "images": "images",
     "mnist": "digits",
-    "sequences": "digits",
+    "sequences": "sequences",
     "transformer": "text",
 }
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from xbraid_py.comm import Communicator
-from xbraid_py.layer_parallel.minibatch.state import stacks_by_name, tensors_by_name
+from xbraid_py.layer_parallel.minibatch.state import tensors_by_name, weights_by_name
 
 
 def check_alike(model: nn.Module, comm: Communicator) -> None:
@@ -27,13 +27,13 @@ def check_alike(model: nn.Module, comm: Communicator) -> None:
     ValueError
         On all ranks, with the name of a parameter or buffer that differs.
     """
-    owners = stacks_by_name(model)
+    owners = weights_by_name(model)
     held: dict[tuple[str, int], tuple] = {}
     for name, tensor in tensors_by_name(model):
-        stack = owners.get(name)
-        if stack is not None and not len(tensor):
+        owner = owners.get(name)
+        if owner is not None and not len(tensor):
             continue
-        first = 0 if stack is None else stack.layers.partition.first(stack.comm.rank)
+        first = 0 if owner is None else owner.partition.first(owner.comm.rank)
         content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         held[name, first] = (tuple(tensor.shape), tensor.dtype, hashlib.blake2b(content).digest())
     found = comm.gather(held)

@@ -14,15 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator
+from xbraid_py.comm.errors import RunError
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.layer_parallel.stack import LayerParallel
-from xbraid_py.run.store.write import Checkpoint, CheckpointError, Shard
+from xbraid_py.layer_parallel.weights import StackedWeights
+from xbraid_py.run.store.read import Checkpoint, CheckpointError, no_state
+from xbraid_py.run.store.write import Shard
 
 WEIGHTS, MOMENTS, SCALARS, RANDOM = "weights", "optimizer", "optimizer_scalars", "random_state"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Trained:
+@dataclass(kw_only=True)
+class MinibatchState:
     """All that changes while a model is trained.
 
     Parameters
@@ -32,9 +35,15 @@ class Trained:
     optimizer : torch.optim.Optimizer
         Of `model.parameters()`; what it keeps of a parameter are numbers and tensors of the parameter's shape, as
         those of SGD, Adam and the like.
+    comm : Communicator
+        All ranks of the job.
     scheduler : torch.optim.lr_scheduler.LRScheduler, optional
     grid : ProcessGrid, optional
         The model's stacks are on `grid.layers`.
+    update : int
+        Updates made.
+    seconds : float
+        Spent in them.
 
     Raises
     ------
@@ -44,8 +53,11 @@ class Trained:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    comm: Communicator
     scheduler: Any = None
     grid: ProcessGrid | None = None
+    update: int = 0
+    seconds: float = 0.0
 
     def __post_init__(self):
         _names_in(self.optimizer, self.model)
@@ -55,34 +67,38 @@ class Trained:
         """The stacks, in the order of the model."""
         return [part for part in self.model.modules() if isinstance(part, LayerParallel)]
 
-    def is_finite(self) -> bool:
-        """Whether all weights on this rank are finite."""
-        return all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
+    def state(self) -> tuple[dict[str, Shard], dict[str, Any]]:
+        """What this rank writes, and what is not in the arrays, JSON-able; complete on rank 0. Collective.
 
-    def shards(self, comm: Communicator) -> dict[str, Shard]:
-        """What this rank writes: "weights/NAME" with the names of `state_dict()`, "optimizer/KEY/NAME", and so on.
-
-        Parameters
-        ----------
-        comm : Communicator
-            All ranks of the job.
+        The arrays are "weights/NAME" with the names of `state_dict()`, "optimizer/KEY/NAME", and so on.
 
         Raises
         ------
+        RunError
+            On all ranks, if a weight is not finite.
         ValueError
             If the optimizer keeps something else than numbers and tensors of the parameters' shapes.
         """
-        found: dict[str, Shard] = {}
-        owners = stacks_by_name(self.model)
-        is_first = comm.rank == 0
+        is_finite = all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
+        bad = self.comm.first_error(None if is_finite else "not finite")
+        if bad is not None:
+            raise RunError(
+                f"update {self.update}: rank {bad[0]} has weights that are not finite, so there is no checkpoint; "
+                f"use a smaller learning rate, or clip the gradients"
+            )
+        return self._shards(), self._numbers()
 
-        def add(name: str, tensor: Tensor, stack: LayerParallel | None) -> None:
-            if stack is None and is_first:
+    def _shards(self) -> dict[str, Shard]:
+        found: dict[str, Shard] = {}
+        owners = weights_by_name(self.model)
+
+        def add(name: str, tensor: Tensor, owner: StackedWeights | None) -> None:
+            if owner is None and self.comm.rank == 0:
                 rows = tensor.detach().reshape(tensor.shape or (1,))
                 found[name] = Shard(rows, 0, len(rows))
-            elif stack is not None and (self.grid is None or self.grid.replica == 0):
-                partition = stack.layers.partition
-                found[name] = Shard(tensor.detach(), partition.first(stack.comm.rank), partition.num_rows)
+            elif owner is not None and (self.grid is None or self.grid.replica == 0):
+                partition = owner.partition
+                found[name] = Shard(tensor.detach(), partition.first(owner.comm.rank), partition.num_rows)
 
         for name, tensor in tensors_by_name(self.model):
             add(f"{WEIGHTS}/{name}", tensor, owners.get(name))
@@ -100,20 +116,21 @@ class Trained:
         add(RANDOM, torch.get_rng_state(), None)
         return found
 
-    def numbers(self, comm: Communicator) -> dict:
-        """What is not in the arrays, JSON-able; complete on rank 0. Collective."""
-        solvers = comm.gather([stack.solver_state() for stack in self.stacks])
+    def _numbers(self) -> dict[str, Any]:
+        solvers = self.comm.gather([stack.solver_state() for stack in self.stacks])
         replicas = self.grid.replicas if self.grid else 1
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         return {
+            "update": self.update,
+            "seconds": self.seconds,
             "groups": groups,
             "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
             # Each replica solves for other samples, so its solvers may have been tightened when others were not.
-            "solvers": solvers[:: comm.size // replicas] if solvers else [],
+            "solvers": solvers[:: self.comm.size // replicas] if solvers else [],
         }
 
-    def load(self, checkpoint: Checkpoint, numbers: Mapping) -> None:
-        """Take over what a checkpoint holds, whatever the number of ranks that wrote it; sends no message.
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Take over what `state` gave, whatever the number of ranks that wrote it; sends no message.
 
         With the number of replicas that wrote it each takes over the state of its own solvers. With another one all
         take that of the replica that solved most exactly.
@@ -121,14 +138,16 @@ class Trained:
         Parameters
         ----------
         checkpoint : Checkpoint
-        numbers : mapping
-            As `numbers` has made them.
+            Its numbers are `checkpoint.meta["state"]`.
 
         Raises
         ------
-        CheckpointError
+        CheckpointError, LookupError, RuntimeError, TypeError, ValueError
             If the file is damaged, or holds another model, another optimizer or none.
         """
+        numbers = checkpoint.meta["state"]
+        if type(numbers["update"]) is not int or numbers["update"] < 1:
+            raise no_state(checkpoint.path, f"update={numbers['update']!r}")
         load_weights(checkpoint, self.model)
         self._load_optimizer(checkpoint, numbers["groups"])
         if (self.scheduler is None) != (numbers["scheduler"] is None):
@@ -142,10 +161,11 @@ class Trained:
             states = max(numbers["solvers"], key=_exactness)
         for stack, state in zip(self.stacks, states, strict=True):
             stack.load_solver_state(state)
+        self.update, self.seconds = numbers["update"], float(numbers["seconds"])
         torch.set_rng_state(checkpoint.rows(RANDOM))
 
     def _load_optimizer(self, checkpoint: Checkpoint, saved: list[Mapping]) -> None:
-        owners = stacks_by_name(self.model)
+        owners = weights_by_name(self.model)
         names = _names_in(self.optimizer, self.model)
         index = {name: number for number, (name, _) in enumerate(names)}
         state: dict[int, dict[str, Tensor]] = {}
@@ -153,8 +173,8 @@ class Trained:
             kind, _, rest = array.partition("/")
             key, _, name = rest.partition("/")
             if kind in (MOMENTS, SCALARS) and name in index:
-                stack = owners.get(name) if kind == MOMENTS else None
-                rows = _own_rows(checkpoint, array, stack)
+                owner = owners.get(name) if kind == MOMENTS else None
+                rows = _own_rows(checkpoint, array, owner)
                 shape = names[index[name]][1].shape if kind == MOMENTS else ()
                 state.setdefault(index[name], {})[key] = rows.reshape(shape)
         fresh = self.optimizer.state_dict()["param_groups"]
@@ -189,7 +209,7 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
         If the file is damaged, or holds another model.
     """
     check_weights(checkpoint, model)
-    owners = stacks_by_name(model)
+    owners = weights_by_name(model)
     for name, tensor in tensors_by_name(model):
         rows = _own_rows(checkpoint, f"{WEIGHTS}/{name}", owners.get(name))
         with torch.no_grad():
@@ -198,7 +218,7 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
 
 def check_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Raise `CheckpointError` unless a checkpoint holds just the parameters and buffers of a model; no message."""
-    owners = stacks_by_name(model)
+    owners = weights_by_name(model)
     held = {name.partition("/")[2] for name in checkpoint.names() if name.startswith(f"{WEIGHTS}/")}
     wanted = dict(tensors_by_name(model))
     where = f"{checkpoint.path} holds another network than this run's"
@@ -206,8 +226,8 @@ def check_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     for name in sorted(held ^ wanted.keys()):
         raise CheckpointError(f"{where}: {'no ' if name in wanted else ''}{name}; {use}")
     for name, tensor in wanted.items():
-        stack = owners.get(name)
-        rows = stack.grid.num_layers if stack is not None else tensor.shape[0] if tensor.dim() else 1
+        owner = owners.get(name)
+        rows = owner.partition.num_rows if owner is not None else tensor.shape[0] if tensor.dim() else 1
         shape = (rows, *tensor.shape[1:])
         found = checkpoint.shape(f"{WEIGHTS}/{name}"), checkpoint.rows(f"{WEIGHTS}/{name}", 0, 0).dtype
         if found != (shape, tensor.dtype):
@@ -223,14 +243,14 @@ def tensors_by_name(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name not in passing)
 
 
-def stacks_by_name(model: nn.Module) -> dict[str, LayerParallel]:
-    """The stack that a parameter or buffer with a row for each layer belongs to, by its name; others are missing."""
+def weights_by_name(model: nn.Module) -> dict[str, StackedWeights]:
+    """What a parameter or buffer with a row for each layer is a part of, by its name; others are missing."""
     return {
-        f"{path}.layers.{name}".lstrip("."): part
+        f"{path}.{name}".lstrip("."): part
         for path, part in model.named_modules()
-        if isinstance(part, LayerParallel)
-        for name, _ in tensors_by_name(part.layers)
-        if name in part.layers.divided
+        if isinstance(part, StackedWeights)
+        for name, _ in tensors_by_name(part)
+        if name in part.divided
     }
 
 
@@ -243,10 +263,10 @@ def _names_in(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[tuple[
     return [(names[id(parameter)], parameter) for parameter in found]
 
 
-def _own_rows(checkpoint: Checkpoint, name: str, stack: LayerParallel | None) -> Tensor:
-    if stack is None:
+def _own_rows(checkpoint: Checkpoint, name: str, owner: StackedWeights | None) -> Tensor:
+    if owner is None:
         return checkpoint.rows(name)
-    partition, rank = stack.layers.partition, stack.comm.rank
+    partition, rank = owner.partition, owner.comm.rank
     count = partition.count(rank)
     return checkpoint.rows(name, partition.first(rank) if count else 0, count)
 

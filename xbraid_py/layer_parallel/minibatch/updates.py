@@ -15,6 +15,7 @@ from xbraid_py.comm.errors import RunError
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.layer_parallel.accuracy import SolveRecord
 from xbraid_py.layer_parallel.ends import clip_grad_norm_
+from xbraid_py.layer_parallel.stack import LayerParallel
 
 # A batch: what goes into the model, and what should come out; the first axis of both is the samples.
 Batch = tuple[Tensor, Tensor]
@@ -60,9 +61,11 @@ def train(
     Yields
     ------
     dict
-        "kind": "update", "update" (from `done` + 1), "loss" (of the whole batch, before the update), "learning_rate",
-        "seconds" spent in updates so far, "grad_norm" (before clipping, None without), and "stacks": for every
-        layer-parallel stack what its solves did (`SolveRecord.as_dict()`), in the order of the model.
+        "update" (from `done` + 1), "loss" (of the whole batch, before the update), "learning_rate", "seconds" spent in
+        updates so far, "grad_norm" (before clipping, None without), "state_residual" and "adjoint_residual" (the
+        largest of the stacks, None without any), "stacks": for every layer-parallel stack what its solves did
+        (`SolveRecord.as_dict()`), in the order of the model; "note", what was changed in a solver after this update
+        (None if nothing was), and "telling", whether something was, or the error of a gradient was measured.
 
     Raises
     ------
@@ -87,14 +90,18 @@ def train(
         if scheduler is not None:
             scheduler.step()
         seconds += time.perf_counter() - start
+        records = solve_records(model)
         yield {
-            "kind": "update",
             "update": number,
             "loss": mean,
             "learning_rate": float(rate),
             "seconds": seconds,
             "grad_norm": norm,
-            "stacks": [record.as_dict() for record in solve_records(model)],
+            "state_residual": max((record.residual for record in records), default=None),
+            "adjoint_residual": max((record.adjoint_residual for record in records), default=None),
+            "stacks": [record.as_dict() for record in records],
+            "note": "; ".join(record.event for record in records if record.event) or None,
+            "telling": any(record.event or record.measured for record in records),
         }
 
 
@@ -134,8 +141,8 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], measure: Measure, grid:
 
 def solve_records(model: nn.Module) -> list[SolveRecord]:
     """What the last solves of the layer-parallel stacks in a model did, in the order of the model."""
-    found = (getattr(part, "record", None) for part in model.modules())
-    return [record for record in found if isinstance(record, SolveRecord)]
+    found = (record for part in model.modules() if isinstance(part, LayerParallel) for record in part.records)
+    return [record for record in found if record is not None]
 
 
 def _mean_over_replicas(value: float, samples: int, grid: ProcessGrid | None) -> float:

@@ -1,0 +1,213 @@
+"""Training on minibatches as a job: options, updates with validations, and the picture, for whatever is learned."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from xbraid_py.comm import Communicator
+from xbraid_py.comm.replicas import ProcessGrid
+from xbraid_py.layer_parallel.minibatch.alike import check_alike
+from xbraid_py.layer_parallel.minibatch.state import MinibatchState, check_weights, load_weights
+from xbraid_py.layer_parallel.minibatch.updates import Batch, train
+from xbraid_py.mgrit import MGRIT
+from xbraid_py.run import engine
+from xbraid_py.run.engine import Row, State, Training
+from xbraid_py.run.options import from_dict
+from xbraid_py.run.resume import RunOptions, free, state_of
+from xbraid_py.run.store.keep import Score
+from xbraid_py.run.store.read import Checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinibatchOptions(RunOptions):
+    """What all jobs on minibatches are told.
+
+    Parameters
+    ----------
+    batch_size
+        Samples of an update, of all replicas together.
+    learning_rate
+        Of the optimizer.
+    clip
+        2-norm above which the gradient is scaled down; not at all if not given.
+    seed
+        Of initial weights and of the order of the samples.
+    replicas
+        Copies of the network, each on as many ranks, that share out every batch; divides the number of ranks.
+    exact
+        Propagate layer after layer, or step after step of a sequence, instead of by MGRIT.
+    validate_every
+        Updates between two validations; the last update has one in any case.
+    mgrit
+        Solver of the states.
+    adjoint
+        Solver of the adjoints; what is left at its default is taken from mgrit.
+    """
+
+    batch_size: int = 50
+    learning_rate: float = 5e-3
+    clip: float | None = None
+    seed: int = 0
+    replicas: int = free(1)
+    exact: bool = False
+    validate_every: int = free(300)
+    checkpoint_every: int = free(100)
+    checkpoint_best: bool = free(True)
+    mgrit: MGRIT = MGRIT()
+    adjoint: MGRIT = MGRIT()
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_least(batch_size=1, replicas=1, validate_every=1)
+        for name in ("learning_rate", "clip"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
+                good = getattr(type(self), name) or 1.0
+                raise ValueError(f"{name}={getattr(self, name)} must be positive and finite; use {good}")
+        if self.batch_size < self.replicas:
+            raise ValueError(f"batch_size={self.batch_size} is less than replicas={self.replicas}; use {self.replicas}")
+
+    def require_least(self, **least: int) -> None:
+        """Raise `ValueError` for an option, if it is given, that is less than this."""
+        for name, bound in least.items():
+            if getattr(self, name) is not None and getattr(self, name) < bound:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {bound}; use 10")
+
+    @property
+    def solvers(self) -> dict[str, MGRIT]:
+        """The arguments `mgrit` and `adjoint` of what is solved for: without coarse levels if it is to be exact."""
+        both = {"mgrit": self.mgrit, "adjoint": self.adjoint}
+        return {name: replace(each, max_levels=1) for name, each in both.items()} if self.exact else both
+
+
+class MinibatchTraining(Training):
+    """Updates on minibatches, with validations in between.
+
+    Parameters
+    ----------
+    options : MinibatchOptions
+    trained : MinibatchState
+        At the beginning.
+    total : int
+        Updates in all.
+    """
+
+    def __init__(self, options: MinibatchOptions, trained: MinibatchState, total: int):
+        self.options, self.trained, self.total = options, trained, total
+
+    @abstractmethod
+    def batches(self, done: int) -> Iterable[Batch]:
+        """Inputs and targets of the updates behind so many, whole batches, the same on all ranks."""
+
+    @abstractmethod
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean over the samples of a batch."""
+
+    def steps(self) -> Iterator[Row]:
+        trained = self.trained
+        for row in train(
+            trained.model,
+            self.batches(trained.update),
+            self.loss,
+            trained.optimizer,
+            scheduler=trained.scheduler,
+            clip=self.options.clip,
+            grid=trained.grid,
+            done=trained.update,
+            seconds=trained.seconds,
+        ):
+            trained.update, trained.seconds = row["update"], row["seconds"]
+            yield {**row, "final": row["update"] == self.total}
+        if trained.update < self.total:
+            raise ValueError(f"batches end after update {trained.update}, total={self.total}; use as many batches")
+
+    def is_due(self, row: Row) -> bool:
+        return row["update"] % self.options.validate_every == 0
+
+    def score(self, row: Row) -> Score:
+        # The loss of one minibatch says nothing: what was not validated is never the best.
+        values = (row.get(name) for name in ("val_accuracy", "val_loss"))
+        accuracy, loss = (value if value is not None and math.isfinite(value) else None for value in values)
+        return Score(accuracy=accuracy, objective=loss)
+
+    def state(self) -> State:
+        return self.trained.state()
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        self.trained.load(checkpoint)
+
+    def describe(self) -> str:
+        return "\n".join(f"levels of a stack\n{stack.table()}" for stack in self.trained.stacks)
+
+    def draw(self, rows: list[Row], figures: Path) -> None:
+        if rows:
+            from xbraid_py.recipes.pictures.minibatch import picture  # matplotlib takes its time to load
+
+            picture(rows, figures / "training.png")
+
+
+def network_of(
+    checkpoint: Checkpoint, options_class: type[MinibatchOptions], build: Callable[..., nn.Module]
+) -> nn.Module:
+    """The trained network of a checkpoint without ranks, as `build(options, None, **sizes)` makes it.
+
+    Raises
+    ------
+    CheckpointError
+        If it holds another network.
+    """
+    meta = state_of(checkpoint)
+    model = build(from_dict(options_class, meta["configuration"]), None, **meta["sizes"])
+    load_weights(checkpoint, model)
+    return model
+
+
+def prepare(
+    kind: str,
+    recipe: str,
+    options: MinibatchOptions,
+    comm: Communicator,
+    build: Callable[[Communicator | None], nn.Module],
+    make: Callable[[nn.Module, ProcessGrid], MinibatchTraining],
+    sizes: Mapping[str, int] | None = None,
+) -> Callable[[], Row]:
+    """Check everything, without a message; returns the run.
+
+    A run that goes on with another number of replicas shares the batches out otherwise: then losses agree as well as
+    the solves are exact, and masks of dropout differ.
+
+    Parameters
+    ----------
+    kind, recipe, sizes
+        See `xbraid_py.run.engine.train`.
+    options : MinibatchOptions
+    comm : Communicator
+    build : callable
+        `build(comm)` makes the network on ranks, or without any for None.
+    make : callable
+        `make(model, grid)` makes the training.
+
+    Raises
+    ------
+    ValueError
+        If the replicas do not fit the ranks, or for what `build` and the checkpoint raise it.
+    """
+    if comm.size % options.replicas:
+        raise ValueError(f"replicas={options.replicas} does not divide the {comm.size} rank(s); use 1")
+    alone = build(None)  # it sends no message, and refuses what others would refuse
+
+    def made() -> MinibatchTraining:
+        grid = ProcessGrid(comm, options.replicas)
+        model = build(grid.layers)
+        check_alike(model, comm)
+        return make(model, grid)
+
+    def check(checkpoint: Checkpoint) -> None:
+        check_weights(checkpoint, alone)
+
+    return engine.train(kind, made, options, comm, sizes=sizes, recipe=recipe, check=check)
