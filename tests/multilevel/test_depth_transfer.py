@@ -8,7 +8,7 @@ from small_runs import gathered
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.layers.dense import LinearMap
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel.depth.depth_transfer import INTERPOLATIONS, RESTRICTIONS, DepthTransfer
+from xbraid_py.multilevel.depth.transfer import INTERPOLATIONS, RESTRICTIONS, DepthTransfer
 from xbraid_py.problem.network import InitialScales
 
 SCALES = InitialScales(1.0, 1.0, 1.0)

@@ -16,8 +16,7 @@ from xbraid_py.layers.image_resnet import ImageResNet
 from xbraid_py.layers.module_block import own_random_numbers
 from xbraid_py.multilevel.resnet.cycles import CosineCycles, plan
 from xbraid_py.multilevel.resnet.refinement import refined_tensors
-from xbraid_py.multilevel.resnet.training import ResNetTraining
-from xbraid_py.multilevel.resnet.training_options import Pipeline, ResNetTrainingOptions
+from xbraid_py.multilevel.resnet.training import Pipeline, ResNetTraining, ResNetTrainingOptions
 
 CYCLES = CosineCycles(epochs=(2, 1, 1), eta_max=0.1)
 CLASSES = 3

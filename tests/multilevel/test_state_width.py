@@ -6,8 +6,8 @@ from mgopt_runs import by_autograd, last, mgopt, problem
 from small_runs import gathered
 
 from xbraid_py.multilevel.cycle.vcycle import renewed
-from xbraid_py.multilevel.depth.depth_transfer import DepthTransfer
 from xbraid_py.multilevel.depth.mgopt import LevelOptions, MGOptOptions
+from xbraid_py.multilevel.depth.transfer import DepthTransfer
 from xbraid_py.multilevel.width.matching import match_rows
 from xbraid_py.multilevel.width.state_width import ComposedTransfer, StateWidthTransfer, gram, match_state
 from xbraid_py.optim.levels import Point

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 from width_networks import F64, NETWORKS, dense, made, mixed, weight_layers
 
-from xbraid_py.multilevel.width.layer_matrices import SCALINGS
 from xbraid_py.multilevel.width.layout import Layout
-from xbraid_py.multilevel.width.matching import Matching
+from xbraid_py.multilevel.width.matching import SCALINGS, Matching
 from xbraid_py.multilevel.width.transfer import WidthOptions, WidthTransfer, coarsen, hierarchy, match_layers, renewed
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from width_networks import NETWORKS, duplicated, made
 
-from xbraid_py.multilevel.width.layer_matrices import SCALINGS
 from xbraid_py.multilevel.width.layout import Layout
+from xbraid_py.multilevel.width.matching import SCALINGS
 from xbraid_py.multilevel.width.transfer import WidthOptions, coarsen, hierarchy
 
 

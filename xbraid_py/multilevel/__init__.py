@@ -4,11 +4,10 @@ from xbraid_py.multilevel.cycle.schedule import Schedule
 from xbraid_py.multilevel.cycle.stochastic import Minibatches, StochasticCycle
 from xbraid_py.multilevel.cycle.vcycle import Damping, Transfer, VCycle
 from xbraid_py.multilevel.depth.adaptive import AdaptiveOptions
-from xbraid_py.multilevel.depth.depth_transfer import DepthTransfer
 from xbraid_py.multilevel.depth.mgopt import CycleRecord, LevelOptions, MGOpt, MGOptOptions
 from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions, Record
 from xbraid_py.multilevel.depth.nested_state import Snapshot
-from xbraid_py.multilevel.depth.transfer import prolong_depth
+from xbraid_py.multilevel.depth.transfer import DepthTransfer, prolong_depth
 from xbraid_py.multilevel.resnet.cycles import CosineCycles
 from xbraid_py.multilevel.resnet.refinement import refine
 from xbraid_py.multilevel.resnet.training import EpochRecord, ResNetTraining, ResNetTrainingOptions

@@ -14,7 +14,7 @@ from xbraid_py.optim.objective import Evaluation
 from xbraid_py.problem.network import DenseResNet
 from xbraid_py.problem.objective import NetworkObjective
 
-# Features (F, B) and labels (B,).
+# Inputs and targets of some samples as a network takes them: of a dense one features (F, B) and labels (B,).
 Samples = tuple[Tensor, Tensor]
 
 

@@ -2,7 +2,7 @@
 
 All residual layers of a network act on the same state, so one matching holds for all of them. Neurons of the state are
 alike if their rows are alike in the opening layer and in every residual layer: u_{n+1} = u_n + h s(W_n u_n + b_n) then
-keeps them alike. With pi and P of the state (`layer_matrices`) the coarse weights are
+keeps them alike. With pi and P of the state (see `matching`) the coarse weights are
 
     opening pi W, pi b;   layers pi W_n P, pi b_n;   classification W P, b,
 
@@ -22,8 +22,7 @@ from torch import Tensor
 
 from xbraid_py.multilevel.cycle.vcycle import Transfer, renewed
 from xbraid_py.multilevel.depth.transfer import refuse_splines
-from xbraid_py.multilevel.width.layer_matrices import SCALINGS, LayerMatrices
-from xbraid_py.multilevel.width.matching import Matching, match
+from xbraid_py.multilevel.width.matching import SCALINGS, LayerMatrices, Matching, match
 from xbraid_py.problem.network import DenseResNet
 
 _HOMOGENEOUS = ("relu", "identity")  # s(a z) = a s(z) for a > 0
@@ -75,7 +74,7 @@ class StateWidthTransfer:
     coarse, fine : DenseResNet
         Of the same depth and partition, over the same communicator.
     scaling : {"mean", "norms", "sums"}
-        See `layer_matrices`; other than mean for the activations relu and identity.
+        See `LayerMatrices`; other than mean for the activations relu and identity.
     matrices : LayerMatrices, optional
         Of the state; `renewed` gives a transfer that has them.
 

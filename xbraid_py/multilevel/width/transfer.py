@@ -1,6 +1,6 @@
 """Transfers between a network and one of about half its width, for FAS in width (paper 002, sections 5 and 7).
 
-Weights are (O, I, B), see `width_layout`. The pi and P of a layer act on O of its weights and, the other way round, on
+Weights are (O, I, B), see `layout`. The pi and P of a layer act on O of its weights and, the other way round, on
 I of the next layer's, whatever the entries of a convolution kernel or the positions of a flattened channel are.
 """
 
@@ -12,9 +12,8 @@ from typing import Self
 
 from torch import Tensor
 
-from xbraid_py.multilevel.width.layer_matrices import SCALINGS, LayerMatrices
 from xbraid_py.multilevel.width.layout import Layout
-from xbraid_py.multilevel.width.matching import METHODS, Matching, match_rows
+from xbraid_py.multilevel.width.matching import METHODS, SCALINGS, LayerMatrices, Matching, match_rows
 
 
 @dataclass(frozen=True, kw_only=True)
