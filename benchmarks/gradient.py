@@ -39,11 +39,11 @@ AGREEMENT = 1e-12
 @contextmanager
 def backend(module) -> Iterator[None]:
     """The kernels of that module for a while."""
-    before, kernels._kernels = kernels._kernels, module
+    before, kernels.implementation = kernels.implementation, module
     try:
         yield
     finally:
-        kernels._kernels = before
+        kernels.implementation = before
 
 
 def native_kernels():

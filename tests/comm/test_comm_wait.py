@@ -32,15 +32,15 @@ def communicator(oversubscribed: bool) -> MPICommunicator:
 
 def test_a_rank_that_shares_its_core_sleeps():
     request = _Request(0.2)
-    communicator(True)._wait(request)
+    communicator(True).wait(request)
     assert not request.waited and time.perf_counter() >= request.until
     # A nap lasts at least as long as it is asked for, so this bounds the questions whatever the machine does.
-    assert request.tests <= communication._PATIENCE + 0.2 / communication._NAP + 1
+    assert request.tests <= communication.PATIENCE + 0.2 / communication.NAP + 1
 
 
 def test_a_rank_with_a_core_of_its_own_leaves_it_to_mpi():
     request = _Request(0.0)
-    communicator(False)._wait(request)
+    communicator(False).wait(request)
     assert request.waited and request.tests == 0
 
 

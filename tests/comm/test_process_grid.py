@@ -58,7 +58,7 @@ def test_replicas_divide_the_ranks(spmd, replicas):
 
 
 def test_the_numbers_that_work_are_named():
-    assert grid._fits(12) == "1, 2, 3, 4, 6 or 12" and grid._fits(1) == "1" and grid._fits(9) == "1, 3 or 9"
+    assert grid.divisors(12) == "1, 2, 3, 4, 6 or 12" and grid.divisors(1) == "1" and grid.divisors(9) == "1, 3 or 9"
 
 
 @pytest.mark.ranks(2, 3)

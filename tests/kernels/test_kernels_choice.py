@@ -25,7 +25,7 @@ class Block:
             raise ImportError("it was left out")
 sys.meta_path.insert(0, Block())
 """
-USE = "from xbraid_py import kernels; print(kernels.BACKEND); print(kernels._kernels.__name__)"
+USE = "from xbraid_py import kernels; print(kernels.BACKEND); print(kernels.implementation.__name__)"
 
 
 @pytest.fixture
@@ -38,15 +38,15 @@ def no_extension(monkeypatch):
 
 
 def test_torch_by_choice_or_for_want_of_anything_else(no_extension):
-    assert kernels._choose("torch") == (fallback, "torch")
-    module, name = kernels._choose("")
+    assert kernels.choose("torch") == (fallback, "torch")
+    module, name = kernels.choose("")
     assert module is fallback and name == "torch (no native kernels in this installation)"
 
 
 @pytest.mark.parametrize("wish", ["native", "avx2"])
 def test_native_kernels_that_are_not_there(no_extension, wish):
     with pytest.raises(ImportError, match=rf"XBRAID_KERNELS={wish}: .*no native kernels.*or use XBRAID_KERNELS=torch"):
-        kernels._choose(wish)
+        kernels.choose(wish)
 
 
 @needs_native
@@ -60,8 +60,8 @@ def test_native_kernels_of_an_older_build(monkeypatch, wish):
     monkeypatch.delattr(kernels, "native")
     said = r"_native\..* was built from other sources .*interface 1, not \d.*install xbraid_py again, or use XBRAID"
     with pytest.raises(ImportError, match=said):
-        kernels._choose(wish)
-    assert kernels._choose("torch") == (fallback, "torch")
+        kernels.choose(wish)
+    assert kernels.choose("torch") == (fallback, "torch")
 
 
 @needs_native
@@ -69,13 +69,13 @@ def test_choices():
     with kernels_of(SETS[0]) as module:
         assert SETS[-1] == "baseline", "what any processor can run comes last"
         for wish in ("", "native"):
-            assert kernels._choose(wish) == (module, f"native ({SETS[0]})")
+            assert kernels.choose(wish) == (module, f"native ({SETS[0]})")
         for wish in SETS:
-            assert kernels._choose(wish) == (module, f"native ({wish})")
+            assert kernels.choose(wish) == (module, f"native ({wish})")
             assert module.active() == wish
         choices = ", ".join(["native", "torch", *SETS])
         with pytest.raises(ImportError, match=f"XBRAID_KERNELS=sse9 is not to be had here; use one of {choices}"):
-            kernels._choose("sse9")
+            kernels.choose("sse9")
         assert module.active() == SETS[-1], "a refused choice changes nothing"
         with pytest.raises(ValueError, match=f"'sse9' are not to be had here; use one of {', '.join(SETS)}"):
             module.use("sse9")
@@ -133,7 +133,7 @@ def arguments(function: str) -> dict:
 def chosen(request, monkeypatch):
     """The public functions on both kinds of kernels."""
     with kernels_of(request.param) as module:
-        monkeypatch.setattr(kernels, "_kernels", module)
+        monkeypatch.setattr(kernels, "implementation", module)
         yield kernels
 
 

@@ -178,8 +178,8 @@ def test_inputs_of_windows_are_kept_by_the_ranks_in_turns(spmd):
         node, held = loss.grad_fn, []
         while node is not None:
             if getattr(node, "run", None) is not None:
-                held.append(node.run._start.untyped_storage().nbytes() == case.input().untyped_storage().nbytes())
-                assert node.run._forward is None and node.u.untyped_storage().nbytes() == 8
+                held.append(node.run.start.untyped_storage().nbytes() == case.input().untyped_storage().nbytes())
+                assert node.run.forward is None and node.u.untyped_storage().nbytes() == 8
             parents = [parent for parent, _ in node.next_functions if parent is not None]
             node = parents[0] if parents else None
         loss.backward()

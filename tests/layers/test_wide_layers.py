@@ -69,7 +69,7 @@ def test_layer_parallel_training_is_the_serial_one(spmd, cycle):
 @pytest.mark.parametrize("width", [64, 65, 220])
 def test_wide_layers_are_left_to_torch(monkeypatch, width):
     native = pytest.importorskip("xbraid_py.kernels.native", reason="no native kernels in this installation")
-    monkeypatch.setattr(kernels, "_kernels", native)
+    monkeypatch.setattr(kernels, "implementation", native)
     called = []
     for name in ("relax", "relax_adjoint"):
         own = getattr(fallback, name)

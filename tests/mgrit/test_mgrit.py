@@ -214,7 +214,7 @@ def test_adjoints_become_exact_from_the_other_end(spmd):
 @pytest.mark.parametrize(("width", "batch"), [(3, 2), (4, 129), (5, 251)])
 def test_c_points_have_the_same_bits_on_any_number_of_ranks(spmd, monkeypatch, width, batch):
     """After two iterations, far from converged: states, adjoints, gradient, residuals, outputs."""
-    monkeypatch.setattr(fallback, "_CHUNK_BYTES", 3 * width * batch * 8)  # three intervals at once
+    monkeypatch.setattr(fallback, "CHUNK_BYTES", 3 * width * batch * 8)  # three intervals at once
     chosen = [(64, 4, 3), (64, (2, 4, 2), 4), (48, (4, 3), 3), (24, 4, 2)] if batch < 10 else [(64, 4, 3)]
     for (count, cfactor, levels), cycle, (weights, scheme) in product(chosen, "VF", COARSE):
         case = chain(count, "tanh" if cycle == "V" else "smooth_relu", 4.0, 0.3, width, batch)

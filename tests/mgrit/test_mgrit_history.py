@@ -183,7 +183,7 @@ def test_chunks_do_not_matter(spmd, monkeypatch):
     options = options_for(cfactor=4, max_levels=3)
     found = []
     for size in (1, 3 * 48, 1 << 19):
-        monkeypatch.setattr(fallback, "_CHUNK_BYTES", size)
+        monkeypatch.setattr(fallback, "CHUNK_BYTES", size)
         found.append(spmd(lambda comm: solve(comm, options, case)))
     for parts in found[1:]:
         for a, b in zip(parts, found[0], strict=True):

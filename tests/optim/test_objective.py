@@ -83,7 +83,7 @@ def test_value_and_gradient_against_autograd(spmd, term, activation):
         objective = problem(comm, TERMS[term], activation=activation).objective(N)
         x = weights(objective.network)
         found = objective.evaluate(x)
-        return found, objective.gradient(x), objective._states, objective.adjoint_residual
+        return found, objective.gradient(x), objective.states, objective.adjoint_residual
 
     parts = spmd(body)
     for found, *_, adjoint_residual in parts:

@@ -13,8 +13,8 @@ from xbraid_py.comm.launch import check_launcher
 from xbraid_py.comm.staging import Staging, cuda_aware
 
 # A rank that waits asks so many times in a row, and then sleeps so many seconds between two questions.
-_PATIENCE = 20
-_NAP = 1e-4
+PATIENCE = 20
+NAP = 1e-4
 
 
 class MPICommunicator(Communicator):
@@ -42,7 +42,7 @@ class MPICommunicator(Communicator):
 
     def isend(self, tensor, dest):
         request = self.mpi.Isend(self.staging.outgoing(tensor), dest)
-        return lambda: self._wait(request)
+        return lambda: self.wait(request)
 
     def recv(self, out, source):
         return self.irecv(out, source)()
@@ -52,7 +52,7 @@ class MPICommunicator(Communicator):
         request = self.mpi.Irecv(buffer, source)
 
         def finish():
-            self._wait(request)
+            self.wait(request)
             return filled()
 
         return finish
@@ -63,17 +63,17 @@ class MPICommunicator(Communicator):
 
     def broadcast(self, tensor, root=0):
         if self.rank == root:
-            self._wait(self.mpi.Ibcast(self.staging.outgoing(tensor), root))
+            self.wait(self.mpi.Ibcast(self.staging.outgoing(tensor), root))
             return tensor
         buffer, filled = self.staging.incoming(tensor)
-        self._wait(self.mpi.Ibcast(buffer, root))
+        self.wait(self.mpi.Ibcast(buffer, root))
         return filled()
 
     def allgather(self, rows, counts):
         width = math.prod(rows.shape[1:])
         buffer, filled = self.staging.incoming(rows.new_empty((sum(counts), *rows.shape[1:])))
         sizes = [count * width for count in counts]
-        self._wait(self.mpi.Iallgatherv(self.staging.outgoing(rows), [buffer, sizes]))
+        self.wait(self.mpi.Iallgatherv(self.staging.outgoing(rows), [buffer, sizes]))
         return filled()
 
     def gather(self, value, root=0):
@@ -81,7 +81,7 @@ class MPICommunicator(Communicator):
         return self.mpi.gather(value, root)
 
     def barrier(self):
-        self._wait(self.mpi.Ibarrier())
+        self.wait(self.mpi.Ibarrier())
 
     def abort(self, status):
         _end_job(status)
@@ -93,17 +93,17 @@ class MPICommunicator(Communicator):
         group.Free()
         return SerialCommunicator(end=_end_job)
 
-    def _wait(self, request) -> None:
+    def wait(self, request) -> None:
         if not self.oversubscribed:
             request.Wait()
             return
         tests = 0
         while not request.Test():
             tests += 1
-            if tests < _PATIENCE:
+            if tests < PATIENCE:
                 os.sched_yield()
             else:
-                time.sleep(_NAP)
+                time.sleep(NAP)
 
     def _meet(self) -> None:
         # Messages of objects cannot be waited for asleep: they are only begun when all ranks are there.

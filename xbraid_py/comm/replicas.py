@@ -53,7 +53,9 @@ class ProcessGrid:
         comm = as_communicator(comm)
         comm.same(replicas, "replicas")
         if not isinstance(replicas, int) or replicas < 1 or comm.size % replicas:
-            raise ValueError(f"replicas={replicas!r} does not divide the {comm.size} rank(s); use {_fits(comm.size)}")
+            raise ValueError(
+                f"replicas={replicas!r} does not divide the {comm.size} rank(s); use {divisors(comm.size)}"
+            )
         per_replica = comm.size // replicas
         self.replicas = replicas
         self.replica = comm.rank // per_replica
@@ -206,8 +208,8 @@ def _buckets(flats: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         yield bucket
 
 
-def _fits(size: int) -> str:
+def divisors(size: int) -> str:
     """Divisors of `size` in words: `1, 2 or 4`."""
     low = [d for d in range(1, math.isqrt(size) + 1) if size % d == 0]
-    divisors = sorted({*low, *(size // d for d in low)})
-    return " or ".join([", ".join(map(str, divisors[:-1])), str(divisors[-1])][len(divisors) == 1 :])
+    found = sorted({*low, *(size // d for d in low)})
+    return " or ".join([", ".join(map(str, found[:-1])), str(found[-1])][len(found) == 1 :])

@@ -1,11 +1,12 @@
 """Steps of dense residual layers and their adjoints, whole intervals at once: native code, or torch.
 
 `XBRAID_KERNELS` in the environment chooses: native (the default where they are built), torch, or one of the
-instruction sets of this processor (avx512, avx2, baseline). `BACKEND` says what is in use.
+instruction sets of this processor (avx512, avx2, baseline). `BACKEND` says what is in use, `implementation` is its
+module.
 
 Shape letters: `m` intervals or layers, `c` steps of an interval, `I` inputs, `O` outputs, `B` samples, `p` parameters
 of a layer. All functions take rows of weights theta (m, p) and states (m, I, B); a layer has `inputs`, `outputs`,
-`activation` and `bias`, as `networks.dense.DenseLayer` has. All arrays have the type of theta. One that is written may
+`activation` and `bias`, as `layers.dense.DenseLayer` has. All arrays have the type of theta. One that is written may
 be one that is read where it says so, and must not overlap any in another way. What does not fit is refused before
 anything is written.
 """
@@ -21,8 +22,8 @@ from xbraid_py.kernels import checks, fallback
 __all__ = ["BACKEND", "adjoint", "distances", "relax", "relax_adjoint", "step"]
 
 
-def _choose(wish: str):
-    """The module with the kernels, and its name for people."""
+def choose(wish: str):
+    """The module with the kernels that a wish, as in `XBRAID_KERNELS`, asks for, and its name for people."""
     if wish == "torch":
         return fallback, "torch"
     try:
@@ -45,7 +46,7 @@ def _choose(wish: str):
     return native, f"native ({native.active()})"
 
 
-_kernels, BACKEND = _choose(os.environ.get("XBRAID_KERNELS", ""))
+implementation, BACKEND = choose(os.environ.get("XBRAID_KERNELS", ""))
 
 
 def step(
@@ -88,7 +89,7 @@ def step(
         If an array has not the shape or the type that fits; it is named.
     """
     checks.step(layer, theta, u, h, scheme, residual, add, out)
-    return _kernels.step(layer, theta, u, h=h, scheme=scheme, residual=residual, add=add, out=out)
+    return implementation.step(layer, theta, u, h=h, scheme=scheme, residual=residual, add=add, out=out)
 
 
 def adjoint(
@@ -130,7 +131,7 @@ def adjoint(
     """
     checks.adjoint(layer, theta, u, v, h, scheme, residual, add, out, gradient)
     options = {"h": h, "scheme": scheme, "residual": residual, "add": add}
-    return _kernels.adjoint(layer, theta, u, v, **options, out=out, gradient=gradient, back=back)
+    return implementation.adjoint(layer, theta, u, v, **options, out=out, gradient=gradient, back=back)
 
 
 def relax(
@@ -178,7 +179,7 @@ def relax(
     """
     checks.relax(layer, theta, points, cfactor, h, scheme, parts, tau, inputs, ends)
     options = {"h": h, "scheme": scheme, "parts": parts, "tau": tau, "inputs": inputs, "ends": ends}
-    return _kernels.relax(layer, theta, points, cfactor, **options)
+    return implementation.relax(layer, theta, points, cfactor, **options)
 
 
 def relax_adjoint(
@@ -221,7 +222,7 @@ def relax_adjoint(
     """
     checks.relax(layer, theta, points, cfactor, h, scheme, parts, tau, inputs, ends, states, gradient)
     options = {"h": h, "scheme": scheme, "parts": parts, "tau": tau, "inputs": inputs, "ends": ends}
-    return _kernels.relax_adjoint(layer, theta, states, points, cfactor, **options, gradient=gradient)
+    return implementation.relax_adjoint(layer, theta, states, points, cfactor, **options, gradient=gradient)
 
 
 def distances(a: Tensor, b: Tensor) -> Tensor:
@@ -241,4 +242,4 @@ def distances(a: Tensor, b: Tensor) -> Tensor:
         If an array has not the shape or the type that fits; it is named.
     """
     checks.distances(a, b)
-    return _kernels.distances(a, b)
+    return implementation.distances(a, b)

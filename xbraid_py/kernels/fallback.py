@@ -12,7 +12,7 @@ from torch import Tensor
 from xbraid_py.kernels.activation import activation
 
 # States of at most this many bytes are relaxed in one call: more would leave the second-level cache.
-_CHUNK_BYTES = 1 << 19
+CHUNK_BYTES = 1 << 19
 
 
 def step(layer, theta, u, *, h=1.0, scheme="euler", residual=True, add=None, out=None) -> Tensor:
@@ -118,7 +118,7 @@ def distances(a: Tensor, b: Tensor) -> Tensor:
 def _chunks(points: Tensor):
     """Some intervals at a time: the number of the first, and their points."""
     # On a GPU all of them at once: what counts there is the number of kernels in a row.
-    size = max(1, _CHUNK_BYTES // max(1, points[:1].nbytes) if points.is_cpu else len(points))
+    size = max(1, CHUNK_BYTES // max(1, points[:1].nbytes) if points.is_cpu else len(points))
     for first in range(0, len(points), size):
         yield first, points[first : first + size]
 

@@ -157,7 +157,7 @@ def _of_window(window: Window) -> list[ResidualStep]:
                 place[column.name].copy_(rows[layer])
             if column.is_parameter:
                 place[column.name].requires_grad_(own.requires_grad)
-        steps.append(ResidualStep(module, h, weights.frozen))
+        steps.append(ResidualStep(module, h, tuple(block.frozen)))
     return steps
 
 
@@ -181,10 +181,7 @@ def _of_checkpoint(path: str | os.PathLike) -> nn.Sequential:
         grid = LayerGrid(count, shape["T"], lengths and tuple(lengths))
         middles = {"layers": (Splines(**splines), grid.middles())} if splines else {}
         (opening,), layers, (classification,) = (
-            _layers(
-                checkpoint, stack, shape["activation"], middles.get(stack)
-            )
-            for stack in _STACKS
+            _layers(checkpoint, stack, shape["activation"], middles.get(stack)) for stack in _STACKS
         )
     sizes = grid.sizes()
     steps = (ResidualStep(layer, h) for layer, h in zip(layers, sizes, strict=True))

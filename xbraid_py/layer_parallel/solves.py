@@ -97,7 +97,7 @@ def for_adjoint(adjoint: MGRIT | None, options: MGRIT) -> MGRIT:
 
 
 @dataclass
-class _States:
+class States:
     """What a forward solve leaves for the adjoint: its steps with their graphs, the states, the outcome."""
 
     steps: Steps
@@ -122,6 +122,13 @@ class Propagation:
         Whether there will be an adjoint solve.
     keeper : int, optional
         The rank that keeps the input, and nothing else is kept: the adjoint solve begins by another forward one.
+
+    Attributes
+    ----------
+    start : (*S) tensor
+        The input, or where it is not kept a tensor without its memory.
+    forward : States or None
+        The forward solve, if it is kept.
     """
 
     def __init__(
@@ -140,9 +147,9 @@ class Propagation:
         self.checks = keep and controller.checks_now
         forward = self._propagate(self.exact, keep and keeper is None, start)
         self._end = forward.solution.end
-        self._forward = forward if keeper is None else None
+        self.forward = forward if keeper is None else None
         is_kept = self.checks if keeper is None else keeper == solvers.comm.rank
-        self._start = start if is_kept else hollow(start)
+        self.start = start if is_kept else hollow(start)
 
     def take_end(self) -> Tensor | None:
         """Output (*S) of the last layer, on its owner; once, and then it is not held here any more."""
@@ -153,12 +160,12 @@ class Propagation:
         """The input, on the owner of the first layer."""
         comm, owner = self.solvers.comm, self.solvers.partition.owner(0)
         if self.keeper in (None, owner):
-            return self._start
+            return self.start
         if comm.rank == self.keeper:
-            comm.isend(self._start, owner)()
-        return comm.recv(self._start.new_empty(self._start.shape), self.keeper) if comm.rank == owner else self._start
+            comm.isend(self.start, owner)()
+        return comm.recv(self.start.new_empty(self.start.shape), self.keeper) if comm.rank == owner else self.start
 
-    def _propagate(self, exact: bool, keep: bool, start: Tensor) -> _States:
+    def _propagate(self, exact: bool, keep: bool, start: Tensor) -> States:
         steps = self.make_steps(keep)
         # Kept graphs hold the states; only coarse adjoints read them from elsewhere.
         held = exact and getattr(steps, "tape", None) is not None
@@ -167,7 +174,7 @@ class Propagation:
         recorded = states if keep and not held else None
         propagator = Forward(steps, recorded, start, self.solvers.transfers(start.shape))
         solution = self._solver(exact, "forward").solve(propagator, start)
-        return _States(steps, states, solution)
+        return States(steps, states, solution)
 
     def _solver(self, exact: bool, direction: str) -> Solver:
         if exact:
@@ -175,7 +182,7 @@ class Propagation:
         which = self.solvers.forward_at if direction == "forward" else self.solvers.adjoint_at
         return which(self.level)
 
-    def _adjoint(self, forward: _States, exact: bool, slope: Tensor | None, keep: bool) -> tuple[Tensor, Solution]:
+    def _adjoint(self, forward: States, exact: bool, slope: Tensor | None, keep: bool) -> tuple[Tensor, Solution]:
         if getattr(forward.steps, "tape", None) is not None:
             forward.steps.tape.keep = keep or not exact
         gradient = torch.empty_like(forward.steps.theta)
@@ -195,11 +202,11 @@ class Propagation:
             Whether this may be called again.
         """
         start = self._kept_start()
-        states = self._forward or self._propagate(self.exact, True, start)
-        keep = keep and self._forward is not None
+        states = self.forward or self._propagate(self.exact, True, start)
+        keep = keep and self.forward is not None
         gradient, solution = self._adjoint(states, self.exact, slope, keep)
         forward = states.solution
-        if self._forward is None:
+        if self.forward is None:
             del states
         measured = None
         if self.checks:

@@ -71,15 +71,13 @@ class StackedWeights(nn.Module):
                 choices = zip(made.columns, rows, tensors, strict=True)
                 tensors = [row if column.is_parameter else tensor for column, row, tensor in choices]
         self.block = made
-        self._frozen = [part for part in made.module.modules() if isinstance(part, nn.modules.batchnorm._NormBase)]
-        self._frozen = [part for part in self._frozen if not part.training]
         for column, tensor in zip(made.columns, tensors, strict=True):
             *path, last = column.name.split(".")
             place: nn.Module = self
             for name in path:
-                if name not in place._modules:
+                if name not in dict(place.named_children()):
                     place.add_module(name, nn.Module())
-                place = place._modules[name]
+                place = place.get_submodule(name)
             if column.is_parameter:
                 wanted = dict(made.module.named_parameters())[column.name].requires_grad
                 place.register_parameter(last, nn.Parameter(tensor, requires_grad=wanted))
@@ -135,17 +133,9 @@ class StackedWeights(nn.Module):
         """Of all weights."""
         return next(self.parameters()).device
 
-    @property
-    def frozen(self) -> list[str]:
-        """Names of the batch normalizations of the block whose statistics stay as they are in training mode."""
-        return [name for name, part in self.block.module.named_modules() if any(part is each for each in self._frozen)]
-
     def train(self, mode: bool = True):
-        """Training or evaluation mode, of the block too; frozen statistics stay frozen."""
         super().train(mode)
-        self.block.module.train(mode)
-        for part in self._frozen:
-            part.eval()
+        self.block.train(mode)
         return self
 
     def _apply(self, fn, recurse=True):

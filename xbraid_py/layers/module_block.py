@@ -57,6 +57,13 @@ class ModuleBlock:
     seed : int
         Of the masks of `Dropout`.
 
+    Attributes
+    ----------
+    columns : tuple of Column
+        What a row of weights consists of.
+    frozen : dict of str to Module
+        Batch normalizations that came in evaluation mode, by their names: their statistics stay as they are.
+
     Raises
     ------
     ValueError
@@ -91,6 +98,9 @@ class ModuleBlock:
         for number, (_, part) in enumerate(named):
             part.number = number
         self._norms = dict(named)
+        self.frozen = {
+            name: part for name, part in module.named_modules() if isinstance(part, _BATCH_NORMS) and not part.training
+        }
 
     @property
     def moving(self) -> dict[str, MovingNorm]:
@@ -101,6 +111,12 @@ class ModuleBlock:
         """Room for what moves them, for so many layers; None if there are none. `start` as of `Evaluation`."""
         norms = {part.number: part for part in self.moving.values()}
         return Moments(norms, num_rows, start) if norms else None
+
+    def train(self, mode: bool) -> None:
+        """Training or evaluation mode of the module; frozen statistics stay frozen."""
+        self.module.train(mode)
+        for part in self.frozen.values():
+            part.eval()
 
     @property
     def is_random(self) -> bool:
