@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from cifar_files import write_cifar10
 from digit_files import write_digits
 from processes import PROJECT
 from scenes import scene, write
@@ -38,6 +39,8 @@ class Kind:
         A further option that makes it another run.
     folder : str
         Name of the run's folder.
+    above : int
+        How many folders above that of the run the driver's option --out is.
     exact_ranks : bool
         Whether another number of ranks makes the same run, up to rounding.
     data : callable, optional
@@ -48,6 +51,7 @@ class Kind:
     words: tuple[str, ...]
     other: str
     folder: str = "run"
+    above: int = 0
     exact_ranks: bool = True
     data: Callable[[Path], object] | None = None
 
@@ -56,6 +60,10 @@ def _digits(folder: Path) -> None:
     write_digits(folder, 200, 103)
 
 
+_IMAGES = (
+    *("--train_images=24", "--test_images=10", "--filters=4,8", "--batch_size=7", "--stem_stride=2"),
+    *("--norm=group", "--precision=float64"),  # batch normalization makes each number of ranks another run
+)
 EVERY = ("--smoke", "--checkpoint_every=1", "--keep=99")
 KINDS = {
     "mgopt": Kind("circles", ("--num_layers=32", "--mgopt.levels=3", "--max_cycles=6"), "--beta=0.5"),
@@ -79,6 +87,21 @@ KINDS = {
     "digits": Kind("mnist", ("--max_updates=5", "--validate_every=2"), "--width=4", data=_digits),
     "sequences": Kind("sequences", ("--max_updates=5", "--validate_every=2"), "--hidden_size=8", data=_digits),
     "text": Kind("transformer", ("--updates=5", "--validate_every=2"), "--warmup=1"),
+    "images": Kind(
+        "cifar",
+        (*_IMAGES, "--models=multilevel", "--epochs=2,2,1", "--blocks=1,2", "--validate_every=2"),
+        "--eta_max=0.3",
+        "multilevel_0",
+        data=write_cifar10,
+    ),
+    "lesion": Kind(
+        "lesion",
+        (*_IMAGES, "--depths=2", "--step_sizes=explicit", "--epochs=4", "--draws=1"),
+        "--eta_max=0.3",
+        "2-2_h1/first_0",
+        2,
+        data=write_cifar10,
+    ),
     "width": Kind(
         "poisson", ("--mesh=8", "--num_train=40", "--num_val=10", "--max_work=84", "--dtype=float64"), "--batch_size=10"
     ),
@@ -98,6 +121,7 @@ def options_of(kind: Kind, out: Path, *words: str) -> Any:
     """The options of a kind with further words, which win."""
     module = program(kind.driver)
     data = [] if kind.data is None else [f"--data_dir={_written(kind)}"]
+    out = [out, *out.parents][kind.above]
     return parse(module.Options, [*EVERY, *kind.words, *data, f"--out={out}", *words], presets=module.PRESETS)
 
 

@@ -378,7 +378,14 @@ def prepare(
         return options.training(model, seed, samples, ProcessGrid(comm, comm.size))
 
     sizes = {"num_classes": samples.num_classes}
-    return train(KIND, make, options, comm, sizes=sizes, recipe="images", driver=driver)
+    run = train(KIND, make, options, comm, sizes=sizes, recipe="images", driver=driver)
+
+    def named() -> Row:
+        if comm.rank == 0:
+            print(f"{options.out}:", flush=True)
+        return run()
+
+    return named
 
 
 def network(checkpoint: Checkpoint) -> ImageResNet:

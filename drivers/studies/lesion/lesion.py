@@ -9,26 +9,24 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from studies.multi_level.case import Case
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.errors import RunError
 from xbraid_py.comm.partition import Partition
 from xbraid_py.comm.replicas import ProcessGrid
-from xbraid_py.data.image_sets import ImageSplit
 from xbraid_py.layers.image_resnet import ImageResNet, residual_norms, with_blocks
 from xbraid_py.multilevel.resnet.training import ResNetTraining
-from xbraid_py.recipes.images import ImageOptions
-from xbraid_py.recipes.images_checkpoint import NAME, ImageState, read_images
+from xbraid_py.recipes.images import KIND, ImageRunOptions
 from xbraid_py.run.options import from_dict
-from xbraid_py.run.store.read import no_state, restoring
-from xbraid_py.run.store.write import CheckpointError, load
+from xbraid_py.run.resume import state_of
+from xbraid_py.run.signals import Stopped, stop_agreed
+from xbraid_py.run.store.read import CheckpointError, load, no_state, restoring
 
 ROWS, PAGE = "lesion.jsonl", "lesion.md"
 # Images whose norms are taken together: the same on any number of ranks.
@@ -66,24 +64,27 @@ class Trained:
 
     Attributes
     ----------
-    case : Case
-        How it was trained.
-    state : ImageState
-        Where its training had come to.
+    path : Path
+        The checkpoint.
+    options : ImageRunOptions
+        How it was trained: a run of one model and one seed.
+    epoch : int
+        To which its training had come.
     """
 
-    case: Case
-    state: ImageState
+    path: Path
+    options: ImageRunOptions
+    epoch: int
 
 
-def read_trained(path: str | os.PathLike, device: str = "cpu") -> Trained:
-    """Read a checkpoint of a run on images, at any of its epochs; no message.
+def read_trained(path: str | os.PathLike, **here: Any) -> Trained:
+    """Read what a checkpoint of a run on images is of, at any of its epochs; no message.
 
     Parameters
     ----------
     path : path-like
-    device : {"cpu", "cuda"}
-        Where it is to be looked at, whatever it was trained on.
+    **here
+        Options that are not those of the training when it is looked at: device, test_images, data_dir.
 
     Raises
     ------
@@ -92,15 +93,10 @@ def read_trained(path: str | os.PathLike, device: str = "cpu") -> Trained:
     """
     path = Path(path)
     with load(path) as checkpoint, restoring(path):
-        if checkpoint.meta.get("run") != NAME:
-            raise no_state(path, f"its run is {checkpoint.meta.get('run')!r}, not {NAME}")
-        configuration = checkpoint.meta["configuration"]
-        # A job of several runs has lists of models and seeds, and in a checkpoint those of the run alone.
-        names = ("model", "seed")
-        one = {name: configuration[name] if name in configuration else configuration[f"{name}s"][0] for name in names}
-        one |= {each.name: configuration[each.name] for each in fields(ImageOptions) if each.name in configuration}
-        case = from_dict(Case, one | {"device": device})
-    return Trained(case, read_images(str(path), path.parent, configuration, (), case.training.cycles.total))
+        meta = state_of(checkpoint)
+        if meta["run"] != KIND:
+            raise no_state(path, f"its run is {meta['run']!r}, not {KIND}")
+        return Trained(path, replace(from_dict(ImageRunOptions, meta["configuration"]), **here), meta["update"])
 
 
 def transitions(network: ImageResNet) -> list[bool]:
@@ -202,7 +198,7 @@ def measure(training: ResNetTraining, lesions: Lesions) -> dict[str, Any]:
     }
 
 
-def measured(trained: Trained, samples: ImageSplit, lesions: Lesions, comm: Communicator) -> dict[str, Any]:
+def measured(trained: Trained, lesions: Lesions, comm: Communicator) -> dict[str, Any]:
     """The row of a network for tables and pictures, "settings" and "result" (see `measure`); collective.
 
     Raises
@@ -210,25 +206,48 @@ def measured(trained: Trained, samples: ImageSplit, lesions: Lesions, comm: Comm
     RunError
         On all ranks, if the checkpoint holds another network than it says.
     """
-    case = trained.case
-    training = case.make(case.model, case.seed, samples, ProcessGrid(comm, comm.size))
+    options = trained.options
+    (model,), (seed,) = options.models, options.seeds
+    samples = options.samples()
+    training = options.training(model, seed, samples, ProcessGrid(comm, comm.size)).method
     try:
-        trained.state.restore(training)
+        with load(trained.path) as checkpoint, restoring(trained.path):
+            training.load(checkpoint)
     except CheckpointError as error:  # on all ranks alike
         raise RunError(str(error)) from error
     settings = {
-        "data": case.data,
-        "model": case.model,
+        "data": options.data,
+        "model": model,
         "blocks": list(training.network.blocks),
-        "filters": list(case.channels),
+        "filters": list(options.channels),
         "step_size": training.network.step_size,
-        "norm": case.norm,
-        "seed": case.seed,
-        "epoch": trained.state.record.epoch,
-        "checkpoint": str(trained.state.path),
+        "norm": options.norm,
+        "seed": seed,
+        "epoch": trained.epoch,
+        "checkpoint": str(trained.path),
         "test_images": samples.test.num_samples,
     }
     return {"settings": settings, "result": measure(training, lesions)}
+
+
+def measure_all(networks: Sequence[Trained], lesions: Lesions, comm: Communicator) -> list[dict[str, Any]]:
+    """The rows of all networks, see `measured`; collective.
+
+    Raises
+    ------
+    RunError
+        On all ranks, if a checkpoint holds another network than it says.
+    Stopped
+        On all ranks, if a signal has asked for it.
+    """
+    rows = []
+    for trained in networks:
+        if stop_agreed(comm):
+            raise Stopped(f"stopped after {len(rows)} measured networks; start again to go on")
+        if comm.rank == 0:
+            print(f"lesions of {trained.path}", flush=True)
+        rows.append(measured(trained, lesions, comm))
+    return rows
 
 
 def write_lesions(rows: Sequence[dict[str, Any]], out: Path, comm: Communicator) -> None:

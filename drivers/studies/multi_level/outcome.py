@@ -16,6 +16,8 @@ from xbraid_py.run.record import read
 def write_outcome(options: ImageRunOptions, comm: Communicator) -> None:
     """Write `tables.md` (tables 3 and 4) and `figure6.png` of finished runs, and print the table; collective.
 
+    Nothing is written for a run that goes on alone in its own folder: this belongs beside the folders of runs.
+
     Raises
     ------
     RunError
@@ -30,8 +32,9 @@ def write_outcome(options: ImageRunOptions, comm: Communicator) -> None:
         try:
             rows = [row_of(one) for one in options.runs]
             text = multi_level_tables.page(rows)
-            (out / "tables.md").write_text(text, encoding="utf-8")
-            multi_level_curves.figure6(rows, out / "figure6.png")
+            if options.runs[0].out != out:
+                (out / "tables.md").write_text(text, encoding="utf-8")
+                multi_level_curves.figure6(rows, out / "figure6.png")
         except (OSError, ValueError) as error:
             problem = f"the table in {out} could not be made: {error}; start again with --resume auto"
         else:

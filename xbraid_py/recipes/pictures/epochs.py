@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from xbraid_py.recipes.pictures.style import ADJOINT, GRAY, RED, STATE, clean, line, save
+from xbraid_py.recipes.pictures.style import GRAY, RED, STATE, clean, line, save
 
 _CURVES = (
     ("loss", "loss", STATE, "-", 1),
@@ -51,12 +51,13 @@ def over_epochs(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> N
     for row in begins:
         left.axvline(row["epoch"] - 1, color=GRAY, linewidth=0.7, linestyle="--")
         blocks = "-".join(map(str, row["blocks"]))
-        left.annotate(blocks, (row["epoch"] - 1, 1.0), xycoords=("data", "axes fraction"), color=ADJOINT, va="bottom")
+        left.annotate(blocks, (row["epoch"] - 1, 1.0), xycoords=("data", "axes fraction"), color=GRAY, va="bottom")
     clean(left, "epochs")
+    left.xaxis.get_major_locator().set_params(integer=True)
     left.set_ylabel("loss (solid)")
     right.set(ylabel="error, % (dotted)", ylim=(0, None))
     right.spines["top"].set_visible(False)
     lines = [*left.lines, *right.lines]
     named = {each.get_label(): each for each in lines if not str(each.get_label()).startswith("_")}
-    left.legend(named.values(), named.keys(), frameon=False, fontsize="x-small")
+    right.legend(named.values(), named.keys(), fontsize="x-small")  # the axes that are drawn last
     save(figure, path)
