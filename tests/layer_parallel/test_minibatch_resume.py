@@ -1,9 +1,7 @@
-"""Runs on minibatches resumed from checkpoints: the uninterrupted run, on any number of ranks, after any end."""
+"""Runs on minibatches that go on from checkpoints: weights, moments, solvers, masks and replicas, on any ranks."""
 
-import contextlib
 import json
 import shutil
-import signal
 
 import pytest
 import torch
@@ -13,18 +11,9 @@ from torch import nn
 from xbraid_py import LayerParallel, RunError
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.replicas import ProcessGrid
-from xbraid_py.layer_parallel.minibatch.state import Trained, load_weights
-from xbraid_py.recipes.digits_resume import Position, save_trained
-from xbraid_py.run import signals
-from xbraid_py.run.record import read
-from xbraid_py.run.store.keep import CheckpointStore, Score
-from xbraid_py.run.store.write import Shard, file_name, load, save
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    """It takes longer to draw than all the rest of these runs."""
-    monkeypatch.setattr("xbraid_py.recipes.digits_run.picture", lambda rows, path: None)
+from xbraid_py.layer_parallel.minibatch.state import MinibatchState, load_weights
+from xbraid_py.run.store.read import file_name, load
+from xbraid_py.run.store.write import Shard, save
 
 
 @pytest.fixture(scope="module")
@@ -36,64 +25,20 @@ def written(tmp_path_factory):
 @pytest.mark.parametrize("readers", [1, 2, 3])
 @pytest.mark.parametrize("writers", [1, 2, 3])
 def test_the_rest_of_a_run_is_the_same(written, tmp_path, writers, readers):
-    out, tested, weights = written(writers)
-    levels = {row["stacks"][0]["level"] for row in rows_of(out) if row["kind"] == "update"}
+    out, last, weights = written(writers)
+    levels = {row["stacks"][0]["level"] for row in rows_of(out)}
     assert len(levels) > 1, "the solver is tightened under way"
     for number in (1, 6) if writers == readers else ((writers + readers) % 3 + 3,):
         there = tmp_path / f"{number}"
         file = out / "checkpoints" / file_name(number)
-        for again, found in on_ranks(readers, lambda comm, there=there, file=file: run(comm, there, file)):
+        for row, found in on_ranks(readers, lambda comm, there=there, file=file: run(comm, there, file)):
             same(rows_of(there), rows_of(out, number), 0.0 if writers == readers else 1e-9)
-            assert again["test_accuracy"] == tested["test_accuracy"]
+            assert row["val_accuracy"] == last["val_accuracy"]
             for name, value in weights.items():
                 if writers == readers:
                     assert torch.equal(found[name], value), name
                 else:
                     assert torch.allclose(found[name], value, rtol=1e-8, atol=1e-10), name
-
-
-@pytest.mark.ranks(1, 2, 3)
-def test_after_a_signal_and_after_a_crash(spmd, shared_tmp_path):
-    out, undisturbed = shared_tmp_path / "run", shared_tmp_path / "undisturbed"
-    expected = spmd(lambda comm: run(comm, undisturbed)[0])[0]
-
-    def stopped_at(comm, number, resume):
-        def at(update):
-            if update == number and comm.rank == comm.size - 1:
-                signals.note(signal.SIGUSR1)
-
-        try:
-            run(comm, out, resume, at=at, checkpoint_every=100)
-        except signals.Stopped as stop:
-            return str(stop)
-        finally:
-            comm.barrier()
-            signals.forget()
-
-    for number, resume in ((2, None), (3, "auto")):
-        path = out / "checkpoints" / file_name(number)
-        said = f"stopped by SIGUSR1 after update {number}; --resume auto goes on from {path}"
-        assert spmd(lambda comm, number=number, resume=resume: stopped_at(comm, number, resume)) == [said] * len(
-            spmd(lambda comm: None)
-        )
-        assert json.loads((out / "status.json").read_text())["state"] == "stopped"
-
-    def crash(comm):
-        def at(update):
-            if update == 7:
-                raise RunError("a crash")  # behind the checkpoint of update 6 and the row of no later one
-
-        with contextlib.suppress(RunError):
-            run(comm, out, "auto", at=at, checkpoint_every=3)
-        return [path.name for path in sorted((out / "checkpoints").glob("update*"))]
-
-    names = [file_name(number) for number in (2, 3, 4, 6)]  # 4: the first test is the best one
-    assert spmd(crash) == [names] * len(spmd(lambda comm: None))
-    found = spmd(lambda comm: run(comm, out, "auto")[0])
-    assert {each["test_accuracy"] for each in found} == {expected["test_accuracy"]}
-    same(rows_of(out), rows_of(undisturbed))
-    kinds = [row["kind"] for row in read(out / "metrics.jsonl")]
-    assert kinds.count("resume") == 3 and kinds.count("header") == 1
 
 
 def test_random_numbers_go_on(tmp_path):
@@ -109,7 +54,7 @@ def test_random_numbers_go_on(tmp_path):
     assert body(tmp_path / "b", tmp_path / "a" / "checkpoints" / file_name(3)) == expected[3:]
 
 
-OPTIMizERS = {
+OPTIMIZERS = {
     "amsgrad": lambda p: torch.optim.Adam(p, lr=0.05, amsgrad=True),
     "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
@@ -124,10 +69,10 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "schedule"), [*((name, "none") for name in OPTIMizERS), ("momentum", "one-cycle"), ("sgd", "lambda")]
+    ("optimizer", "schedule"), [*((name, "none") for name in OPTIMIZERS), ("momentum", "one-cycle"), ("sgd", "lambda")]
 )
 def test_whatever_the_optimizer_and_the_schedule(tmp_path, optimizer, schedule):
-    changes = {"optimizer": OPTIMizERS[optimizer], "schedule": SCHEDULES[schedule], "dropout": 0.0}
+    changes = {"optimizer": OPTIMIZERS[optimizer], "schedule": SCHEDULES[schedule], "dropout": 0.0}
 
     def body(comm):
         _, expected = run(comm, tmp_path / "a", **changes)
@@ -142,11 +87,11 @@ def test_an_optimizer_of_another_kind_is_refused(tmp_path):
     model = nn.Linear(3, 2).double()
     optimizer = torch.optim.LBFGS(model.parameters())
     optimizer.step(lambda: model(torch.ones(1, 3, dtype=torch.float64)).sum().backward() or 1.0)
-    trained = Trained(model=model, optimizer=optimizer)
+    trained = MinibatchState(model=model, optimizer=optimizer, comm=SerialCommunicator())
     with pytest.raises(ValueError, match="^optimizer=LBFGS keeps a .*use torch.optim.Adam$"):
-        trained.shards(SerialCommunicator())
+        trained.state()
     with pytest.raises(ValueError, match="not the model's; use model.parameters"):
-        Trained(model=nn.Linear(1, 1), optimizer=optimizer)
+        MinibatchState(model=nn.Linear(1, 1), optimizer=optimizer, comm=SerialCommunicator())
 
 
 def test_all_of_a_checkpoint_matters(written, tmp_path):
@@ -159,7 +104,7 @@ def test_all_of_a_checkpoint_matters(written, tmp_path):
 
     def rest(change):
         mine, its = {k: v.clone() for k, v in arrays.items()}, json.loads(json.dumps(meta))
-        change(mine, its["training"])
+        change(mine, its["state"])
         there = tmp_path / "there"
         shutil.rmtree(there, ignore_errors=True)
         shards = {name: Shard(rows, 0, len(rows)) for name, rows in mine.items()}
@@ -184,12 +129,22 @@ def test_all_of_a_checkpoint_matters(written, tmp_path):
     assert len(arrays["weights/2.layers.0.weight"]) == 8 == len(arrays["optimizer/exp_avg/2.layers.0.weight"])
 
 
+def trained_of(model, comm, grid=None, update=1):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return MinibatchState(model=model, optimizer=optimizer, comm=comm, grid=grid, update=update)
+
+
+def saved(trained, path):
+    arrays, numbers = trained.state()
+    save(path, trained.comm, arrays, {"state": numbers})
+
+
 def test_no_rank_in_a_file(written):
     found = []
     for size in (1, 2, 3):
         with load(written(size)[0] / "checkpoints" / file_name(5)) as file:
             shapes = {name: (file.shape(name), file.rows(name, 0, 0).dtype) for name in file.names()}
-            found.append((shapes, file.meta["update"], file.meta["training"]["groups"]))
+            found.append((shapes, file.meta["update"], file.meta["state"]["groups"]))
     assert found[0] == found[1] == found[2]
 
 
@@ -202,32 +157,30 @@ def test_replicas_may_change(tmp_path):
     on_ranks(2, lambda comm: run(comm, tmp_path / "same", file, replicas=2, **changes))
     same(rows_of(tmp_path / "same"), rows_of(tmp_path / "two", 4))
     for out in ("two", "rest"):
-        losses = [row["loss"] for row in rows_of(tmp_path / out, 4) if row["kind"] == "update"]
-        expected = [row["loss"] for row in rows_of(tmp_path / "one", 4) if row["kind"] == "update"]
+        losses = [row["loss"] for row in rows_of(tmp_path / out, 4)]
+        expected = [row["loss"] for row in rows_of(tmp_path / "one", 4)]
         assert losses == pytest.approx(expected, rel=1e-4)
 
 
 def test_each_replica_has_its_own_solvers(tmp_path):
     def make(comm, replicas):
         grid = ProcessGrid(comm, replicas)
-        model = build(grid.layers)
-        trained = Trained(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), grid=grid)
-        return grid, trained
+        return trained_of(build(grid.layers), comm, grid)
 
     def level(trained):
         return trained.stacks[0].solver_state()["accuracy"]["level"]
 
     def write(comm):
-        grid, trained = make(comm, 2)
+        trained = make(comm, 2)
         state = trained.stacks[0].solver_state()
-        state["accuracy"]["level"] = 2 - grid.replica
+        state["accuracy"]["level"] = 2 - trained.grid.replica
         trained.stacks[0].load_solver_state(state)
-        save_trained(CheckpointStore(tmp_path), comm, trained, Position(update=1), {}, Score(), {})
+        saved(trained, tmp_path / file_name(1))
 
     def read_back(comm, replicas):
-        _, trained = make(comm, replicas)
+        trained = make(comm, replicas)
         with load(tmp_path / file_name(1)) as file:
-            trained.load(file, file.meta["training"])
+            trained.load(file)
         return level(trained)
 
     on_ranks(4, write)
@@ -258,11 +211,10 @@ def test_statistics_in_a_stack_and_a_single_number(spmd, shared_tmp_path):
 
     def body(comm):
         model, other = make(comm, 1), make(comm, 2)
-        trained = Trained(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
-        path = save_trained(CheckpointStore(shared_tmp_path), comm, trained, Position(update=3), {}, Score(), {})
+        saved(trained_of(model, comm), shared_tmp_path / file_name(1))
         with torch.no_grad():
             other.scale.zero_()
-        with load(path) as file:
+        with load(shared_tmp_path / file_name(1)) as file:
             load_weights(file, other)
         ours, theirs = model.state_dict(), other.state_dict()
         return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -272,18 +224,17 @@ def test_statistics_in_a_stack_and_a_single_number(spmd, shared_tmp_path):
 
 
 @pytest.mark.ranks(1, 2)
-def test_a_weight_that_is_not_finite_is_not_saved(spmd, shared_tmp_path):
+def test_a_weight_that_is_not_finite_is_not_saved(spmd):
     def body(comm):
         model = build(comm)
-        trained = Trained(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+        trained = trained_of(model, comm, update=4)
         if comm.rank == model[2].last_rank:
             with torch.no_grad():
                 next(model[2].parameters())[0] = torch.nan
         try:
-            save_trained(CheckpointStore(shared_tmp_path), comm, trained, Position(update=4), {}, Score(), {})
+            trained.state()
         except RunError as error:
             return str(error)
 
     for message in spmd(body):
         assert message.startswith("update 4: rank ") and "weights that are not finite" in message
-    assert not list(shared_tmp_path.glob("*.h5"))

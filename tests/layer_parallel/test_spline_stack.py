@@ -14,7 +14,7 @@ from torch import nn
 from xbraid_py import LayerParallel, Splines, broadcast_loss, clip_grad_norm_, to_sequential
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.layer_parallel.minibatch.alike import check_alike
-from xbraid_py.layer_parallel.minibatch.state import Trained
+from xbraid_py.layer_parallel.minibatch.state import MinibatchState
 from xbraid_py.run.store.write import load, save
 
 RANKS = pytest.mark.ranks(1, 2, 3, 5)
@@ -188,9 +188,10 @@ def test_training_with_clipping_and_a_checkpoint_equals_the_loop(spmd, shared_tm
         start = model.state_dict()
         start = {name: value.clone() for name, value in start.items()}
         train(model, optimizer, 5, norms)
-        trained = Trained(model=model, optimizer=optimizer)
+        trained = MinibatchState(model=model, optimizer=optimizer, comm=comm, update=5)
         path = shared_tmp_path / f"{comm.size}.h5"
-        save(path, comm, trained.shards(comm), {"numbers": trained.numbers(comm)})
+        arrays, numbers = trained.state()
+        save(path, comm, arrays, {"state": numbers})
         train(model, optimizer, 5, norms)
         end = {name: value.clone() for name, value in model.state_dict().items()}
         ends = []
@@ -198,7 +199,7 @@ def test_training_with_clipping_and_a_checkpoint_equals_the_loop(spmd, shared_tm
             again = model_of(other, seed=7)
             moments = torch.optim.SGD(again.parameters(), 0.05, momentum=0.9)
             with load(path) as checkpoint:
-                Trained(model=again, optimizer=moments).load(checkpoint, checkpoint.meta["numbers"])
+                MinibatchState(model=again, optimizer=moments, comm=other).load(checkpoint)
             train(again, moments, 5, [])
             ends.append(again.state_dict())
         return start, norms, end, ends
