@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,8 @@ from xbraid_py.optim import OneShotOptions
 from xbraid_py.problem.network import InitialScales
 from xbraid_py.problem.problem import DenseResNetOptions, Problem
 from xbraid_py.problem.regularization import Regularization
+from xbraid_py.run.store.keep import CheckpointStore
+from xbraid_py.run.store.read import load, restoring
 
 # With 8 layers two intervals of the second level, which 3 or 5 ranks do not own as they own those of the first.
 MIXED = MGRIT(cycle="V", cfactor=(4, 2), max_levels=3, min_coarse=1)
@@ -53,6 +57,19 @@ def nested(comm, updates, mgrit=MIXED, num_layers=32, one_shot=None, interpolati
     return NestedIteration(
         problem(comm, mgrit, **others), num_layers, options=options, one_shot=one_shot, scales=scales, seed=1
     )
+
+
+def save_state(folder: Path, run: NestedIteration, number: int, **meta: Any) -> Path:
+    """A checkpoint of a run as the engine writes it, but for what only the engine knows."""
+    arrays, numbers = run.state()
+    return CheckpointStore(folder, keep=99).save(run.problem.comm, number, arrays, {"state": numbers, **meta})
+
+
+def load_state(path: Path, run: NestedIteration, convert_dtype: bool = False) -> NestedIteration:
+    """The run, which goes on from a checkpoint."""
+    with load(path) as checkpoint, restoring(path):
+        run.load(checkpoint, convert_dtype)
+    return run
 
 
 def timeless(record: Record) -> Record:

@@ -9,14 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 from processes import PROJECT, job_environment
-from small_runs import problem
+from small_runs import problem, save_state
 from torch import nn
 
 from xbraid_py import MGRIT, DenseBlock, LayerParallel, ResidualStep, to_sequential
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.layers.module_block import own_random_numbers
 from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions
-from xbraid_py.multilevel.depth.nested_state import save_run
 from xbraid_py.nn import Dropout
 from xbraid_py.problem.network import InitialScales
 from xbraid_py.problem.problem import DenseResNetOptions
@@ -251,7 +250,7 @@ def test_a_checkpoint_is_the_network_that_was_trained(spmd, shared_tmp_path, bia
         for record in run.run():
             network, x, features = run.network, run.weights, run.problem.features.to(getattr(torch, dtype))
             configuration = {"network": to_dict(architecture)}
-            path = save_run(shared_tmp_path, run, record.update, "nested", configuration)
+            path = save_state(shared_tmp_path, run, record.update, configuration=configuration)
             plain = to_sequential(path)
             logits = plain(features.T)
             classes = network.predict(x, features)
@@ -294,6 +293,6 @@ def test_what_is_no_checkpoint_of_a_network_is_refused(tmp_path):
         other, SerialCommunicator(), {"weights/layers.weight": Shard(torch.zeros(2, 3, 3), 0, 2)}, {"configuration": {}}
     )
     with pytest.raises(
-        ValueError, match="holds no network trained by nested iteration; give a file of the checkpoints"
+        ValueError, match="holds no dense network trained in depth; give a file of the checkpoints"
     ):
         to_sequential(other)

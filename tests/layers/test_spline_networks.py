@@ -9,7 +9,7 @@ from functools import cache
 import pytest
 import reference as ref
 import torch
-from small_runs import MIXED, SEQUENTIAL, timeless
+from small_runs import MIXED, SEQUENTIAL, load_state, save_state, timeless
 from spline_cases import CASES, matrix, middles
 from test_objective import BATCH, CLASSES, TERMS, N, T, data, problem
 
@@ -19,15 +19,12 @@ from xbraid_py.layers.splines import Splines
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.mgrit.grid import LayerGrid
 from xbraid_py.multilevel.depth.adaptive import AdaptiveOptions
-from xbraid_py.multilevel.depth.depth_transfer import DepthTransfer
 from xbraid_py.multilevel.depth.mgopt import MGOpt, MGOptOptions
 from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions
-from xbraid_py.multilevel.depth.nested_state import save_run
-from xbraid_py.multilevel.depth.transfer import prolong_depth
+from xbraid_py.multilevel.depth.transfer import DepthTransfer, prolong_depth
 from xbraid_py.multilevel.width.state_width import StateWidthTransfer
 from xbraid_py.optim import OneShotOptions
 from xbraid_py.problem.network import InitialScales
-from xbraid_py.recipes.old_resume import read_resumed
 from xbraid_py.run.options import to_dict
 
 ALL_RANKS = pytest.mark.ranks(1, 2, 3, 5, 8)
@@ -216,7 +213,7 @@ def test_a_checkpoint_goes_on_and_is_exported_on_any_number_of_ranks(spmd, share
         for record in run.run():
             records.append(timeless(record))
             configuration = {"network": to_dict(run.problem.architecture)}
-            paths.append(save_run(out, run, record.update, "nested", configuration))
+            paths.append(save_state(out, run, record.update, configuration=configuration))
         return records, paths, run.network.splines, run.weights, run.network.predict(run.weights, data()[0])
 
     parts = spmd(body)
@@ -234,11 +231,8 @@ def test_a_checkpoint_goes_on_and_is_exported_on_any_number_of_ranks(spmd, share
         assert splines == options["splines"] and splines.coarsen(4) == Splines(6, 3)
 
     def rest(comm, path):
-        run = nested(comm, **options)
-        snapshot = read_resumed(
-            str(path), shared_tmp_path, {"nested": run}, {"network": to_dict(run.problem.architecture)}, ()
-        )
-        return [timeless(record) for record in run.run(snapshot["nested"])], run.weights
+        run = load_state(path, nested(comm, **options))
+        return [timeless(record) for record in run.run()], run.weights
 
     for k in (1, 4):  # written on these ranks, read on one, and the other way round
         found, last = rest(SerialCommunicator(), paths[k])
@@ -255,10 +249,10 @@ def test_a_checkpoint_goes_on_and_is_exported_on_any_number_of_ranks(spmd, share
 def test_a_damaged_or_other_checkpoint_is_refused(tmp_path):
     run = nested(SerialCommunicator())
     next(run.run())
-    path = save_run(tmp_path, run, 0, "nested", {})
+    path = save_state(tmp_path, run, 0)
     for splines, word in ((Splines(8, 3), "7 rows or vectors where this run has 8"), (None, "rows or vectors")):
         with pytest.raises(ValueError, match=word):
-            read_resumed(str(path), tmp_path, {"nested": nested(SerialCommunicator(), splines)}, {}, ())
+            load_state(path, nested(SerialCommunicator(), splines))
 
 
 def test_where_splines_are_not_supported_they_are_refused():

@@ -8,17 +8,17 @@ from functools import cache
 import pytest
 import torch
 from adaptive_runs import CYCLES, HALF, adaptive_run
-from small_runs import ONE_SHOT, SEQUENTIAL, gathered, nested, points, same_bits, timeless
+from small_runs import ONE_SHOT, SEQUENTIAL, gathered, load_state, nested, points, same_bits, save_state, timeless
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.layer_parallel.export import to_sequential
 from xbraid_py.mgrit.grid import LayerGrid
 from xbraid_py.multilevel.depth.adaptive import AdaptiveOptions
-from xbraid_py.multilevel.depth.nested_state import save_run
 from xbraid_py.optim import OneShotOptions
-from xbraid_py.recipes.classification_training import _row
-from xbraid_py.recipes.old_resume import checkpoint_folder, read_resumed
-from xbraid_py.run.store.write import CheckpointError, Shard, file_name, load, save
+from xbraid_py.recipes.classification import row_of
+from xbraid_py.run.options import to_dict
+from xbraid_py.run.store.read import CheckpointError, file_name, load
+from xbraid_py.run.store.write import Shard, save
 from xbraid_py.testing import run_threads
 
 # Runs.
@@ -79,14 +79,14 @@ def test_a_uniform_run_says_nothing_of_grids():
     run = nested(SerialCommunicator(), (1, 1))
     rows, keys = [], set()
     for record in run.run():
-        rows.append(_row(record, "nested", None))
-        keys |= run.snapshot().numbers.keys()
+        rows.append(row_of(record))
+        keys |= run.state()[1].keys()
     assert all("cut" not in row and "lengths" not in row for row in rows) and "lengths" not in keys
 
 
 def test_the_record_tells_which_layers_were_cut():
     run = adaptive_run(SerialCommunicator(), (1, 1), mgrit=SEQUENTIAL, num_layers=8)
-    rows = [_row(record, "nested", None) for record in run.run()]
+    rows = [row_of(record) for record in run.run()]
     assert ["cut" in row for row in rows] == [False, True, False]
     assert len(rows[1]["cut"]) == 2 and rows[1]["lengths"] == list(run.grid.lengths) and rows[1]["num_layers"] == 6
 
@@ -116,9 +116,6 @@ def test_where_no_layer_may_be_added_the_grid_stays():
 # Checkpoints.
 
 
-CONFIGURATION = {"num_layers": 64, "network": {"T": 2.0, "activation": "smooth_relu"}}
-
-
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """Folder of the checkpoints of every update of a run on 2 ranks; its records and weights."""
@@ -129,7 +126,7 @@ def written(tmp_path_factory):
         records = []
         for record in run.run():
             records.append(timeless(record))
-            save_run(checkpoint_folder(out, "nested"), run, record.update, "nested", CONFIGURATION)
+            save_state(out, run, record.update)
         return records, gathered(run.network, run.weights)
 
     return out, *run_threads(2, body)[0]
@@ -141,10 +138,8 @@ def test_a_run_goes_on_from_any_update_on_any_number_of_ranks(spmd, written):
     def body(comm):
         wrong = []
         for k in range(len(expected) - 1):
-            run = adaptive_run(comm, (3, 2, 3), mgrit=ONE_SHOT)
-            path = checkpoint_folder(out, "nested") / file_name(k)
-            resumed = read_resumed(str(path), out, {"nested": run}, CONFIGURATION, ())
-            records = [timeless(record) for record in run.run(resumed["nested"])]
+            run = load_state(out / file_name(k), adaptive_run(comm, (3, 2, 3), mgrit=ONE_SHOT))
+            records = [timeless(record) for record in run.run()]
             if records != expected[k + 1 :] or not same_bits(gathered(run.network, run.weights), weights):
                 wrong.append(k)
         return wrong
@@ -162,12 +157,10 @@ def test_a_level_that_ends_at_once_goes_on_in_the_same_way(tmp_path):
     run, expected = make(), []
     for record in run.run():
         expected.append(timeless(record))
-        save_run(checkpoint_folder(tmp_path, "nested"), run, record.update, "nested", CONFIGURATION)
+        save_state(tmp_path, run, record.update)
     assert len(expected) == 3
-    again = make()
-    first = checkpoint_folder(tmp_path, "nested") / file_name(0)
-    resumed = read_resumed(str(first), tmp_path, {"nested": again}, CONFIGURATION, ())
-    assert [timeless(record) for record in again.run(resumed["nested"])] == expected[1:]
+    again = load_state(tmp_path / file_name(0), make())
+    assert [timeless(record) for record in again.run()] == expected[1:]
 
 
 @pytest.mark.parametrize(
@@ -175,25 +168,25 @@ def test_a_level_that_ends_at_once_goes_on_in_the_same_way(tmp_path):
 )
 def test_a_checkpoint_of_another_grid_is_refused(written, tmp_path, change):
     out, *_ = written
-    path = checkpoint_folder(out, "nested") / file_name(8)
+    path = out / file_name(8)
     with load(path) as checkpoint:
         shards = {name: checkpoint.rows(name) for name in checkpoint.names()}
         meta = checkpoint.meta
-    assert meta["snapshot"]["num_layers"] == len(meta["snapshot"]["lengths"]) == 40
-    meta["snapshot"].update(change)
+    assert meta["state"]["num_layers"] == len(meta["state"]["lengths"]) == 40
+    meta["state"].update(change)
     shards = {name: Shard(rows, 0, len(rows)) for name, rows in shards.items()}
     save(tmp_path / path.name, SerialCommunicator(), shards, meta)
     run = adaptive_run(SerialCommunicator(), (3, 2, 3), mgrit=ONE_SHOT)
     with pytest.raises(CheckpointError, match="holds no state of a training run"):
-        read_resumed(str(tmp_path / path.name), out, {"nested": run}, CONFIGURATION, ())
+        load_state(tmp_path / path.name, run)
 
 
 def test_a_uniform_run_does_not_go_on_from_it(written):
     out, *_ = written
-    path = checkpoint_folder(out, "nested") / file_name(8)
+    path = out / file_name(8)
     run = nested(SerialCommunicator(), (3, 2, 3), ONE_SHOT, num_layers=64)
     with pytest.raises(CheckpointError, match=r"layers, where this run has \[16, 32, 64\]"):
-        read_resumed(str(path), out, {"nested": run}, CONFIGURATION, ())
+        load_state(path, run)
 
 
 def test_an_exported_network_has_the_sizes_of_its_layers(spmd, shared_tmp_path):
@@ -201,7 +194,8 @@ def test_an_exported_network_has_the_sizes_of_its_layers(spmd, shared_tmp_path):
         run = adaptive_run(comm, (3, 3), mgrit=ONE_SHOT, num_layers=32)
         for record in run.run():
             if record.final:
-                path = save_run(shared_tmp_path, run, record.update, "nested", CONFIGURATION)
+                network = {"network": to_dict(run.problem.architecture)}
+                path = save_state(shared_tmp_path, run, record.update, configuration=network)
         comm.barrier()
         module = to_sequential(path)
         with torch.no_grad():

@@ -16,11 +16,12 @@ from kinds import KINDS, arrays_of, finished, options_of, program, run, updates_
 from matplotlib.figure import Figure
 
 from xbraid_py.comm import SerialCommunicator
+from xbraid_py.comm.errors import RunError
 from xbraid_py.run import engine, signals, tensorboard
 from xbraid_py.run.record import read
 from xbraid_py.run.signals import Stopped
 from xbraid_py.run.store.keep import CheckpointStore
-from xbraid_py.run.store.read import CheckpointError, load, numbered
+from xbraid_py.run.store.read import CheckpointError, file_name, load, numbered
 
 ALL = pytest.mark.parametrize("name", KINDS)
 SERIAL = SerialCommunicator()
@@ -102,7 +103,8 @@ def test_going_on_on_other_ranks(name, copied, spmd):
     if not KINDS[name].exact_ranks:
         pytest.skip("each number of ranks is another run")
     expected = finished(name)
-    out = copied(name, keep=last(expected) - 2)
+    own = copied(name, keep=last(expected) - 2)
+    out = spmd(lambda comm: own)[0]  # that of rank 0, where each is a process
     spmd(lambda comm: run(KINDS[name], comm, out, "--resume=auto") and None)
     for ours, theirs in zip(updates_of(out), updates_of(expected), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
@@ -238,6 +240,33 @@ def test_tensorboard_for_every_kind(name, tmp_path, monkeypatch):
     losses = [(f"{row['run']}/loss", row["loss"], row["update"]) for row in rows]
     assert [each for each in scalars if each[0] == losses[0][0]] == losses
     assert scalars[-1] == "closed"
+
+
+def test_checkpoints_of_later_updates_are_set_aside(copied):
+    out = copied("mgopt")
+    folder = out / "checkpoints"
+    (folder / file_name(9)).with_suffix(".h5.tmp").write_bytes(b"half")
+    run(KINDS["mgopt"], SERIAL, out, f"--resume={folder / file_name(2)}")
+    same_end(out, finished("mgopt"))
+    aside = out / "earlier-1" / "checkpoints"
+    assert sorted(path.name for path in aside.iterdir()) == [file_name(number) for number in (3, 4, 5, 6)]
+    assert not list(folder.glob("*.tmp"))
+
+
+@pytest.mark.ranks(2, 3)
+def test_ranks_that_see_different_checkpoints_end_together(copied, spmd):
+    own = copied("mgopt")
+    out = spmd(lambda comm: own)[0]
+
+    def body(comm):
+        path = out / "checkpoints" / file_name(5 if comm.rank else 4)
+        try:
+            run(KINDS["mgopt"], comm, out, f"--resume={path}")
+        except RunError as error:
+            return str(error)
+
+    (said,) = set(spmd(body))
+    assert said.startswith("resume=(4, ") and "the checkpoints have changed meanwhile, or not all ranks can" in said
 
 
 def test_rows_in_memory_are_those_of_the_record():

@@ -165,7 +165,7 @@ class NestedTraining(Training):
 
     def steps(self) -> Iterator[Row]:
         for record in self.method.run():
-            yield _row(record)
+            yield row_of(record)
 
     def is_due(self, row: Row) -> bool:
         return row["update"] % self.options.validate_every == 0
@@ -292,7 +292,8 @@ def _plan(options: ClassificationOptions, train: Dataset, comm: Communicator) ->
     return recommend(workload, comm)
 
 
-def _row(record: Record) -> Row:
+def row_of(record: Record) -> Row:
+    """A record of a nested iteration in the words of the engine."""
     evaluation = record.evaluation
     grid = {} if record.cut is None else {"cut": list(record.cut), "lengths": list(record.lengths)}
     return {
