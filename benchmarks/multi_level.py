@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import common  # first: one thread
 from studies.multi_level.case import Case, train
 from studies.multi_level.page import differences, figures
 from studies.multi_level.tables import page
-from studies.study import Study
+from studies.study import Study, of_seeds
 
 REDUCED = Case(
     stem_stride=4, epochs=(42, 35, 35), precision="bfloat16", channels_last=True, train_images=5000, validate_every=14
@@ -34,13 +33,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few images, filters and epochs, one seed")
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--workers", type=int, default=2, help="runs at the same time")
-    parser.add_argument("--data_dir", help="folder of the images")
+    parser.add_argument("--data_dir", type=Path, help="folder of the images")
     arguments = parser.parse_args()
     base, seeds = (QUICK, arguments.seeds or 1) if arguments.quick else (REDUCED, arguments.seeds or 5)
     models = ("first", "last", "multilevel")
-    settings = [asdict(replace(base, model=model, seed=seed)) for seed in range(seeds) for model in models]
+    cases = [replace(base, model=model, data_dir=arguments.data_dir) for model in models]
     with tempfile.TemporaryDirectory() as folder:
-        rows = list(Study(Path(folder), partial(train, data_dir=arguments.data_dir), arguments.workers).run(settings))
+        rows = list(Study(Path(folder), train, arguments.workers).run(of_seeds(cases, range(seeds))))
     print(page(rows) + "\n" + differences(rows))
     common.finish("multi_level", figures(rows))
 
