@@ -1,4 +1,4 @@
-"""The commands that make something of a run: `resume`, `export`, `events` and `plan`."""
+"""The commands that make something of a run: `resume`, `export` and `events`."""
 
 import json
 import shlex
@@ -10,19 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from kinds import KINDS, finished, options_of
 from processes import PROJECT, job_environment, run_job
 from runs_on_disk import CONFIGURATION, make_run, status, write_record
-from small_runs import nested
+from small_runs import nested, save_state
 
-from xbraid_py import MGRIT, LayerParallel
+from xbraid_py import LayerParallel
 from xbraid_py.cli import main
-from xbraid_py.cli.export import module_of
 from xbraid_py.comm import SerialCommunicator
-from xbraid_py.layer_parallel.minibatch.state import Trained
-from xbraid_py.multilevel.depth.nested_state import save_run
-from xbraid_py.recipes.digits_resume import Position, save_trained
-from xbraid_py.run.options import to_dict
-from xbraid_py.run.store.keep import CheckpointStore, Score
+from xbraid_py.layer_parallel.minibatch.state import load_weights
+from xbraid_py.recipes import digits
+from xbraid_py.run.store.read import load
 
 PEAKS = PROJECT / "drivers" / "peaks.py"
 PEAKS_OPTIONS = {"num_layers": 16, "nested": {"refinements": 1, "updates": [3, 4]}, "num_val": 50, "data_dir": None}
@@ -139,8 +137,10 @@ def trained(tmp_path_factory):
     (folder / "checkpoints" / "update_000010.h5").unlink()
     run = nested(SerialCommunicator(), (1, 1), num_layers=16)
     configuration = CONFIGURATION | {"network": {"T": 2.0, "activation": "smooth_relu", "width": 3, "bias": "vector"}}
+    about = {"run": "nested", "recipe": "peaks", "configuration": configuration}
     for record in run.run():
-        save_run(folder / "checkpoints", run, record.update, "nested", configuration)
+        row = {"update": record.update, "final": record.final}
+        save_state(folder / "checkpoints", run, record.update, update=record.update, row=row, **about)
     network, x = run.network, run.weights
     features = torch.linspace(-2, 2, 20, dtype=torch.float64).reshape(2, 10)
     u = network.steps(x).relax(network.open(x, features)[None], 16, None, None)[0]
@@ -199,51 +199,49 @@ def test_the_best_and_the_newest_good_checkpoint(tmp_path, capsys, caplog, train
     assert not (tmp_path / "c.pt").exists()
 
 
-@pytest.fixture
-def on_minibatches(tmp_path, monkeypatch):
-    """A checkpoint as `drivers/mnist.py` writes it, and the network that is in it."""
-    program = module_of(PROJECT / "drivers" / "mnist.py")
-    options = program.SmokeOptions(variant="dense", mgrit=MGRIT(cfactor=4), seed=3)
-    model = program.build(options, None)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.5)
-    trained = Trained(model=model, optimizer=torch.optim.Adam(model.parameters()))
-    monkeypatch.setattr(sys, "argv", ["somewhere/mnist.py"])
-    folder = make_run(tmp_path / "digits")
-    (folder / "checkpoints" / "update_000010.h5").unlink()
-    store = CheckpointStore(folder / "checkpoints")
-    save_trained(store, SerialCommunicator(), trained, Position(update=5), to_dict(options), Score(objective=1.0), {})
-    return folder, model
-
-
-def test_a_network_trained_on_minibatches(tmp_path, capsys, on_minibatches):
-    folder, model = on_minibatches
-    out, images = tmp_path / "net.pt", torch.rand(5, 1, 28, 28)
-    assert main(["export", str(folder), str(out), "--best"]) == 0
-    assert "8 layers" in capsys.readouterr().out
+def test_a_network_trained_on_minibatches(tmp_path):
+    source = sorted((finished("digits") / "checkpoints").glob("update*"))[-1]
+    options = options_of(KINDS["digits"], tmp_path / "run")
+    model, out, images = digits.build(options, None), tmp_path / "net.pt", torch.rand(5, 1, 28, 28)
+    with load(source) as checkpoint:
+        load_weights(checkpoint, model)
+    assert main(["export", str(source), str(out)]) == 0
     found = torch.load(out, weights_only=False)
     assert not found.training and not any(isinstance(part, LayerParallel) for part in found.modules())
     with torch.no_grad():
         assert torch.allclose(found(images), model.eval()(images), rtol=1e-6, atol=1e-6)
 
 
-def test_the_driver_of_a_network_trained_on_minibatches(tmp_path, capsys, on_minibatches):
-    folder, _ = on_minibatches
-    (path,) = (folder / "checkpoints").glob("update*")
+OWN = """
+from torch import nn
+
+from xbraid_py.recipes import digits
+from xbraid_py.recipes.digits import MnistOptions as Options
+
+class Opening(nn.Conv2d):
+    pass
+
+def build(options, comm):
+    model = digits.build(options, comm)
+    return model
+"""
+
+
+def test_the_program_of_a_network_trained_on_minibatches(tmp_path, capsys):
+    (path,) = (finished("digits") / "checkpoints").glob("update_000003.h5")
     out, driver = tmp_path / "net.pt", tmp_path / "mine.py"
-    text = (PROJECT / "drivers" / "mnist.py").read_text()
-    driver.write_text(text)
+    driver.write_text(OWN)
     assert main(["export", str(path), str(out), f"--driver={driver}"]) == 0
     assert out.exists() and capsys.readouterr().err == ""
-    own = text.replace("nn.Linear(PIXELS", "Opening(PIXELS").replace(
-        "def norm(", "class Opening(nn.Linear):\n    pass\n\n\ndef norm("
-    )
+    end = "    return model\n"
     for program, message in (
-        ("x = 1", "has no Options and build; use --driver="),
-        (own, "defines parts of the network, Opening; put them into a module"),
-        (text.replace("width: int = 16", "wide: int = 16"), "width"),
-        (text.replace("nn.Linear(width, mnist.NUM_CLASSES)", "nn.Linear(width, 7)"), "holds another network"),
+        ("x = 1", "has no Options and build; use the program"),
+        (
+            OWN.replace(end, f"    model[0] = Opening(1, 8, 5, stride=2, padding=2)\n{end}"),
+            "parts of the network, Opening",
+        ),
+        (OWN.replace("MnistOptions", "DigitOptions"), "unknown option"),
+        (OWN.replace(end, f"    model[-1] = nn.Linear(model[-1].in_features, 7)\n{end}"), "holds another network"),
     ):
         driver.write_text(program)
         assert main(["export", str(path), str(out), "--force", f"--driver={driver}"]) == 2
@@ -264,16 +262,3 @@ def test_events(tmp_path, capsys):
     write_record(folder, [{"kind": "header"}])
     assert main(["events", str(folder)]) == 2
     assert "holds no rows yet" in capsys.readouterr().err
-
-
-@pytest.mark.job
-@pytest.mark.timeout(200)
-@pytest.mark.parametrize("size", [1, 2])
-def test_plan_on_the_command_line(tmp_path, size):
-    out = tmp_path / "plan.json"
-    words = ["-m", "xbraid_py", "plan", "--num_layers=64", "--batch=200", "--ranks=1,2", f"--json={out}"]
-    job = run_job(words, size, timeout=100)
-    assert (job.returncode, job.stderr) == (0, "")
-    assert [each["num_ranks"] for each in json.loads(out.read_text())["predictions"]] == [1, 2]
-    job = run_job(["-m", "xbraid_py", "plan", "--rank=3"], size)
-    assert job.returncode == 2 and "try xbraid-py plan --help" in job.stderr

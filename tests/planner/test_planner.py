@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from xbraid_py.comm.partition import Partition
 from xbraid_py.planner import Costs, Link, Machine, Plan, SolveCosts, StepCost
-from xbraid_py.planner.clocks import Clocks, moves
+from xbraid_py.planner.clocks import Clocks, SharedCores, moves
 from xbraid_py.planner.cycles import SolveWalk
-from xbraid_py.planner.shared_cores import SharedCores
 
 SHARED, NETWORK = Link(0.3, 1e4, 0.2, "made up"), Link(0.7, 3e3, 0.5, "made up")
 CLUSTER = Machine(2, 2, SHARED, NETWORK)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -32,7 +31,7 @@ from xbraid_py.planner import (
     recommend,
 )
 from xbraid_py.planner.predict import MIN_COARSE
-from xbraid_py.planner.table import headings, lines, show
+from xbraid_py.planner.recommend import headings, lines, show
 from xbraid_py.problem.problem import DenseResNetOptions
 
 
@@ -209,35 +208,3 @@ def test_measured_time_is_that_of_the_machine():
     assert many.state_bytes == 40 * few.state_bytes
     half = replace(SMALL, dtype=torch.float32)
     assert measure_costs(half, SerialCommunicator(), 0.01)[0].state_bytes == SMALL.state_bytes // 2
-
-
-@pytest.mark.job
-def test_driver(run_job, tmp_path):
-    out = tmp_path / "deeper" / "plan.json"
-    job = run_job(["drivers/plan.py", "--num_layers=64", "--batch=100", "--ranks=1,2,256", f"--json={out}"])
-    assert job.returncode == 0, job.stderr
-    rows = [line.split() for line in job.stdout.splitlines()]
-    assert [row[0] for row in rows if row and row[0] in ("1", "2", "256")] == ["1", "2", "256"]
-    found = json.loads(out.read_text())
-    assert [each["num_ranks"] for each in found["predictions"]] == [1, 2, 256]
-    assert found["machine"]["shared"]["source"] == "measured"
-
-
-@pytest.mark.job
-def test_driver_on_two_ranks(run_job):
-    job = run_job(["drivers/plan.py", "--num_layers=16", "--batch=50", "--ranks=1,2", "--cycles=one-shot,V"], ranks=2)
-    assert job.returncode == 0, job.stderr
-    assert job.stdout.count("messages between nodes") == 1
-
-
-@pytest.mark.job
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--ranks=0,1"], "ranks=0,1 must be at least 1, all of them; use 1,2,4"),
-        (["--bandwidth=0"], "bandwidth=0.0 must be positive"),
-    ],
-)
-def test_driver_refuses(run_job, words, message):
-    job = run_job(["drivers/plan.py", *words])
-    assert job.returncode == 2 and message in job.stderr, job.stderr

@@ -1,17 +1,24 @@
-"""The clocks of all ranks while they work and send: one array operation for all ranks, for thousands of them.
+"""The clocks of all ranks while they work and send: array operations for thousands of ranks, or event by event for few.
 
-A rank that sends is busy for as long as the bytes take; the message is there one latency later.
+A rank that sends is busy for as long as the bytes take; the message is there one latency later. Event by event, every
+rank has a programme of work, messages and collectives. At any time the ranks of a node that work share its cores
+evenly; those that wait take none.
+
 Shape letters: `P` ranks.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
+from math import inf
 from typing import Protocol
 
 import numpy as np
 
 from xbraid_py.comm.partition import Partition
 from xbraid_py.planner.machine import Machine
+
+_WORK, _SEND, _RECEIVE, _MEET = range(4)
 
 
 class Clock(Protocol):
@@ -34,7 +41,7 @@ class Clock(Protocol):
 
 
 class Clocks:
-    """Clocks of ranks that have a core each; of more ranks than cores only the parallel parts are slower.
+    """Clocks of ranks that have a core each: of more ranks than cores only the parallel parts are slower.
 
     Parameters
     ----------
@@ -93,6 +100,132 @@ class Clocks:
         near, shared, network = self._node[source] == self._node[dest], self.machine.shared, self.machine.network
         transfer = num_bytes / np.where(near, shared.bandwidth, network.bandwidth)
         return np.where(near, shared.latency, network.latency), transfer
+
+
+class SharedCores:
+    """Clocks of ranks that share cores and memory: notes what the ranks do, and plays it in `finish`, event by event.
+
+    Parameters
+    ----------
+    machine : Machine
+    num_ranks : int
+    """
+
+    def __init__(self, machine: Machine, num_ranks: int):
+        self.machine = machine
+        self._programmes: list[list[tuple]] = [[] for _ in range(num_ranks)]
+        self._meetings: list[float] = []
+
+    def work(self, seconds):
+        for programme, amount in zip(self._programmes, seconds.tolist(), strict=True):
+            if amount:
+                programme.append((_WORK, amount))
+
+    def sweep(self, ranks, seconds, num_bytes):
+        ranks = ranks.tolist()
+        for i, rank in enumerate(ranks):
+            if i:
+                self._programmes[rank].append((_RECEIVE, ranks[i - 1]))
+            self._programmes[rank].append((_WORK, float(seconds[rank])))
+            if i + 1 < len(ranks):
+                self._send(rank, ranks[i + 1], num_bytes)
+
+    def messages(self, source, dest, num_bytes):
+        messages = list(zip(source.tolist(), dest.tolist(), num_bytes.tolist(), strict=True))
+        for sender, receiver, size in messages:
+            self._send(sender, receiver, size)
+        for sender, receiver, _ in messages:
+            self._programmes[receiver].append((_RECEIVE, sender))
+
+    def collective(self, num_bytes):
+        for programme in self._programmes:
+            programme.append((_MEET, len(self._meetings)))
+        self._meetings.append(self.machine.collective(len(self._programmes), num_bytes))
+
+    def finish(self) -> float:
+        return _Play(self.machine, self._programmes, self._meetings).run()
+
+    def _send(self, source: int, dest: int, num_bytes: float) -> None:
+        near = source // self.machine.ranks_per_node == dest // self.machine.ranks_per_node
+        link = self.machine.shared if near else self.machine.network
+        self._programmes[source] += [(_WORK, num_bytes / link.bandwidth), (_SEND, dest, link.latency)]
+
+
+class _Play:
+    """One play of the programmes of all ranks."""
+
+    def __init__(self, machine: Machine, programmes: list[list[tuple]], meetings: list[float]):
+        self.machine, self.programmes, self.meetings = machine, programmes, meetings
+        size = len(programmes)
+        self.node = np.arange(size) // machine.ranks_per_node
+        self.slowdown = np.array([1.0] + [machine.slowdown(k) for k in range(1, size + 1)])
+        self.now = 0.0
+        self.at = [0] * size
+        self.left = np.full(size, inf)  # seconds of work; infinite where a rank does not work
+        self.wake = np.full(size, inf)  # when to look again at a rank that waits for a known time
+        self.mail: dict[tuple[int, int], deque[float]] = defaultdict(deque)
+        self.present: dict[int, list[int]] = defaultdict(list)
+        self.over: dict[int, float] = {}
+
+    def run(self) -> float:
+        """The time at which the last rank is through."""
+        for rank in range(len(self.programmes)):
+            self._go_on(rank)
+        while True:
+            working = np.isfinite(self.left)
+            pace = self.slowdown[np.bincount(self.node, working).astype(int)][self.node]
+            until = np.minimum(self.now + self.left * pace, self.wake)
+            then = until.min()
+            if then == inf:
+                return self.now
+            self.left[working] -= (then - self.now) / pace[working]
+            self.now = float(then)
+            for rank in np.flatnonzero(until <= then * (1 + 1e-12)).tolist():
+                if self.left[rank] < inf:
+                    self.at[rank] += 1
+                self.left[rank] = self.wake[rank] = inf
+                self._go_on(rank)
+
+    def _go_on(self, rank: int) -> None:
+        """Through the programme of a rank until it works or waits."""
+        programme = self.programmes[rank]
+        while self.at[rank] < len(programme):
+            kind, *what = programme[self.at[rank]]
+            if kind == _WORK:
+                self.left[rank], self.wake[rank] = what[0], inf
+                return
+            if kind == _SEND:
+                dest, latency = what
+                self.mail[rank, dest].append(self.now + latency)
+                self.wake[dest] = self._due(dest)
+            elif self._due(rank) > self.now:
+                self.wake[rank] = self._due(rank)
+                return
+            elif kind == _RECEIVE:
+                self.mail[what[0], rank].popleft()
+            self.at[rank] += 1
+
+    def _due(self, rank: int) -> float:
+        """When what a rank waits for will be there, as far as that is known; infinite if it waits for nothing."""
+        programme = self.programmes[rank]
+        kind, *what = programme[self.at[rank]] if self.at[rank] < len(programme) else (_WORK,)
+        if kind == _RECEIVE:
+            box = self.mail[what[0], rank]
+            return box[0] if box else inf
+        if kind == _MEET:
+            return self._meet(rank, what[0])
+        return inf
+
+    def _meet(self, rank: int, meeting: int) -> float:
+        """End of a collective, where this rank has arrived; infinite until all have."""
+        present = self.present[meeting]
+        if meeting not in self.over and rank not in present:
+            present.append(rank)
+            if len(present) == len(self.programmes):
+                self.over[meeting] = self.now + self.meetings[meeting]
+                for other in present:
+                    self.wake[other] = self.over[meeting]
+        return self.over.get(meeting, inf)
 
 
 def in_order(partition: Partition, direction: int) -> np.ndarray:

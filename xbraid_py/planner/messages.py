@@ -17,8 +17,7 @@ import torch
 from xbraid_py.comm import Communicator, SerialCommunicator, world
 from xbraid_py.comm.partition import Partition
 from xbraid_py.planner.machine import CLUSTER, SHARED_MEMORY, Link, Machine
-from xbraid_py.planner.measure import Slowdowns, cores_and_ranks, measure_costs
-from xbraid_py.planner.probe import Workload, timed
+from xbraid_py.planner.measure import Slowdowns, Workload, cores_and_ranks, measure_costs, timed
 from xbraid_py.problem.problem import DenseResNetOptions
 
 _REPEATS, _LAPS = 7, 10

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from xbraid_py.comm.partition import Partition
-from xbraid_py.planner.clocks import Clock, Clocks, counts, in_order
-from xbraid_py.planner.cycles import SolveWalk
+from xbraid_py.planner.clocks import Clock, Clocks, SharedCores, counts, in_order
+from xbraid_py.planner.cycles import Plan, SolveWalk
 from xbraid_py.planner.machine import Costs, Machine
-from xbraid_py.planner.plan import Plan
-from xbraid_py.planner.shared_cores import SharedCores
 
 SERIAL = Plan(cycle="serial")
 # Up to so many ranks are simulated event by event, cores and memory shared.
