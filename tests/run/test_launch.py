@@ -92,7 +92,8 @@ for case in sys.argv[1:]:
         os.dup2(writer if name == "pipe" else os.open(f"{name}.out", os.O_CREAT | os.O_WRONLY), 1)
         os.dup2(os.open(f"{name}.err", os.O_CREAT | os.O_WRONLY), 2)
         os.close(reader), os.close(writer)
-        launch(Options, setup, [word for word in words if word.startswith("--")], prog="driver.py")
+        words = [word for word in words if word.startswith("--")]
+        launch(Options, setup, words, presets={"small": {"what": "exit"}}, prog="driver.py")
         sys.exit(0)
     os.close(writer)
     if name == "pipe":
@@ -134,6 +135,7 @@ def serial(folder):
         "crash --what=crash",
         "thread --what=thread",
         "exit --what=exit",
+        "preset --small",
         "interrupt --what=wait",
         "pipe --what=chatter",
         "openmpi OMPI_COMM_WORLD_SIZE=3 OMPI_COMM_WORLD_RANK=0",
@@ -259,3 +261,7 @@ def test_a_reader_that_goes_away_is_no_traceback(serial):
 
 def test_system_exit_passes_through(serial):
     assert serial("exit").returncode == 5
+
+
+def test_presets_reach_the_options(serial):
+    assert serial("preset").returncode == 5

@@ -1,13 +1,15 @@
-"""Options of a driver: precedence, spellings, conversions, and the message for everything that is wrong."""
+"""Options of a driver: precedence, spellings, conversions, presets, help, and the message for whatever is wrong."""
 
 import json
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from xbraid_py.run.options import OptionError, parse, to_dict, to_yaml
+from xbraid_py.run.options import OptionError, from_dict, parse, to_dict, to_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,9 @@ class Options:
     mgrit: Solver = Solver(cfactor=8)
     coarse: Solver | None = None
     seeds: tuple[int, ...] | None = field(default=None)
+    norm: Literal[1, 2, "max"] = 2
+    labels: tuple[str, ...] | str = ""
+    box: tuple[int, float] = (1, 0.5)
 
     def __post_init__(self):
         if isinstance(self.mgrit.cfactor, int) and self.num_layers % self.mgrit.cfactor:
@@ -128,6 +133,13 @@ def test_command_line_beats_files_beats_defaults_in_any_order(config):
         (["--updates=3,4"], {"updates": (3, 4)}),
         (["--updates=[3, 4]"], {"updates": (3, 4)}),
         (["--updates=3"], {"updates": (3,)}),
+        (["--updates="], {"updates": ()}),
+        (["--norm=1"], {"norm": 1}),
+        (["--norm=max"], {"norm": "max"}),
+        (["--labels=1,b"], {"labels": ("1", "b")}),
+        (["--labels=['a, b', c]"], {"labels": ("a, b", "c")}),
+        (["--labels=a"], {"labels": "a"}),
+        (["--box=2,3"], {"box": (2, 3.0)}),
         (["--seeds=1,2"], {"seeds": (1, 2)}),
         (["--seeds=1", "--seeds=null"], {}),
         (["--mgrit.cfactor=2"], {"mgrit": Solver(cfactor=2)}),
@@ -170,6 +182,9 @@ def test_a_group_from_a_file_of_its_own(config):
         (["--num_layers=3.5"], ["--num_layers=3.5 is not an int"]),
         (["--num_layers=null"], ["--num_layers=null is not an int"]),
         (["--rate=fast"], ["--rate=fast is not a float; use --rate=1.0"]),
+        (["--rate=inf"], ["--rate=inf is not a float"]),
+        (["--norm=3"], ["--norm=3 is not one of 1, 2, max; use --norm=2"]),
+        (["--box=1"], ["--box=1 is not a list of float or int; use --box=1,0.5"]),
         (["--smoke=2"], ["--smoke=2 is not a bool (true or false); use --smoke=false"]),
         (["--activation=gelu"], ["--activation=gelu is not one of relu, tanh; use --activation=tanh"]),
         (["--updates=1,x"], ["--updates=1,x is not a list of int; use --updates=200,125,75"]),
@@ -197,6 +212,11 @@ def test_one_message_for_what_is_wrong(words, parts):
         ("num_layers: many", ["num_layers=many in", "is not an int; use num_layers=64"]),
         ("updates: [1, a]", ["updates=1,a in", "is not a list of int; use updates=200,125,75"]),
         ("updates: 3", ["updates=3 in"]),
+        ("updates:", ["updates=null in", "is not a list of int"]),
+        ("num_layers: null", ["num_layers=null in", "is not an int; use num_layers=64"]),
+        ("num_layers: true", ["num_layers=true in", "is not an int"]),
+        ("norm: true", ["norm=true in", "is not one of 1, 2, max"]),
+        ("resume: 3", ["resume=3 in", "is not a str or null"]),
         ("smoke: 1", ["smoke=1 in", "is not a bool"]),
         ("mgrit: 3", ["mgrit=3 in", "is a group of options; use mgrit.cfactor=8"]),
         ("mgrit: {tol: -1}", ["tol=-1.0 must not be negative"]),
@@ -244,15 +264,67 @@ def printed(capsys, *words):
     return out
 
 
-def test_help_comes_from_the_docstrings(capsys):
-    text = printed(capsys, "--num_layers=3", "--help")
-    for part in ["peaks.py", "Peaks.", "--num_layers", "Number of layers.", "--mgrit.tol", "Tolerance, not negative."]:
+def test_help_comes_from_the_docstrings(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    text = " ".join(printed(capsys, "--num_layers=3", "--help").split())
+    for part in [
+        "usage: peaks.py [--config FILE]",
+        "Peaks.",
+        "--print_config",
+        "The experiment: --num_layers Number of layers. [an int; default: 64]",
+        "--updates Weight updates of every level. [a list of int; default: 200,125,75]",
+        "--activation Activation of the layers. [one of relu, tanh; default: tanh]",
+        "mgrit: Forward solver. --mgrit A YAML file",
+        "--mgrit.cfactor Layers of an interval. [an int or a list of int; default: 8]",
+        "coarse: Another solver. --coarse A YAML file of these, or {name: value, ...}, or null [default: null].",
+        "--coarse.cfactor Layers of an interval. [an int or a list of int; default: 4]",
+        "--coarse.tol Tolerance, not negative. [a float; default: 0.0]",
+        "--rate [a float; default: 1.0]",  # nothing is written of it
+    ]:
         assert part in text
-    assert "default: 64" in text and "--config FILE" in text and "--print_config" in text
+
+
+def test_help_says_what_bases_say_and_what_must_be_given(capsys, monkeypatch):
+    @dataclass(frozen=True, kw_only=True)
+    class Derived(Solver):
+        """More of it.
+
+        Parameters
+        ----------
+        left, right : int
+            Of both sides: 100 % of
+            them.
+        tol : float
+            Another one.
+
+        Attributes
+        ----------
+        right : int
+            Not to be shown.
+        """
+
+        left: int
+        right: int = 2
+
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        parse(Derived, ["--help"], prog="p")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--left Of both sides: 100 % of them. [an int; must be given]" in text
+    assert "--right Of both sides: 100 % of them. [an int; default: 2]" in text
+    assert "--tol Another one. [" in text and "--cfactor Layers of an interval. [" in text
+    assert "Not to be shown" not in text
+
+
+@pytest.mark.parametrize("columns", [60, 120])
+def test_help_is_as_wide_as_the_terminal(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    widths = [len(line) for line in printed(capsys, "--help").splitlines()]
+    assert columns - 12 < max(widths) <= columns
 
 
 def test_printed_configuration_is_a_configuration(capsys, config):
-    words = ["--mgrit.cfactor=2,4", "--data_dir=/x", "--rate=1e-5", "--coarse.tol=3", "--smoke"]
+    words = ["--mgrit.cfactor=2,4", "--data_dir=/x", "--rate=1e-5", "--coarse.tol=3", "--smoke", "--labels=a,1"]
     text = printed(capsys, *words, "--print_config")
     assert parsed(f"--config={config(text)}") == parsed(*words)
 
@@ -273,3 +345,185 @@ def test_options_as_plain_data():
     assert plain["updates"] == [200, 125, 75] and plain["data_dir"] == "/x"
     assert plain["coarse"] == {"cfactor": [2, 4], "tol": 0.0, "warm_start": False}
     assert to_yaml(options).startswith("num_layers: 64\nupdates:\n- 200\n")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(),
+        Options(
+            data_dir=Path("/x"), coarse=Solver(cfactor=(2, 4)), seeds=(), norm="max", labels=("a", "b"), box=(3, 4.0)
+        ),
+        Options(mgrit=Solver(cfactor=(4, 2), tol=1e-9, warm_start=True), resume="auto", rate=float("inf")),
+    ],
+)
+def test_options_from_plain_data(options):
+    assert from_dict(Options, to_dict(options)) == options
+    assert from_dict(Options, json.loads(json.dumps(to_dict(options)))) == options
+
+
+def test_of_plain_data_what_is_missing_has_its_default():
+    assert from_dict(Options, {}) == Options()
+    assert from_dict(Options, {"mgrit": {"tol": 0.5}}) == Options(mgrit=Solver(cfactor=8, tol=0.5))
+    assert from_dict(Options, {"coarse": {"tol": 0.5}}) == Options(coarse=Solver(tol=0.5))
+    assert from_dict(Options, {"coarse": Solver(tol=0.5)}) == Options(coarse=Solver(tol=0.5))
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"num_layer": 3}, "unknown option num_layer of Options; did you mean num_layers?"),
+        ({"mgrit": {"cfactr": 3}}, "unknown option mgrit.cfactr of Options; did you mean mgrit.cfactor?"),
+        ({"num_layers": "many"}, "num_layers=many of Options is not an int; use num_layers=64"),
+        ({"mgrit": None}, "mgrit=null of Options is a group of options; use mgrit.cfactor=8"),
+    ],
+)
+def test_plain_data_that_are_no_options(values, said):
+    with pytest.raises(OptionError) as caught:
+        from_dict(Options, values)
+    assert str(caught.value) == said
+
+
+def test_options_need_no_torch():
+    code = """
+import sys
+from dataclasses import dataclass
+from xbraid_py.run.options import parse
+
+@dataclass(frozen=True)
+class Options:
+    width: int = 3
+
+assert parse(Options, ["--width=4"]).width == 4
+print([name for name in ("torch", "numpy", "mpi4py", "argparse") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[]\n"
+
+
+# ---- presets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A job with presets."""
+
+    num_layers: int = 64
+    out: Path = Path("runs/job")
+    mgrit: Solver = Solver(cfactor=8)
+    coarse: Solver | None = None
+
+
+PRESETS = {
+    "smoke": {"num_layers": 16, "mgrit": Solver(cfactor=4, tol=0.5), "coarse.tol": 1.0},
+    "deep": {"num_layers": 1024, "mgrit.cfactor": (16, 4)},
+}
+SMALL = Job(num_layers=16, mgrit=Solver(cfactor=4, tol=0.5), coarse=Solver(tol=1.0))
+
+
+def preset(*words, presets=PRESETS):
+    return parse(Job, words, presets=presets, prog="job.py")
+
+
+@pytest.mark.parametrize(
+    "files, words, expected",
+    [
+        ([], ["--smoke"], SMALL),
+        ([], ["--smoke=true"], SMALL),
+        ([], ["--smoke", "yes"], SMALL),
+        (["smoke: true"], [], SMALL),
+        ([], [], Job()),
+        ([], ["--smoke=false"], Job()),
+        ([], ["--no_smoke"], Job()),
+        ([], ["--no-smoke"], Job()),
+        (["smoke: false"], [], Job()),
+        # The last one wins, and the command line over files, wherever it stands.
+        ([], ["--smoke", "--smoke=false"], Job()),
+        ([], ["--no_smoke", "--smoke"], SMALL),
+        (["smoke: true", "smoke: false"], [], Job()),
+        (["smoke: true"], ["--no_smoke"], Job()),
+        (["smoke: false"], ["--smoke"], SMALL),
+    ],
+)
+def test_a_preset_is_switched_like_any_flag(config, files, words, expected):
+    files = [f"--config={config(content, f'{number}.yaml')}" for number, content in enumerate(files)]
+    assert preset(*files, *words) == preset(*words, *files) == expected
+
+
+def test_a_preset_is_defaults(config):
+    file = config("{num_layers: 32, mgrit: {tol: 0.25}, smoke: true}")
+    for words in (["--smoke", f"--config={file}", "--num_layers=8"], ["--num_layers=8", f"--config={file}"]):
+        options = preset(*words)
+        assert options == Job(num_layers=8, mgrit=Solver(cfactor=4, tol=0.25), coarse=Solver(tol=1.0))
+    assert preset("--smoke", "--mgrit.warm_start").mgrit == Solver(cfactor=4, tol=0.5, warm_start=True)
+    assert preset("--coarse=null", "--smoke").coarse is None
+    assert preset("--coarse.cfactor=2", "--smoke").coarse == Solver(cfactor=2, tol=1.0)
+
+
+def test_of_two_presets_the_later_one_counts():
+    both = Job(num_layers=1024, mgrit=Solver(cfactor=(16, 4), tol=0.5), coarse=Solver(tol=1.0))
+    assert preset("--deep", "--smoke") == preset("--smoke", "--deep") == both
+    nothing = {"smoke": {"coarse": Solver(tol=1.0)}, "alone": {"coarse": None}}
+    assert preset("--smoke", "--alone", presets=nothing) == Job()
+
+
+def test_a_preset_is_no_field(capsys, config):
+    with pytest.raises(SystemExit):
+        preset("--smoke", "--out=x", "--print_config")
+    content = capsys.readouterr().out
+    assert "smoke" not in content and "num_layers: 16" in content
+    for words in ([], ["--smoke"], ["--deep"]):
+        assert to_yaml(preset(f"--config={config(content)}", *words)) == content
+
+
+@pytest.mark.parametrize(
+    "content, words, said",
+    [
+        ("smoke: 1", [], "is not a bool (true or false); use smoke=false"),
+        ("smok: true", [], "did you mean smoke?"),
+        ("", ["--smok"], "unknown option --smok; did you mean --smoke?"),
+        ("", ["--smoke=2"], "--smoke=2 is not a bool (true or false); use --smoke=false"),
+        ("smoke: true", ["--num_layers=x"], "--num_layers=x is not an int; use --num_layers=16"),
+        ("smoke: true", ["--mgrit.tol=-1"], "tol=-1.0 must not be negative"),
+    ],
+)
+def test_one_message_for_what_is_wrong_with_a_preset(config, content, words, said):
+    with pytest.raises(OptionError) as caught:
+        preset(f"--config={config(content)}", *words)
+    assert said in str(caught.value)
+
+
+def test_an_unknown_preset_is_an_unknown_option(config):
+    with pytest.raises(OptionError, match="unknown option smoke in"):
+        preset(f"--config={config('smoke: true')}", presets={})
+    with pytest.raises(OptionError, match="unknown option --smoke;"):
+        preset("--smoke", presets=None)
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"smoke": {"num_layer": 3}}, "unknown option num_layer in the preset smoke; did you mean num_layers?"),
+        ({"smoke": {"mgrit.cfactr": 3}}, "unknown option mgrit.cfactr in the preset smoke; did you mean"),
+        ({"smoke": {"mgrit": Job()}}, "is a group of options; use mgrit.cfactor=8"),
+        ({"smoke": {"num_layers": 1.5}}, "num_layers=1.5 in the preset smoke is not an int; use num_layers=64"),
+        ({"out": {}}, "preset 'out' has the name of an option"),
+        ({"mgrit": {}}, "preset 'mgrit' has the name of an option"),
+        ({"config": {}}, "preset 'config' has the name of an option"),
+    ],
+)
+def test_a_wrong_preset_is_the_programs_mistake(values, said):
+    # Known at once, whether it is asked for or not; no message to whoever calls the program.
+    with pytest.raises(ValueError, match="preset|group") as caught:
+        preset(presets=values)
+    assert not isinstance(caught.value, OptionError)
+    assert said in str(caught.value)
+
+
+def test_help_says_what_a_preset_is(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        preset("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    said = "--smoke A job of seconds: other defaults, each of which may still be given."
+    assert f"{said} [num_layers=16, mgrit.cfactor=4, mgrit.tol=0.5, coarse.tol=1.0]" in text
