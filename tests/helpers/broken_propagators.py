@@ -27,7 +27,7 @@ class Own:
 
     def __init__(self, kept):
         self._kept = kept
-        self.direction, self.cost = kept.direction, kept.cost
+        self.direction, self.cost, self.transfer = kept.direction, kept.cost, None
 
     def step(self, x):
         return self._kept.step(x)

@@ -195,6 +195,9 @@ def test_arguments_that_do_not_fit():
             check_propagator(steps, states=wrong)
     with pytest.raises(ValueError, match=r"states.shape=\(0, 4, 5\) has no rows"):
         check_propagator(steps, states=states[:0])
+    for neither in (steps.block, replace):
+        with pytest.raises(TypeError, match=f"^forward={type(neither).__name__} lacks something that every propagator"):
+            check_propagator(neither, states=states)
     block = ModuleBlock(Dropped().double())
     with pytest.raises(ValueError, match="states=None, but the shape of a state is not known"):
         check_propagator(ModuleSteps(block, torch.zeros(n, block.row_size), 0.1, tuple(range(n))))

@@ -13,7 +13,7 @@ from torch import nn
 from xbraid_py.layers.dense import DenseLayer, ResidualSteps
 from xbraid_py.layers.module_block import ModuleBlock
 from xbraid_py.layers.module_steps import ModuleSteps, Tape
-from xbraid_py.layers.richardson import error_norms, halved, local_errors, output_error
+from xbraid_py.layers.richardson import error_norms, local_errors, output_error
 from xbraid_py.multilevel.depth.transfer import prolong_rows
 
 WIDTH, BATCH, T = 3, 4, 2.0
@@ -159,7 +159,7 @@ def test_steps_of_different_sizes_and_parts(kind):
         expected = 2 * (ref.step(row, half, float(h[n]) / 2, "tanh") - whole)
         assert torch.allclose(found[n], expected, rtol=1e-10, atol=1e-15)
     pairs = replace(steps, h=h, parts=2)
-    fine = halved(pairs)
+    fine = pairs.halved()
     assert fine.theta.tolist() == steps.theta.repeat_interleave(2, 0).tolist() and fine.parts == 2
     assert fine.h.tolist() == [each / 2 for each in h.tolist() for _ in range(2)]
     ends, expected = local_errors(pairs, inputs[::2].clone()), []
@@ -175,7 +175,7 @@ def test_steps_of_different_sizes_and_parts(kind):
 
 def test_modules_keep_their_masks_and_lose_their_tape():
     steps = replace(steps_of(3, "euler", "module"), tape=Tape())
-    fine = halved(steps)
+    fine = steps.halved()
     assert fine.layers == (0, 0, 1, 1, 2, 2) and fine.tape is None and fine.h == steps.h / 2
 
 
@@ -190,7 +190,7 @@ def test_norms_do_not_depend_on_the_number_of_samples_or_layers():
 
 def test_bad_input_is_named():
     steps = steps_of(3, "euler")
-    with pytest.raises(ValueError, match=r"^theta.shape=\(3, 12\) must be \(6, 12\), two rows for each of the steps$"):
+    with pytest.raises(ValueError, match=r"^halves.shape=\(3, 12\) must be \(6, 12\), two rows for each of the steps$"):
         local_errors(steps, states(3, "euler")[:-1].clone(), steps.theta)
     with pytest.raises(
         ValueError, match="^order=0 must be at least 1; use 1 for forward Euler, 2 for the midpoint rule"

@@ -200,6 +200,7 @@ class Tangent:
     h: float
     direction = +1
     cost = 1.0
+    transfer = None
 
     def step(self, x):
         found = x.clone()

@@ -5,7 +5,6 @@ import torch
 from mgopt_runs import by_autograd, last, mgopt, problem
 from small_runs import gathered
 
-from xbraid_py.multilevel.cycle.vcycle import renewed
 from xbraid_py.multilevel.depth.mgopt import LevelOptions, MGOptOptions
 from xbraid_py.multilevel.depth.transfer import DepthTransfer
 from xbraid_py.multilevel.width.matching import match_rows
@@ -45,7 +44,7 @@ def transfers(kind, scaling="norms", width=5, num_layers=4, comm=None):
     if kind == "both":
         coarse = problem(comm, width=(width + 1) // 2, activation="relu").network(num_layers // 2)
         found = ComposedTransfer([found, DepthTransfer(coarse, between, "constant", "average")])
-    return renewed(found, weights(fine)), fine
+    return found.renewed(weights(fine)), fine
 
 
 @pytest.mark.parametrize("kind", ["width", "both"])
@@ -164,7 +163,7 @@ def test_first_order_consistency():
     """grad H there is the restricted gradient, and the objective goes down along the correction."""
     run = narrow()
     point = Point(run.x).complete(run.objectives[0])
-    run.cycle.transfers[0] = renewed(run.cycle.transfers[0], run.x)
+    run.cycle.transfers[0] = run.cycle.transfers[0].renewed(run.x)
     objective, start = run.cycle.coupled(0, point)
     transfer = run.cycle.transfers[0]
     wanted = transfer.restrict_gradient(point.gradient)
@@ -179,7 +178,7 @@ def test_cycle_written_out():
     run = narrow(levels=2, schedule="[1, {2}]")
     x, rates = run.x, RATES
     x = x - rates[0] * by_autograd(x, 16, torch.relu, 2e-2, width=4)[1]
-    transfer = renewed(narrow(levels=2, schedule="[1, {2}]").cycle.transfers[0], x)
+    transfer = narrow(levels=2, schedule="[1, {2}]").cycle.transfers[0].renewed(x)
     fine = by_autograd(x, 16, torch.relu, 2e-2, width=4)[1]
     start = transfer.restrict(x)
     shift = transfer.restrict_gradient(fine) - by_autograd(start, 8, torch.relu, 2e-2, width=2)[1]

@@ -50,6 +50,9 @@ class Line:
     def restrict_gradient(self, gradient):
         return self.I.T @ gradient
 
+    def renewed(self, x):
+        return self
+
 
 def membrane(levels: int, finest: int, **options) -> VCycle:
     sizes = [finest]

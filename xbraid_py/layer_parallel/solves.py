@@ -15,6 +15,7 @@ from torch import Tensor
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.partition import Partition
 from xbraid_py.layer_parallel.accuracy import TIGHTER, Controller, SolveRecord
+from xbraid_py.layers.module_steps import Tape
 from xbraid_py.layers.pixels import PixelTransfer, SpatialCoarsening
 from xbraid_py.mgrit import MGRIT, Hierarchy, Solution, Solver
 from xbraid_py.mgrit.equations import Adjoint, Forward
@@ -22,8 +23,8 @@ from xbraid_py.mgrit.grid import LayerGrid
 from xbraid_py.mgrit.hierarchy import Level
 from xbraid_py.mgrit.protocols import Steps
 
-# Makes the steps of the layers owned here; with True, of the kind that keeps the graphs of its layers.
-MakeSteps = Callable[[bool], Steps]
+# Makes the steps of the layers owned here, and what keeps the graphs of their layers, if True asks for it and they can.
+MakeSteps = Callable[[bool], tuple[Steps, Tape | None]]
 
 _PORTIONS = 4  # of a batch; the more, the fewer ranks wait, and the smaller the matrices
 
@@ -101,6 +102,7 @@ class States:
     """What a forward solve leaves for the adjoint: its steps with their graphs, the states, the outcome."""
 
     steps: Steps
+    tape: Tape | None
     states: Tensor
     solution: Solution
 
@@ -166,15 +168,15 @@ class Propagation:
         return comm.recv(self.start.new_empty(self.start.shape), self.keeper) if comm.rank == owner else self.start
 
     def _propagate(self, exact: bool, keep: bool, start: Tensor) -> States:
-        steps = self.make_steps(keep)
+        steps, tape = self.make_steps(keep)
         # Kept graphs hold the states; only coarse adjoints read them from elsewhere.
-        held = exact and getattr(steps, "tape", None) is not None
+        held = exact and tape is not None
         shape = (self.num_rows, *start.shape)
         states = start.new_empty(()).expand(shape) if held or not keep else start.new_empty(shape)
         recorded = states if keep and not held else None
         propagator = Forward(steps, recorded, start, self.solvers.transfers(start.shape))
         solution = self._solver(exact, "forward").solve(propagator, start)
-        return States(steps, states, solution)
+        return States(steps, tape, states, solution)
 
     def _solver(self, exact: bool, direction: str) -> Solver:
         if exact:
@@ -183,8 +185,8 @@ class Propagation:
         return which(self.level)
 
     def _adjoint(self, forward: States, exact: bool, slope: Tensor | None, keep: bool) -> tuple[Tensor, Solution]:
-        if getattr(forward.steps, "tape", None) is not None:
-            forward.steps.tape.keep = keep or not exact
+        if forward.tape is not None:
+            forward.tape.keep = keep or not exact
         gradient = torch.empty_like(forward.steps.theta)
         transfers = self.solvers.transfers(forward.states.shape[1:])
         transposed = tuple(each and each.transposed() for each in transfers)

@@ -206,7 +206,7 @@ class Window(nn.Module):
         theta = self._theta(weights.tensors())
         moments = self.block.moments(len(theta), start=True)
         # One row after the other: the norms write into the rows of theta.
-        steps = replace(self._steps(theta, False, self._draws, moments), vmap=False)
+        steps = replace(self._steps(theta, self._draws, moments=moments), vmap=False)
         state = self._state(u)
         self.solvers.sequential.solve(Forward(steps, None, state), state)
         found = dict(zip((column.name for column in self.block.columns), self.block.split(theta), strict=True))
@@ -221,7 +221,7 @@ class Window(nn.Module):
         """Rows of the weights owned here, from their columns."""
         return self.block.join([tensor.detach() for tensor in tensors])
 
-    def _steps(self, theta: Tensor, keep: bool, draw: int, moments: Moments | None = None) -> Steps:
+    def _steps(self, theta: Tensor, draw: int, tape: Tape | None = None, moments: Moments | None = None) -> Steps:
         """The layers owned here."""
         own = self.own_layers
         h = self.sizes[0]
@@ -229,7 +229,6 @@ class Window(nn.Module):
             h = torch.tensor(self.sizes[own.start : own.stop], dtype=theta.dtype, device=theta.device)
         if self._is_dense:
             return ResidualSteps(self.block.module.layer, theta, h)
-        tape = Tape() if keep and self.settings.recompute in (False, "states") else None
         batched = bool(self._vmap) and not self.block.is_random
         layers = tuple(self.place.first_layer + layer for layer in own)
         return ModuleSteps(self.block, theta, h, layers, draw, batched, tape, moments)
@@ -252,7 +251,7 @@ class Window(nn.Module):
     def _exact_output(self, u: Tensor) -> Tensor:
         """The output for the input u (*S), layer after layer, the samples in portions; collective."""
         theta = self._theta(self.layers.tensors())
-        steps = self._steps(theta, False, self._draws)
+        steps = self._steps(theta, self._draws)
 
         def through(portion: Tensor, receive: Callable[[Tensor], Tensor]) -> Tensor:
             return steps.relax(receive(self._state(portion))[None], len(theta), None, None)[0]
@@ -271,8 +270,10 @@ class Window(nn.Module):
         moments = self.block.moments(len(theta))
         solves = iter([moments])  # the first one; all others of this update see the same network, and move nothing
 
-        def make_steps(kept: bool) -> Steps:
-            return self._steps(theta, kept, draw, next(solves, None))
+        def make_steps(kept: bool) -> tuple[Steps, Tape | None]:
+            wanted = kept and not self._is_dense and self.settings.recompute in (False, "states")
+            tape = Tape() if wanted else None
+            return self._steps(theta, draw, tape, next(solves, None)), tape
 
         keeper = None
         if keep and self.settings.recompute in ("states", "all"):

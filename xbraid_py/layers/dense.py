@@ -18,7 +18,7 @@ from xbraid_py import kernels
 from xbraid_py.comm.partition import Partition
 from xbraid_py.kernels import fallback
 from xbraid_py.kernels.activation import activation
-from xbraid_py.layers.rows import coarse_rows, rows_of
+from xbraid_py.layers.rows import coarse_rows, halved_rows, rows_of
 
 ALL = slice(None)
 
@@ -229,6 +229,11 @@ class ResidualSteps:
             return replace(self, parts=parts)
         theta, h = coarse_rows(self.theta, self.h, length, weights)
         return replace(self, theta=theta, h=h, scheme=scheme, parts=parts)
+
+    def halved(self, halves: Tensor | None = None) -> Self:
+        """Steps of which two, half as long, stand for each of these; see `richardson.Halvable`."""
+        theta, h = halved_rows(self.theta, self.h, halves)
+        return replace(self, theta=theta, h=h)
 
     def redistribute(self, comm, source: Partition, target: Partition) -> Self:
         """The steps of the rows that `target` gives to this rank."""

@@ -16,7 +16,8 @@ from torch import Tensor
 from xbraid_py.comm.partition import Partition
 from xbraid_py.layers.batch_norm import Evaluation, Moments
 from xbraid_py.layers.module_block import ModuleBlock
-from xbraid_py.layers.rows import coarse_rows
+from xbraid_py.layers.rows import coarse_rows, halved_rows
+from xbraid_py.mgrit.protocols import StateTransfer
 
 
 @dataclass
@@ -74,6 +75,8 @@ class ModuleSteps:
         Keeps the graphs of recorded relaxations.
     moments : Moments, optional
         Gets the statistics of the batch from recorded relaxations.
+    transfers : tuple of StateTransfer
+        The finest first: a step adds h P F(R u) with restrictions R and interpolations P, F(u) without any.
     scheme, parts
         As of `ResidualSteps`.
     """
@@ -86,6 +89,7 @@ class ModuleSteps:
     vmap: bool = False
     tape: Tape | None = None
     moments: Moments | None = None
+    transfers: tuple[StateTransfer, ...] = ()
     scheme: str = "euler"
     parts: int = 1
 
@@ -102,6 +106,12 @@ class ModuleSteps:
         theta, h = coarse_rows(self.theta, self.h, length, weights)
         layers = self.layers[::length]
         return replace(self, theta=theta, layers=layers, h=h, scheme=scheme, parts=parts, tape=None)
+
+    def halved(self, halves: Tensor | None = None) -> Self:
+        """See `ResidualSteps.halved`; both halves drop what the whole drops."""
+        theta, h = halved_rows(self.theta, self.h, halves)
+        layers = tuple(layer for layer in self.layers for _ in range(2))
+        return replace(self, theta=theta, h=h, layers=layers, tape=None)
 
     def redistribute(self, comm, source: Partition, target: Partition) -> Self:
         """The steps of the rows that `target` gives to this rank."""
@@ -232,9 +242,15 @@ class ModuleSteps:
         """What a step adds to u (*S): h F(u), or h F(u + h/2 F(u))."""
 
         def field_of(x: Tensor) -> Tensor:
+            for transfer in self.transfers:
+                x = transfer.restrict(x)
             if self.vmap:
-                return self.block.batched(weights, x, evaluation)
-            return self.block(weights, x, self.draw, self.layers[row], evaluation)
+                x = self.block.batched(weights, x, evaluation)
+            else:
+                x = self.block(weights, x, self.draw, self.layers[row], evaluation)
+            for transfer in reversed(self.transfers):
+                x = transfer.interpolate(x)
+            return x
 
         h = self.h
         if isinstance(h, Tensor):

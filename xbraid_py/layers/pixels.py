@@ -167,44 +167,7 @@ class PixelTransfer:
         if not self.keeps_states:
             return steps
         # The adjoint of these steps is that of the same steps: autograd transposes R and P.
-        finer, own = steps.block, replace(self, is_transposed=False)
-        coarsened = (finer.block, (*finer.transfers, own)) if isinstance(finer, CoarsePixels) else (finer, (own,))
-        return replace(steps, block=CoarsePixels(*coarsened))
-
-
-class CoarsePixels:
-    """A block evaluated with fewer pixels, P F(R u); otherwise the same `ModuleBlock`.
-
-    Parameters
-    ----------
-    block : ModuleBlock
-    transfers : tuple of PixelTransfer
-        The finest first.
-    """
-
-    def __init__(self, block: ModuleBlock, transfers: tuple[PixelTransfer, ...]):
-        self.block, self.transfers = block, transfers
-
-    def __getattr__(self, name: str):
-        return getattr(self.block, name)
-
-    def __call__(self, tensors, u: Tensor, *position) -> Tensor:
-        """F of one layer (*S); see `ModuleBlock`."""
-        return self._finer(self.block(tensors, self._coarser(u), *position))
-
-    def batched(self, tensors, u: Tensor, *more) -> Tensor:
-        """F of m layers (m, *S) at once; see `ModuleBlock.batched`."""
-        return self._finer(self.block.batched(tensors, self._coarser(u), *more))
-
-    def _coarser(self, u: Tensor) -> Tensor:
-        for transfer in self.transfers:
-            u = transfer.restrict(u)
-        return u
-
-    def _finer(self, u: Tensor) -> Tensor:
-        for transfer in reversed(self.transfers):
-            u = transfer.interpolate(u)
-        return u
+        return replace(steps, transfers=(*steps.transfers, replace(self, is_transposed=False)))
 
 
 @lru_cache(maxsize=64)

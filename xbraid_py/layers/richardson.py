@@ -5,52 +5,33 @@ Shape letters: `n` rows (layers) owned here, `S` shape of a state, `p` parameter
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from xbraid_py import kernels
-from xbraid_py.mgrit.protocols import Steps
 
 ORDERS = {"euler": 1, "midpoint": 2}
 
 
-def halved(steps: Steps, theta: Tensor | None = None) -> Steps:
-    """Each row of steps cut in two, half as long.
+@runtime_checkable
+class Halvable(Protocol):
+    """Steps that can be cut in two, as `ResidualSteps` and `ModuleSteps`."""
 
-    Parameters
-    ----------
-    steps : ResidualSteps or ModuleSteps
-    theta : (2 n parts, p) tensor, optional
-        Weights of the halves; both have those of the whole if nothing is given.
+    scheme: str
+    """One of `ORDERS`."""
 
-    Returns
-    -------
-    ResidualSteps or ModuleSteps
-        Of twice as many rows.
+    def relax(self, points, cfactor, tau, inputs, record=False) -> Tensor: ...
 
-    Raises
-    ------
-    ValueError
-        If theta has another shape.
-    """
-    rows, size = steps.theta.shape
-    if theta is None:
-        theta = steps.theta.repeat_interleave(2, 0)
-    elif theta.shape != (2 * rows, size):
-        raise ValueError(f"theta.shape={tuple(theta.shape)} must be {(2 * rows, size)}, two rows for each of the steps")
-    h = steps.h.repeat_interleave(2) / 2 if isinstance(steps.h, Tensor) else steps.h / 2
-    changes = {"theta": theta, "h": h}
-    names = {field.name for field in fields(steps)}
-    if "layers" in names:  # those of modules: both halves drop what the whole drops
-        changes["layers"] = tuple(layer for layer in steps.layers for _ in range(2))
-    if "tape" in names:
-        changes["tape"] = None
-    return replace(steps, **changes)
+    def halved(self, halves: Tensor | None = None) -> Halvable:
+        """Each row cut in two, half as long, with the weights of the whole or those given, (2 n parts, p).
+
+        Raises `ValueError` if these have another shape.
+        """
 
 
-def local_errors(steps: Steps, states: Tensor, halves: Tensor | None = None) -> Tensor:
+def local_errors(steps: Halvable, states: Tensor, halves: Tensor | None = None) -> Tensor:
     """What each step adds to the discretization error: from it, and two steps half as long.
 
     With d the difference of the two, and p the order of the scheme, the single step is wrong by d / (1 - 2^-p) up to
@@ -58,7 +39,7 @@ def local_errors(steps: Steps, states: Tensor, halves: Tensor | None = None) -> 
 
     Parameters
     ----------
-    steps : ResidualSteps or ModuleSteps
+    steps : Halvable
         The layers owned here.
     states : (n, *S) tensor
         Inputs of the steps.
@@ -77,7 +58,7 @@ def local_errors(steps: Steps, states: Tensor, halves: Tensor | None = None) -> 
         If `halves` has another shape.
     """
     whole = steps.relax(states, 1, None, None)
-    both = halved(steps, halves).relax(states, 2, None, None)
+    both = steps.halved(halves).relax(states, 2, None, None)
     return both.sub_(whole).div_(1.0 - 0.5 ** ORDERS[steps.scheme])
 
 

@@ -1,4 +1,4 @@
-"""Weights and sizes of consecutive steps, and of coarse steps that stand for several of them.
+"""Weights and sizes of consecutive steps, of coarse steps that stand for several of them, and of their halves.
 
 Shape letters: `n` rows (layers) owned here, `m` of them stepped at once, `S` shape of a state,
 `p` parameters of a layer. Row i of a propagator is its layer i.
@@ -54,3 +54,27 @@ def coarse_rows(theta: Tensor, h: float | Tensor, length: int, weights: str) -> 
     for j in range(1, length):
         coarse.addcmul_(theta[j::length], shares[j])
     return coarse, size
+
+
+def halved_rows(theta: Tensor, h: float | Tensor, halves: Tensor | None = None) -> tuple[Tensor, float | Tensor]:
+    """Weights and sizes of steps half as long, two for each row.
+
+    Parameters
+    ----------
+    theta : (n, p) tensor
+    h : float or (n,) tensor
+    halves : (2 n, p) tensor, optional
+        Their weights; both have those of the whole if nothing is given.
+
+    Raises
+    ------
+    ValueError
+        If `halves` has another shape.
+    """
+    rows, size = theta.shape
+    if halves is None:
+        halves = theta.repeat_interleave(2, 0)
+    elif halves.shape != (2 * rows, size):
+        shape = tuple(halves.shape)
+        raise ValueError(f"halves.shape={shape} must be {(2 * rows, size)}, two rows for each of the steps")
+    return halves, h.repeat_interleave(2) / 2 if isinstance(h, Tensor) else h / 2

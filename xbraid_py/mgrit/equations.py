@@ -113,7 +113,7 @@ class Adjoint:
         coarse.steps.relax_adjoint(coarse.states, after - before, 1, None, None, added)
         if len(added):
             length = len(self.gradient) // len(added)
-            target, h = self.gradient.unflatten(0, (-1, length)), getattr(self.steps, "h", None)
+            target, h = self.gradient.unflatten(0, (-1, length)), self.steps.h
             if isinstance(h, Tensor):
                 # Steps that pad a sequence have size 0.
                 whole = coarse.steps.h[:, None].clamp_min(torch.finfo(h.dtype).tiny)

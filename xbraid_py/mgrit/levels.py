@@ -159,7 +159,7 @@ class Levels:
 
     def transfer_to(self, index: int) -> StateTransfer | None:
         """How states come to a level from the next finer one; None if they are the same on both."""
-        return getattr(self.own[index], "transfer", None)
+        return self.own[index].transfer
 
     def start_at(self, level: Level) -> Tensor | None:
         """The first state on the rank where a level begins, which may be another than on the finest level."""

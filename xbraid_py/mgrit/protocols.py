@@ -6,25 +6,25 @@ Shape letters: `n` rows (layers) owned here, `m` of them stepped at once, `S` sh
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from xbraid_py.comm.partition import Partition
 
 
+@runtime_checkable
 class Propagator(Protocol):
-    """What MGRIT knows of the equation it solves.
-
-    One that stands on a coarse level may have a `transfer`, a `StateTransfer`, if its states are others than those of
-    the next finer level.
-    """
+    """What MGRIT knows of the equation it solves."""
 
     direction: int
     """+1 if row i is followed by row i + 1, -1 if by row i - 1."""
 
     cost: float
     """Work of one step in evaluations of a layer."""
+
+    transfer: StateTransfer | None
+    """How states come to its level from the next finer one; None where they are the same."""
 
     def step(self, x: Tensor) -> Tensor:
         """States x (n, *S), one before each row, one step on; a new tensor."""
@@ -78,11 +78,18 @@ class StateTransfer(Protocol):
         """Steps that have been coarsened in depth, as they are made with states of the coarser level."""
 
 
+@runtime_checkable
 class Steps(Protocol):
     """What propagators know of consecutive layers: `ResidualSteps` of dense ones, `ModuleSteps` of any others."""
 
     theta: Tensor
+    """Weights, a row for each part of each step."""
+
+    h: float | Tensor
+    """Size of the parts; (n parts,) where they differ."""
+
     parts: int
+    """A step is that many smaller ones."""
 
     @property
     def cost(self) -> float: ...

@@ -14,6 +14,7 @@ from xbraid_py.comm.partition import require_multiple
 from xbraid_py.layers.checking import pair, single
 from xbraid_py.layers.checking.report import Check, PropagatorReport, examine
 from xbraid_py.layers.checking.subject import Subject
+from xbraid_py.layers.dense import ResidualSteps
 from xbraid_py.mgrit.equations import Adjoint, Forward
 from xbraid_py.mgrit.protocols import Propagator, Steps
 
@@ -64,6 +65,8 @@ def check_propagator(
     ------
     ValueError
         If c is no divisor of n, or it cannot be told what the states look like.
+    TypeError
+        If `forward` is neither a propagator nor steps.
 
     Notes
     -----
@@ -115,6 +118,9 @@ def check_propagator(
     ...         rates = self.theta.unflatten(0, (-1, cfactor)).mean(1)
     ...         return replace(self, theta=rates, h=cfactor * self.h)
     ...
+    ...     def halved(self):  # only for the check that coarse steps are of the right order
+    ...         return replace(self, theta=self.theta.repeat_interleave(2, 0), h=self.h / 2)
+    ...
     ...     def redistribute(self, comm, source, target):
     ...         return replace(self, theta=comm.redistribute(self.theta, source, target))
     >>> rates = torch.linspace(0.5, 2.0, 8, dtype=torch.float64)[:, None]
@@ -127,7 +133,12 @@ def check_propagator(
     "adjoint: transposed Jacobian: the adjoint is not the transposed Jacobian of the step: ...".
     """
     generator = torch.Generator().manual_seed(seed)
-    of_steps = not hasattr(forward, "direction")
+    of_steps = isinstance(forward, Steps)
+    if not of_steps and not isinstance(forward, Propagator):
+        raise TypeError(
+            f"forward={type(forward).__name__} lacks something that every propagator has, or all steps have; add what "
+            f"it lacks of xbraid_py.mgrit.Propagator or of xbraid_py.mgrit.Steps"
+        )
     if of_steps:
         if adjoint is not None:
             raise ValueError("adjoint must be None beside steps, which have one of their own; use Forward(steps, ...)")
@@ -168,10 +179,9 @@ def check_propagator(
 def _states_of_steps(steps: Steps, states: Tensor | None, generator: torch.Generator) -> Tensor:
     if states is not None:
         return states.detach()
-    inputs, theta = getattr(steps.block, "inputs", None) if hasattr(steps, "block") else None, steps.theta
-    if inputs is None:
+    if not isinstance(steps, ResidualSteps):
         raise ValueError("states=None, but the shape of a state is not known; use states=torch.randn(n, *S), n layers")
-    return _random((len(theta) // steps.parts, inputs, _SAMPLES), theta, generator)
+    return _random((len(steps.theta) // steps.parts, steps.block.inputs, _SAMPLES), steps.theta, generator)
 
 
 def _states_of(forward, adjoint, states: Tensor | None, generator: torch.Generator) -> Tensor:

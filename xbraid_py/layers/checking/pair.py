@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass, replace
 from math import log
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,13 +16,27 @@ from torch import Tensor
 from xbraid_py.layers.checking.report import Found, Rule
 from xbraid_py.layers.checking.subject import Subject, distance, worst
 from xbraid_py.layers.module_steps import ModuleSteps
-from xbraid_py.mgrit.protocols import Propagator
+from xbraid_py.mgrit.protocols import Steps
 
 PAIRS = 3
 TINY = torch.finfo(torch.float64).tiny
 RATIO = 4
 LENGTHS = (64, 16, 4, 1, 1 / 4, 1 / 16)  # of the differences, in cube roots of the rounding error
 BOUND = 1e3  # in the power 2/3 of it, which central differences can reach
+
+
+@runtime_checkable
+class OfSteps(Protocol):
+    """A propagator that shows its steps."""
+
+    steps: Steps
+
+
+@runtime_checkable
+class WithGradient(Protocol):
+    """An adjoint that shows where it leaves the gradient of the weights."""
+
+    gradient: Tensor | None
 
 
 @dataclass
@@ -107,17 +122,14 @@ def _transposed(pair: Pair) -> Found:
     return _best(pair, errors)
 
 
-def _weights(pair: Pair) -> tuple[Propagator, Tensor] | str:
+def _weights(pair: Pair) -> tuple[Steps, Tensor] | str:
     """The steps whose weights can be changed, and where a recorded relaxation leaves their gradient."""
-    steps, gradient = (
-        getattr(pair.forward.propagator, "steps", None),
-        getattr(pair.adjoint.propagator, "gradient", None),
-    )
-    if not isinstance(gradient, Tensor):
+    forward, adjoint = pair.forward.propagator, pair.adjoint.propagator
+    if not isinstance(adjoint, WithGradient) or adjoint.gradient is None:
         return "the adjoint has no attribute `gradient`"
-    if not is_dataclass(steps) or not is_dataclass(pair.forward.propagator) or not hasattr(steps, "theta"):
+    if not isinstance(forward, OfSteps) or not is_dataclass(forward) or not is_dataclass(forward.steps):
         return "the steps are no dataclass with weights `theta`, so they cannot be tried with others"
-    return steps, gradient
+    return forward.steps, adjoint.gradient
 
 
 def _direction(given: Subject, steps) -> Tensor:

@@ -5,7 +5,7 @@ Shape letters: `n` rows (steps), `m` intervals of `c` rows, `S` shape of a state
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from math import log2
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from xbraid_py.layers.checking.report import Found, Rule, faults
 from xbraid_py.layers.checking.subject import Subject, bad_cost, different, differs, distance, worst
-from xbraid_py.layers.richardson import halved
+from xbraid_py.layers.richardson import Halvable
 from xbraid_py.mgrit.equations import Forward
 
 COARSE_BOUND = 1.5  # no step at all is wrong by 1, one into the opposite direction by 2
@@ -36,8 +36,7 @@ def _kept(given: Subject) -> Found:
     """Arguments, and the states that a propagator holds, are as they were, and results are new tensors."""
     x, c, found = given.x.clone(), given.cfactor, []
     points, tau = given.points(c), given.random(x)
-    held = getattr(given.propagator, "states", None)
-    arrays = {"x": x, "points": points, "tau": tau} | ({"states": held} if isinstance(held, Tensor) else {})
+    arrays = {"x": x, "points": points, "tau": tau} | ({} if given.held is None else {"states": given.held})
     before = {name: array.clone() for name, array in arrays.items()}
     results = {"step": (given.propagator.step(x), x)}
     results["relax"] = (given.propagator.relax(points, c, tau), points)
@@ -102,8 +101,8 @@ def _inputs(given: Subject) -> Found:
 
 
 def _recorded(given: Subject) -> Found | str:
-    held, c = getattr(given.propagator, "states", None), given.cfactor
-    if not isinstance(held, Tensor) or held.shape != given.x.shape:
+    held, c = given.held, given.cfactor
+    if held is None or held.shape != given.x.shape:
         return "the propagator has no attribute `states` with a row for each step"
     # From where the states may have come before: a propagator may keep more of the last recorded relaxation.
     points, before = given.points(c), held.clone()
@@ -135,8 +134,7 @@ def _coarse_rows(given: Subject) -> Found:
 
 def _to_coarse(coarse, states: Tensor) -> Tensor:
     """States as they are on the coarse level, if they are others there."""
-    transfer = getattr(coarse, "transfer", None)
-    return states.clone() if transfer is None else transfer.restrict(states)
+    return states.clone() if coarse.transfer is None else coarse.transfer.restrict(states)
 
 
 def _coarse_error(propagator, points: Tensor, c: int) -> tuple[float, float]:
@@ -161,15 +159,13 @@ def _one_coarse_step(given: Subject) -> Found:
 def _halved_steps(given: Subject) -> Found | str:
     """Both halves of a row have the same weights: what a coarse step for the two is wrong by is of second order."""
     propagator = given.propagator
-    steps = getattr(propagator, "steps", None)
-    named = {each.name for each in fields(steps)} if is_dataclass(steps) else set()
-    if not isinstance(propagator, Forward) or not {"h", "theta"} <= named or steps.theta.dim() != 2:
-        return "only steps with a size `h` and rows `theta` (n, p) can be cut in two"
+    if not isinstance(propagator, Forward) or not isinstance(propagator.steps, Halvable):
+        return "only steps with a method `halved` can be cut in two"
     if any(transfer is not None for transfer in propagator.transfers):
         return "coarse states are others"
-    errors, points, steps = [], given.x, halved(steps)
+    errors, points, steps = [], given.x, propagator.steps.halved()
     for _ in range(2):
-        steps, points = halved(steps), points.repeat_interleave(2, 0)
+        steps, points = steps.halved(), points.repeat_interleave(2, 0)
         error, _ = _coarse_error(replace(propagator, steps=steps, states=None), points, 2)
         errors.append(error / len(points) ** 0.5)
     if errors[1] <= _rounding(given):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import isfinite, isnan
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -28,6 +29,13 @@ class Excerpt(SerialCommunicator):
 
     def redistribute(self, rows: Tensor, source: Partition, target: Partition) -> Tensor:
         return rows[target.bounds[self.rank] : target.bounds[self.rank + 1]].contiguous()
+
+
+@runtime_checkable
+class Recording(Protocol):
+    """A propagator that shows the inputs of its steps: those it has recorded, or is linearized at."""
+
+    states: Tensor | None
 
 
 @dataclass
@@ -55,6 +63,11 @@ class Subject:
     tolerance: float
     direction: int
     generator: torch.Generator = field(default_factory=torch.Generator)
+
+    @property
+    def held(self) -> Tensor | None:
+        """States that the propagator shows."""
+        return self.propagator.states if isinstance(self.propagator, Recording) else None
 
     def random(self, like: Tensor) -> Tensor:
         """Normal random numbers; drawn in double precision on the processor, so that they are the same everywhere."""

@@ -29,10 +29,9 @@ class Transfer(Protocol):
     def restrict_gradient(self, gradient: Tensor) -> Tensor:
         """R g with R = I^T: a gradient of the fine level on the coarse one."""
 
-
-def renewed(transfer: Transfer, x: Tensor) -> Transfer:
-    """The transfer at the weights x of its fine level: what its method `renewed` says, if it has one, else itself."""
-    return transfer.renewed(x) if hasattr(transfer, "renewed") else transfer
+    def renewed(self, x: Tensor) -> Transfer:
+        """The transfer at the weights x of its fine level; itself where it does not depend on them."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,7 @@ class VCycle:
     ----------
     objectives : sequence of L Objective
     transfers : sequence of L - 1 Transfer
-        The l-th between the levels l and l + 1. Those with a method `renewed(x)` are asked for the transfer at the
-        weights x at every restriction.
+        The l-th between the levels l and l + 1; at every restriction it is renewed at the weights there.
     smoothers : sequence of L LevelOptimizer
     pre, post : sequence of L - 1 int
         Steps on the way down and up.
@@ -144,7 +142,7 @@ class VCycle:
         (paper 001, algorithm 1), and every level is cycled over with the levels below it.
         """
         for level in range(self.levels - 1):
-            self.transfers[level] = renewed(self.transfers[level], x)
+            self.transfers[level] = self.transfers[level].renewed(x)
             x = self.transfers[level].restrict(x)
         point = self._cycle(self.levels - 1, None, Point(x))
         for level in reversed(range(self.levels - 1)):
@@ -176,7 +174,7 @@ class VCycle:
         if level == self.levels - 1:
             return smoother.minimize(objective, point, schedule.coarse)
         point = smoother.minimize(objective, point, schedule.pre[level])
-        self.transfers[level] = renewed(self.transfers[level], point.x)
+        self.transfers[level] = self.transfers[level].renewed(point.x)
         point = self._ready(level, objective, point)
         below, start = self.coupled(level, point)
         sent = self._send_momentum(level)

@@ -212,6 +212,10 @@ class DepthTransfer:
         """R g with R = I^T."""
         return self._restricted(gradient, self._summed_linear if self.interpolation == "linear" else torch.add)
 
+    def renewed(self, x: Tensor) -> DepthTransfer:
+        """This one: it does not depend on the weights."""
+        return self
+
     def _restricted(self, x: Tensor, pairwise) -> Tensor:
         """Coarse layers from the pairs (n, p), (n, p) of fine ones; opening and classification unchanged."""
         coarse, fine, comm = self.coarse, self.fine, self.coarse.comm

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from xbraid_py.multilevel.cycle.vcycle import Transfer, renewed
+from xbraid_py.multilevel.cycle.vcycle import Transfer
 from xbraid_py.multilevel.depth.transfer import refuse_splines
 from xbraid_py.multilevel.width.matching import SCALINGS, LayerMatrices, Matching, match
 from xbraid_py.problem.network import DenseResNet
@@ -173,7 +173,7 @@ class ComposedTransfer:
         """The parts at the weights x."""
         found = []
         for part in self.parts:
-            found.append(renewed(part, x))
+            found.append(part.renewed(x))
             x = found[-1].restrict(x)
         return ComposedTransfer(found)
 
