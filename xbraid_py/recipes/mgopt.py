@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from xbraid_py.comm import Communicator
 from xbraid_py.data import circles, mnist, peaks
@@ -23,13 +23,13 @@ from xbraid_py.layer_parallel.export import to_sequential
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.depth.mgopt import CycleRecord, LevelOptions, MGOpt, MGOptOptions
 from xbraid_py.problem.perceptron import PerceptronProblem, perceptron_weights
+from xbraid_py.problem.portions import Samples
 from xbraid_py.problem.problem import DenseResNetOptions
 from xbraid_py.problem.regularization import Regularization
 from xbraid_py.run.engine import Row, State, Training
 from xbraid_py.run.resume import RunOptions, free
 from xbraid_py.run.store.read import Checkpoint
 
-Samples = tuple[Tensor, Tensor]  # features (F, B) and labels (B,)
 MAP_SIZE = 200
 
 
