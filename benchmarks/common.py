@@ -15,6 +15,7 @@ from statistics import median
 
 # Read when torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
+sys.path.append(str(Path(__file__).resolve().parent.parent / "drivers"))  # where the studies are
 
 import torch
 

@@ -17,33 +17,35 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from statistics import median
 
 import common  # first: one thread
 import torch
-from studies.width.case import Case, train
+from studies.width.case import changed, runs, train
 from studies.width.parts import COARSE
 from studies.width.rows import ratios
 from torch import nn
 
-from xbraid_py.recipes.width import Job
+from xbraid_py.recipes.width import PoissonOptions, WidthRun
+from xbraid_py.recipes.width_networks import WidthNetwork
 
 SETTINGS = {"coarse": COARSE, "paper": {}}
 
 
-def errors(one: Case, two: Case, seeds: int) -> dict[str, float]:
+def errors(one: PoissonOptions, two: PoissonOptions, seeds: int) -> dict[str, float]:
     """Ratios of the best errors, seed by seed, and the share of the matching."""
     found = {}
     for name, case in (("one", one), ("two", two)):
         found[name] = []
-        for seed in range(seeds):
-            settings = asdict(replace(case, seed=seed))
+        for settings in runs([case], range(seeds)):
             found[name].append({"settings": settings, "result": train(settings)})
             best = found[name][-1]["result"]["best"]
-            print(f"  {name} level(s), seed {seed}: L2 {best['val_l2']:.3e}, Linf {best['val_linf']:.3f}", flush=True)
+            print(
+                f"  {name} level(s), seed {settings['seed']}: L2 {best['val_l2']:.3e}, Linf {best['val_linf']:.3f}",
+                flush=True,
+            )
     figures = {}
-    for counting, suffix in (("work", ""), ("work_without_tau", "_without_tau"), ("counted", "_counted")):
+    for counting, suffix in (("work", ""), ("work_without_tau", "_without_tau"), ("counted_work", "_counted")):
         for norm in ("l2", "linf"):
             each = ratios(found["one"], found["two"], f"val_{norm}", one.max_work, counting)
             figures[f"{norm}_ratio{suffix}"] = median(each)
@@ -53,11 +55,12 @@ def errors(one: Case, two: Case, seeds: int) -> dict[str, float]:
     return figures | {"matching_share": spent / sum(result["seconds"] for result in results)}
 
 
-def plain(job: Job, rate: float, momentum: float, steps: int) -> Callable[[], None]:
+def plain(training: WidthRun, steps: int) -> Callable[[], None]:
     """So many steps of torch's SGD on the same network and minibatches."""
-    layout, x = job.training.auxiliary(0)
-    module, minibatches = layout.module(x), job.training.minibatches
-    optimizer = torch.optim.SGD(module.parameters(), lr=rate, momentum=momentum)
+    options, minibatches = training.options.training, training.method.minibatches
+    layout, x = training.method.auxiliary(0)
+    module = layout.module(x)
+    optimizer = torch.optim.SGD(module.parameters(), lr=options.learning_rate, momentum=options.momentum)
 
     def body() -> None:
         for inputs, targets in minibatches.draw(steps):
@@ -68,14 +71,14 @@ def plain(job: Job, rate: float, momentum: float, steps: int) -> Callable[[], No
     return body
 
 
-def time_per_unit(two: Case, rounds: int, share: float, counted: bool = False) -> float:
+def time_per_unit(two: PoissonOptions, rounds: int, share: float, counted: bool = False) -> float:
     """Seconds per work unit, of eq. 40 or counted, over those of the plain loop."""
-    job, other = two.job(), two.job()
-    cycles = job.training.run(4 * rounds + 2)
+    samples = two.samples.load(dtype=two.torch_dtype)
+    cycles = WidthRun(two, *samples).method.run(4 * rounds + 2)
     first = next(cycles)  # the one with the matching
     unit = first.counted if counted else first.work
     steps = round(unit)
-    bodies = {"two": lambda: next(cycles), "plain": plain(other, two.learning_rate, two.momentum, steps)}
+    bodies = {"two": lambda: next(cycles), "plain": plain(WidthRun(two, *samples), steps)}
     found = common.interleaved(bodies, rounds)
     spread = common.Spread.of_ratios(
         [seconds / unit / (1 - share) for seconds in found["two"]], [seconds / steps for seconds in found["plain"]]
@@ -111,11 +114,17 @@ def main() -> None:
             setattr(arguments, name, quick if arguments.quick else full)
     names = "num_train num_val mesh batch_size max_work".split()
     sizes = {name: getattr(arguments, name) for name in names}
-    base = Case(**sizes, widths=tuple(arguments.widths), validate_every=min(50.0, arguments.max_work / 2))
-    one = replace(base, levels=1, learning_rate=arguments.one_rate)
-    two = replace(base, learning_rate=arguments.two_rate, **SETTINGS[arguments.setting])
+    base = PoissonOptions(
+        **sizes,
+        network=WidthNetwork(widths=tuple(arguments.widths)),
+        validate_every=min(50.0, arguments.max_work / 2),
+        count_tau=False,
+    )
+    one = changed(base, levels=1, learning_rate=arguments.one_rate)
+    paper = changed(base, learning_rate=arguments.two_rate)
+    two = changed(paper, **SETTINGS[arguments.setting])
     figures = errors(one, two, arguments.seeds)
-    share, paper = figures["matching_share"], replace(base, learning_rate=arguments.two_rate)
+    share = figures["matching_share"]
     figures["time_per_work_unit"] = time_per_unit(paper, arguments.rounds, share)
     figures["time_per_counted_unit"] = time_per_unit(two, arguments.rounds, share, counted=True)
     common.finish("width", figures)

@@ -2,46 +2,48 @@
 
 from __future__ import annotations
 
-import runpy
-
 import numpy as np
 import pytest
+from kinds import program
 from processes import PROJECT, run_job
 
 from xbraid_py import RunError
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.data.darcy_public import FILES
-from xbraid_py.multilevel.width.training_options import WidthTrainingOptions
-from xbraid_py.recipes.width_networks import WidthNetwork
+from xbraid_py.run.options import OptionError, parse
 from xbraid_py.run.record import read
 
-DRIVERS = {name: runpy.run_path(str(PROJECT / "drivers" / f"{name}.py")) for name in ("poisson", "darcy")}
+DRIVERS = ("poisson", "darcy")
 
 
-def made(name, **changes):
+def options_of(name, *words):
+    driver = program(name)
+    return parse(driver.Options, ["--smoke", *words], presets=driver.PRESETS)
+
+
+def made(name, out, *words):
     """A run in this process; the rows of its record."""
-    driver = DRIVERS[name]
-    options = driver["SmokeOptions"](**changes)
-    driver["setup"](options, SerialCommunicator())()
-    return read(options.out / "metrics.jsonl")[1:]
+    program(name).setup(options_of(name, f"--out={out}", *words), SerialCommunicator())()
+    return [row for row in read(out / "metrics.jsonl") if row["kind"] == "update"]
 
 
 @pytest.mark.job
 @pytest.mark.timeout(300)
 def test_two_ranks_share_the_minibatches(tmp_path):
-    alone = made("poisson", out=tmp_path / "1", dtype="float64", data_dir=tmp_path / "data")
-    words = ["--smoke", "--dtype=float64", f"--data_dir={tmp_path / 'data'}", f"--out={tmp_path / '2'}"]
-    job = run_job([PROJECT / "drivers" / "poisson.py", *words], 2, timeout=140)
+    words = ["--dtype=float64", f"--data_dir={tmp_path / 'data'}"]
+    alone = made("poisson", tmp_path / "1", *words)
+    job = run_job([PROJECT / "drivers" / "poisson.py", "--smoke", *words, f"--out={tmp_path / '2'}"], 2, timeout=140)
     assert job.returncode == 0, job.stderr
     assert len(list((tmp_path / "data").iterdir())) == 1
     both = read(tmp_path / "2" / "metrics.jsonl")[1:]
     assert len(alone) == len(both) == 10 and both[-1]["final"]
     for one, two in zip(alone, both, strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-9)
-        assert (two["work"], two["widths"]) == (one["work"], one["widths"])
+        assert (two["work"], two["counted_work"], two["widths"]) == (one["work"], one["counted_work"], one["widths"])
         assert two.get("val_l2", 0.0) == pytest.approx(one.get("val_l2", 0.0), rel=1e-9)
     assert [row["cycle"] for row in both if "val_l2" in row] == [1, 3, 5, 7, 9, 10]
-    assert "validation L2 " in job.stdout.splitlines()[-1] and " after 10 cycles, 140 work units" in job.stdout
+    assert "validation L2 " in (last := job.stdout.splitlines()[-1])
+    assert " after 10 cycles, 140 work units (without tau 90, counted " in last
     for name in ("errors.png", "sample.png"):
         assert (tmp_path / "2" / "figures" / name).read_bytes()[:4] == b"\x89PNG"
 
@@ -49,16 +51,25 @@ def test_two_ranks_share_the_minibatches(tmp_path):
 @pytest.mark.parametrize("name", DRIVERS)
 @pytest.mark.parametrize("kind", ["dense", "convolutional"])
 def test_both_kinds_of_networks_learn(name, kind, tmp_path):
-    network = DRIVERS[name]["SmokeOptions"]().network
-    changes = {"standardize": True} if kind == "convolutional" else {}
-    network = WidthNetwork(kind=kind, **{k: getattr(network, k) for k in ("widths", "channels", "kernels", "strides")})
-    rows = made(name, out=tmp_path, network=network, max_work=84.0, **changes)
+    words = ["--standardize"] if kind == "convolutional" else []
+    rows = made(name, tmp_path, f"--network.kind={kind}", "--max_work=84", *words)
     assert rows[-1]["loss"] < rows[0]["loss"] and len(rows[0]["widths"]) == 2
     assert rows[-1]["val_l2"] < 2 * rows[-1]["train_l2"] and rows[-1]["aux_val_linf"] > 0
 
 
+def test_a_run_goes_on_for_more_work(tmp_path, capsys):
+    """A run that was over is not, if it may do more; its best errors are those of both parts."""
+    first = made("darcy", tmp_path / "a", "--max_work=28")
+    more = made("darcy", tmp_path / "a", "--max_work=56", "--resume=auto")
+    assert [row["update"] for row in more] == list(range(1, 9)) and first == more[:4]
+    best = min(row["val_l2"] for row in more if "val_l2" in row)
+    assert f"(best {best:.3e})" in capsys.readouterr().out.splitlines()[-1]
+    made("darcy", tmp_path / "a", "--max_work=14", "--resume=auto")
+    assert "is finished" in (said := capsys.readouterr().out) and f"(best {best:.3e})" in said
+
+
 def test_the_outflow_is_a_number(tmp_path):
-    rows = made("darcy", target="flux", out=tmp_path, max_work=28.0)
+    rows = made("darcy", tmp_path, "--target=flux", "--max_work=28")
     assert rows[-1]["final"] and (tmp_path / "figures" / "errors.png").exists()
     assert not (tmp_path / "figures" / "sample.png").exists()
 
@@ -68,41 +79,35 @@ def test_the_public_set(tmp_path):
     for name, (count, n) in zip(FILES, ((30, 6), (5, 6), (5, 12)), strict=True):
         x, y = random.random((count, n, n)) > 0.5, random.random((count, n, n), dtype=np.float32)
         np.savez_compressed(tmp_path / name, x=x, y=y)
-    rows = made("darcy", source="public", data_dir=tmp_path, out=tmp_path / "run", max_work=28.0)
+    rows = made("darcy", tmp_path / "run", "--source=public", f"--data_dir={tmp_path}", "--max_work=28")
     assert rows[-1]["cycle"] == 4 and (tmp_path / "run" / "figures" / "sample.png").exists()
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"batch_size": 0}, "^batch_size=0 must lie in 1 .. num_train=160; use 200$"),
-        ({"max_work": -1.0}, "^max_work=-1.0 must be positive and finite; use 50$"),
-        ({"checkpoint_every": 0}, "^checkpoint_every=0 must be at least 1; use 3$"),
-    ],
-)
 @pytest.mark.parametrize("name", DRIVERS)
-def test_bad_options(name, changes, message):
-    with pytest.raises(ValueError, match=message):
-        DRIVERS[name]["SmokeOptions"](**changes)
+def test_bad_options(name):
+    for word, message in (
+        ("--batch_size=0", "^batch_size=0 must lie in 1 .. num_train=160; use 200$"),
+        ("--max_work=-1", "^max_work=-1.0 must be positive and finite; use 50$"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            options_of(name, word)
 
 
 def test_what_cannot_be_made_is_said_in_one_message(tmp_path):
-    convolutional = WidthNetwork(kind="convolutional", channels=(4,), kernels=(13,), strides=(1,))
+    words = ["--network.kind=convolutional", "--network.channels=4", "--network.kernels=13", "--network.strides=1"]
     with pytest.raises(ValueError, match=r"^kernels=\[13\]: 13 does not fit into 12 x 12 points"):
-        made("poisson", out=tmp_path / "a", network=convolutional)
+        made("poisson", tmp_path / "a", *words)
     with pytest.raises(FileNotFoundError, match="darcy_train_16.npz"):
-        made("darcy", out=tmp_path / "b", source="public", data_dir=tmp_path)
+        made("darcy", tmp_path / "b", "--source=public", f"--data_dir={tmp_path}")
     assert not list(tmp_path.iterdir())
-    training = WidthTrainingOptions(levels=12)
+    few = ["--num_train=20", "--num_val=5", "--max_work=14", f"--data_dir={tmp_path / 'data'}"]
     with pytest.raises(RunError, match="^levels=12: the hidden layers of level "):
-        made("poisson", out=tmp_path / "c", training=training, num_train=20, num_val=5)
+        made("poisson", tmp_path / "c", "--training.levels=12", *few)
     assert not (tmp_path / "c" / "metrics.jsonl").exists()
-    (tmp_path / "data").mkdir()
-    made("poisson", out=tmp_path / "d", data_dir=tmp_path / "data", num_train=20, num_val=5, max_work=14.0)
     (file,) = (tmp_path / "data").iterdir()
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(RunError, match="delete it to have the samples generated anew"):
-        made("poisson", out=tmp_path / "e", data_dir=tmp_path / "data", num_train=20, num_val=5, max_work=14.0)
+        made("poisson", tmp_path / "e", *few)
 
 
 def test_more_ranks_than_samples_of_a_minibatch(tmp_path):
@@ -110,4 +115,4 @@ def test_more_ranks_than_samples_of_a_minibatch(tmp_path):
         size = 30
 
     with pytest.raises(ValueError, match="^batch_size=20 is less than one for each of 30 ranks; use 200$"):
-        DRIVERS["poisson"]["setup"](DRIVERS["poisson"]["SmokeOptions"](out=tmp_path), Many())
+        program("poisson").setup(options_of("poisson", f"--out={tmp_path}"), Many())

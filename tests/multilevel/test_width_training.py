@@ -1,18 +1,22 @@
 """Multilevel training in width: against torch's optimizers, algorithm 2 of paper 002 written out, and other ranks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from xbraid_py import RunError
+from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.layers.module_block import own_random_numbers
 from xbraid_py.multilevel.cycle.stochastic import Minibatches
 from xbraid_py.multilevel.width.matching import match_rows
-from xbraid_py.multilevel.width.training import WidthTraining, errors
-from xbraid_py.multilevel.width.training_options import WidthTrainingOptions
+from xbraid_py.multilevel.width.training import WidthTraining, WidthTrainingOptions, errors
 from xbraid_py.multilevel.width.transfer import WidthOptions
 from xbraid_py.optim.levels import Point
+from xbraid_py.run.store.read import CheckpointError, load
+from xbraid_py.run.store.write import save
 
 mse = nn.functional.mse_loss
 
@@ -259,6 +263,52 @@ def test_auxiliary_networks_and_errors():
             error = layout.module(x)(inputs) - targets
         found = errors(layout.module(x), inputs, targets, portion=7)
         assert found == pytest.approx((float(error.square().mean()), float(error.abs().max())), rel=1e-12)
+
+
+def stored(training, path, **changes):
+    """A state of a run as the file that `load` reads."""
+    arrays, numbers = training.state()
+    save(path, SerialCommunicator(), arrays, {"state": numbers | changes})
+    return path
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"levels": 1},
+        {"levels": 3},
+        {"levels": 2, "alpha_m": 0.0, "tau": "other"},
+        {"levels": 2, "method": "adam", "alpha_m": 0.0, "learning_rate": 0.01},
+    ],
+)
+@pytest.mark.parametrize("first", [3, 4])
+def test_a_run_goes_on_bitwise_from_its_state(how, first, tmp_path):
+    """Within a matching of four cycles, and where the next one is due."""
+    how = {"steps": 2, "learning_rate": 0.05, "rematch_every": 4} | how
+    whole, records = trained(dense(), stream(), 7, **how)
+    before, _ = trained(dense(), stream(), first, **how)
+    after = WidthTraining(dense(), mse, stream(), WidthTrainingOptions(**how))
+    with load(stored(before, tmp_path / "state.h5")) as checkpoint:
+        after.load(checkpoint)
+    rest = list(after.run(7))
+    assert [record.cycle for record in rest] == list(range(first + 1, 8)) and torch.equal(after.x, whole.x)
+    for one, other in zip(rest, records[first:], strict=True):
+        clocks = {"seconds": 0.0, "matching_seconds": 0.0}
+        assert replace(one, **clocks) == replace(other, **clocks)
+        assert one.seconds > before.state()[1]["seconds"]
+
+
+def test_a_state_of_something_else_is_refused(tmp_path):
+    run, _ = trained(dense(), stream(), 1)
+    with load(stored(run, tmp_path / "a.h5")) as checkpoint, pytest.raises(ValueError, match="^x has the shape"):
+        trained(dense(width=10), stream(), 0)[0].load(checkpoint)
+    for changes in ({"cycle": -1}, {"drawn": 1.5}):
+        path = stored(run, tmp_path / "b.h5", **changes)
+        with load(path) as checkpoint, pytest.raises(CheckpointError, match="holds no state of a training run"):
+            trained(dense(), stream(), 0)[0].load(checkpoint)
+    save(tmp_path / "c.h5", SerialCommunicator(), run.state()[0], {"state": {}})
+    with load(tmp_path / "c.h5") as checkpoint, pytest.raises(LookupError):
+        trained(dense(), stream(), 0)[0].load(checkpoint)
 
 
 def test_divergence_is_said():

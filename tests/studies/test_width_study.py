@@ -4,26 +4,39 @@ from __future__ import annotations
 
 import json
 import math
-import runpy
-from dataclasses import asdict, replace
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
+from kinds import program
 from processes import PROJECT
+from studies.study import PAGE, key
 from studies.width import page
-from studies.width.case import Case
-from studies.width.parts import FIXED, SCAN, TUNED, UNDAMPED, Bases, competitors
-from studies.width.rows import best, judged, merit, ratio, ratios
-from width_runs import TINY
+from studies.width.case import changed, options_of, runs
+from studies.width.parts import FIXED, SCAN, TUNED, UNDAMPED, WidthStudyOptions
+from studies.width.rows import best, judged, merit, ratio, ratios, words
 
 from xbraid_py.comm import SerialCommunicator
-from xbraid_py.recipes.width import ERRORS
+from xbraid_py.multilevel.width.training import WidthTrainingOptions
+from xbraid_py.recipes.width import ERRORS, PoissonOptions
+from xbraid_py.recipes.width_networks import WidthNetwork
+from xbraid_py.run.options import parse
 
 DRIVER = PROJECT / "drivers" / "width_study.py"
-CONV = {"network": "convolutional", "channels": (4,), "kernels": (3,), "strides": (2,)}
-SMALL = replace(TINY, widths=(64, 64))
-DARCY = replace(SMALL, problem="darcy", steps=2)
-BASES = Bases(SMALL, DARCY, replace(SMALL, channels=(32,), **{k: v for k, v in CONV.items() if k != "channels"}), DARCY)
+CONV = WidthNetwork(kind="convolutional", widths=(64, 64), channels=(32,), kernels=(3,), strides=(2,))
+SIZES = {"mesh": 8, "num_train": 40, "num_val": 10, "batch_size": 8, "max_work": 45.0, "validate_every": 14.0}
+STUDY = WidthStudyOptions(poisson=WidthNetwork(widths=(64, 64)), poisson_conv=CONV, **SIZES)
+
+
+def small(*words):
+    """The options of the driver with `--smoke` and these words."""
+    driver = program("width_study")
+    return parse(driver.Options, ["--smoke", *words], presets=driver.PRESETS)
+
+
+def settings_of(seed=0, max_work=90.0, validate_every=30.0, **training):
+    """Settings of a run of Poisson's problem with these options of the training."""
+    base = PoissonOptions(max_work=max_work, validate_every=validate_every, training=WidthTrainingOptions(**training))
+    return runs([base], [seed])[0]
 
 
 def row(l2, seed=0, linf=0.5, unit=14.0, without=9.0, count=10, aux=None, **changes):
@@ -34,17 +47,16 @@ def row(l2, seed=0, linf=0.5, unit=14.0, without=9.0, count=10, aux=None, **chan
         own = [l2 * factor, linf * factor]
         of_aux = [None] * 4 if aux is None else [aux, 2 * aux] * 2
         curve.append([k, unit * k, without * k, 2 * unit * k, 0.1 * k, 0.1, *own, *own, *of_aux])
-    settings = asdict(Case(seed=seed, **({"max_work": 90.0, "validate_every": 30.0} | changes)))
-    return {"settings": settings, "result": {"curve": curve, "mean_l2": 0.0125}}
+    return {"settings": settings_of(seed, **changes), "result": {"curve": curve, "mean_l2": 0.0125}}
 
 
 def failure(**changes):
-    return {"settings": asdict(Case(**({"max_work": 90.0, "validate_every": 30.0} | changes))), "failure": "nan"}
+    return {"settings": settings_of(**({"alpha_m": 0.0} if "method" in changes else {}), **changes), "failure": "nan"}
 
 
 def written(parts, out):
     page.write(parts, out)
-    return (out / page.PAGE).read_text()
+    return (out / PAGE).read_text()
 
 
 def lines_of(text, start):
@@ -56,7 +68,7 @@ def test_runs_are_judged_at_equal_work():
     # At 30, 60 and 90 units: the cycles of 28, 56 and 84, or, without tau, of 27, 54 and 90.
     assert [point["cycle"] for point in judged(run, 90.0)] == [2, 4, 6]
     assert [point["cycle"] for point in judged(run, 90.0, "work_without_tau")] == [3, 6, 10]
-    assert [point["cycle"] for point in judged(run, 90.0, "counted")] == [1, 2, 3]
+    assert [point["cycle"] for point in judged(run, 90.0, "counted_work")] == [1, 2, 3]
     assert [point["cycle"] for point in judged(run, 59.0)] == [2]
     assert best(run, "val_l2", 90.0) == 2e-3 and best(run, "val_l2", 30.0) == 4e-3
     assert best(run, "aux_val_l2", 90.0) == math.inf == best(failure(), "val_l2", 90.0)
@@ -119,7 +131,7 @@ def test_methods_beside_the_single_level_of_their_optimizer(tmp_path):
     text = written({"scan": rows}, tmp_path)
     assert lines_of(text, "| sgd, 1 level | 0.01 | 0 of 3 | 4.02e-03 | 1.000 | 4.02e-03 | 1.000 | 7.1 |")
     assert lines_of(text, "| sgd, 2 levels, gamma=1.0 | 0.1 | 0 of 3 | 2.02e-03 |")
-    assert lines_of(text, "| adam, 2 levels | 0.01 | 3 of 3 | - | - | - | - | - |")
+    assert lines_of(text, "| adam, 2 levels, alpha_m=0.0 | 0.01 | 3 of 3 | - | - | - | - | - |")
     assert lines_of(text, "* sgd, 2 levels, gamma=1.0: wins in L2, tau counted; L2, tau not counted; L2, multiply-adds")
     assert lines_of(text, "* sgd, 2 levels: loses in L2, tau counted;")
     assert not lines_of(text, "* adam") and (tmp_path / "figures" / "tuned_poisson_5.png").exists()
@@ -130,24 +142,28 @@ def test_no_rows_make_a_page(tmp_path):
     assert "##" not in written({"table1": []}, tmp_path)
 
 
-@pytest.mark.parametrize("part", FIXED)
+@pytest.mark.parametrize("part", [*FIXED, *TUNED])
 def test_parts_are_of_different_runs_that_can_be_made(part):
-    cases = list(FIXED[part](BASES))
+    cases = list(STUDY.cases(part).values())
     assert len(set(cases)) == len(cases) > 1 and part in page._SECTIONS
     for case in cases:
-        assert case.options.levels == case.levels and case.layers.widths
-
-
-@pytest.mark.parametrize("part", TUNED)
-def test_competitors(part):
-    found = competitors(BASES, part)
-    cases = [case for case, _ in found.values()]
-    assert len(set(cases)) == len(cases) and part in page._SECTIONS
-    assert {case.levels for case in cases} >= {1, 2}
-    for case, rates in found.values():
-        assert rates == (BASES.adam_rates if case.method == "adam" else BASES.rates)
+        training = case.training
+        assert case.layers.widths and case.num_train == 40 and not case.count_tau
+        assert (case.layers.kind == "convolutional") == part.endswith("_conv")
+        assert STUDY.rates_of(case) == (STUDY.adam_rates if training.method == "adam" else STUDY.rates)
         # Momentum that is carried between levels makes Adam's steps of any size.
-        assert case.method != "adam" or case.levels == 1 or case.alpha_m == 0.0
+        assert training.method != "adam" or training.levels == 1 or training.alpha_m == 0.0
+    assert part == "table4" or {case.training.levels for case in cases} >= {1, 2}
+
+
+def test_names_of_settings_are_of_one_group():
+    """So that tables can name them without their groups."""
+    for part in ("scan", "table1_conv", "table4"):
+        for each in runs(STUDY.cases(part).values(), [0]):
+            assert words(each)["levels"] == each["training"]["levels"]
+            flat = [name for value in each.values() if isinstance(value, dict) for name in value if name != "pairs"]
+            flat += [*each["training"]["pairs"], *(name for name in each if not isinstance(each[name], dict))]
+            assert len(flat) == len(set(flat)) == len(words(each))
 
 
 def test_who_is_ahead_on_the_way(tmp_path):
@@ -161,48 +177,49 @@ def test_who_is_ahead_on_the_way(tmp_path):
 
 
 def test_what_is_scanned():
-    found = competitors(BASES, "scan")
-    assert list(found) == list(SCAN) and found["two levels"][0] == SMALL
-    assert found["no damping"][0] == replace(SMALL, **UNDAMPED)
-    assert found["no tau"][0].options.gamma == 0.0 and found["sgd alone"][0].levels == 1
+    found, base = STUDY.cases("scan"), STUDY.base("poisson")
+    assert list(found) == list(SCAN) and found["two levels"] == base
+    assert found["no damping"] == changed(base, **UNDAMPED)
+    assert found["no tau"].training.gamma == 0.0 and found["sgd alone"].training.levels == 1
+    assert found["eq. 32"].training.pairs.scaling == "mean"
     with pytest.raises(ValueError, match="^methods=momentum is none of two levels, no tau"):
-        replace(BASES, methods=("momentum",))
+        replace(STUDY, methods=("momentum",))
 
 
 def test_learning_rates_are_tuned_on_other_seeds():
-    study = runpy.run_path(str(DRIVER))
-    options = study["SmokeOptions"](parts=("tuned",), tuning_seeds=2, tuning_work=20.0, rates=(0.01, 0.1, 0.3))
-    first = study["first_stage"](options)["tuned"]
+    options = small("--parts=[tuned]", "--tuning_seeds=2", "--tuning_work=20", "--rates=0.01,0.1,0.3")
+    first = options.first_stage({})["tuned"]
     assert {each["seed"] for each in first} == {100, 101} and {each["max_work"] for each in first} == {20.0}
     assert len(first) == 4 * 3 * 2
     rows = {}
     for each in first:
-        diverges = each["learning_rate"] == 0.3 and each["levels"] > 1 and each["seed"] == 101
-        settings = {key: each[key] for key in ("levels", "learning_rate", "seed", "max_work", "validate_every")}
-        made = failure(**settings) if diverges else row(1e-4 / each["learning_rate"], unit=10.0, **settings)
-        rows[study["key"](each)] = made
-    second = study["second_stage"](options, rows)["tuned"]
-    assert {(each["levels"], each["learning_rate"]) for each in second} == {(1, 0.3), (2, 0.1), (3, 0.1), (4, 0.1)}
-    assert {each["seed"] for each in second} == {0, 1} and {each["max_work"] for each in second} == {60.0}
+        levels, rate, seed = each["training"]["levels"], each["training"]["learning_rate"], each["seed"]
+        how = {"levels": levels, "seed": seed, "max_work": 20.0, "validate_every": each["validate_every"]}
+        diverges = rate == 0.3 and levels > 1 and seed == 101
+        rows[key(each)] = failure(**how) if diverges else row(1e-4 / rate, unit=10.0, **how)
+    second = [options_of(each) for each in options.second_stage(rows)["tuned"]]
+    chosen = {(each.training.levels, each.training.learning_rate) for each in second}
+    assert chosen == {(1, 0.3), (2, 0.1), (3, 0.1), (4, 0.1)}
+    assert {each.seed for each in second} == {0, 1} and {each.max_work for each in second} == {60.0}
 
 
 @pytest.mark.job
 @pytest.mark.timeout(300)
 def test_the_driver_goes_on_where_it_was(run_job, tmp_path, capsys):
-    changes = {"parts": ("scan",), "methods": ("two levels", "sgd alone"), "rates": (0.05,), "seeds": 1, "workers": 1}
     words = ["--parts=[scan]", "--methods=[two levels,sgd alone]", "--rates=0.05", "--seeds=1", "--workers=1"]
-    job = run_job([DRIVER, "--smoke", *words, f"--out={tmp_path}"], timeout=140)
+    words.append(f"--out={tmp_path}")
+    job = run_job([DRIVER, "--smoke", *words], timeout=140)
     assert job.returncode == 0, job.stderr
-    assert job.stdout.startswith("2 runs, 0 of them over, then 2 with tuned learning rates: at most 288 work units")
+    said = job.stdout.splitlines()
+    assert said[:2] == ["at most 288 work units, tau included", "2 runs, 0 of them over, by 1 worker(s)"]
     rows = (tmp_path / "runs.jsonl").read_text()
     assert len(rows.splitlines()) == 4 and all("result" in json.loads(line) for line in rows.splitlines())
     assert len(list((tmp_path / "data").glob("poisson-*.h5"))) == 2  # of the seeds 0 and 100
     text = (tmp_path / "study.md").read_text()
     assert text.startswith("2 runs in 1 parts, 0 failed.")
     (tmp_path / "study.md").unlink()
-    study = runpy.run_path(str(DRIVER))
-    study["setup"](study["SmokeOptions"](out=tmp_path, **changes), SerialCommunicator())()
-    assert capsys.readouterr().out.startswith("2 runs, 2 of them over, then 2 with tuned")
+    program("width_study").setup(small(*words), SerialCommunicator())()
+    assert "2 runs, 2 of them over" in capsys.readouterr().out
     assert (tmp_path / "runs.jsonl").read_text() == rows and (tmp_path / "study.md").read_text() == text
 
 
@@ -211,19 +228,14 @@ def test_the_driver_goes_on_where_it_was(run_job, tmp_path, capsys):
     [
         ({"parts": ("figure9",)}, "^parts=figure9 is none of table1, table1_conv"),
         ({"seeds": 0}, "^seeds=0 must be at least 1; use 2$"),
+        ({"tuning_seeds": 0}, "^tuning_seeds=0 must be at least 1; use 2$"),
         ({"rates": (0.1, -1.0)}, r"^rates=\[0.1, -1.0\] must be positive numbers; use 0.01,0.1$"),
         ({"max_work": 0.0}, "^max_work=0.0 must be positive and finite; use 50$"),
     ],
 )
 def test_wrong_options(changes, message):
     with pytest.raises(ValueError, match=message):
-        runpy.run_path(str(DRIVER))["Options"](**changes)
-
-
-def test_more_ranks_are_refused(tmp_path):
-    study = runpy.run_path(str(DRIVER))
-    with pytest.raises(ValueError, match="^2 ranks: the study has workers of its own; start it without mpirun$"):
-        study["setup"](study["Options"](out=tmp_path), SimpleNamespace(size=2))
+        WidthStudyOptions(**changes)
 
 
 @pytest.mark.job

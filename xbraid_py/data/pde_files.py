@@ -22,7 +22,6 @@ from xbraid_py.data.pde_samples import PROBLEMS, PdeProblem, PdeSamples, generat
 from xbraid_py.run.store.write import Checkpoint, CheckpointError, Shard, save
 from xbraid_py.run.store.write import load as open_file
 
-SOURCES = (*PROBLEMS, "darcy_public")
 KIND = "samples of a problem on a mesh"
 _HELP = "delete it to have the samples generated anew, or name another folder or file"
 

@@ -1,105 +1,267 @@
-"""A run of multilevel training in width with its data and its validation.
+"""Multilevel training in width as a job: options, samples and training of the networks of paper 002 that learn a PDE.
 
 Shape letters: `B` samples, `D` numbers of a target.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import inf, nan
+from pathlib import Path
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from xbraid_py.comm import Communicator
 from xbraid_py.comm.replicas import ProcessGrid
+from xbraid_py.data.darcy import Darcy
 from xbraid_py.data.pde_dataset import PdeDataset, Standardization
+from xbraid_py.data.pde_files import PdeSource
+from xbraid_py.data.poisson import Poisson
 from xbraid_py.multilevel.cycle.stochastic import Minibatches
-from xbraid_py.multilevel.width.training import WidthRecord, WidthTraining, errors
-from xbraid_py.multilevel.width.training_options import WidthTrainingOptions
+from xbraid_py.multilevel.width.training import WidthRecord, WidthTraining, WidthTrainingOptions, errors
 from xbraid_py.recipes.width_networks import WidthNetwork
+from xbraid_py.run.engine import Row, State, Training, train
+from xbraid_py.run.resume import RunOptions, free
+from xbraid_py.run.store.keep import Score
+from xbraid_py.run.store.read import Checkpoint
 
-Samples = tuple[Tensor, Tensor]
 # L2 is the mean square of all numbers, Linf the largest absolute one; aux: the first auxiliary network.
 ERRORS = tuple(
     f"{network}{samples}_{norm}" for network in ("", "aux_") for samples in ("train", "val") for norm in ("l2", "linf")
 )
 
 
-@dataclass(frozen=True)
-class Job:
-    """A configuration, ready to run.
+@dataclass(frozen=True, kw_only=True)
+class WidthRunOptions(RunOptions):
+    """A job of multilevel training in width.
+
+    Parameters
+    ----------
+    num_train
+        Training samples.
+    num_val
+        Samples for validation.
+    seed
+        Of samples, initial weights and minibatches: all methods of one seed begin alike.
+    dtype
+        Of weights and samples.
+    standardize
+        Inputs and targets of mean 0 and deviation 1; otherwise as they are, since the paper says nothing. Errors are in
+        the units of the problem in any case.
+    batch_size
+        Samples of a minibatch, shared by the ranks.
+    max_work
+        End before more work units than this.
+    count_tau
+        Whether those of tau are among them.
+    validate_every
+        Work units between two validations, those of tau included.
+    checkpoint_every
+        Cycles between two checkpoints.
+    data_dir
+        Folder where samples are stored, and read if they are there; by default they stay in memory.
+    network
+        Kind and sizes of the network.
+    training
+        Levels, optimizer, damping, matching.
+    """
+
+    name: ClassVar[str]  # of the problem
+
+    num_train: int = 9000
+    num_val: int = 1000
+    seed: int = 0
+    dtype: Literal["float64", "float32"] = "float32"
+    standardize: bool = False
+    batch_size: int = 200
+    max_work: float = free(10_000.0)
+    count_tau: bool = free(True)
+    validate_every: float = free(50.0)
+    checkpoint_every: int = free(50)
+    data_dir: Path | None = free(None)
+    network: WidthNetwork = WidthNetwork()
+    training: WidthTrainingOptions = WidthTrainingOptions()
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("max_work", "validate_every"):
+            if not 0.0 < getattr(self, name) < inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive and finite; use 50")
+        if not 1 <= self.batch_size <= self.num_train:
+            raise ValueError(f"batch_size={self.batch_size} must lie in 1 .. num_train={self.num_train}; use 200")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch's."""
+        return getattr(torch, self.dtype)
+
+    @property
+    def layers(self) -> WidthNetwork:
+        """The network, with the sizes of the paper where none are given."""
+        return self.network.of(self.name)
+
+    @property
+    def cycles(self) -> int:
+        """Cycles of the run: those within `max_work`, at least 1."""
+        unit, unit_without_tau = self.training.work()
+        return max(1, int(self.max_work / (unit if self.count_tau else unit_without_tau) + 1e-9))
+
+    @property
+    @abstractmethod
+    def samples(self) -> PdeSource:
+        """Where the samples come from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoissonOptions(WidthRunOptions):
+    """The Poisson job.
+
+    Parameters
+    ----------
+    mesh
+        Points in each direction.
+    """
+
+    name: ClassVar[str] = "poisson"
+
+    mesh: int = 32
+    out: Path = free(Path("runs/poisson"))
+
+    @property
+    def samples(self) -> PdeSource:
+        names = ("num_train", "num_val", "seed", "data_dir")
+        return PdeSource(problem=Poisson(mesh=self.mesh), **{name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DarcyOptions(WidthRunOptions):
+    """The Darcy job.
+
+    Parameters
+    ----------
+    source
+        Of the samples: generated, or the public set, of which data_dir is then the folder.
+    target
+        What is to be learned of generated samples.
+    mesh
+        Cells in each direction.
+    correlation_length
+        Of the logarithm of the permeability, in units of the square's side.
+    variance
+        Of the logarithm.
+    smoothness
+        Of its covariance: 0.5 for the exponential one, larger for smoother fields.
+    """
+
+    name: ClassVar[str] = "darcy"
+
+    source: Literal["generated", "public"] = "generated"
+    target: Literal["pressure", "flux"] = "pressure"
+    mesh: int = 32
+    correlation_length: float = 0.2
+    variance: float = 1.0
+    smoothness: float = 1.0
+    out: Path = free(Path("runs/darcy"))
+    training: WidthTrainingOptions = WidthTrainingOptions(steps=2, weight_decay=1e-6, rematch_every=10)
+
+    @property
+    def samples(self) -> PdeSource:
+        names = ("mesh", "correlation_length", "variance", "smoothness")
+        problem = Darcy(**{name: getattr(self, name) for name in names})
+        names = ("num_train", "num_val", "seed", "target", "data_dir")
+        return PdeSource(
+            problem=None if self.source == "public" else problem, **{name: getattr(self, name) for name in names}
+        )
+
+
+class WidthRun(Training):
+    """A run of multilevel training in width, with its samples and its validation, up to so many work units.
+
+    Parameters
+    ----------
+    options : WidthRunOptions
+    train, validation : PdeDataset
+        As they are, see `WidthRunOptions.samples`.
+    grid : ProcessGrid, optional
+        Replicas that share the minibatches.
 
     Attributes
     ----------
-    training : WidthTraining
-    seen : Samples
-        Training samples, as many as there are for the validation, or all if these are fewer.
-    unseen : Samples
+    method : WidthTraining
+    seen : pair of Tensor
+        Inputs (B, ...) and targets (B, D) of training samples, as many as there are for the validation, or all if
+        these are fewer.
+    unseen : pair of Tensor
         Those of the validation.
     scale : float
         What errors are multiplied by: the targets' deviation where they are standardized.
+    best : dict of str to float
+        The least validation errors so far.
+
+    Raises
+    ------
+    ValueError
+        If the network does not fit the samples, or there are too few of them.
     """
 
-    training: WidthTraining
-    seen: Samples
-    unseen: Samples
-    scale: float = 1.0
-
-    @classmethod
-    def of(
-        cls,
-        train: PdeDataset,
-        validation: PdeDataset,
-        network: WidthNetwork,
-        options: WidthTrainingOptions,
-        *,
-        batch_size: int = 200,
-        seed: int = 0,
-        standardize: bool = False,
-        grid: ProcessGrid | None = None,
-    ) -> Job:
-        """The run on these samples.
-
-        Parameters
-        ----------
-        train, validation : PdeDataset
-        network : WidthNetwork
-            Made by `of`.
-        options : WidthTrainingOptions
-        batch_size : int
-        seed : int
-            Of initial weights and of the order of the minibatches, whatever the method.
-        standardize : bool
-            Inputs and targets of mean 0 and deviation 1; otherwise as they are, since the paper says nothing. Errors
-            are in the units of the problem in any case.
-        grid : ProcessGrid, optional
-            Replicas that share the minibatches.
-
-        Raises
-        ------
-        ValueError
-            If the network does not fit the samples, or there are too few of them.
-        """
-        scale = 1.0
-        if standardize:
+    def __init__(
+        self, options: WidthRunOptions, train: PdeDataset, validation: PdeDataset, grid: ProcessGrid | None = None
+    ):
+        self.options, self.total, self.scale = options, options.cycles, 1.0
+        if options.standardize:
             statistics = Standardization.of(train)
             train, validation = statistics.apply(train), statistics.apply(validation)
-            scale = float(statistics.target_scale)
+            self.scale = float(statistics.target_scale)
         inputs, targets = train.inputs, train.targets.flatten(1)
-        module = network.module(tuple(inputs.shape[1:]), targets.shape[1], seed, inputs.dtype)
-        minibatches = Minibatches(inputs, targets, batch_size, seed)
-        training = WidthTraining(module, nn.functional.mse_loss, minibatches, options, grid)
+        module = options.layers.module(tuple(inputs.shape[1:]), targets.shape[1], options.seed, inputs.dtype)
+        minibatches = Minibatches(inputs, targets, options.batch_size, options.seed)
+        self.method = WidthTraining(module, nn.functional.mse_loss, minibatches, options.training, grid)
         few = min(len(inputs), validation.num_samples)
-        unseen = (validation.inputs, validation.targets.flatten(1))
-        return cls(training, (inputs[:few], targets[:few]), unseen, scale)
+        self.seen = inputs[:few], targets[:few]
+        self.unseen = validation.inputs, validation.targets.flatten(1)
+        self.best = {"val_l2": inf, "val_linf": inf}
+
+    def steps(self) -> Iterator[Row]:
+        for record in self.method.run(self.total):
+            yield self._row(record)
+
+    def _row(self, record: WidthRecord) -> Row:
+        return {
+            "level": 0,
+            "update": record.cycle,
+            "cycle": record.cycle,
+            "work": record.work,
+            "work_without_tau": record.work_without_tau,
+            "counted_work": record.counted,
+            "seconds": record.seconds,
+            "matching_seconds": record.matching_seconds,
+            "objective": record.loss,
+            "loss": record.loss,
+            "widths": record.widths,
+            "final": record.cycle == self.total,
+        }
+
+    def is_due(self, row: Row) -> bool:
+        """At the last cycle before each multiple of `validate_every` work units."""
+        unit, every = self.options.training.work()[0], self.options.validate_every
+        return (row["work"] + unit) // every > row["work"] // every
+
+    def validate(self) -> Row:
+        found = self.errors()
+        self.best = {name: min(least, found[name]) for name, least in self.best.items()}
+        return found
 
     def errors(self) -> dict[str, float | None]:
         """The `ERRORS` of the network as it is, and of the first auxiliary one, if there is one."""
         found: dict[str, float | None] = dict.fromkeys(ERRORS)
         for level, prefix in enumerate(("", "aux_")):
-            if level > len(self.training.transfers):
+            if level > len(self.method.transfers):
                 break
-            layout, x = self.training.auxiliary(level)
+            layout, x = self.method.auxiliary(level)
             module = layout.module(x)
             for name, samples in (("train", self.seen), ("val", self.unseen)):
                 square, largest = errors(module, *samples)
@@ -109,41 +271,79 @@ class Job:
 
     def mean_error(self) -> float:
         """Mean square validation error of the mean training target, point by point, whatever the input."""
-        mean = self.training.minibatches.targets.mean(0)
+        mean = self.method.minibatches.targets.mean(0)
         return self.scale**2 * float((self.unseen[1] - mean).double().square().mean())
 
     def predict(self, sample: int) -> tuple[Tensor, Tensor]:
         """Target and prediction (D,) of one validation sample, as they were trained."""
-        layout, x = self.training.auxiliary(0)
+        layout, x = self.method.auxiliary(0)
         inputs, targets = self.unseen
         with torch.no_grad():
             return targets[sample], layout.module(x)(inputs[sample : sample + 1])[0]
 
-    def run(
-        self, max_cycles: int, validate_every: float, done: WidthRecord | None = None
-    ) -> Iterator[tuple[WidthRecord, dict[str, float | None] | None, bool]]:
-        """Make so many cycles in all.
+    def score(self, row: Row) -> Score:
+        return Score(objective=row.get("val_l2"))
 
-        Yields
-        ------
-        WidthRecord
-        dict or None
-            The `ERRORS`, at the last cycle before each multiple of `validate_every` work units, and at the end.
-        bool
-            Whether this is the end.
+    def state(self) -> State:
+        arrays, numbers = self.method.state()
+        return arrays, {**numbers, "best": self.best}
 
-        Raises
-        ------
-        RunError
-            If the loss is not finite.
-        """
-        unit = self.training.options.work()[0]
-        for record in self.training.run(max_cycles, done):
-            over = record.cycle == max_cycles
-            due = over or (record.work + unit) // validate_every > record.work // validate_every
-            yield record, self.errors() if due else None, over
+    def load(self, checkpoint: Checkpoint) -> None:
+        self.method.load(checkpoint)
+        self.best = {name: float(checkpoint.meta["state"]["best"][name]) for name in self.best}
+
+    def is_over(self, row: Row) -> bool:
+        return row["update"] >= self.total
+
+    def describe(self) -> str:
+        return "{:g} work units a cycle, {:g} without those of tau".format(*self.options.training.work())
+
+    def draw(self, rows: list[Row], figures: Path) -> None:
+        """Errors over work units, and the first validation sample if it is a field."""
+        if not rows:
+            return
+        from xbraid_py.recipes.pictures import width_curves  # matplotlib takes its time to load: on one rank only
+
+        validated = [row for row in rows if row.get("val_l2") is not None]
+        width_curves.over_work({"": validated}, figures / "errors.png")
+        exact, learned = self.predict(0)
+        size = self.unseen[0].shape[-1]
+        if exact.numel() == size * size:
+            width_curves.fields(exact.view(size, size), learned.view(size, size), figures / "sample.png")
+
+    def say(self, row: Row) -> str:
+        return (
+            f"validation L2 {row.get('val_l2', nan):.3e} (best {self.best['val_l2']:.3e}), "
+            f"Linf {row.get('val_linf', nan):.3f} (best {self.best['val_linf']:.3f}) after {row['cycle']} cycles, "
+            f"{row['work']:g} work units (without tau {row['work_without_tau']:g}, counted {row['counted_work']:.1f}), "
+            f"{row['seconds']:.2f} seconds"
+        )
 
 
-def cycles_of(options: WidthTrainingOptions, max_work: float, count_tau: bool = True) -> int:
-    """Cycles within so many work units, at least 1."""
-    return max(1, int(max_work / options.work()[0 if count_tau else 1] + 1e-9))
+def set_up(options: WidthRunOptions, comm: Communicator) -> Callable[[], Row]:
+    """Read and check everything, without a message; returns the run.
+
+    Parameters
+    ----------
+    options : WidthRunOptions
+    comm : Communicator
+        Ranks share every minibatch.
+
+    Raises
+    ------
+    ValueError, OSError
+        Whatever is wrong with options, files or folder; on every rank, or on rank 0 alone.
+    """
+    if options.batch_size < comm.size:
+        raise ValueError(f"batch_size={options.batch_size} is less than one for each of {comm.size} ranks; use 200")
+    source, dtype = options.samples, options.torch_dtype
+    # Files that are there are read now; what has to be made, by all ranks together, in the run.
+    found = source.load(dtype=dtype) if source.problem is None else None
+    options.layers.features(source.shape or tuple(found[0].inputs.shape[1:]))
+
+    def make() -> WidthRun:
+        training = WidthRun(options, *(found or source.load(comm, dtype)), ProcessGrid(comm, comm.size))
+        training.method.match()  # whether there can be so many levels
+        return training
+
+    return train("width", make, options, comm, recipe=options.name)

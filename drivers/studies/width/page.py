@@ -10,10 +10,10 @@ from statistics import median
 
 from studies.mgopt.rows import groups
 from studies.rows import Row, table, where
-from studies.width.rows import COUNTINGS, best, points, ratio
+from studies.study import PAGE
+from studies.width.rows import COUNTINGS, best, points, ratio, words
 from xbraid_py.recipes.pictures.width_curves import over_work
 
-PAGE = "study.md"
 # Best validation L2 and Linf, training L2 and Linf, by the number of levels or by eta; AUX: of the auxiliary network.
 _NONE = ("", "", "", "")
 TABLE1 = {1: ("2.94e-3", "0.626", "2.84e-3", "0.814"), 2: ("1.61e-3", "0.496", "1.59e-3", "0.664")}
@@ -62,7 +62,7 @@ TABLE4_AUX = {
 }
 _NAMES = ("val_l2", "val_linf", "train_l2", "train_linf")
 _HEADS = ("val. L2", "val. L∞", "train. L2", "train. L∞")
-_WAYS = {"work": "tau counted", "work_without_tau": "tau not counted", "counted": "multiply-adds counted"}
+_WAYS = {"work": "tau counted", "work_without_tau": "tau not counted", "counted_work": "multiply-adds counted"}
 _SHARES = (1 / 12, 1 / 6, 1 / 3, 1 / 2, 2 / 3, 1.0)  # of the work units, on the way
 Paper = Mapping[Hashable, tuple[str, ...]]
 
@@ -76,6 +76,7 @@ def write(parts: Mapping[str, Sequence[Row]], out: Path) -> None:
         Rows of the runs of each part, as `studies.study.Study.run` yields them.
     out : Path
     """
+    parts = {name: [row | {"settings": words(row["settings"])} for row in rows] for name, rows in parts.items()}
     failed = sum("failure" in row for rows in parts.values() for row in rows)
     said = [
         f"{sum(map(len, parts.values()))} runs in {len(parts)} parts, {failed} failed.",
@@ -196,7 +197,7 @@ def _tuned(rows: Sequence[Row], figures: Path) -> list[str]:
                 cases = [case for case, each in found.items() if each is not None and each.verdict == verdict]
                 if cases:
                     won.append(f"* {label}: {verdict} in {'; '.join(cases)}.")
-    problem = rows[0]["settings"]["problem"] + "_conv" * (rows[0]["settings"]["network"] == "convolutional")
+    problem = rows[0]["settings"]["problem"] + "_conv" * (rows[0]["settings"]["kind"] == "convolutional")
     picture = figures / f"tuned_{problem}_{len(lines)}.png"
     _figure(rows, lambda settings: _label(settings, usual), picture)
     return [
@@ -217,7 +218,7 @@ def _on_the_way(rows: Sequence[Row], usual: Mapping[str, Hashable]) -> str:
     for name, chosen in _methods(rows).items():
         base = _single(rows, dict(name)["method"])
         if dict(name)["levels"] > 1 and base:
-            for way in ("work", "counted"):
+            for way in ("work", "counted_work"):
                 cells = []
                 for budget in budgets:
                     both = [ratio(base, chosen, norm, budget, way) for norm in _NAMES[:2]]

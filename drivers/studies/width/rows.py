@@ -1,24 +1,30 @@
 """Rows of the study of multilevel training in width: best errors at equal work, and ratios seed by seed.
 
-A row has "settings", with a "seed" and "validate_every", and a "result" with a "curve" of points (`CURVE`), or a
-"failure".
+A row has "settings" (`studies.width.case.runs`), and a "result" with a "curve" of points (`CURVE`), or a "failure".
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 from studies.rows import Row
 from studies.statistics import Summary
 from xbraid_py.recipes.width import ERRORS
+from xbraid_py.run.resume import flat
 
 # What a point of a curve consists of.
-CURVE = ("cycle", "work", "work_without_tau", "counted", "seconds", "loss", *ERRORS)
-COUNTINGS = ("work", "work_without_tau", "counted")
+CURVE = ("cycle", "work", "work_without_tau", "counted_work", "seconds", "loss", *ERRORS)
+COUNTINGS = ("work", "work_without_tau", "counted_work")
 Point = dict[str, float | None]
+
+
+def words(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of all groups by their own names alone: no two groups have a name in common."""
+    return {name.rpartition(".")[2]: value for name, value in flat(settings).items()}
 
 
 def points(row: Row) -> list[Point]:

@@ -6,9 +6,10 @@ Shape letters: `B` samples, `L` levels. Level 0 is the given network.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from math import isfinite
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from math import isfinite, nan, sqrt
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,124 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from xbraid_py.comm.errors import RunError
 from xbraid_py.comm.replicas import ProcessGrid
-from xbraid_py.multilevel.cycle.module_objective import Loss, ModuleObjective
-from xbraid_py.multilevel.cycle.stochastic import Minibatches, StochasticCycle
+from xbraid_py.multilevel.cycle.stochastic import TAU, Loss, Minibatches, ModuleObjective, StochasticCycle
 from xbraid_py.multilevel.cycle.vcycle import Damping
 from xbraid_py.multilevel.width.layout import Layout
 from xbraid_py.multilevel.width.matching import Matching
-from xbraid_py.multilevel.width.training_options import WidthTrainingOptions
-from xbraid_py.multilevel.width.transfer import WidthTransfer, match_layers, renewed
+from xbraid_py.multilevel.width.transfer import WidthOptions, WidthTransfer, match_layers, renewed
 from xbraid_py.optim.levels import Point, TorchOptimizer
+from xbraid_py.run.store.read import Checkpoint, no_state
+from xbraid_py.run.store.write import Shard
+
+
+@dataclass(frozen=True, kw_only=True)
+class WidthTrainingOptions:
+    """Multilevel training in width.
+
+    Parameters
+    ----------
+    levels
+        Networks, each of half the width of the one before; 1 trains the given network alone.
+    steps
+        s: optimizer steps before and after the coarse correction, and on the coarsest level.
+    coarse_steps
+        Of the coarsest of several levels, where it is to make other than `steps` of them; 0: as many.
+    method
+        SGD with momentum, or Adam.
+    learning_rate
+        Of the finest level.
+    momentum
+        Of the method sgd.
+    weight_decay
+        Of the method sgd.
+    eta
+        The learning rate of a level is that of the finer one divided by this, on the first `eta_levels` levels.
+    eta_levels
+        Further levels have the learning rate of the last of these.
+    gamma
+        Factor of the tau correction; 0 computes none.
+    alpha_p
+        Factor of the coarse correction of the weights.
+    alpha_m
+        Factor of the coarse correction of the momentum; with 0 each level keeps its own momentum, as it must with adam.
+    rematch_every
+        Cycles between two matchings of the neurons.
+    tau
+        Minibatches of the tau correction: the same as those of the coarse steps, or as many others.
+    pairs
+        How neurons are paired and joined.
+    """
+
+    levels: int = 2
+    steps: int = 4
+    coarse_steps: int = 0
+    method: Literal["sgd", "adam"] = "sgd"
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    eta: float = sqrt(2)
+    eta_levels: int = 3
+    gamma: float = 0.125
+    alpha_p: float = 1.0
+    alpha_m: float = 0.2
+    rematch_every: int = 50
+    tau: Literal["same", "other"] = "same"
+    pairs: WidthOptions = WidthOptions()
+
+    def __post_init__(self):
+        for name, use in (("levels", 2), ("steps", 4), ("eta_levels", 3), ("rematch_every", 50)):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1; use {use}")
+        if self.coarse_steps < 0:
+            raise ValueError(f"coarse_steps={self.coarse_steps} must be at least 0; use 16")
+        if self.method not in ("sgd", "adam"):
+            raise ValueError(f"method={self.method!r} must be sgd or adam; use sgd")
+        if not 0.0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate={self.learning_rate} must be positive and finite; use 0.01")
+        if not 0.0 <= self.momentum < 1.0:
+            raise ValueError(f"momentum={self.momentum} must be at least 0 and below 1; use 0.9")
+        if not 0.0 <= self.weight_decay < float("inf"):
+            raise ValueError(f"weight_decay={self.weight_decay} must be at least 0 and finite; use 1e-6")
+        if not 1.0 <= self.eta < float("inf"):
+            raise ValueError(f"eta={self.eta} must be at least 1 and finite; use 1.4")
+        for name in ("gamma", "alpha_p", "alpha_m"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1]; use 0.2")
+        if self.method == "adam" and self.levels > 1 and self.alpha_m:
+            # The second moments of weights that have had no gradient are 0, and any momentum is divided by them.
+            raise ValueError(f"alpha_m={self.alpha_m} must be 0 with method=adam and several levels; use 0")
+        if self.tau not in TAU:
+            raise ValueError(f"tau={self.tau!r} must be {' or '.join(TAU)}; use same")
+
+    def rate(self, level: int) -> float:
+        """Learning rate of a level."""
+        return self.learning_rate / self.eta ** min(level, self.eta_levels - 1)
+
+    def optimizer(self, level: int) -> TorchOptimizer:
+        """The optimizer of a level."""
+        rate = self.rate(level)
+        if self.method == "adam":
+            return TorchOptimizer(lambda weights: torch.optim.Adam(weights, lr=rate))
+        return TorchOptimizer(
+            lambda weights: torch.optim.SGD(weights, lr=rate, momentum=self.momentum, weight_decay=self.weight_decay)
+        )
+
+    def steps_of(self, level: int) -> int:
+        """Optimizer steps of a level in a cycle."""
+        if level < self.levels - 1:
+            return 2 * self.steps
+        return self.coarse_steps if level and self.coarse_steps else self.steps
+
+    def work(self) -> tuple[float, float]:
+        """Work units of a cycle, with tau (eq. 40) and without: a level costs a quarter of the finer one."""
+        smoothing = tau = 0.0
+        for level in range(self.levels):
+            steps = self.steps_of(level)
+            smoothing += steps / 4**level
+            if level and self.gamma:
+                # A gradient there and one on the finer level for each of the minibatches.
+                tau += steps * (1 / 4**level + 1 / 4 ** (level - 1))
+        return smoothing + tau, smoothing
 
 
 @dataclass(frozen=True)
@@ -102,6 +213,7 @@ class WidthTraining:
         self._costs: list[float] = []
         self._counted = 0.0
         self._matching_seconds = 0.0
+        self._last = WidthRecord(0, 0.0, 0.0, 0.0, 0.0, 0.0, nan, ())
 
     def match(self) -> None:
         """Pair the neurons by the weights as they are, and make the coarse networks of them; collective."""
@@ -171,12 +283,13 @@ class WidthTraining:
             layout, x = transfer.coarse, transfer.restrict(x)
         return layout, x
 
-    def state(self) -> dict[str, Tensor]:
-        """Where the run has come to, by name: what `restore` needs to go on bitwise as if nothing had happened.
+    def state(self) -> tuple[dict[str, Shard], dict[str, Any]]:
+        """Where `run` has come to: global arrays, and the numbers of the last record and of the minibatches drawn.
 
-        Weights, minibatches drawn, the partners of every hidden layer, and the state of each level's optimizer.
+        The arrays are the weights, the partners of every hidden layer, and what each level's optimizer keeps. All
+        ranks have the same: the first one gives them.
         """
-        found = {"weights": self.x, "drawn": torch.tensor([self.minibatches.drawn])}
+        found = {"weights": self.x}
         for level, transfer in enumerate(self.transfers):
             for layer, matching in enumerate(transfer.matchings):
                 if matching is not None:
@@ -185,56 +298,69 @@ class WidthTraining:
             for name, value in optimizer.state.items():
                 if isinstance(value, Tensor):
                     found[f"level{level}/{name}"] = value.reshape(-1)
-        return found
+        is_first = self.grid is None or self.grid.data.rank == 0
+        arrays = {name: Shard(values.cpu(), 0, len(values)) for name, values in found.items()} if is_first else {}
+        return arrays, asdict(self._last) | {"drawn": self.minibatches.drawn}
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` of the same run gave.
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Let `run` go on from a state, bitwise as if nothing had happened; sends no message.
+
+        Parameters
+        ----------
+        checkpoint : Checkpoint
+            Of `state`, its numbers under the meta data "state"; written on any number of ranks.
 
         Raises
         ------
-        ValueError, KeyError
-            If it is of another network, or something is missing.
+        CheckpointError, LookupError, TypeError, ValueError
+            If it is the state of something else.
         """
-        self.layout.check(state["weights"])
-        self.x, self.minibatches.drawn = state["weights"].to(self.x), int(state["drawn"])
+        numbers = checkpoint.meta["state"]
+        done = {each.name: numbers[each.name] for each in fields(WidthRecord)}
+        done["widths"] = tuple(tuple(widths) for widths in done["widths"])
+        drawn = numbers["drawn"]
+        if not all(type(each) is int and each >= 0 for each in (done["cycle"], drawn)):
+            raise no_state(checkpoint.path, f"cycle={done['cycle']!r}, drawn={drawn!r}")
+        arrays = {name: checkpoint.rows(name) for name in checkpoint.names()}
+        self.layout.check(arrays["weights"])
+        self.x, self.minibatches.drawn = arrays["weights"].to(self.x), drawn
         layout, x, self.transfers = self.layout, self.x, []
         for level in range(self.options.levels - 1):
-            partners = [state.get(f"level{level}/partner{layer}") for layer in range(len(layout.widths))]
+            partners = [arrays.get(f"level{level}/partner{layer}") for layer in range(len(layout.widths))]
             matchings = [None if each is None else Matching.of(each.to(x.device)) for each in partners]
             self.transfers.append(WidthTransfer.of(layout, matchings, x, self.options.pairs))
             layout, x = self.transfers[-1].coarse, self.transfers[-1].restrict(x)
         self._build()
         for level, optimizer in enumerate(self._optimizers()):
-            for name, value in state.items():
+            for name, value in arrays.items():
                 owner, _, kind = name.partition("/")
                 if owner == f"level{level}" and not kind.startswith("partner"):
                     optimizer.state[kind] = value.reshape(()).clone() if kind == "step" else value.to(self.x)
+        self._last = WidthRecord(**done)
+        self._counted, self._matching_seconds = self._last.counted, self._last.matching_seconds
 
     def _optimizers(self) -> list[TorchOptimizer]:
         return [each.optimizer for each in self._cycle.smoothers] if self._cycle else [self.optimizer]
 
-    def run(self, max_cycles: int, done: WidthRecord | None = None) -> Iterator[WidthRecord]:
+    def run(self, max_cycles: int) -> Iterator[WidthRecord]:
         """Make cycles; yields a record after each, when `x` are the weights that it is of.
+
+        Goes on from what `load` has read: the next record is that of the cycle after it.
 
         Parameters
         ----------
         max_cycles : int
             Cycles in all.
-        done : WidthRecord, optional
-            Where an earlier run has come to.
 
         Raises
         ------
         RunError
             On all ranks, if the loss is not finite.
         """
-        options = self.options
-        unit, unit_without = options.work()
-        first, seconds = (done.cycle, done.seconds) if done else (0, 0.0)
-        counted, matching = (done.counted, done.matching_seconds) if done else (0.0, 0.0)
-        for cycle in range(first, max_cycles):
+        unit, unit_without = self.options.work()
+        for cycle in range(self._last.cycle, max_cycles):
             clock = time.perf_counter()
-            if self._cycle is None or cycle % options.rematch_every == 0:
+            if self._cycle is None or cycle % self.options.rematch_every == 0:
                 self.match()
             self.x = self._cycle.run(Point(self.x)).x
             self._count()
@@ -244,17 +370,17 @@ class WidthTraining:
                     f"cycle {cycle + 1}: the loss is {loss}; use a smaller learning rate, or with several levels a "
                     f"larger eta, or a smaller gamma, alpha_p or alpha_m"
                 )
-            seconds += time.perf_counter() - clock
-            yield WidthRecord(
+            self._last = WidthRecord(
                 cycle + 1,
                 (cycle + 1) * unit,
                 (cycle + 1) * unit_without,
-                counted + self._counted,
-                seconds,
-                matching + self._matching_seconds,
+                self._counted,
+                self._last.seconds + time.perf_counter() - clock,
+                self._matching_seconds,
                 loss,
                 (self.layout.widths, *(transfer.coarse.widths for transfer in self.transfers)),
             )
+            yield self._last
 
 
 def errors(module: nn.Module, inputs: Tensor, targets: Tensor, portion: int = 1000) -> tuple[float, float]:

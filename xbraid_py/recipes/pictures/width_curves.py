@@ -30,7 +30,7 @@ def over_work(
     path : path-like
         The PNG to write, its folder included.
     over : str
-        Field of the horizontal axis: work, work_without_tau or counted.
+        Field of the horizontal axis: work, work_without_tau or counted_work.
     lines : sequence of (samples, style, name)
         Which errors, such as `("aux_val", "--", "auxiliary")`; those of which all values are None are left out.
     window : int
