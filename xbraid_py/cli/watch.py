@@ -37,8 +37,8 @@ def main(words: Sequence[str]) -> int:
     parser = command_parser("watch", "DIR [--once] [--every SECONDS]", "A run while it goes on.", _EPILOG)
     parser.add_argument("DIR", type=Path, help="Folder of the run.")
     parser.add_argument("--once", action="store_true", help="Show it as it is now, and end.")
-    parser.add_argument("--every", type=float, default=1.0, help="Seconds between two looks.")
-    parser.add_argument("--stale", type=float, default=STALE, help="Seconds without a sign of life.")
+    parser.add_argument("--every", type=float, default=1.0, help="Seconds between two looks (%(default)g).")
+    parser.add_argument("--stale", type=float, default=STALE, help="Seconds without a sign of life (%(default)g).")
     options = parse(parser, words)
     check_stale(options.stale)
     if not 0.1 <= options.every <= 3600:
