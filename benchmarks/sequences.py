@@ -113,16 +113,16 @@ def accuracy(name: str, ranks: int, arguments: argparse.Namespace, *words: str) 
     launcher = [common.mpirun(), "-n", str(ranks)] if ranks > 1 else []
     with tempfile.TemporaryDirectory() as folder:
         words = (*words, f"--out={folder}/{name}", f"--max_updates={arguments.updates}", "--epochs=99")
-        words += (f"--num_train={arguments.num_train}", f"--num_test={arguments.num_test}", "--test_every=1000000")
+        words += (f"--num_train={arguments.num_train}", f"--num_test={arguments.num_test}", "--validate_every=1000000")
         if arguments.data_dir:
             words += (f"--data_dir={arguments.data_dir}",)
         command = [*launcher, sys.executable, str(DRIVER), "--batch_size=50", *words]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise SystemExit(f"error: {' '.join(command)} ended with status {done.returncode}")
-        found = [row for row in read(Path(folder, name, "metrics.jsonl")) if row["kind"] == "test"][-1]
-    print(f"{name:9s} test accuracy {found['test_accuracy']:.4f}, {found['seconds']:.1f} s of training", flush=True)
-    return found["test_accuracy"]
+        found = [row for row in read(Path(folder, name, "metrics.jsonl")) if row["kind"] == "update"][-1]
+    print(f"{name:9s} test accuracy {found['val_accuracy']:.4f}, {found['seconds']:.1f} s of training", flush=True)
+    return found["val_accuracy"]
 
 
 def main() -> None:

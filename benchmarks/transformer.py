@@ -41,7 +41,7 @@ def run(out: Path, ranks: int, words: list[str]) -> list[dict]:
 def curve(rows: list[dict], kind: str) -> dict[int, float]:
     """Losses by the number of the update: of training, smoothed, or of validation."""
     if kind == "validation":
-        return {row["update"]: row["validation_loss"] for row in rows if row["kind"] == "test"}
+        return {row["update"]: row["val_loss"] for row in rows if row.get("val_loss") is not None}
     losses = [row["loss"] for row in rows if row["kind"] == "update"]
     return {n: mean(losses[max(0, n - SMOOTH) : n]) for n in range(1, len(losses) + 1)}
 

@@ -1,91 +1,72 @@
-"""The driver on sequences from the outside, on small files of random digits; digits as sequences; its benchmark."""
+"""The driver on sequences: the same on more ranks and as torch's; digits as sequences; its benchmark."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from digit_files import write_digits
+from kinds import KINDS, options_of, program, run, updates_of
 from processes import PROJECT, run_job
 
+from xbraid_py.comm import SerialCommunicator
 from xbraid_py.data.mnist import sequences, standardized
-from xbraid_py.run.record import read
 
-DRIVER = PROJECT / "drivers" / "sequences.py"
+SEQUENCES = KINDS["sequences"]
+SERIAL = SerialCommunicator()
 IMAGES = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8))
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    return write_digits(tmp_path_factory.mktemp("digits"), 200, 103)
+def losses(out):
+    return [row["loss"] for row in updates_of(out)]
 
 
-@pytest.fixture(scope="module")
-def driver():
-    spec = importlib.util.spec_from_file_location("drivers_sequences", DRIVER)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+@pytest.mark.ranks(3)
+def test_the_same_on_one_and_three_ranks(spmd, shared_tmp_path, tmp_path):
+    """Implicit, in two layers and windows, and of a length that nothing divides; on from the middle on one rank."""
+    words = ("--length=61", "--num_layers=2", "--kind=implicit", "--mgrit.intervals=4", "--max_updates=8")
+    one, three, rest = tmp_path / "one", shared_tmp_path / "three", tmp_path / "rest"
+    run(SEQUENCES, SERIAL, one, *words, "--windows=2")
+    spmd(lambda comm: run(SEQUENCES, comm, three, *words, "--windows=2") and None)
+    found, expected = updates_of(three)[-1], updates_of(one)[-1]
+    assert losses(three) == pytest.approx(losses(one), rel=1e-6) and len(losses(one)) == 8
+    assert found["val_accuracy"] == expected["val_accuracy"]
+    assert found["sweeps"] >= 1 and found["adjoint_sweeps"] >= 1 and 0 < found["state_residual"] < 0.1
+    run(SEQUENCES, SERIAL, rest, *words, "--windows=2", f"--resume={three / 'checkpoints' / 'update_000004.h5'}")
+    assert losses(rest) == pytest.approx(losses(one)[4:], rel=1e-5)
 
 
-def smoke(digits, out, ranks, *words):
-    """A job of seconds, and its rows without the clock."""
-    job = run_job([DRIVER, "--smoke", f"--data_dir={digits}", f"--out={out}", *words], ranks, timeout=200)
-    assert job.returncode == 0, job.stderr
-    _, *rows = read(out / "metrics.jsonl")
-    return job, [{key: row[key] for key in row if key != "seconds"} for row in rows if row["kind"] != "resume"]
+@pytest.mark.ranks(2)
+def test_converged_solves_train_as_torch_does(spmd, shared_tmp_path, tmp_path):
+    run(SEQUENCES, SERIAL, tmp_path / "torch", "--network=torch")
+    spmd(lambda comm: run(SEQUENCES, comm, shared_tmp_path / "mgrit", "--mgrit.tol=1e-6") and None)
+    assert losses(shared_tmp_path / "mgrit") == pytest.approx(losses(tmp_path / "torch"), rel=1e-4)
+    assert "sweeps" not in updates_of(tmp_path / "torch")[-1]
 
 
-def losses(rows):
-    return [row["loss"] for row in rows if row["kind"] == "update"]
-
-
-@pytest.mark.job
-@pytest.mark.timeout(400)
-def test_the_same_on_one_and_three_ranks_and_after_a_stop(digits, tmp_path):
-    words = ("--length=61", "--num_layers=2", "--windows=2", "--kind=implicit", "--mgrit.intervals=4")
-    one, expected = smoke(digits, tmp_path / "one", 1, *words)
-    _, found = smoke(digits, tmp_path / "three", 3, *words)
-    assert losses(found) == pytest.approx(losses(expected), rel=1e-6) and len(losses(found)) == 8
-    assert found[-1]["test_accuracy"] == expected[-1]["test_accuracy"] and found[-1]["sweeps"] >= 1
-    assert one.stdout.splitlines()[-1].startswith(f"test accuracy: {100 * found[-1]['test_accuracy']:.2f} %, ")
-    assert (tmp_path / "three" / "figures" / "training.png").stat().st_size > 1000
-    # On from the checkpoint in the middle, on other ranks.
-    out = tmp_path / "three"
-    checkpoint = out / "checkpoints" / "update_000004.h5"
-    again = smoke(digits, out, 2, *words, f"--resume={checkpoint}")[1]
-    assert losses(again) == pytest.approx(losses(expected), rel=1e-5)
-
-
-@pytest.mark.job
-@pytest.mark.timeout(400)
-def test_converged_solves_train_as_torch_does(digits, tmp_path):
-    theirs = smoke(digits, tmp_path / "torch", 1, "--network=torch")[1]
-    ours = smoke(digits, tmp_path / "mgrit", 2, "--mgrit.tol=1e-6")[1]
-    assert losses(ours) == pytest.approx(losses(theirs), rel=1e-4)
-
-
-@pytest.mark.job
-@pytest.mark.timeout(400)
-def test_it_learns(digits, tmp_path):
-    words = ("--max_updates=60", "--epochs=6", "--learning_rate=0.02", "--test_every=30")
-    rows = smoke(digits, tmp_path / "run", 1, *words)[1]
-    tests = [row for row in rows if row["kind"] == "test"]
-    assert [row["update"] for row in tests] == [30, 60] and tests[-1]["test_accuracy"] > 0.5
+def test_it_learns(tmp_path):
+    words = ("--max_updates=60", "--epochs=6", "--learning_rate=0.02", "--validate_every=30", "--checkpoint_every=100")
+    run(SEQUENCES, SERIAL, tmp_path, *words)
+    validated = [row for row in updates_of(tmp_path) if "val_accuracy" in row]
+    assert [row["update"] for row in validated] == [30, 60] and validated[-1]["val_accuracy"] > 0.5
 
 
 @pytest.mark.job
 @pytest.mark.timeout(200)
-def test_bad_input_is_one_message_on_all_ranks(digits, tmp_path):
-    words = ["--smoke", f"--data_dir={digits}", f"--out={tmp_path / 'run'}", "--windows=0"]
-    job = run_job([DRIVER, *words], 2, timeout=100)
+def test_the_program_on_two_ranks(tmp_path):
+    write_digits(tmp_path, 200, 103)
+    words = [PROJECT / "drivers" / "sequences.py", "--smoke", f"--data_dir={tmp_path}", f"--out={tmp_path / 'run'}"]
+    job = run_job([*words, "--windows=0"], 2, timeout=100)
     assert job.returncode == 2 and job.stdout == "", job.stderr
     errors = [line for line in job.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "windows=0 must be a whole number, at least 1; use 1" in errors[0]
+    job = run_job(words, 2, timeout=100)
+    assert job.returncode == 0, job.stderr
+    accuracy = 100 * updates_of(tmp_path / "run")[-1]["val_accuracy"]
+    assert job.stdout.splitlines()[-1].startswith(f"test accuracy: {accuracy:.2f} %, ")
 
 
 @pytest.mark.parametrize(
@@ -97,13 +78,14 @@ def test_bad_input_is_one_message_on_all_ranks(digits, tmp_path):
         ({"network": "torch", "kind": "implicit"}, "network='torch' has kind=plain and dt=1.0 only"),
     ],
 )
-def test_bad_options_are_refused(driver, changes, message):
+def test_bad_options_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        driver.Options(**changes)
+        program("sequences").Options(**changes)
 
 
-def test_both_networks_begin_alike(driver):
-    ours, theirs = (driver.Classifier(driver.SmokeOptions(network=name), None) for name in ("parallel", "torch"))
+def test_both_networks_begin_alike(tmp_path):
+    options, build = options_of(SEQUENCES, tmp_path), program("sequences").build
+    ours, theirs = (build(replace(options, network=name), None) for name in ("parallel", "torch"))
     state = ours.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in theirs.state_dict().items())
 
@@ -145,9 +127,9 @@ def test_other_orders_and_lengths_are_refused(words, message):
 
 @pytest.mark.job
 @pytest.mark.timeout(300)
-def test_the_benchmark_runs(digits):
+def test_the_benchmark_runs(tmp_path):
     words = ["--lengths=64", "--ranks=2", "--windows=1,4", "--rounds=1", "--updates=3", "--networks=plain"]
-    words.append(f"--data_dir={digits}")
+    words.append(f"--data_dir={write_digits(tmp_path, 200, 103)}")
     done = run_job([PROJECT / "benchmarks" / "sequences.py", "--quick", *words], timeout=250)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
