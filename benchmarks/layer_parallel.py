@@ -177,7 +177,7 @@ def take_turns(name: str, num_layers: int, steps: int) -> None:
         ]
         record = ours.record
         row = {"error": (squares[0] / squares[1]) ** 0.5, "estimate": record.gradient_error, "mode": record.mode}
-        row |= {"iterations": [record.iterations, record.adjoint_iterations], "vmap": bool(ours._vmap)}
+        row |= {"iterations": [record.iterations, record.adjoint_iterations], "vmap": ours.windows[0].vmaps(u)}
         common.report(times | row)
 
 
@@ -197,7 +197,7 @@ def ranks(blocks: list[str], counts: list[int], num_layers: int, steps: int) -> 
             how = "{} + {} iterations".format(*row["iterations"]) if row["mode"] == "mgrit" else "exact"
             print(
                 f"{name:10s}{count:6d}{spreads[0]!s:>24s}{spreads[1]!s:>24s}{ratio!s:>24s}{row['error']:9.1e}"
-                f"{row['estimate']:9.1e}  {how}{', batched' * row['batched']}",
+                f"{row['estimate']:9.1e}  {how}{', batched' * row['vmap']}",
                 flush=True,
             )
             figures |= {f"speedup_{name}_{count}": ratio.median, f"error_{name}_{count}": row["error"]}

@@ -70,6 +70,15 @@ def imported(node: ast.AST, package: Sequence[str], inside: bool = False) -> Ite
             yield from imported(child, package, inside or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
+def reached(tree: ast.AST, package: Sequence[str]) -> Iterator[str]:
+    """Full names of the private names that are taken from imported modules of ours, as in `module._name`."""
+    modules = {name.rpartition(".")[2]: name for name, _ in imported(tree, package) if file_of(name)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            if node.attr.startswith("_") and not node.attr.endswith("__"):
+                yield f"{modules[node.value.id]}.{node.attr}"
+
+
 def file_of(name: str) -> str | None:
     """The file of ours that an imported name is in, or is."""
     parts = [] if name == COMPILED else name.split(".")
@@ -84,10 +93,11 @@ def file_of(name: str) -> str | None:
 
 def offences(file: str, source: str) -> list[str]:
     """Imports of a file that break a rule, each with the rule."""
-    found = []
     room = room_of(file)
     tests = file.startswith("tests/")
-    for name, inside in imported(ast.parse(source), file.split("/")[:-1]):
+    tree, package = ast.parse(source), file.split("/")[:-1]
+    found = [f"{name}: a private name of another file" for name in reached(tree, package)]
+    for name, inside in imported(tree, package):
         target = file_of(name)
         other = room_of(target) if target else ""
         if name.split(".")[0] == "mpi4py" and file != "xbraid_py/comm/mpi.py" and not tests:
@@ -217,6 +227,8 @@ def test_files_say_what_they_are():
         ("from xbraid_py.mgrit import MGRIT", "xbraid_py/problem/new.py", None),
         ("from xbraid_py.mgrit.norms import _new", "xbraid_py/problem/new.py", "private"),
         ("from xbraid_py.mgrit.norms import _new", "tests/mgrit/test_new.py", "private"),
+        ("from xbraid_py.mgrit import norms\nnorms._new()", "xbraid_py/problem/new.py", "private"),
+        ("from xbraid_py.mgrit import norms\nnorms.__name__", "xbraid_py/problem/new.py", None),
         ("import xbraid_py", "xbraid_py/mgrit/new.py", "face"),
         ("from xbraid_py import LayerGrid", "xbraid_py/mgrit/new.py", "face"),
         ("from xbraid_py import LayerGrid", "drivers/new.py", None),

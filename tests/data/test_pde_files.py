@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from xbraid_py.comm import SerialCommunicator
-from xbraid_py.data import pde_files
 from xbraid_py.data.darcy import Darcy
 from xbraid_py.data.pde_files import KIND, file_name, load, obtain
 from xbraid_py.data.pde_samples import generate
 from xbraid_py.data.poisson import Poisson
+from xbraid_py.run.store.read import load as open_file
 from xbraid_py.run.store.write import Shard, save
 
 SERIAL = SerialCommunicator()
@@ -34,7 +34,8 @@ def good(tmp_path):
 def rewritten(path, **changes):
     """The file at `path` anew, with other meta data or arrays."""
     samples = load(path)
-    meta = pde_files._meta(SMALL, 5, 1) | {key: value for key, value in changes.items() if key not in samples.arrays}
+    with open_file(path) as file:
+        meta = file.meta | {key: value for key, value in changes.items() if key not in samples.arrays}
     arrays = samples.arrays | {key: value for key, value in changes.items() if key in samples.arrays}
     save(path, SERIAL, {name: Shard(rows, 0, len(rows)) for name, rows in arrays.items()}, meta)
     return path

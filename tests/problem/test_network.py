@@ -20,7 +20,7 @@ from xbraid_py.problem.problem import DenseResNetOptions
 @pytest.mark.parametrize("batch", [1, 20, 21, 57])
 def test_predicted_classes_are_those_of_the_serial_network(spmd, monkeypatch, batch):
     """In portions of 20 samples; for fewer samples than that, exactly that many, and more."""
-    monkeypatch.setattr(network, "_PREDICT_CHUNK", 20)
+    monkeypatch.setattr(network, "PREDICT_CHUNK", 20)
     net = problem(SerialCommunicator()).network(N)
     x = weights(net)
     features, _ = data(batch)
@@ -38,7 +38,7 @@ def test_predicted_classes_are_those_of_the_serial_network(spmd, monkeypatch, ba
 
 def test_predict_in_portions_of_the_usual_size(spmd):
     """More samples than one portion, and the bits of the logits do not depend on the ranks."""
-    features, _ = data(network._PREDICT_CHUNK + 7)
+    features, _ = data(network.PREDICT_CHUNK + 7)
     net = problem(SerialCommunicator()).network(N)
     expected = net.predict(weights(net), features)
 

@@ -134,7 +134,7 @@ def test_no_rows_make_a_page(tmp_path):
 def test_every_part_is_of_different_runs_that_can_be_made(part):
     cases = list(PARTS[part](BASES))
     assert len(set(cases)) == len(cases) > 1
-    assert part in page._SECTIONS
+    assert part in page.SECTIONS
     for case in cases:
         assert case.num_layers % 2 ** (case.options.steps().levels - 1) == 0
 
@@ -142,7 +142,7 @@ def test_every_part_is_of_different_runs_that_can_be_made(part):
 @pytest.mark.parametrize("part", METHOD_PARTS)
 def test_methods_compete_at_two_numbers_of_levels(part):
     found = competitors(BASES, part)
-    assert part in page._SECTIONS and {levels for _, levels in found} == {1, 4 if "peaks" in part else 8}
+    assert part in page.SECTIONS and {levels for _, levels in found} == {1, 4 if "peaks" in part else 8}
     for (name, levels), (case, rates) in found.items():
         assert case.levels == levels and case.options.optim.method == (name.split(",")[0].split(" ")[0],)
         assert case.keep != name.endswith("anew") and (case.carry > 0) == name.endswith("carried")

@@ -145,7 +145,7 @@ def test_no_rows_make_a_page(tmp_path):
 @pytest.mark.parametrize("part", [*FIXED, *TUNED])
 def test_parts_are_of_different_runs_that_can_be_made(part):
     cases = list(STUDY.cases(part).values())
-    assert len(set(cases)) == len(cases) > 1 and part in page._SECTIONS
+    assert len(set(cases)) == len(cases) > 1 and part in page.SECTIONS
     for case in cases:
         training = case.training
         assert case.layers.widths and case.num_train == 40 and not case.count_tau

@@ -19,8 +19,9 @@ from xbraid_py.data import darcy_public
 from xbraid_py.data.dataset import whole_number
 from xbraid_py.data.pde_dataset import PdeDataset, split
 from xbraid_py.data.pde_samples import PROBLEMS, PdeProblem, PdeSamples, generate, generate_rows
-from xbraid_py.run.store.write import Checkpoint, CheckpointError, Shard, save
-from xbraid_py.run.store.write import load as open_file
+from xbraid_py.run.store.read import Checkpoint, CheckpointError
+from xbraid_py.run.store.read import load as open_file
+from xbraid_py.run.store.write import Shard, save
 
 KIND = "samples of a problem on a mesh"
 _HELP = "delete it to have the samples generated anew, or name another folder or file"

@@ -22,7 +22,7 @@ from xbraid_py.layers.spline_weights import SplineLayers
 from xbraid_py.layers.splines import Splines
 from xbraid_py.mgrit.grid import LayerGrid
 
-_PREDICT_CHUNK = 1024  # samples that travel through the ranks together
+PREDICT_CHUNK = 1024  # samples that travel through the ranks together
 
 
 @dataclass(frozen=True)
@@ -206,8 +206,8 @@ class DenseResNet:
         ahead = self.partition.neighbor(rank, +1) if count else None
         behind = self.partition.neighbor(rank, -1) if count else None
         classes, waits = [], []
-        for first in range(0, features.shape[1], _PREDICT_CHUNK) if count else ():
-            portion = features[:, first : first + _PREDICT_CHUNK]
+        for first in range(0, features.shape[1], PREDICT_CHUNK) if count else ():
+            portion = features[:, first : first + PREDICT_CHUNK]
             if behind is None:
                 u = self.open(x, portion)[None]
             else:

@@ -53,7 +53,7 @@ def write(parts: Mapping[str, Sequence[Row]], out: Path) -> None:
     said = [f"{sum(map(len, parts.values()))} runs in {len(parts)} parts, {failed} failed. ± is a standard deviation."]
     for name, rows in parts.items():
         if rows:
-            title, section = _SECTIONS[name]
+            title, section = SECTIONS[name]
             said += [f"## {title}", *section(rows, out / "figures")]
     out.mkdir(parents=True, exist_ok=True)
     (out / PAGE).write_text("\n\n".join(part for part in said if part) + "\n", encoding="utf-8")
@@ -251,7 +251,7 @@ def _figure(rows: Sequence[Row], name_of: Callable[[dict], str], path: Path, ove
         over_cycles(curves, path, over)
 
 
-_SECTIONS: dict[str, tuple[str, Callable[[Sequence[Row], Path], list[str]]]] = {
+SECTIONS: dict[str, tuple[str, Callable[[Sequence[Row], Path], list[str]]]] = {
     "table1": ("Circles: numbers of levels (table 1, figure 4)", _table1),
     "figure5": ("Circles: depths (figure 5)", _figure5),
     "table2": ("Circles: steps on the levels (table 2)", _table2),

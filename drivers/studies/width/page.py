@@ -87,7 +87,7 @@ def write(parts: Mapping[str, Sequence[Row]], out: Path) -> None:
     ]
     for name, rows in parts.items():
         if rows:
-            title, section = _SECTIONS[name]
+            title, section = SECTIONS[name]
             said += [f"## {title}", _setting(rows), *section(rows, out / "figures")]
     out.mkdir(parents=True, exist_ok=True)
     (out / PAGE).write_text("\n\n".join(part for part in said if part) + "\n", encoding="utf-8")
@@ -260,7 +260,7 @@ def _figure(rows: Sequence[Row], name_of: Callable[[Mapping], str], path: Path, 
         over_work(curves, path, lines=lines, window=3)
 
 
-_SECTIONS: dict[str, tuple[str, Callable[[Sequence[Row], Path], list[str]]]] = {
+SECTIONS: dict[str, tuple[str, Callable[[Sequence[Row], Path], list[str]]]] = {
     "table1": ("Poisson, fully connected (table 1, figure 3)", _levels(TABLE1, {}, "figure3")),
     "table1_conv": ("Poisson, convolutional (table 1, figure 4)", _levels(TABLE1_CONV, {}, "figure4")),
     "table2": ("Darcy, fully connected, no damping (table 2, figure 6)", _levels(TABLE2, {}, "figure6")),
