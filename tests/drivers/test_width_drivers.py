@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from kinds import program
 from processes import PROJECT, run_job
 
 from xbraid_py import RunError
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.data.darcy_public import FILES
+from xbraid_py.recipes.registry import network
 from xbraid_py.run.options import OptionError, parse
 from xbraid_py.run.record import read
+from xbraid_py.run.store.read import load, numbered
 
 DRIVERS = ("poisson", "darcy")
 
@@ -79,8 +82,15 @@ def test_the_public_set(tmp_path):
     for name, (count, n) in zip(FILES, ((30, 6), (5, 6), (5, 12)), strict=True):
         x, y = random.random((count, n, n)) > 0.5, random.random((count, n, n), dtype=np.float32)
         np.savez_compressed(tmp_path / name, x=x, y=y)
-    rows = made("darcy", tmp_path / "run", "--source=public", f"--data_dir={tmp_path}", "--max_work=28")
+    words = ["--source=public", f"--data_dir={tmp_path}", "--max_work=28"]
+    rows = made("darcy", tmp_path / "run", *words)
     assert rows[-1]["cycle"] == 4 and (tmp_path / "run" / "figures" / "sample.png").exists()
+    # The network can be made again from the checkpoint alone.
+    _, validation = options_of("darcy", *words).samples.load()
+    (path,) = (path for number, path in numbered(tmp_path / "run" / "checkpoints") if number == 4)
+    with load(path) as checkpoint, torch.no_grad():
+        error = network(checkpoint)(validation.inputs) - validation.targets.flatten(1)
+    assert float(error.double().square().mean()) == pytest.approx(rows[-1]["val_l2"], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", DRIVERS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import inf, nan
+from math import inf, nan, prod
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -22,12 +22,14 @@ from xbraid_py.data.pde_dataset import PdeDataset, Standardization
 from xbraid_py.data.pde_files import PdeSource
 from xbraid_py.data.poisson import Poisson
 from xbraid_py.multilevel.cycle.stochastic import Minibatches
+from xbraid_py.multilevel.width.layout import Layout
 from xbraid_py.multilevel.width.training import WidthRecord, WidthTraining, WidthTrainingOptions, errors
 from xbraid_py.recipes.width_networks import WidthNetwork
 from xbraid_py.run.engine import Row, State, Training, train
-from xbraid_py.run.resume import RunOptions, free
+from xbraid_py.run.options import from_dict
+from xbraid_py.run.resume import RunOptions, free, state_of
 from xbraid_py.run.store.keep import Score
-from xbraid_py.run.store.read import Checkpoint
+from xbraid_py.run.store.read import Checkpoint, restoring
 
 # L2 is the mean square of all numbers, Linf the largest absolute one; aux: the first auxiliary network.
 ERRORS = tuple(
@@ -176,6 +178,9 @@ class DarcyOptions(WidthRunOptions):
         return PdeSource(
             problem=None if self.source == "public" else problem, **{name: getattr(self, name) for name in names}
         )
+
+
+PROBLEMS: dict[str, type[WidthRunOptions]] = {each.name: each for each in (PoissonOptions, DarcyOptions)}
 
 
 class WidthRun(Training):
@@ -338,12 +343,34 @@ def set_up(options: WidthRunOptions, comm: Communicator) -> Callable[[], Row]:
         raise ValueError(f"batch_size={options.batch_size} is less than one for each of {comm.size} ranks; use 200")
     source, dtype = options.samples, options.torch_dtype
     # Files that are there are read now; what has to be made, by all ranks together, in the run.
-    found = source.load(dtype=dtype) if source.problem is None else None
-    options.layers.features(source.shape or tuple(found[0].inputs.shape[1:]))
+    found, problem = None, source.problem
+    if problem is None:
+        found = source.load(dtype=dtype)
+        shape, outputs = tuple(found[0].inputs.shape[1:]), found[0].targets[0].numel()
+    else:
+        shape, outputs = source.shape, prod(problem.shapes[source.target or problem.targets[0]])
+    options.layers.features(shape)
 
     def make() -> WidthRun:
         training = WidthRun(options, *(found or source.load(comm, dtype)), ProcessGrid(comm, comm.size))
         training.method.match()  # whether there can be so many levels
         return training
 
-    return train("width", make, options, comm, recipe=options.name)
+    sizes = {"channels": shape[0], "mesh": shape[1], "outputs": outputs}
+    return train("width", make, options, comm, sizes=sizes, recipe=options.name)
+
+
+def network(checkpoint: Checkpoint) -> nn.Sequential:
+    """The trained network of a checkpoint, from inputs (B, C, n, n) to targets (B, D), both as they were trained.
+
+    Raises
+    ------
+    CheckpointError
+        If it holds another network.
+    """
+    meta = state_of(checkpoint)
+    with restoring(checkpoint.path):
+        options, sizes = from_dict(PROBLEMS[meta["recipe"]], meta["configuration"]), meta["sizes"]
+        shape = (sizes["channels"], sizes["mesh"], sizes["mesh"])
+        module = options.layers.module(shape, sizes["outputs"], options.seed, options.torch_dtype)
+        return Layout.of(module).module(checkpoint.rows("weights"))

@@ -17,11 +17,9 @@ from studies.study import Settings, of_seeds
 from studies.width.rows import CURVE
 from xbraid_py.data.pde_dataset import PdeDataset
 from xbraid_py.data.pde_files import PdeSource
-from xbraid_py.recipes.width import ERRORS, DarcyOptions, PoissonOptions, WidthRun, WidthRunOptions
+from xbraid_py.recipes.width import ERRORS, PROBLEMS, WidthRun, WidthRunOptions
 from xbraid_py.run.engine import rows_of
 from xbraid_py.run.options import from_dict
-
-PROBLEMS = {options.name: options for options in (PoissonOptions, DarcyOptions)}
 
 
 def changed(options: WidthRunOptions, **changes: Any) -> WidthRunOptions:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from studies.study import Parts, Result, Settings, StudyOptions, key
-from studies.width.case import PROBLEMS, changed, options_of, runs
+from studies.width.case import changed, options_of, runs
 from studies.width.rows import merit
 from xbraid_py.multilevel.width.transfer import WidthOptions
-from xbraid_py.recipes.width import WidthRunOptions
+from xbraid_py.recipes.width import PROBLEMS, WidthRunOptions
 from xbraid_py.recipes.width_networks import WidthNetwork
 
 TUNING = 100  # the first seed that learning rates are tuned on
