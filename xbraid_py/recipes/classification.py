@@ -267,7 +267,7 @@ def _beside(out: Path) -> Finish:
 
 def curves(rows: list[Row], figures: Path) -> None:
     """Accuracy over work, and convergence, of the runs that rows of records are of."""
-    from xbraid_py.recipes.pictures.curves import accuracy_over_work, convergence  # takes its time to load: on one rank only
+    from xbraid_py.recipes.pictures.curves import accuracy_over_work, convergence  # slow to load: on one rank only
 
     accuracy_over_work(rows, figures / "accuracy.png")
     convergence(rows, figures / "convergence.png")
