@@ -1,29 +1,28 @@
-"""The driver of multi-level residual networks: folders, tables, resumption, ranks, bad input; and a run of a study."""
+"""The driver of multi-level residual networks: folders, tables, ranks, bad input; pictures, networks, studies."""
 
 from __future__ import annotations
 
 import json
-import runpy
-import signal
-from dataclasses import asdict
 from functools import partial
 
 import pytest
 import torch
 from cifar_files import write_cifar10
+from kinds import finished, program, updates_of
 from processes import PROJECT, run_job
 from studies.multi_level.case import Case, train
 from studies.multi_level.tables import CURVE
+from studies.study import settings_of
 
 from xbraid_py import RunError
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.data.image_sets import load_split
-from xbraid_py.run import signals
+from xbraid_py.recipes import images
+from xbraid_py.recipes.pictures import epochs
 from xbraid_py.run.record import read
-from xbraid_py.run.store.write import CheckpointError
+from xbraid_py.run.store.read import CheckpointError, load
 
-DRIVER = PROJECT / "drivers" / "cifar.py"
-NAMES = runpy.run_path(str(DRIVER))
+CIFAR = program("cifar")
 TINY = {
     "epochs": (2, 1, 1),
     "blocks": (1, 2),
@@ -46,33 +45,25 @@ def run_fixture(data_dir, tmp_path):
     """The driver in this process, on one rank."""
 
     def run(**changes):
-        options = NAMES["Options"](
-            **(TINY | {"data_dir": data_dir, "out": tmp_path, "models": ("multilevel",)} | changes)
-        )
-        NAMES["setup"](options, SerialCommunicator())()
+        options = CIFAR.Options(**(TINY | {"data_dir": data_dir, "out": tmp_path, "models": ("multilevel",)} | changes))
+        CIFAR.setup(options, SerialCommunicator())()
         return options
 
     return run
-
-
-def rows_of(folder):
-    """Rows of a record without the clock."""
-    rows = [row for row in read(folder / "metrics.jsonl") if row["kind"] == "update"]
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
 def test_models_and_seeds_have_folders_of_their_own(run, tmp_path, capsys):
     run(models=("first", "last", "multilevel"), seeds=(0, 3), validate_every=2)
     names = ["first_0", "first_3", "last_0", "last_3", "multilevel_0", "multilevel_3"]
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == names
-    found = {name: rows_of(tmp_path / name) for name in names}
+    found = {name: updates_of(tmp_path / name) for name in names}
     assert [row["blocks"] for row in found["multilevel_3"]] == [[1, 2], [1, 2], [2, 4], [4, 8]]
     assert [row["level"] for row in found["multilevel_3"]] == [2, 2, 1, 0]
     assert [row["work"] for row in found["multilevel_3"]] == [0.25, 0.5, 1.0, 2.0]
     assert [row["work"] for row in found["last_0"]] == [1.0, 2.0, 3.0, 4.0]
     assert [row["work"] for row in found["first_0"]] == [0.25, 0.5, 0.75, 1.0]
     assert [row["final"] for row in found["last_3"]] == [False, False, False, True]
-    assert [row["test_error"] is None for row in found["last_3"]] == [True, False, False, False]
+    assert ["val_error" in row for row in found["last_3"]] == [False, True, True, True]
     assert found["first_0"][0]["loss"] == found["multilevel_0"][0]["loss"] != found["first_3"][0]["loss"]
     text, screen = (tmp_path / "tables.md").read_text(), capsys.readouterr().out
     assert text.strip() in screen
@@ -81,47 +72,19 @@ def test_models_and_seeds_have_folders_of_their_own(run, tmp_path, capsys):
     assert "cifar10: found 1 of 5 training batches (40 of 50,000 images): data_batch_2.bin" in screen
     assert "; the set is incomplete; 24 images for training, 10 for test" in screen
     assert (tmp_path / "figure6.png").read_bytes()[:4] == b"\x89PNG"
-
-
-@pytest.mark.parametrize("stop_at", [1, 2, 3])
-def test_after_a_signal(run, tmp_path, stop_at, monkeypatch):
-    """Before the first interpolation, and around it; what comes after is not affected."""
-    run(out=tmp_path / "undisturbed", norm="batch")
-    follow = NAMES["setup"].__globals__["follow"]
-
-    def watched(make, *arguments):
-        def made():
-            training = make()
-            whole = training.run
-
-            def until(*given):
-                for record in whole(*given):
-                    if record.epoch == stop_at:
-                        signals.note(signal.SIGUSR1)
-                    yield record
-
-            training.run = until
-            return training
-
-        return follow(made, *arguments)
-
-    monkeypatch.setitem(NAMES["setup"].__globals__, "follow", watched)
-    with pytest.raises(signals.Stopped, match=f"^stopped by SIGUSR1 after update {stop_at}; --resume auto goes on"):
-        run(out=tmp_path / "run", norm="batch", checkpoint_every=10)
-    signals.forget()
-    monkeypatch.undo()
-    run(out=tmp_path / "run", norm="batch", resume="auto", models=("multilevel", "first"))
-    assert rows_of(tmp_path / "run" / "multilevel_0") == rows_of(tmp_path / "undisturbed" / "multilevel_0")
-    assert len(rows_of(tmp_path / "run" / "first_0")) == 4
+    assert (tmp_path / "last_3" / "figures" / "epochs.png").exists()
 
 
 def test_the_folder_of_a_run_is_enough_to_go_on(run, tmp_path, capsys):
     """As `xbraid-py resume` does it: with the run's own configuration, in its own folder."""
     run(epochs=(2, 1))
+    header = read(tmp_path / "multilevel_0" / "metrics.jsonl")[0]
+    configuration = {name: header["configuration"][name] for name in ("models", "seeds", "out")}
+    assert configuration == {"models": ["multilevel"], "seeds": [0], "out": str(tmp_path / "multilevel_0")}
     capsys.readouterr()
     run(epochs=(2, 1), out=tmp_path / "multilevel_0", resume="auto")
     assert f"the run in {tmp_path / 'multilevel_0'} is finished" in capsys.readouterr().out
-    assert not (tmp_path / "multilevel_0" / "multilevel_0").exists()
+    assert not {"multilevel_0", "tables.md"} & {path.name for path in (tmp_path / "multilevel_0").iterdir()}
 
 
 def test_what_is_finished_is_not_made_again(run, tmp_path, capsys):
@@ -132,34 +95,43 @@ def test_what_is_finished_is_not_made_again(run, tmp_path, capsys):
     assert "multilevel_0 is finished" in capsys.readouterr().out
     assert len((tmp_path / "tables.md").read_text().splitlines()) == 4
     run()  # anew: the earlier run is set aside
-    assert rows_of(tmp_path / "multilevel_0") == rows_of(tmp_path / "multilevel_0" / "earlier-1")
+    assert updates_of(tmp_path / "multilevel_0") == updates_of(tmp_path / "multilevel_0" / "earlier-1")
 
 
-def test_checkpoints_that_do_not_fit_are_refused(run, tmp_path):
+def test_a_checkpoint_of_another_model_is_refused(run, tmp_path):
     run(epochs=(1, 1))
-    last = tmp_path / "multilevel_0" / "checkpoints" / "images" / "update_000002.h5"
-    with pytest.raises(CheckpointError, match="was written with eta_max=0.5, but this run has eta_max=0.1"):
-        run(epochs=(1, 1), resume="auto", eta_max=0.1)
+    last = tmp_path / "multilevel_0" / "checkpoints" / "update_000002.h5"
     with pytest.raises(CheckpointError, match=r"was written with models=\['multilevel'\], but this run has"):
         run(epochs=(1, 1), resume=str(last), models=("last",))
-    raw = bytearray(last.read_bytes())
-    raw[len(raw) // 2] ^= 255
-    last.write_bytes(raw)
-    with pytest.raises(CheckpointError, match="update_000002.h5"):
-        run(epochs=(1, 1), resume=str(last))
-    expected = rows_of(tmp_path / "multilevel_0")
-    run(epochs=(1, 1), resume="auto")  # from the one before
-    assert rows_of(tmp_path / "multilevel_0") == expected
 
 
-def test_a_checkpoint_of_other_content(run, tmp_path):
-    run(epochs=(1, 1))
-    other = tmp_path / "other"
-    run(epochs=(1, 1), out=other, filters=(4, 4))
-    theirs, ours = (out / "multilevel_0" / "checkpoints" / "images" / "update_000001.h5" for out in (other, tmp_path))
-    ours.write_bytes(theirs.read_bytes())
-    with pytest.raises(CheckpointError, match="was written with filters="):
-        run(epochs=(1, 1), resume=str(ours))
+def test_the_network_of_a_checkpoint():
+    """At the end of the first cycle and of the last one: it is as good as the record says."""
+    out = finished("images")
+    for row in (row for row in updates_of(out) if "val_loss" in row):
+        with load(out / "checkpoints" / f"update_{row['update']:06d}.h5") as checkpoint:
+            network = images.network(checkpoint)
+            given = checkpoint.meta["configuration"]
+        assert list(network.blocks) == row["blocks"] and not network.training
+        test = load_split("cifar10", given["train_images"], given["test_images"], given["data_dir"]).test
+        with torch.no_grad():
+            logits = network(images.standardize(test.pixels, torch.float64))
+        assert float((logits.argmax(1) == test.labels).double().mean()) == pytest.approx(row["val_accuracy"])
+        assert float(torch.nn.functional.cross_entropy(logits, test.labels)) == pytest.approx(row["val_loss"])
+
+
+def test_the_picture_of_a_run(monkeypatch, tmp_path):
+    figures, rows = [], updates_of(finished("images"))
+    monkeypatch.setattr(epochs, "save", lambda figure, path: figures.append(figure))
+    epochs.over_epochs(rows, tmp_path / "epochs.png")
+    left, right = figures[0].axes
+    drawn = {each.get_label(): each.get_data() for each in (*left.lines, *right.lines)}
+    assert list(drawn["loss"][1]) == [row["loss"] for row in rows]
+    assert list(drawn["validation error"][1]) == [100 * row["val_error"] for row in rows if "val_error" in row]
+    begins = [each.get_xdata()[0] for each in left.lines if each.get_label().startswith("_")]
+    assert begins == [0, 2, 4] and [text.get_text() for text in left.texts] == ["1-2", "2-4", "4-8"]
+    with pytest.raises(ValueError, match="^rows holds no epoch"):
+        epochs.over_epochs([], tmp_path / "epochs.png")
 
 
 @pytest.mark.parametrize(
@@ -172,7 +144,7 @@ def test_a_checkpoint_of_other_content(run, tmp_path):
         ({"filters": (4, 8, 16)}, "^filters=.* must name 2 stages"),
         ({"wide": True}, r"^filters=\[4, 8\] and wide=True are two choices; use one of them$"),
         ({"validate_every": 0}, "^validate_every=0 must be at least 1; use 5$"),
-        ({"checkpoint_every": 0}, "^checkpoint_every=0 must be at least 1; use 3$"),
+        ({"checkpoint_every": 0}, "^checkpoint_every=0 must be at least 1; use 5$"),
         ({"pad": -1}, "^pad=-1 must be at least 0; use 4$"),
         ({"pad": 32}, "^pad=32 must be smaller than images of 32 x 32 pixels; use 4$"),
         ({"device": "abacus"}, "^device='abacus' must be cpu or cuda; use cpu$"),
@@ -206,33 +178,32 @@ def test_a_loss_that_is_not_finite_ends_the_run(run, tmp_path):
 
 def test_a_run_of_a_study_is_that_of_the_driver(run, data_dir, tmp_path):
     run(seeds=(3,))
-    settings = json.loads(json.dumps(asdict(Case(**TINY, model="multilevel", seed=3))))
-    result = train(settings, data_dir)
+    settings = json.loads(json.dumps(settings_of(Case(**TINY, data_dir=data_dir, model="multilevel", seed=3))))
+    result = train(settings)
     columns = [name for name in CURVE if name != "seconds"]
     found = [[dict(zip(CURVE, point, strict=True))[name] for name in columns] for point in result["curve"]]
-    assert found == [
-        [pytest.approx(row[name], rel=1e-5) for name in columns] for row in rows_of(tmp_path / "multilevel_3")
-    ]
+    rows = [[row[name] for name in columns] for row in updates_of(tmp_path / "multilevel_3")]
+    assert found == [pytest.approx(row, rel=1e-5) for row in rows]
     assert json.loads(json.dumps(result)) == result and result["block_evaluations"] == 21 * (3 + 3 + 6 + 12)
     with pytest.raises(ValueError, match="^model='deep' must be "):
-        train(settings | {"model": "deep"}, data_dir)
+        train(settings | {"model": "deep"})
 
 
 def test_subsets_do_not_depend_on_the_seed(data_dir):
-    load = partial(load_split, "cifar10", data_dir=data_dir)
-    few, more, every = load(5, 3), load(9, 4), load()
+    read_some = partial(load_split, "cifar10", data_dir=data_dir)
+    few, more, every = read_some(5, 3), read_some(9, 4), read_some()
     assert torch.equal(few.train.pixels, more.train.pixels[:5]) and torch.equal(few.test.labels, more.test.labels[:3])
     assert (every.train.num_samples, every.test.num_samples, every.num_classes) == (40, 20, 10)
     assert not torch.equal(few.train.pixels, every.train.pixels[:5])
 
 
 def test_defaults_are_those_of_the_paper():
-    options = NAMES["Options"]()
-    assert options.training.batch_size == 100 and options.channels == (16, 32, 64)
+    options = CIFAR.Options()
+    assert options.optimization.batch_size == 100 and options.channels == (16, 32, 64)
     assert [level.step_size for level in options.levels("last")] == [0.25] * 3
     assert options.levels("last")[0].blocks == (8, 8, 8)
     stl10 = Case(data="stl10", wide=True)
-    assert stl10.training.batch_size == 32 and stl10.channels == (32, 64, 128) and stl10._pad == 12
+    assert stl10.optimization.batch_size == 32 and stl10.channels == (32, 64, 128) and stl10.border == 12
 
 
 @pytest.mark.job
@@ -240,16 +211,17 @@ def test_defaults_are_those_of_the_paper():
 def test_two_ranks_and_bad_words(data_dir, tmp_path, run):
     words = [f"--{name}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for name, v in TINY.items()]
     words += [f"--data_dir={data_dir}", f"--out={tmp_path / '2'}", "--models=multilevel", "--precision=float64"]
-    job = run_job([DRIVER, *words], 2, timeout=140)
+    driver = PROJECT / "drivers" / "cifar.py"
+    job = run_job([driver, *words], 2, timeout=140)
     assert job.returncode == 0, job.stderr
     run(precision="float64")
-    both, alone = rows_of(tmp_path / "2" / "multilevel_0"), rows_of(tmp_path / "multilevel_0")
+    both, alone = updates_of(tmp_path / "2" / "multilevel_0"), updates_of(tmp_path / "multilevel_0")
     assert len(both) == len(alone) == 4
     for two, one in zip(both, alone, strict=True):
-        assert (two["loss"], two["test_loss"]) == pytest.approx((one["loss"], one["test_loss"]), rel=1e-9)
+        assert (two["loss"], two["val_loss"]) == pytest.approx((one["loss"], one["val_loss"]), rel=1e-9)
         assert two["block_evaluations"] == one["block_evaluations"]
     assert "| ResNet-26-i (4-8) |" in job.stdout
-    job = run_job([DRIVER, "--smoke", "--eta_maxx=0.1"], 2)
+    job = run_job([driver, "--smoke", "--eta_maxx=0.1"], 2)
     assert job.returncode == 2 and "eta_max" in job.stderr
-    job = run_job([DRIVER, "--smoke", f"--data_dir={tmp_path}"], 2)
+    job = run_job([driver, "--smoke", f"--data_dir={tmp_path}"], 2)
     assert job.returncode == 2 and job.stderr.count("CIFAR-10 needs ") == 1

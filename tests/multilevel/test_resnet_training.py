@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from xbraid_py import RunError
+from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.data.augmentation import Augmentation, standardize
 from xbraid_py.data.images import Images
@@ -17,6 +18,8 @@ from xbraid_py.layers.module_block import own_random_numbers
 from xbraid_py.multilevel.resnet.cycles import CosineCycles, plan
 from xbraid_py.multilevel.resnet.refinement import refined_tensors
 from xbraid_py.multilevel.resnet.training import Pipeline, ResNetTraining, ResNetTrainingOptions
+from xbraid_py.run.store.read import CheckpointError, load
+from xbraid_py.run.store.write import Shard, save
 
 CYCLES = CosineCycles(epochs=(2, 1, 1), eta_max=0.1)
 CLASSES = 3
@@ -51,6 +54,25 @@ def timeless(records):
     return [replace(record, seconds=0.0) for record in records]
 
 
+def arrays(run):
+    """The arrays of a state; those of rank 0."""
+    return {name: shard.rows for name, shard in run.state()[0].items()}
+
+
+def stored(path, rows, numbers):
+    """A state as the file that `load` reads."""
+    shards = {name: Shard(value, 0, len(value)) for name, value in rows.items()}
+    save(path, SerialCommunicator(), shards, {"state": numbers})
+    return path
+
+
+def loaded(run, path):
+    """The run, which goes on from the file."""
+    with load(path) as checkpoint:
+        run.load(checkpoint)
+    return run
+
+
 def test_equals_a_literal_loop():
     """Minibatches, eq. 9, SGD with momentum and decay, all by hand and without an interpolation."""
     run = training("first", momentum=0.8, weight_decay=0.01)
@@ -76,18 +98,18 @@ def test_equals_a_literal_loop():
         assert record.error == pytest.approx(wrong / 21) and record.learning_rate == rate
         with torch.no_grad():
             logits = network(standardize(TEST.pixels, torch.float64))
-        assert record.test_loss == pytest.approx(nn.functional.cross_entropy(logits, TEST.labels).item(), rel=1e-10)
-        assert record.test_error == pytest.approx(float((logits.argmax(1) != TEST.labels).double().mean()))
+        test_loss, test_error = run.evaluate()
+        assert test_loss == pytest.approx(nn.functional.cross_entropy(logits, TEST.labels).item(), rel=1e-10)
+        assert test_error == pytest.approx(float((logits.argmax(1) != TEST.labels).double().mean()))
     for ours, theirs in zip(run.network.parameters(), network.parameters(), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 def test_records_of_a_run():
     run = training(batch_size=6)
-    records = list(run.run(validate_every=3))
+    records = list(run.run())
     shapes = [(1, 1, (1, 2)), (2, 1, (1, 2)), (3, 2, (2, 4)), (4, 3, (4, 8))]
     assert [(r.epoch, r.cycle, r.blocks) for r in records] == shapes
-    assert [r.test_error is not None for r in records] == [False, True, True, True]
     assert [r.block_evaluations for r in records] == [72, 144, 288, 576]
     assert all(a.seconds < b.seconds for a, b in zip(records, records[1:], strict=False))
     assert run.network.step_size == 0.25
@@ -136,11 +158,13 @@ def test_deeper_networks_begin_where_shallow_ones_end(norm):
 @pytest.mark.parametrize("interpolation", ["constant", "linear"])
 def test_momentum_at_an_interpolation(carry, interpolation):
     run = training(carry_momentum=carry, interpolation=interpolation)
-    records = [record for record, _ in zip(run.run(), range(2), strict=False)]
+    for record in run.run():
+        if record.epoch == 2:
+            break
 
     def momenta():
         prefix = "momentum/"
-        return {name.removeprefix(prefix): v for name, v in run.state().items() if name.startswith(prefix)}
+        return {name.removeprefix(prefix): v for name, v in arrays(run).items() if name.startswith(prefix)}
 
     coarse, before = run.network, momenta()
     assert before.keys() == dict(coarse.named_parameters()).keys()
@@ -148,7 +172,7 @@ def test_momentum_at_an_interpolation(carry, interpolation):
     after, expected = momenta(), refined_tensors(coarse, before, interpolation)
     assert after.keys() == (expected.keys() if carry else set())
     assert all(torch.equal(after[name], expected[name]) for name in after)
-    assert [record.blocks for record in run.run(done=records[-1])] == [(2, 4), (4, 8)]
+    assert [record.blocks for record in run.run()] == [(2, 4), (4, 8)]
     assert momenta().keys() == dict(run.network.named_parameters()).keys()
 
 
@@ -164,7 +188,7 @@ def test_momentum_at_an_interpolation(carry, interpolation):
     ],
     ids=str,
 )
-def test_goes_on_bitwise(changes, after):
+def test_goes_on_bitwise(changes, after, tmp_path):
     """From before the first interpolation, and from the epochs around it."""
     undisturbed = training(**changes)
     expected = list(undisturbed.run())
@@ -172,13 +196,13 @@ def test_goes_on_bitwise(changes, after):
     for record in first.run():
         records.append(record)
         if record.epoch == after:
-            state = {name: value.clone() for name, value in first.state().items()}
+            path = stored(tmp_path / "state.h5", arrays(first), first.state()[1])
             break
-    second = training(**changes)
-    second.restore(state, after)
-    records += second.run(done=records[-1])
+    second = loaded(training(**changes), path)
+    assert second.seconds == records[-1].seconds
+    records += second.run()
     assert timeless(records) == timeless(expected)
-    ours, theirs = second.state(), undisturbed.state()
+    ours, theirs = arrays(second), arrays(undisturbed)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
@@ -193,19 +217,20 @@ def test_ranks_share_every_minibatch(spmd, precision, norm):
 
     def body(comm):
         run = training(grid=ProcessGrid(comm, comm.size), **changes)
-        return timeless(run.run()), run.state()
+        return timeless(run.run()), run.evaluate(), run.network.state_dict(), len(run.state()[0])
 
     results = spmd(body)
     tolerance = 1e-10 if precision == "float64" else 1e-6
-    for records, state in results:
-        assert records == results[0][0]
-        assert all(torch.equal(state[name], results[0][1][name]) for name in state)
+    assert [count > 0 for *_, count in results] == [True, *[False] * (len(results) - 1)]  # all have the same
+    for records, tested, state, _ in results:
+        assert (records, tested) == results[0][:2]
+        assert all(torch.equal(state[name], results[0][2][name]) for name in state)
         for found, wanted in zip(records, expected, strict=True):
             assert found.loss == pytest.approx(wanted.loss, rel=tolerance)
-            assert found.test_loss == pytest.approx(wanted.test_loss, rel=tolerance)
-            assert (found.error, found.test_error) == pytest.approx((wanted.error, wanted.test_error))
+            assert found.error == pytest.approx(wanted.error)
             assert found.block_evaluations == wanted.block_evaluations
-        for name, value in alone.state().items():
+        assert tested == pytest.approx(alone.evaluate(), rel=tolerance)
+        for name, value in alone.network.state_dict().items():
             assert torch.allclose(state[name], value, rtol=10 * tolerance, atol=tolerance), name
 
 
@@ -218,7 +243,8 @@ def test_statistics_are_those_of_all_ranks(spmd):
     def body(comm):
         run = training(grid=ProcessGrid(comm, comm.size), **changes)
         stem = run.network.stem.weight.detach().clone()
-        return list(run.run())[-1].test_loss, run.state(), stem, comm.size
+        list(run.run())
+        return run.evaluate(), run.network.state_dict(), stem, comm.size
 
     results = spmd(body)
     _, state, stem, size = results[0]
@@ -226,7 +252,7 @@ def test_statistics_are_those_of_all_ranks(spmd):
     pixels = standardize(PIPELINE.augment(TRAIN.pixels[order], order, 0), torch.float64)
     means = [nn.functional.conv2d(part, stem, padding=1).mean((0, 2, 3)) for part in pixels.chunk(size)]
     expected = 0.1 * torch.stack(means).mean(0)
-    name = next(name for name in state if name.startswith("network/stages.0.0") and name.endswith("running_mean"))
+    name = next(name for name in state if name.startswith("stages.0.0") and name.endswith("running_mean"))
     assert torch.allclose(state[name], expected, rtol=1e-10, atol=1e-13)
     for loss, other, _, _ in results:
         assert loss == results[0][0] and all(torch.equal(other[key], state[key]) for key in state)
@@ -256,17 +282,25 @@ def test_a_loss_that_is_not_finite(spmd):
         assert message.startswith("epoch 1, minibatch ") and message.endswith("; use a smaller eta_max")
 
 
-def test_states_of_other_networks_are_refused():
+def test_states_of_other_networks_are_refused(tmp_path):
     run = training()
-    next(iter(run.run()))
-    state = run.state()
-    with pytest.raises(ValueError, match="^state holds other arrays than this network: "):
-        training().restore(state, 3)  # of the network before the interpolation
-    with pytest.raises(ValueError, match="^state holds other arrays"):
-        training().restore({name: v for name, v in state.items() if name != "network/stem.weight"}, 1)
-    momentum = next(name for name in state if name.startswith("momentum/"))
-    with pytest.raises(KeyError):
-        training().restore({name: value for name, value in state.items() if name != momentum}, 1)
+    next(run.run())
+    rows, numbers = arrays(run), run.state()[1]
+    stem, momentum = "network/stem.weight", next(name for name in rows if name.startswith("momentum/"))
+
+    def refused(error, message, without=(), **changes):
+        held = {name: value for name, value in rows.items() if name not in without}
+        with pytest.raises(error, match=message):
+            loaded(training(), stored(tmp_path / "state.h5", held, numbers | changes))
+
+    other = "holds no state of a training run .other arrays than this network has"
+    refused(CheckpointError, other, epoch=3)  # of the network before the interpolation
+    refused(CheckpointError, other, (stem,))
+    refused(LookupError, momentum.removeprefix("momentum/"), (momentum,))
+    for epoch in (0, 5, "1", 1.0):
+        refused(CheckpointError, f"holds no state of a training run .epoch={epoch!r}", epoch=epoch)
+    for seconds in ("long", None):
+        refused((TypeError, ValueError), "float", seconds=seconds)
 
 
 @pytest.mark.parametrize(
