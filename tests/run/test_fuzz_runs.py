@@ -5,27 +5,31 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from functools import cache
+from types import SimpleNamespace
 
+import kinds
 import pytest
 import torch
 from fuzz_inputs import JSON, also, fuzzed, near, only, working_folder
 from hypothesis import given
 from hypothesis import strategies as st
+from kinds import KINDS, finished
 from runs_on_disk import make_run
-from small_runs import nested
 
 from xbraid_py.cli import main
 from xbraid_py.cli.reader import NoRun, read_run
 from xbraid_py.comm import SerialCommunicator
-from xbraid_py.multilevel.depth.nested_state import save_run
+from xbraid_py.comm.errors import RunError
+from xbraid_py.run import engine
 from xbraid_py.run import record as metrics
 from xbraid_py.run.lock import take
-from xbraid_py.recipes.old_resume import read_resumed, resumed_configuration
+from xbraid_py.run.resume import RunOptions, resumed_configuration
 from xbraid_py.run.status import mark_ended
-from xbraid_py.run.store.write import CheckpointError, Shard, file_name, load, newest_good, save, verify
+from xbraid_py.run.store.read import CheckpointError, file_name, load, newest_good, numbered, verify
+from xbraid_py.run.store.write import Shard, save
 
 COMM = SerialCommunicator()
-FREE = ("out",)
 
 
 @pytest.fixture(scope="module")
@@ -128,34 +132,55 @@ def test_checkpoints(folder, small, data):
     newest_good(folder / "small")
 
 
-@pytest.fixture(scope="module")
-def trained(folder):
-    """A run, its checkpoint's arrays, and its meta data."""
-    run = nested(COMM, (2, 1), num_layers=16)
-    for record in run.run():
-        if record.update == 1:
-            path = save_run(folder / "trained", run, 1, "nested", {"seed": 0})
-            break
+class Loaded(Exception):
+    """Raised in place of the first update of a run that goes on."""
+
+
+def go_on(folder, name):
+    """Set up the run of a kind, read the checkpoint in its folder, and stop there."""
+
+    def read(*_):
+        raise Loaded
+
+    with pytest.MonkeyPatch.context() as patch:
+        for function in ("_follow", "_finished"):
+            patch.setattr(engine, function, read)
+        patch.setattr(engine, "_make_room", lambda *_: None)
+        patch.setattr(engine, "claim", lambda out, comm: SimpleNamespace(comm=comm, path=out))
+        kinds.run(KINDS[name], COMM, folder / name / KINDS[name].folder, "--resume=auto")
+
+
+@cache
+def content_of(name):
+    """The arrays and the meta data of a checkpoint of a kind of run, before its last one."""
+    path = numbered(finished(name) / "checkpoints")[1][1]
     with load(path) as checkpoint:
-        return run, {name: checkpoint.rows(name) for name in checkpoint.names()}, checkpoint.meta
+        return {key: checkpoint.rows(key) for key in checkpoint.names()}, checkpoint.meta
 
 
-@fuzzed(0.06)
+def put(folder, name, arrays, meta):
+    """Make them the only checkpoint of the run of a kind."""
+    path = folder / name / KINDS[name].folder / "checkpoints" / file_name(2)
+    save(path, COMM, {key: Shard(rows, 0, len(rows)) for key, rows in arrays.items()}, meta)
+    return path
+
+
+@pytest.mark.parametrize("name", KINDS)
+@fuzzed(0.02)
 @given(data=st.data())
-def test_checkpoints_that_hold_something_else(folder, trained, data):
+def test_checkpoints_that_hold_something_else(folder, name, data):
     """Files that are sound, checksums included, but whose content is not that of a run, or only nearly."""
-    run, arrays, meta = trained
+    arrays, meta = content_of(name)
     arrays, meta = dict(arrays), json.loads(json.dumps(meta))
     _change(data, meta)
     if data.draw(st.booleans()):
         _change_arrays(data, arrays)
-    path = folder / "trained" / file_name(2)
-    save(path, COMM, {name: Shard(rows, 0, len(rows)) for name, rows in arrays.items()}, meta)
-    with only(CheckpointError):
-        found = read_resumed(str(path), folder, {"nested": run}, {"seed": 0}, FREE)
-        assert set(found) == {"nested"} and len(found["nested"].vectors["weights"]) == 1
+    path = put(folder, name, arrays, meta)
+    with only(CheckpointError, RunError, Loaded):
+        go_on(folder, name)
     with also(CheckpointError):
-        assert isinstance(resumed_configuration(str(path), folder), dict | None)
+        options = RunOptions(out=path.parents[1], resume="auto")
+        assert isinstance(resumed_configuration(options), dict)
 
 
 def _change(data, meta: dict) -> None:
@@ -195,11 +220,14 @@ def _change_arrays(data, arrays: dict) -> None:
         arrays[data.draw(extra) if kind == "renamed" else name] = new
 
 
-def test_good_runs_are_read(folder, trained, run):
+@pytest.mark.parametrize("name", KINDS)
+def test_good_checkpoints_are_read(folder, name):
     """What the inputs are changed from is not refused itself."""
-    state, arrays, meta = trained
-    path = folder / "trained" / file_name(3)
-    save(path, COMM, {name: Shard(rows, 0, len(rows)) for name, rows in arrays.items()}, meta)
-    assert "nested" in read_resumed(str(path), folder, {"nested": state}, {"seed": 0}, FREE)
+    put(folder, name, *content_of(name))
+    with pytest.raises(Loaded):
+        go_on(folder, name)
+
+
+def test_good_records_are_read(run):
     (run / "metrics.jsonl").write_text(RECORD)
     assert len(metrics.read(run / "metrics.jsonl")) == 4

@@ -172,9 +172,9 @@ def train(
     folder = folder or claim(options.out, comm)
     configuration = to_dict(options)
     start = find_start(kind, options)
-    is_made = not callable(make)
+    is_made, is_over = not callable(make), False
     if start and is_made:
-        _load(make, start)
+        is_over = _load(make, start)
     elif start and check is not None:
         with load(start.path) as checkpoint, restoring(start.path):
             check(checkpoint)
@@ -183,9 +183,7 @@ def train(
         training = make if is_made else _made(make)
         if start:
             _agree_on(start, comm)
-        if start and not is_made:
-            _load_together(training, start, comm)
-        if start and training.is_over(start.row):
+        if is_over if is_made else start and _load_together(training, start, comm):
             _finished(training, start.row, folder)
             return start.row
         _make_room(folder, start)
@@ -256,9 +254,11 @@ def _made(make: Callable[[], Training]) -> Training:
         raise RunError(str(error)) from error
 
 
-def _load(training: Training, start: Start) -> None:
+def _load(training: Training, start: Start) -> bool:
+    """Go on from a checkpoint, to be done by all ranks; whether the run is over."""
     with load(start.path) as checkpoint, restoring(start.path):
         training.load(checkpoint)
+        return training.is_over(start.row)
 
 
 def _agree_on(start: Start, comm: Communicator) -> None:
@@ -268,15 +268,16 @@ def _agree_on(start: Start, comm: Communicator) -> None:
         raise RunError(f"{error}; the checkpoints have changed meanwhile, or not all ranks can see them") from error
 
 
-def _load_together(training: Training, start: Start, comm: Communicator) -> None:
-    problem = None
+def _load_together(training: Training, start: Start, comm: Communicator) -> bool:
+    is_over, problem = False, None
     try:
-        _load(training, start)
+        is_over = _load(training, start)
     except CheckpointError as error:
         problem = str(error)
     failed = comm.first_error(problem)
     if failed is not None:
         raise RunError(failed[1])
+    return is_over
 
 
 def _finished(training: Training, row: Row, folder: RunFolder) -> None:
