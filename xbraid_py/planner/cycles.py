@@ -1,4 +1,4 @@
-"""A plan, how solves are set up, and a solve by it on the clocks of all ranks: what `mgrit` does, with seconds for states.
+"""How solves are set up, and a solve on the clocks of all ranks: what `mgrit` does, with seconds instead of states.
 
 Shape letters: `P` ranks, `n` rows of a level on each rank, `K` intervals on each rank.
 """
