@@ -17,7 +17,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
-from processes import run_job, run_on_one_core
+from processes import fork_server, run_job, run_on_one_core
 
 from xbraid_py.comm import Communicator, SerialCommunicator, world
 
@@ -59,6 +59,7 @@ def pytest_sessionfinish(session, exitstatus):
 
 
 def pytest_unconfigure(config):
+    fork_server.stop()
     # A rank that leaves first after a failure may end the job: not before rank 0 has printed its report. A rank
     # that leaves early, without running the tests, waits for nobody.
     if over_mpi(config) and config.stash.get(EXIT_STATUS, None) in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):

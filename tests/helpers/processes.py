@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_job import ForkedJob, ForkServer
 
 from xbraid_py.comm import Communicator
 from xbraid_py.testing import run_threads
@@ -54,12 +55,24 @@ def job_environment(env: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**clean, **_OPEN_MPI, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **(env or {})}
 
 
-def start_job(args: Sequence, ranks: int = 1, env: Mapping[str, str] | None = None, cwd=PROJECT) -> subprocess.Popen:
-    """Start `python *args`, by `mpirun` if `ranks` is above 1, as a process group with captured output.
+# Started once in a process of pytest, and not before a job asks for it.
+fork_server = ForkServer(job_environment())
 
-    The mpirun is the one beside this python, otherwise the one on the PATH.
+
+def start_job(
+    args: Sequence, ranks: int = 1, env: Mapping[str, str] | None = None, cwd=PROJECT, fresh: bool = False
+) -> subprocess.Popen | ForkedJob:
+    """Start `python *args`, by `mpirun` if `ranks` is above 1, as a session of its own with captured output.
+
+    The mpirun is the one beside this python, otherwise the one on the PATH. Most processes are forks of a python that
+    has torch loaded. Those that are not the same as a fork are new interpreters, all are if XBRAID_FRESH_JOBS is set;
+    where a test's subject is a process as such (its start, its kin, its imports) it asks for that by `fresh`.
     """
-    command = [sys.executable, *map(str, args)]
+    words, environment = [*map(str, args)], job_environment(env)
+    forked = not (fresh or os.environ.get("XBRAID_FRESH_JOBS")) and fork_server.can_start(words, environment)
+    if forked and ranks == 1:
+        return fork_server.start(words, environment, cwd)
+    command = fork_server.command(words) if forked else [sys.executable, *words]
     if ranks > 1:
         beside = Path(sys.executable).parent / "mpirun"
         mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
@@ -68,7 +81,7 @@ def start_job(args: Sequence, ranks: int = 1, env: Mapping[str, str] | None = No
         command = [mpirun, "-n", str(ranks), *command]
     return subprocess.Popen(
         command,
-        env=job_environment(env),
+        env=environment,
         cwd=cwd,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -78,7 +91,7 @@ def start_job(args: Sequence, ranks: int = 1, env: Mapping[str, str] | None = No
     )
 
 
-def finish_job(job: subprocess.Popen, timeout: float = 60) -> subprocess.CompletedProcess:
+def finish_job(job: subprocess.Popen | ForkedJob, timeout: float = 60) -> subprocess.CompletedProcess:
     """Wait for a started job; past `timeout` seconds end all of it and fail the test."""
     try:
         out, err = job.communicate(timeout=timeout)
@@ -88,7 +101,7 @@ def finish_job(job: subprocess.Popen, timeout: float = 60) -> subprocess.Complet
     return subprocess.CompletedProcess(job.args, job.returncode, out, err)
 
 
-def end_job(job: subprocess.Popen) -> tuple[str, str]:
+def end_job(job: subprocess.Popen | ForkedJob) -> tuple[str, str]:
     """End a started job, ranks included; what it has printed."""
     # A launcher that is asked politely takes its ranks with it, those in other process groups too.
     for sign in (signal.SIGTERM, signal.SIGKILL):
@@ -101,6 +114,8 @@ def end_job(job: subprocess.Popen) -> tuple[str, str]:
     return "", "(the job still holds its output open)"
 
 
-def run_job(args: Sequence, ranks: int = 1, timeout: float = 60, env=None, cwd=PROJECT) -> subprocess.CompletedProcess:
+def run_job(
+    args: Sequence, ranks: int = 1, timeout: float = 60, env=None, cwd=PROJECT, fresh: bool = False
+) -> subprocess.CompletedProcess:
     """Run `python *args` on `ranks` ranks to its end; `returncode`, `stdout` and `stderr` as text."""
-    return finish_job(start_job(args, ranks, env, cwd), timeout)
+    return finish_job(start_job(args, ranks, env, cwd, fresh), timeout)
