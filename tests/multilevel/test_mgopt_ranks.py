@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from mgopt_runs import EXACT, last, mgopt, points
-from small_runs import gathered
+from small_runs import gathered, same_bits
 
 from xbraid_py.comm.partition import Partition
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.depth.mgopt import LevelOptions, MGOptOptions
+from xbraid_py.run.store.keep import CheckpointStore
+from xbraid_py.run.store.read import CheckpointError, file_name, load
+from xbraid_py.testing import run_threads
 
 GD = LevelOptions(learning_rate=(0.3, 0.2, 0.1))
 METHODS = {
@@ -104,3 +109,45 @@ def test_minibatches(spmd):
         assert found == pytest.approx(value, rel=1e-9)
         for name, rows in gathered(alone.network, alone.x).items():
             torch.testing.assert_close(weights[name], rows, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.ranks(1, 2, 3)
+@pytest.mark.parametrize("readers", [1, 2])
+def test_a_run_goes_on_from_its_state_on_other_numbers_of_ranks(spmd, shared_tmp_path, readers):
+    def write(comm):
+        run = mgopt(comm, num_layers=32, optim=GD)
+        for record in run.run(4):
+            if record.cycle == 2:
+                arrays, numbers = run.state()
+                CheckpointStore(shared_tmp_path).save(comm, 2, arrays, {"state": numbers})
+        return replace(record, seconds=0.0), gathered(run.network, run.x)
+
+    def rest(comm):
+        run = mgopt(comm, num_layers=32, optim=GD)
+        with load(shared_tmp_path / file_name(2)) as checkpoint:
+            run.load(checkpoint)
+        cycles = [replace(record, seconds=0.0) for record in run.run(4)]
+        assert [record.cycle for record in cycles] == [3, 4]
+        return cycles[-1], gathered(run.network, run.x)
+
+    record, weights = spmd(write)[0]
+    for found, ends in run_threads(readers, rest):
+        assert found == record and same_bits(ends, weights)
+
+
+def test_the_state_of_another_run_is_refused(tmp_path):
+    run = mgopt(num_layers=32)
+    record = last(run, 1)
+    arrays, numbers = run.state()
+    path = CheckpointStore(tmp_path).save(run.network.comm, 1, arrays, {"state": numbers})
+    assert numbers["cycle"] == record.cycle == 1
+    with load(path) as checkpoint:
+        for other, message in (
+            (mgopt(num_layers=16), "32 rows or vectors where this run has 16"),
+            (mgopt(num_layers=32, levels=2), "cycle=1 of 3 levels"),
+        ):
+            with pytest.raises(CheckpointError, match=message):
+                other.load(checkpoint)
+        checkpoint.meta["state"]["cycle"] = True
+        with pytest.raises(CheckpointError, match="cycle=True of 3 levels"):
+            mgopt(num_layers=32).load(checkpoint)

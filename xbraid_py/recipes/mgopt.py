@@ -304,10 +304,11 @@ class DepthTraining(Training):
             class_map(classes, true, ["elsewhere", "ring"], figures / "classes.png")
 
     def say(self, row: Row) -> str:
-        missed = "" if self.has_reached(row) else ", not the goal,"
+        accuracy, missed = row.get("val_accuracy"), "" if self.has_reached(row) else ", not the goal,"
+        found = "no validation" if accuracy is None else f"validation accuracy {100 * accuracy:.2f} %"
         return (
-            f"validation accuracy {100 * row['val_accuracy']:.2f} %{missed} after {row['update']} cycles, "
-            f"{row['work']:.1f} work units (counted: {row['counted_work']:.1f}), {row['seconds']:.2f} seconds"
+            f"{found}{missed} after {row['update']} cycles, {row['work']:.1f} work units "
+            f"(counted: {row['counted_work']:.1f}), {row['seconds']:.2f} seconds"
         )
 
 
