@@ -27,8 +27,7 @@ from xbraid_py.multilevel.depth.nested import NestedOptions
 from xbraid_py.problem.network import InitialScales
 from xbraid_py.problem.problem import DenseResNetOptions
 from xbraid_py.problem.regularization import Regularization
-from xbraid_py.recipes.classification import ClassificationOptions, NestedTraining, curves, prepare_job
-from xbraid_py.recipes.scores import Scores
+from xbraid_py.recipes.classification import ClassificationOptions, NestedTraining, Scores, curves, prepare_job
 from xbraid_py.run.launch import launch
 from xbraid_py.run.resume import free
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xbraid_py.recipes.scores import Scores
+from xbraid_py.recipes.classification import Scores
 
 
 def of(table):

@@ -14,7 +14,7 @@ import torch
 from xbraid_py.cli.reader import read_run
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.optim import OneShotOptions
-from xbraid_py.run.lock import take
+from xbraid_py.run.folder import take
 from xbraid_py.run.options import OptionError, parse
 from xbraid_py.run.record import read, truncate_after
 from xbraid_py.run.status import mark_ended

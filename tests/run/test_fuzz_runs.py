@@ -23,7 +23,7 @@ from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.errors import RunError
 from xbraid_py.run import engine
 from xbraid_py.run import record as metrics
-from xbraid_py.run.lock import take
+from xbraid_py.run.folder import take
 from xbraid_py.run.resume import RunOptions, resumed_configuration
 from xbraid_py.run.status import mark_ended
 from xbraid_py.run.store.read import CheckpointError, file_name, load, newest_good, numbered, verify

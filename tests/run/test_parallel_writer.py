@@ -10,8 +10,8 @@ import torch
 from test_checkpoint import META, agrees, error_of, make_arrays, shards_of
 
 from xbraid_py.comm import SerialCommunicator
-from xbraid_py.run.store import parallel_writer
-from xbraid_py.run.store.parallel_writer import writes_together
+from xbraid_py.run.store import hdf5_writer
+from xbraid_py.run.store.hdf5_writer import writes_together
 from xbraid_py.run.store.write import Shard, file_name, save, verify
 
 parallel = pytest.mark.skipif(
@@ -97,7 +97,7 @@ def test_an_error_on_one_rank_is_one_of_all(spmd, shared_tmp_path, monkeypatch, 
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr(parallel_writer.ParallelWriter, function, refuse)
+        patch.setattr(hdf5_writer.ParallelWriter, function, refuse)
         errors = spmd(lambda comm: error_of(save, path, comm, shards_of(comm, arrays), META))
     assert all(isinstance(error, OSError) and error.errno == errno.EIO for error in errors)
     assert [entry.name for entry in shared_tmp_path.iterdir()] == [path.name] and agrees(path, arrays)

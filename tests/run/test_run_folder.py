@@ -15,10 +15,8 @@ from processes import PROJECT, job_environment
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.errors import RunError
-from xbraid_py.run import lock as run_lock
 from xbraid_py.run import signals
-from xbraid_py.run.folder import LEFT, claim, set_aside
-from xbraid_py.run.lock import take
+from xbraid_py.run.folder import LEFT, LOCK, claim, set_aside, take
 from xbraid_py.run.record import read
 from xbraid_py.run.signals import Stopped
 
@@ -185,7 +183,7 @@ def test_a_second_job_is_refused_until_the_first_ends(tmp_path):
 
 _HOLDER = """
 import sys, time
-from xbraid_py.run.lock import take
+from xbraid_py.run.folder import take
 lock = take(sys.argv[1])
 print("held", flush=True)
 time.sleep(60)
@@ -236,7 +234,7 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog)
 @pytest.mark.parametrize("kind, what", [("file", "Not a directory|File exists"), ("taken", "Is a directory")])
 def test_a_folder_that_cannot_be_made(tmp_path, kind, what):
     (tmp_path / "file").write_text("")
-    (tmp_path / "taken" / run_lock.LOCK).mkdir(parents=True)
+    (tmp_path / "taken" / LOCK).mkdir(parents=True)
     out = tmp_path / ("file/run" if kind == "file" else "taken")
     with pytest.raises(OSError, match=f"out={out} cannot be written: ({what}); give another --out"):
         claim(out, SerialCommunicator())

@@ -1,8 +1,12 @@
-"""The folder of a run: its lock, configuration, record, log and status, and what a driver does after every update."""
+"""The folder of a run: its lock, configuration, record, log and status, and what is done after every update."""
 
 from __future__ import annotations
 
 import contextlib
+import datetime
+import errno
+import fcntl
+import json
 import logging
 import os
 import signal
@@ -17,7 +21,6 @@ import yaml
 
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.errors import RunError
-from xbraid_py.run.lock import RunLock, take
 from xbraid_py.run.record import MetricsWriter
 from xbraid_py.run.signals import Stopped, stop_agreed
 from xbraid_py.run.status import RunStatus, mark_ended
@@ -35,16 +38,7 @@ _under_way: weakref.WeakSet[RunFolder] = weakref.WeakSet()
 class RunFolder:
     """The folder of a run, for all ranks of it; made by `claim`. Only rank 0 writes.
 
-    A driver claims its folder in its set-up, and then::
-
-        with folder.open(configuration, total=100, append=resumed):
-            for row in train(...):
-                folder.write(row)
-                stop = folder.update(row["update"], row["loss"], accuracy)
-                if stop or row["update"] % checkpoint_every == 0:
-                    path = save(...)
-                if stop:
-                    raise folder.stopped(path)
+    The engine claims it in the set-up of a job, keeps it open while it runs, and calls `update` after every update.
 
     Attributes
     ----------
@@ -265,3 +259,75 @@ def last_words(message: str, state: str = "failed") -> None:
     """Leave in the status of runs under way that this process, one of their ranks, ends the job at once."""
     for folder in list(_under_way):
         mark_ended(folder.path, state, message)
+
+
+log = logging.getLogger(__name__)
+
+LOCK = "lock"
+# A file system without locks says one of these.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+class RunLock:
+    """The lock of a folder, held until `release`, or until nothing refers to this any more, or the process ends.
+
+    Made by `take`. The file stays where it is, and refuses nobody: it is the lock on it that counts, and that is
+    gone with the process, however it ends.
+    """
+
+    def __init__(self, handle: int):
+        self._close = weakref.finalize(self, os.close, handle)
+
+    def release(self) -> None:
+        """Give the folder free; a second call does nothing."""
+        self._close()
+
+
+def take(folder: str | os.PathLike) -> RunLock:
+    """Lock a folder, which is made if there is none; one rank of a job calls this.
+
+    On a file system without locks a warning says so, and nothing is locked.
+
+    Raises
+    ------
+    ValueError
+        If another job has it.
+    OSError
+        If the folder cannot be made, or nothing can be written there.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        reason = os.strerror(error.errno)
+        raise type(error)(error.errno, f"out={folder} cannot be written: {reason}; give another --out") from error
+    lock = RunLock(handle)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"out={folder} is in use by another job{_holder(handle)}; wait for its end, stop it, or give another --out"
+        ) from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        log.warning("the file system of %s has no locks: see to it yourself that no two jobs use this folder", folder)
+        return lock
+    text = json.dumps({"pid": os.getpid(), "since": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")})
+    # What it says is only for the message above, so a full disk does no harm here.
+    try:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, text.encode("ascii"), 0)
+    except OSError as error:
+        log.debug("%s not filled: %s", LOCK, error)
+    return lock
+
+
+def _holder(handle: int) -> str:
+    """Who has the lock, as far as the file says."""
+    try:
+        said = json.loads(os.pread(handle, 1000, 0))
+        return f" (process {int(said['pid'])}, since {said['since']})"
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return ""

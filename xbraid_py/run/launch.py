@@ -23,6 +23,7 @@ from xbraid_py.comm.errors import RunError
 from xbraid_py.run import signals
 from xbraid_py.run.folder import last_words
 from xbraid_py.run.options import OptionError, Presets, parse
+from xbraid_py.run.progress import setup_logging
 
 T = TypeVar("T")
 
@@ -110,6 +111,7 @@ def launch(
         # LaunchError, or mpi4py finds no MPI library.
         job.fail(BAD_INPUT, str(error))
     job.join(comm)
+    setup_logging(comm)
     if problem is None:
         try:
             run = setup(options, comm)

@@ -17,8 +17,7 @@ import torch
 
 from xbraid_py.comm import Communicator
 from xbraid_py.run.store.files import library_versions
-from xbraid_py.run.store.hdf5_writer import HDF5Writer
-from xbraid_py.run.store.parallel_writer import ParallelWriter, writes_together
+from xbraid_py.run.store.hdf5_writer import HDF5Writer, ParallelWriter, writes_together
 from xbraid_py.run.store.read import (
     DTYPES,
     META,
