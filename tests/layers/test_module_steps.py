@@ -10,13 +10,13 @@ from dataclasses import replace
 import pytest
 import reference as ref
 import torch
-from blocks import CASES, UNCHECKED, C, Case, Dropped, distance, gradients, loss_of
+from blocks import CASES, UNCHECKED, B, C, Case, Dropped, distance, gradients, loss_of
+from torch import nn
 
 from xbraid_py import MGRIT, DenseBlock, GradientControl, LayerGrid, ResidualSteps
-from xbraid_py.layer_parallel.batching import batched_is_faster
 from xbraid_py.layers.dropout import at_position
 from xbraid_py.layers.module_block import ModuleBlock
-from xbraid_py.layers.module_steps import ModuleSteps, Tape
+from xbraid_py.layers.module_steps import ModuleSteps, Tape, has_batched_form
 from xbraid_py.nn import Dropout
 
 n, c, h = 8, 4, 0.3
@@ -167,8 +167,22 @@ def test_columns_of_a_block():
     assert all(dict(block.module.named_parameters())[name] is p for name, p in before.items()), "after an error too"
 
 
-def test_a_block_says_which_way_is_faster():
-    assert batched_is_faster(ModuleBlock(CASES["mlp"].block()), CASES["mlp"].input(), 4) in (True, False)
+class Looking(nn.Module):
+    """Looks at a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(C, C)
+
+    def forward(self, u):
+        return self.linear(u) if u.sum().item() > 0 else -self.linear(u)
+
+
+@pytest.mark.parametrize(("name", "found"), [("mlp", True), ("convolution", True), ("attention", False), (None, False)])
+def test_which_blocks_have_a_batched_form(name, found, recwarn):
+    case = CASES[name] if name else Case(Looking, (B, C))
+    assert has_batched_form(ModuleBlock(case.block()), case.input()) is found
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.0, float("nan")])

@@ -6,7 +6,7 @@ Shape letters: `n` layers owned here, `B` batch, `S` shape of a state, the batch
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,20 @@ from torch import Tensor, nn
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.agreement import agree
 from xbraid_py.layer_parallel.accuracy import Controller, GradientControl, SolveRecord
-from xbraid_py.layer_parallel.batching import batched_pays
 from xbraid_py.layer_parallel.solves import Propagation, Solvers, graph_is_kept, hollow, pipeline
 from xbraid_py.layer_parallel.weights import StackedWeights
 from xbraid_py.layers.batch_norm import Moments
 from xbraid_py.layers.dense import DenseBlock, ResidualSteps
-from xbraid_py.layers.module_steps import ModuleSteps, Tape
+from xbraid_py.layers.module_steps import ModuleSteps, Tape, has_batched_form
 from xbraid_py.layers.splines import Splines
 from xbraid_py.mgrit.equations import Forward
 from xbraid_py.mgrit.protocols import Steps
+
+# Where one call for all intervals is faster (benchmarks/results/layer_parallel.md). Fewer intervals, on all ranks
+# together, are not worth the call; of more numbers the work on them is what takes the time, and the cache is too small.
+LEAST_INTERVALS = 8
+MOST_NUMBERS = 1 << 16
+MOST_WEIGHTS = 1 << 14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +102,9 @@ class Window(nn.Module):
             block, solvers.grid, solvers.partition, self.comm, settings.seed, place.first_layer, splines
         )
         self.block = self.layers.block
-        self._vmap = settings.vmap
         self._draws = 0
         self._checked: set[tuple] = set()
+        self._batched: dict[tuple, bool] = {}
 
     @property
     def first_rank(self) -> int:
@@ -126,25 +131,44 @@ class Window(nn.Module):
     def forward(self, u: Tensor) -> Tensor:
         """Output of the last layer for the input u (*S) of the first one; see `LayerParallel.forward`."""
         self._agree_on_input(u)
-        training = self.layers.training
+        vmap, training = self.vmaps(u), self.layers.training
         if not torch.is_grad_enabled() and not training:
-            return self._exact_output(u)
+            return self._exact_output(u, vmap)
         if training:
             self._draws += 1
             if self.block.moving:
                 self._start_statistics(u)
-        return _Propagate.apply(self, u, *self.layers.tensors())
+        return _Propagate.apply(self, vmap, u, *self.layers.tensors())
+
+    def vmaps(self, u: Tensor) -> bool:
+        """Whether the intervals are evaluated in one call for inputs like u (*S), as `LayerParallel` has the rule.
+
+        The same on any number of ranks, and in every run. Collective at the first call with such a shape.
+        """
+        if self._is_dense or self.block.is_random:
+            return False
+        if self.settings.vmap is not None:
+            return self.settings.vmap
+        hierarchy = self.solvers.hierarchy
+        if len(hierarchy.levels) == 1 or hierarchy.intervals.num_rows < LEAST_INTERVALS:
+            return False
+        if u.numel() > MOST_NUMBERS or self.block.row_size > MOST_WEIGHTS:
+            return False
+        key = (tuple(u.shape), u.dtype, u.device)
+        if key not in self._batched:
+            # On one rank: what is looked at are warnings, and they are those of all threads.
+            first = self.comm.rank == 0
+            self._batched[key] = self.comm.bcast(has_batched_form(self.block, u) if first else None)
+        return self._batched[key]
 
     def solver_state(self) -> dict:
         """What a checkpoint keeps beside the weights."""
-        return {"draws": self._draws, "accuracy": self.controller.state(), "vmap": self._vmap}
+        return {"draws": self._draws, "accuracy": self.controller.state()}
 
     def load_solver_state(self, state: dict) -> None:
         """The opposite of `solver_state`."""
         self._draws = int(state["draws"])
         self.controller.restore(state["accuracy"])
-        # Looped and batched differ in their last bits: a resumed run does as it did, and does not measure again.
-        self._vmap = state["vmap"]
 
     # ---- The input
 
@@ -190,9 +214,6 @@ class Window(nn.Module):
                         f"spatial: the block cannot be evaluated for states {tuple(coarse)} of a coarse level "
                         f"({error}); use blocks that take any number of pixels, and dims for their axes"
                     ) from error
-        if self._vmap is None and not self._is_dense:
-            measures = self.comm.rank == 0
-            self._vmap = self.comm.bcast(batched_pays(self.block, u, self.solvers.hierarchy) if measures else None)
         self._checked.add(key)
 
     @torch.no_grad()
@@ -206,7 +227,7 @@ class Window(nn.Module):
         theta = self._theta(weights.tensors())
         moments = self.block.moments(len(theta), start=True)
         # One row after the other: the norms write into the rows of theta.
-        steps = replace(self._steps(theta, self._draws, moments=moments), vmap=False)
+        steps = self._steps(theta, self._draws, False, moments=moments)
         state = self._state(u)
         self.solvers.sequential.solve(Forward(steps, None, state), state)
         found = dict(zip((column.name for column in self.block.columns), self.block.split(theta), strict=True))
@@ -221,7 +242,9 @@ class Window(nn.Module):
         """Rows of the weights owned here, from their columns."""
         return self.block.join([tensor.detach() for tensor in tensors])
 
-    def _steps(self, theta: Tensor, draw: int, tape: Tape | None = None, moments: Moments | None = None) -> Steps:
+    def _steps(
+        self, theta: Tensor, draw: int, vmap: bool, tape: Tape | None = None, moments: Moments | None = None
+    ) -> Steps:
         """The layers owned here."""
         own = self.own_layers
         h = self.sizes[0]
@@ -229,9 +252,8 @@ class Window(nn.Module):
             h = torch.tensor(self.sizes[own.start : own.stop], dtype=theta.dtype, device=theta.device)
         if self._is_dense:
             return ResidualSteps(self.block.module.layer, theta, h)
-        batched = bool(self._vmap) and not self.block.is_random
         layers = tuple(self.place.first_layer + layer for layer in own)
-        return ModuleSteps(self.block, theta, h, layers, draw, batched, tape, moments)
+        return ModuleSteps(self.block, theta, h, layers, draw, vmap, tape, moments)
 
     @property
     def _is_dense(self) -> bool:
@@ -248,10 +270,10 @@ class Window(nn.Module):
 
     # ---- The output
 
-    def _exact_output(self, u: Tensor) -> Tensor:
+    def _exact_output(self, u: Tensor, vmap: bool) -> Tensor:
         """The output for the input u (*S), layer after layer, the samples in portions; collective."""
         theta = self._theta(self.layers.tensors())
-        steps = self._steps(theta, self._draws)
+        steps = self._steps(theta, self._draws, vmap)
 
         def through(portion: Tensor, receive: Callable[[Tensor], Tensor]) -> Tensor:
             return steps.relax(receive(self._state(portion))[None], len(theta), None, None)[0]
@@ -263,7 +285,7 @@ class Window(nn.Module):
             return self.comm.broadcast(end if own else u.new_empty(u.shape), self.last_rank)
         return end if own else torch.zeros_like(u)
 
-    def propagation(self, u: Tensor, tensors: tuple[Tensor, ...], keep: bool) -> Propagation:
+    def propagation(self, vmap: bool, u: Tensor, tensors: tuple[Tensor, ...], keep: bool) -> Propagation:
         """The forward solve with the input u (*S) and the columns of the weights, kept for an adjoint one or not."""
         theta = self._theta(tensors)
         draw = self._draws  # an exact gradient may be asked for after further calls
@@ -273,7 +295,7 @@ class Window(nn.Module):
         def make_steps(kept: bool) -> tuple[Steps, Tape | None]:
             wanted = kept and not self._is_dense and self.settings.recompute in (False, "states")
             tape = Tape() if wanted else None
-            return self._steps(theta, draw, tape, next(solves, None)), tape
+            return self._steps(theta, draw, vmap, tape, next(solves, None)), tape
 
         keeper = None
         if keep and self.settings.recompute in ("states", "all"):
@@ -306,13 +328,13 @@ class Window(nn.Module):
 
 
 class _Propagate(torch.autograd.Function):
-    """`apply(window, u, *tensors)`: a solve for the states forwards, one for the adjoints backwards."""
+    """`apply(window, vmap, u, *tensors)`: a solve for the states forwards, one for the adjoints backwards."""
 
     @staticmethod
-    def forward(ctx, window: Window, u: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(ctx, window: Window, vmap: bool, u: Tensor, *tensors: Tensor) -> Tensor:
         """The output of the last layer."""
         keep = any(ctx.needs_input_grad)
-        run = window.propagation(u, tensors, keep)
+        run = window.propagation(vmap, u, tensors, keep)
         if keep:
             ctx.window, ctx.run, ctx.u = window, run, hollow(u)
         return window.output_of(run, u)
@@ -330,9 +352,9 @@ class _Propagate(torch.autograd.Function):
                 "backward(retain_graph=True) the first time"
             )
         keep = graph_is_kept()
-        columns, of_u = ctx.window.gradients_of(ctx.run, slope, ctx.u, keep, ctx.needs_input_grad[1])
+        columns, of_u = ctx.window.gradients_of(ctx.run, slope, ctx.u, keep, ctx.needs_input_grad[2])
         if not keep:
             # A loss that is still around would otherwise hold all states during the next forward pass.
             ctx.run = None
-        wanted = ctx.needs_input_grad[2:]
-        return None, of_u, *(column if want else None for column, want in zip(columns, wanted, strict=True))
+        wanted = ctx.needs_input_grad[3:]
+        return None, None, of_u, *(column if want else None for column, want in zip(columns, wanted, strict=True))

@@ -6,6 +6,7 @@ weights.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
@@ -293,3 +294,21 @@ class ModuleSteps:
             else:
                 column.zero_()
         return found
+
+
+def has_batched_form(block: ModuleBlock, u: Tensor) -> bool:
+    """Whether `torch.func.vmap` has a batched form of all that a block does with states like u (*S), and backwards.
+
+    It refuses some operations, such as a look at a number, and makes others one after the other, with a warning.
+    """
+    theta = block.join([tensor[None] for tensor in block.tensors_of(block.module)]).repeat(2, 1)
+    points = torch.randn((2, *u.shape), dtype=u.dtype, generator=torch.Generator().manual_seed(0)).to(u.device)
+    steps = ModuleSteps(block, theta, 1e-3, (0, 1), vmap=True, tape=Tape())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            steps.relax(points, 1, record=True)
+            steps.relax_adjoint(points, points, 1, gradient=torch.empty_like(theta))
+        except RuntimeError:
+            return False
+    return not any("performance drop" in str(each.message) for each in said)
