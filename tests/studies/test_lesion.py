@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import json
-import runpy
+import shlex
+import shutil
 import signal
 
-import numpy as np
 import pytest
 import torch
+from cifar_files import write_cifar10
+from kinds import finished, program, updates_of
 from processes import PROJECT, run_job
 from studies.lesion import figures as lesion_figures
 from studies.lesion import lesion
 from studies.lesion.lesion import Lesions, mean_norms, measure, random_removals, read_trained, shuffled, without
-from studies.multi_level.case import Case
 
 from xbraid_py import RunError
+from xbraid_py.cli import main
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.replicas import ProcessGrid
-from xbraid_py.data.image_sets import load_split
 from xbraid_py.layers.image_resnet import ImageResNet
 from xbraid_py.multilevel.resnet import training as resnet_training
+from xbraid_py.recipes.images import MultiLevelOptions
 from xbraid_py.run import signals
+from xbraid_py.run.options import parse
 from xbraid_py.run.record import read
-from xbraid_py.run.store.write import CheckpointError
+from xbraid_py.run.store.read import CheckpointError
 
-DRIVER = PROJECT / "drivers" / "lesion.py"
-NAMES = runpy.run_path(str(DRIVER))
+LESION = program("lesion")
 TINY = {
     "epochs": 1,
     "depths": (1, 2),
@@ -42,13 +44,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """Two of six files in the format of CIFAR-10's binary version, of noise."""
-    folder, random = tmp_path_factory.mktemp("cifar"), np.random.default_rng(0)
-    for name, count in (("data_batch_1.bin", 20), ("test_batch.bin", 16)):
-        records = random.integers(0, 256, (count, 3073), dtype=np.uint8)
-        records[:, 0] %= 10
-        (folder / name).write_bytes(records.tobytes())
-    return folder
+    return write_cifar10(tmp_path_factory.mktemp("cifar"))
 
 
 @pytest.fixture(name="run")
@@ -58,8 +54,8 @@ def run_fixture(data_dir, tmp_path, monkeypatch):
 
     def run(pictures=False, **changes):
         monkeypatch.setattr(lesion_figures, "write", write if pictures else lambda *_: None)
-        options = NAMES["Options"](**(TINY | {"data_dir": data_dir, "out": tmp_path} | changes))
-        NAMES["setup"](options, SerialCommunicator())()
+        options = LESION.Options(**(TINY | {"data_dir": data_dir, "out": tmp_path} | changes))
+        LESION.setup(options, SerialCommunicator())()
         return options
 
     return run
@@ -67,11 +63,18 @@ def run_fixture(data_dir, tmp_path, monkeypatch):
 
 def make(data_dir, comm=None, blocks=(3, 4)):
     """A training whose network has not h = 1, nor the statistics of a new one, and is right on 3 of 4 test images."""
-    case = Case(
-        blocks=blocks, filters=(4, 8), step_size=0.5, epochs=(1,), batch_size=5, stem_stride=2, precision="float64"
+    options = MultiLevelOptions(
+        blocks=blocks,
+        filters=(4, 8),
+        step_size=0.5,
+        epochs=(1,),
+        batch_size=5,
+        stem_stride=2,
+        precision="float64",
+        test_images=16,
+        data_dir=data_dir,
     )
-    samples = load_split("cifar10", 0, 0, data_dir)
-    training = case.make("first", 3, samples, ProcessGrid(comm, comm.size) if comm else None)
+    training = options.training("first", 3, options.samples(), ProcessGrid(comm, comm.size) if comm else None).method
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for value in training.network.state_dict().values():
@@ -177,15 +180,15 @@ def test_random_orders_keep_transitions_in_their_places():
 def test_the_driver_trains_once_and_measures(run, tmp_path, capsys):
     run(pictures=True)
     assert {path.name for path in tmp_path.glob("*.png")} == set(lesion_figures.FIGURES)
-    names = ["1-1_h1_0", "2-2_h0.5_0", "2-2_h1_0"]
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == names
+    names = [f"{name}/first_0" for name in ("1-1_h1", "2-2_h0.5", "2-2_h1")]
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*") if path.is_dir()) == names
     rows = [json.loads(line) for line in (tmp_path / "lesion.jsonl").read_text().splitlines()]
     assert [(row["settings"]["blocks"], row["settings"]["step_size"]) for row in rows] == [
         ([1, 1], 1.0),
         ([2, 2], 1.0),
         ([2, 2], 0.5),
     ]
-    for row, name in zip(rows, ("1-1_h1_0", "2-2_h1_0", "2-2_h0.5_0"), strict=True):
+    for row, name in zip(rows, (names[0], names[2], names[1]), strict=True):
         updates = [each for each in read(tmp_path / name / "metrics.jsonl") if each["kind"] == "update"]
         assert row["result"]["accuracy"] == pytest.approx(updates[-1]["val_accuracy"])
     screen, before = capsys.readouterr().out, (tmp_path / "lesion.jsonl").read_bytes()
@@ -195,7 +198,7 @@ def test_the_driver_trains_once_and_measures(run, tmp_path, capsys):
 
     run(seeds=(0, 1), draws=1)  # of another seed too; what is there is only looked at
     screen = capsys.readouterr().out
-    assert [f"{name} is finished" in screen for name in (*names, "2-2_h1_1")] == [True, True, True, False]
+    assert [f"{name} is finished" in screen for name in (*names, "2-2_h1/first_1")] == [True, True, True, False]
     assert (tmp_path / names[1] / "metrics.jsonl").read_bytes() == kept
     again = [json.loads(line) for line in (tmp_path / "lesion.jsonl").read_text().splitlines()]
     assert len(again) == 6 and again[0]["result"]["left_out"] == rows[0]["result"]["left_out"]
@@ -217,36 +220,52 @@ def test_the_driver_trains_once_and_measures(run, tmp_path, capsys):
         run(checkpoint=(path,), out=tmp_path / "alone", draws=1)
 
 
-def test_a_checkpoint_of_the_other_driver(run, data_dir, tmp_path):
-    cifar = runpy.run_path(str(PROJECT / "drivers" / "cifar.py"))
-    names = "filters norm train_images test_images batch_size stem_stride".split()
-    options = {name: TINY[name] for name in names} | {"blocks": (1, 2), "epochs": (1, 1), "keep": 3}
-    options |= {"data_dir": data_dir, "out": tmp_path / "cifar", "models": ("multilevel",), "seeds": (5,)}
-    cifar["setup"](cifar["Options"](**options), SerialCommunicator())()
-    folder = tmp_path / "cifar" / "multilevel_5" / "checkpoints" / "images"
-    paths = tuple(folder / f"update_00000{k}.h5" for k in (1, 2))
-    run(checkpoint=paths, draws=1)
+def test_another_program_goes_on_with_a_training(tmp_path, capsys):
+    """`xbraid-py resume` on the folder of a training starts drivers/cifar.py, which takes its options."""
+    made, out = finished("lesion"), tmp_path / "2-2_h1" / "first_0"
+    shutil.copytree(made, out)
+    (out / "status.json").unlink()
+    for path in (out / "checkpoints").glob("update_00000[34].h5"):
+        path.unlink()
+    (out / "checkpoints" / "best.h5").unlink()
+    capsys.readouterr()
+    assert main(["resume", str(out), "--print"]) == 0
+    program_file, *words = shlex.split(capsys.readouterr().out)[1:]
+    assert program_file == str(PROJECT / "drivers" / "cifar.py")
+    cifar = program("cifar")
+    cifar.setup(parse(cifar.Options, words, presets=cifar.PRESETS), SerialCommunicator())()
+    assert updates_of(out) == updates_of(made)
+    kinds = [row["kind"] for row in read(out / "metrics.jsonl")]
+    assert kinds == ["header", "update", "update", "resume", "update", "update"]
+
+
+def test_a_checkpoint_of_the_other_driver(run, tmp_path):
+    made = finished("images")
+    at = (2, 5)
+    run(checkpoint=tuple(made / "checkpoints" / f"update_00000{k}.h5" for k in at), draws=1)
     rows = [json.loads(line) for line in (tmp_path / "lesion.jsonl").read_text().splitlines()]
-    assert [(row["settings"]["blocks"], row["settings"]["step_size"]) for row in rows] == [([1, 2], 1.0), ([2, 4], 0.5)]
-    assert {(row["settings"]["model"], row["settings"]["seed"]) for row in rows} == {("multilevel", 5)}
-    record = [each for each in read(tmp_path / "cifar" / "multilevel_5" / "metrics.jsonl") if each["kind"] == "update"]
-    assert [row["result"]["accuracy"] for row in rows] == pytest.approx([each["val_accuracy"] for each in record])
-    assert "* h d = 3, d = 3, 6: " in (tmp_path / "lesion.md").read_text()
+    settings = [row["settings"] for row in rows]
+    assert [(each["blocks"], each["step_size"]) for each in settings] == [([1, 2], 1.0), ([4, 8], 0.25)]
+    assert {(each["model"], each["seed"]) for each in settings} == {("multilevel", 0)}
+    validated = {row["epoch"]: row["val_accuracy"] for row in updates_of(made) if "val_accuracy" in row}
+    assert [row["result"]["accuracy"] for row in rows] == pytest.approx([validated[k] for k in at])
+    assert "* h d = 3, d = 3, 12: " in (tmp_path / "lesion.md").read_text()
 
 
 def test_files_that_are_no_such_checkpoint(run, tmp_path):
     with pytest.raises(CheckpointError, match="none.h5: No such file"):
         run(checkpoint=(tmp_path / "none.h5",))
-    run(depths=(1,), step_sizes=("implicit",))
-    path = tmp_path / "1-1_h1_0" / "checkpoints" / "images" / "update_000001.h5"
+    path = finished("lesion") / "checkpoints" / "update_000001.h5"
     trained = read_trained(path)
-    assert trained.case.model == "first" and trained.case.blocks == (1, 1) and trained.state.record.epoch == 1
+    assert (trained.options.models, trained.options.blocks, trained.epoch) == (("first",), (2, 2), 1)
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 255
     damaged = tmp_path / "damaged.h5"
     damaged.write_bytes(raw)
     with pytest.raises(CheckpointError, match="damaged.h5"):
         run(checkpoint=(damaged,))
+    with pytest.raises(CheckpointError, match="its run is 'mgopt', not images"):
+        run(checkpoint=(finished("mgopt") / "checkpoints" / "update_000001.h5",))
 
 
 @pytest.mark.parametrize(
@@ -258,9 +277,10 @@ def test_files_that_are_no_such_checkpoint(run, tmp_path):
         ({"seeds": (1, 1)}, r"^seeds=\[1, 1\] must name "),
         ({"epochs": 0}, "^epochs=0 must be at least 1; use 10$"),
         ({"draws": 0}, "^draws=0 must be at least 1; use 5$"),
-        ({"keep": 0}, "^keep=0 must be at least 1; use 3$"),
+        ({"keep": 0}, "^keep=0 must be at least 1; use 5$"),
+        ({"resume": "a.h5"}, "^resume=a.h5 is of one network, but there are 3; use auto$"),
         ({"filters": (8, 4)}, "^filters=.* must be positive and not decrease"),
-        ({"train_images": 21}, r"^train_images=21 must lie in 0 .. 20, the images that were found; use 0 for all"),
+        ({"train_images": 41}, r"^train_images=41 must lie in 0 .. 40, the images that were found; use 0 for all"),
         ({"batch_size": 13}, r"^batch_size=13 must lie in 1 .. 12, from the ranks to the training images"),
     ],
 )
@@ -280,7 +300,7 @@ def test_missing_images_are_said(run, tmp_path):
 def test_two_ranks_find_what_one_does(data_dir, tmp_path, run):
     words = [f"--{name}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for name, v in TINY.items()]
     words += [f"--data_dir={data_dir}", f"--out={tmp_path / '2'}", "--precision=float64", "--depths=2"]
-    job = run_job([DRIVER, *words], 2, timeout=140)
+    job = run_job([PROJECT / "drivers" / "lesion.py", *words], 2, timeout=140)
     assert job.returncode == 0, job.stderr
     row = json.loads((tmp_path / "2" / "lesion.jsonl").read_text())
     run(checkpoint=(row["settings"]["checkpoint"],), precision="float64")

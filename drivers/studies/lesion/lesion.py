@@ -26,7 +26,7 @@ from xbraid_py.recipes.images import KIND, ImageRunOptions
 from xbraid_py.run.options import from_dict
 from xbraid_py.run.resume import state_of
 from xbraid_py.run.signals import Stopped, stop_agreed
-from xbraid_py.run.store.read import CheckpointError, load, no_state, restoring
+from xbraid_py.run.store.read import CheckpointError, load, no_state, restoring, verify
 
 ROWS, PAGE = "lesion.jsonl", "lesion.md"
 # Images whose norms are taken together: the same on any number of ranks.
@@ -92,6 +92,7 @@ def read_trained(path: str | os.PathLike, **here: Any) -> Trained:
         If the file is missing, damaged, or no checkpoint of such a run.
     """
     path = Path(path)
+    verify(path)
     with load(path) as checkpoint, restoring(path):
         meta = state_of(checkpoint)
         if meta["run"] != KIND:
