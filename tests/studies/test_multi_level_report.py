@@ -60,8 +60,8 @@ def test_names_are_those_of_the_paper(model, changes, name):
 
 def test_results_are_those_of_the_end():
     result = result_of(points(0.4, 30.0, 100, untested=(4,)))
-    assert (result["test_error"], result["seconds"], result["block_evaluations"]) == (0.5 / 3, 120.0, 400)
-    assert result["best_test_error"] == 0.5 / 3 and result["train_error"] == 0.1
+    assert (result["val_error"], result["seconds"], result["block_evaluations"]) == (0.5 / 3, 120.0, 400)
+    assert result["best_val_error"] == 0.5 / 3 and result["train_error"] == 0.1
     assert [point[0] for point in result["curve"]] == [1, 2, 3, 4] and result["curve"][3][6] is None
     with pytest.raises(ValueError, match="^points holds no epoch"):
         result_of([])
@@ -102,8 +102,8 @@ def test_data_sets_and_other_networks_have_lines_of_their_own():
 def test_means_over_runs():
     rows = [points(0.4, 30.0, 100), points(0.2, 10.0, 100, untested=(2,))[:3]]
     curve = mean_curve(rows)
-    assert len(curve) == 3 and curve[0]["test_error"] == pytest.approx(0.375)
-    assert curve[1]["test_error"] is None and curve[2]["seconds"] == 60.0
+    assert len(curve) == 3 and curve[0]["val_error"] == pytest.approx(0.375)
+    assert curve[1]["val_error"] is None and curve[2]["seconds"] == 60.0
 
 
 def test_the_picture(tmp_path, monkeypatch):

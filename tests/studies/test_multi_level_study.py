@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import runpy
 import sys
 
 import pytest
 from cifar_files import write_cifar10
+from kinds import program
 from processes import PROJECT
 from studies.multi_level import page
 from studies.statistics import Summary
 from test_multi_level_report import row
 
 from xbraid_py.comm import SerialCommunicator
+from xbraid_py.run.options import parse
 
-NAMES = runpy.run_path(str(PROJECT / "drivers" / "multi_level_study.py"))
+STUDY = program("multi_level_study")
 TINY = {"epochs": (1, 1), "blocks": (1, 2), "filters": (4, 8), "batch_size": 8, "stem_stride": 2, "seeds": 1}
 TINY |= {"train_images": 24, "test_images": 10, "norm": "group", "workers": 1}
 EXTRA = {
@@ -65,42 +68,55 @@ def test_page(tmp_path):
     assert (tmp_path / "figures" / "figure6.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("part", NAMES["CHANGES"])
+def test_results_that_are_kept_make_their_page(tmp_path):
+    """Its lines are in the order of the file."""
+    kept = PROJECT / "benchmarks" / "results" / "multi_level"
+    with gzip.open(kept / "runs.jsonl.gz", "rt") as file:
+        text = page.write({"models": [json.loads(line) for line in file]}, tmp_path)
+    assert sorted(text.splitlines()) == sorted((kept / page.PAGE).read_text().splitlines())
+
+
+@pytest.mark.parametrize("part", STUDY.CHANGES)
 def test_parts(part):
-    found = list(NAMES["cases"](NAMES["Options"](seeds=2), part))
-    models = [case.model for case in found if case.seed == 1]
+    found = STUDY.settings_of(STUDY.Options(seeds=2, parts=(part,)))[part]
+    models = [settings["model"] for settings in found if settings["seed"] == 1]
     assert models[:3] == ["first", "last", "multilevel"] and len(models) == (3 if part == "models" else 4)
-    changes = NAMES["CHANGES"][part]
-    assert all(getattr(found[-1], name) == value for name, value in changes.items())
-    assert len({repr(case) for case in found}) == len(found)
+    changes = STUDY.CHANGES[part]
+    assert all(found[-1][name] == value for name, value in changes.items())
+    assert len({repr(settings) for settings in found}) == len(found)
+    assert not {"out", "resume", "workers"} & found[0].keys()
 
 
 @pytest.mark.parametrize(
-    "words, epochs, seeds",
-    [([], (42, 35, 35), 5), (["--protocol=paper"], (60, 50, 50), 3), (["--protocol", "paper"], (60, 50, 50), 3)],
+    "words, epochs, seeds, images",
+    [
+        ([], (42, 35, 35), 5, 5000),
+        (["--paper"], (60, 50, 50), 3, 0),
+        (["--paper", "--seeds=4"], (60, 50, 50), 4, 0),
+        (["--smoke", "--paper"], (2, 1, 1), 2, 100),
+    ],
 )
-def test_defaults_of_the_protocols(words, epochs, seeds):
-    options = NAMES["chosen"](words)()
-    assert (options.epochs, options.seeds) == (epochs, seeds)
-    assert NAMES["chosen"](["--smoke", *words]) is NAMES["SmokeOptions"]
+def test_defaults_of_the_protocols(words, epochs, seeds, images):
+    options = parse(STUDY.Options, words, presets=STUDY.PRESETS)
+    assert (options.epochs, options.seeds, options.train_images) == (epochs, seeds, images)
 
 
 def test_wrong_options():
-    with pytest.raises(ValueError, match=r"^seeds=0 must be at least 1; use 5$"):
-        NAMES["Options"](seeds=0)
+    with pytest.raises(ValueError, match=r"^seeds=0 must be at least 1; use 2$"):
+        STUDY.Options(seeds=0)
     with pytest.raises(ValueError, match=r"^parts=\[\] must be some of models, reset"):
-        NAMES["Options"](parts=())
+        STUDY.Options(parts=())
+    with pytest.raises(ValueError, match=r"^filters=.* must name 3 stages"):
+        STUDY.Options(filters=(4, 8))
 
 
 def test_the_study_runs_and_goes_on(tmp_path, capsys):
-    options = NAMES["Options"](
-        **TINY, data_dir=write_cifar10(tmp_path), out=tmp_path / "out", parts=("models", "reset")
-    )
-    NAMES["setup"](options, SerialCommunicator())()
+    options = STUDY.Options(**TINY, data_dir=write_cifar10(tmp_path), out=tmp_path / "out", parts=("models", "reset"))
+    STUDY.setup(options, SerialCommunicator())()
     assert "4 runs, 0 of them over" in capsys.readouterr().out
     made = [json.loads(line) for line in (tmp_path / "out" / "runs.jsonl").read_text().splitlines()]
     assert len(made) == 4 and all("result" in each for each in made)
-    NAMES["setup"](options, SerialCommunicator())()
+    STUDY.setup(options, SerialCommunicator())()
     assert "4 runs, 4 of them over" in capsys.readouterr().out
 
 
