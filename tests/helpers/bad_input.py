@@ -50,7 +50,7 @@ BAD = {
     "no_run": (
         "--resume=FOLDER/no_run.h5",
         2,
-        "FOLDER/no_run.h5 holds no state of a training run; give one of a run's checkpoints folder",
+        "FOLDER/no_run.h5 holds no state of a training run (no run); give one of a run's checkpoints folder",
     ),
     "other": (
         "--resume=FOLDER/smoke_1/checkpoints/update_000010.h5",

@@ -7,7 +7,7 @@ import re
 
 import pytest
 from bad_input import BAD, make_inputs
-from kinds import KINDS, Kind, run, updates_of
+from kinds import KINDS, Kind, draw_nothing, run, updates_of
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.errors import RunError
@@ -22,7 +22,8 @@ TINY = Kind("peaks", (*KINDS["nested"].words, "--network.width=3", "--mgrit.min_
 SHORT = "--nested.updates=3,2"
 
 
-def test_validations_are_made_as_often_as_asked_for(tmp_path):
+def test_validations_are_made_as_often_as_asked_for(tmp_path, monkeypatch):
+    draw_nothing(monkeypatch)
     run(TINY, SERIAL, tmp_path)
     rows = updates_of(tmp_path)
     assert [row["update"] for row in rows if "val_accuracy" in row] == [0, 2, 4, 6, 8]
@@ -53,7 +54,8 @@ def test_the_run_of_comparison_has_as_much_work(compared):
         assert {"accuracy.png", "convergence.png"} <= {path.name for path in (out / "figures").iterdir()}
 
 
-def test_a_job_goes_on_in_either_of_its_runs(compared, tmp_path):
+def test_a_job_goes_on_in_either_of_its_runs(compared, tmp_path, monkeypatch):
+    draw_nothing(monkeypatch)
     run(TINY, SERIAL, tmp_path, SHORT, "--compare")
     for killed, at in ((tmp_path / "non-nested", 2), (tmp_path, 4)):
         for number, path in numbered(killed / "checkpoints"):
@@ -65,13 +67,15 @@ def test_a_job_goes_on_in_either_of_its_runs(compared, tmp_path):
         assert updates_of(tmp_path / "non-nested") == updates_of(compared / "non-nested")
 
 
-def test_a_run_is_compared_later(compared, tmp_path):
+def test_a_run_is_compared_later(compared, tmp_path, monkeypatch):
+    draw_nothing(monkeypatch)
     run(TINY, SERIAL, tmp_path, SHORT)
     run(TINY, SERIAL, tmp_path, SHORT, "--compare", "--resume=auto")
     assert updates_of(tmp_path / "non-nested") == updates_of(compared / "non-nested")
 
 
 def test_a_planned_job_goes_on_as_it_was_planned(tmp_path, monkeypatch):
+    draw_nothing(monkeypatch)
     solver = MGRIT(cycle="V", cfactor=4, max_levels=2, max_iter=3)
     monkeypatch.setattr(classification, "recommend", lambda workload, comm: solver)
     run(TINY, SERIAL, tmp_path, "--plan=auto")
@@ -87,7 +91,8 @@ def test_a_planned_job_goes_on_as_it_was_planned(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtypes", [("float64", "float32"), ("float32", "float64")])
-def test_another_precision_only_when_asked(tmp_path, dtypes):
+def test_another_precision_only_when_asked(tmp_path, monkeypatch, dtypes):
+    draw_nothing(monkeypatch)
     first, second = dtypes
     run(TINY, SERIAL, tmp_path, f"--dtype={first}", "--nested.updates=4,4")
     for number, path in numbered(tmp_path / "checkpoints"):
@@ -107,7 +112,9 @@ def inputs(tmp_path_factory):
     """Files that are wrong, and a checkpoint of other options."""
     folder = tmp_path_factory.mktemp("inputs")
     make_inputs(folder)
-    run(TINY, SERIAL, folder / "smoke_1", "--mgrit.intervals=8", "--nested.updates=2,9")
+    with pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch)
+        run(TINY, SERIAL, folder / "smoke_1", "--mgrit.intervals=8", "--nested.updates=2,9")
     return folder
 
 

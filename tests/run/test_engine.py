@@ -7,13 +7,11 @@ import shutil
 import signal
 import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from kinds import KINDS, arrays_of, finished, options_of, program, run, updates_of
-from matplotlib.figure import Figure
+from kinds import KINDS, arrays_of, draw_nothing, finished, options_of, program, run, updates_of
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.errors import RunError
@@ -29,10 +27,10 @@ SERIAL = SerialCommunicator()
 
 @pytest.fixture(autouse=True)
 def quick_pictures(request, monkeypatch):
-    """Those of one run of each kind are drawn; most of the time of a small job goes into its pictures."""
+    """Those of one run of each kind are drawn."""
     if "name" in request.fixturenames:
         finished(request.getfixturevalue("name"))
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: Path(path).write_bytes(b"\x89PNG"))
+    draw_nothing(monkeypatch)
 
 
 @pytest.fixture
