@@ -21,6 +21,7 @@ ALL = pytest.mark.parametrize("name", KINDS)
 def test_status_and_watch(name, capsys):
     out = finished(name)
     last = max(number for number, _ in numbered(out / "checkpoints"))
+    capsys.readouterr()  # what the run has said
     assert main(["status", str(out)]) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if str(out) in line)
     assert "finished" in line and f"{last} /" in line and "no checkpoints" not in line

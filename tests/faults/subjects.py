@@ -62,7 +62,7 @@ def subjects(scratch: Path) -> dict[str, Subject]:
         "images": Subject(
             "cifar",
             (
-                *("--models=multilevel", "--filters=4,8", "--blocks=1,1", "--epochs=12,8,8", "--batch_size=25"),
+                *("--models=multilevel", "--filters=4,8", "--blocks=1,2", "--epochs=12,8,8", "--batch_size=25"),
                 f"--data_dir={scratch}",
             ),
             2,

@@ -80,6 +80,7 @@ def export(source: Path, out: Path, driver: Path | None = None) -> int:
     import torch
 
     from xbraid_py.layer_parallel.export import ResidualStep
+    from xbraid_py.layers.image_resnet import ResidualBlock
     from xbraid_py.recipes import registry
     from xbraid_py.run.store.read import load
 
@@ -87,7 +88,7 @@ def export(source: Path, out: Path, driver: Path | None = None) -> int:
         module = registry.network(checkpoint) if driver is None else built_by(driver, checkpoint)
     with replacing(out) as temporary:
         torch.save(module, temporary)
-    return sum(isinstance(part, ResidualStep) for part in module.modules())
+    return sum(isinstance(part, ResidualStep | ResidualBlock) for part in module.modules())
 
 
 def built_by(driver: Path, checkpoint: Checkpoint) -> nn.Module:
