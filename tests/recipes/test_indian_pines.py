@@ -31,7 +31,7 @@ BAD = {
         ["--data_dir=/nowhere"],
         "/nowhere/Indian_pines_corrected.mat not found. It comes from https://doi.org/10.4231/R7RX991C (the corrected "
         "scene, Indian_pines_corrected.mat and Indian_pines_gt.mat; ...--source tensorly). Name the folder of the files "
-        "with --data_dir FOLDER, or the folder that holds indian_pines/ with the variable XBRAID_DATA; ...",
+        "with --data_dir ..., or the folder that holds indian_pines/ with the variable XBRAID_DATA; ...",
     ),
     "no_split": (
         ["--data_dir=FOLDER/plain", "--split=published"],
