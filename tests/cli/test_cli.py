@@ -53,8 +53,8 @@ def test_any_numeric_column_is_read(tmp_path):
     rows = [*minibatch_rows(), {"update": 12, "loss": 0.0}, {"loss": 7.0}]
     run = read_run(make_run(tmp_path / "run", rows))
     assert run.curves("stacks.1.gradient_error") == {"": [(n, 0.01 * n) for n in range(1, 13)]}
-    assert run.curves("test_accuracy") == {"": [(4, 0.04), (8, 0.08), (12, 0.12)]}
-    assert run.curves("loss")[""][-2:] == [(12, 0.0), (16, 7.0)], "the last of an update; rows without one by number"
+    assert run.curves("val_accuracy") == {"": [(4, 0.04), (8, 0.08), (12, 0.12)]}
+    assert run.curves("loss")[""][-2:] == [(12, 0.0), (13, 7.0)], "the last of an update; rows without one by number"
 
 
 @pytest.mark.parametrize("name", ["status.json", "metrics.jsonl", "config.yaml", "figures", "checkpoints"])

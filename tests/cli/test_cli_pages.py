@@ -79,7 +79,7 @@ def test_watch_shows_whatever_columns_there_are(tmp_path, capsys):
     (folder / "status.json").unlink()
     main(["watch", "--once", str(folder)])
     said = capsys.readouterr().out
-    assert "loss over updates" in said and "test accuracy over updates" in said
+    assert "loss over updates" in said and "val accuracy over updates" in said
     assert "stacks.0.gradient error over updates" in said and "no status.json" in said
     (folder / "metrics.jsonl").unlink()
     assert main(["watch", "--once", str(folder)]) == 3
@@ -220,7 +220,7 @@ def test_a_comparison(tmp_path, monkeypatch, capsys):
     slow = [row | {"objective": 2 * row["objective"]} for row in nested_rows()]
     make_run(tmp_path / "one")
     make_run(tmp_path / "two", slow, seed=1)
-    make_run(tmp_path / "three", minibatch_rows(), num_layers=16)
+    make_run(tmp_path / "three", [{"kind": "update", "update": 1, "loss": 0.5}], num_layers=16)
     assert main(["report", "one", "two", "./one", "--out=both.html"]) == 0
     assert capsys.readouterr().out.startswith("both.html (")
     found = Page((tmp_path / "both.html").read_text())

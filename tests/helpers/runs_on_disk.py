@@ -54,13 +54,13 @@ def nested_rows(count: int = 13) -> list[dict]:
 
 
 def minibatch_rows(count: int = 12) -> list[dict]:
-    """Rows like those of training on minibatches: updates, and tests between them."""
+    """Rows like those of training on minibatches, some of them validated."""
     rows: list[dict] = []
     for n in range(1, count + 1):
         stack = {"residual": 1e-3, "gradient_error": 0.01 * n, "measured": False, "event": None}
         rows.append({"kind": "update", "update": n, "loss": 3.0 / n, "learning_rate": 0.1, "stacks": [stack, stack]})
         if n % 4 == 0:
-            rows.append({"kind": "test", "update": n, "test_accuracy": n / 100})
+            rows[-1]["val_accuracy"] = n / 100
     return rows
 
 

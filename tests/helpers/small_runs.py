@@ -59,7 +59,7 @@ def nested(comm, updates, mgrit=MIXED, num_layers=32, one_shot=None, interpolati
     )
 
 
-def save_state(folder: Path, run: NestedIteration, number: int, **meta: Any) -> Path:
+def save_state(folder: Path, run: NestedIteration, number: int, /, **meta: Any) -> Path:
     """A checkpoint of a run as the engine writes it, but for what only the engine knows."""
     arrays, numbers = run.state()
     return CheckpointStore(folder, keep=99).save(run.problem.comm, number, arrays, {"state": numbers, **meta})

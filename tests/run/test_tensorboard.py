@@ -46,7 +46,7 @@ def test_a_record_becomes_event_files(tmp_path, accumulated):
 def test_rows_without_a_file(tmp_path, accumulated):
     write_events(minibatch_rows(8), tmp_path)
     found, _ = accumulated(tmp_path)
-    assert found["test_accuracy"] == [(4, pytest.approx(0.04)), (8, pytest.approx(0.08))]
+    assert found["val_accuracy"] == [(4, pytest.approx(0.04)), (8, pytest.approx(0.08))]
     assert found["stacks.1.gradient_error"][-1] == (8, pytest.approx(0.08))
 
 

@@ -141,7 +141,7 @@ _COLORS = ("#0072b2", "#c1272d", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#0
 _DASHES = ("-", "--", ":", "-.")
 # Quantities that say where in the run a row is, or that only grow.
 _NOT_DRAWN = ("level", "num_layers", "seconds", "work", "evaluations")
-_FIRST = ("objective", "loss", "val_accuracy", "test_accuracy", "test_loss", "train_accuracy", "grad_norm")
+_FIRST = ("objective", "loss", "val_accuracy", "val_loss", "train_accuracy", "grad_norm")
 _DPI = 120
 _LARGEST = 1e100  # of what can be drawn: the differences of larger numbers overflow
 MOST = 16

@@ -83,7 +83,7 @@ def summarize(run: Run, stale: float = STALE, now: float | None = None) -> Summa
         update=_whole(said.get("update"), last.get("update")),
         total=_whole(said.get("total")),
         objective=_first(said.get("objective"), _last(run, "objective", "loss")),
-        accuracy=_first(said.get("accuracy"), _last(run, "val_accuracy", "test_accuracy")),
+        accuracy=_first(said.get("accuracy"), _last(run, "val_accuracy")),
         age=age,
         seconds_left=_first(said.get("seconds_left")),
         ranks=_whole(said.get("ranks"), run.about.get("ranks")),

@@ -21,11 +21,11 @@ from xbraid_py.run.record import number, scalars
 # What is looked at first, by the ends of the names; three of them are drawn.
 _CURVES = (
     ("objective", "loss"),
-    ("val_accuracy", "test_accuracy", "validation_loss", "test_loss", "accuracy"),
+    ("val_accuracy", "val_loss", "val_l2", "accuracy"),
     ("gradient_error", "grad_norm", "state_residual", "residual"),
 )
 _TABLE = (
-    "update", "num_layers", "objective", "loss", "grad_norm", "train_accuracy", "val_accuracy", "test_accuracy",
+    "update", "num_layers", "objective", "loss", "grad_norm", "train_accuracy", "val_accuracy", "val_loss", "val_l2",
     "gradient_error", "learning_rate", "state_residual", "adjoint_residual", "seconds",
 )  # fmt: skip
 _ROWS, _CURVE_LINES = 6, 8

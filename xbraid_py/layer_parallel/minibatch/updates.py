@@ -64,8 +64,8 @@ def train(
         "update" (from `done` + 1), "loss" (of the whole batch, before the update), "learning_rate", "seconds" spent in
         updates so far, "grad_norm" (before clipping, None without), "state_residual" and "adjoint_residual" (the
         largest of the stacks, None without any), "stacks": for every layer-parallel stack what its solves did
-        (`SolveRecord.as_dict()`), in the order of the model; "note", what was changed in a solver after this update
-        (None if nothing was), and "telling", whether something was, or the error of a gradient was measured.
+        (`SolveRecord.as_dict()`), in the order of the model; and "telling", whether a solver was changed after
+        this update, or the error of a gradient was measured.
 
     Raises
     ------
@@ -100,7 +100,6 @@ def train(
             "state_residual": max((record.residual for record in records), default=None),
             "adjoint_residual": max((record.adjoint_residual for record in records), default=None),
             "stacks": [record.as_dict() for record in records],
-            "note": "; ".join(record.event for record in records if record.event) or None,
             "telling": any(record.event or record.measured for record in records),
         }
 
