@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from xbraid_py.multilevel.width.layout import Layout
+from xbraid_py.multilevel.width.layout import WidthLayout
 
 
 def network() -> nn.Sequential:
@@ -26,7 +26,7 @@ def network() -> nn.Sequential:
 
 def test_layers_lie_in_the_order_of_the_parameters():
     given = network()
-    layout = Layout.of(given)
+    layout = WidthLayout.of(given)
     x = layout.vector(given)
     assert torch.equal(x, torch.nn.utils.parameters_to_vector(given.parameters()))
     sizes = [(layer.outputs, layer.inputs, layer.block) for layer in layout.layers]
@@ -50,7 +50,7 @@ def test_layers_lie_in_the_order_of_the_parameters():
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 def test_a_network_made_of_its_weights_is_the_same_and_shares_none(dtype):
     given = network().to(dtype)
-    layout = Layout.of(given)
+    layout = WidthLayout.of(given)
     x = layout.vector(given)
     made = layout.module(x)
     inputs = torch.randn(2, 3, 10, 10, dtype=dtype)
@@ -67,14 +67,14 @@ def test_a_network_made_of_its_weights_is_the_same_and_shares_none(dtype):
 
 
 def test_making_a_network_draws_no_random_numbers():
-    layout = Layout.of(network())
+    layout = WidthLayout.of(network())
     before = torch.get_rng_state()
     layout.module(torch.zeros(layout.size))
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_narrowed_networks_keep_inputs_outputs_and_options():
-    layout = Layout.of(network())
+    layout = WidthLayout.of(network())
     coarse = layout.narrowed((3, 2, 4))
     assert [(layer.outputs, layer.inputs, layer.block) for layer in coarse.layers] == [
         (3, 3, 9),
@@ -85,13 +85,13 @@ def test_narrowed_networks_keep_inputs_outputs_and_options():
     made = coarse.module(torch.randn(coarse.size))
     assert made(torch.randn(2, 3, 10, 10)).shape == (2, 2, 4)
     assert made.more.padding_mode == "reflect" and made.conv.stride == (2, 2) and made.act.negative_slope == 0.1
-    assert Layout.of(made).layers == coarse.layers
+    assert WidthLayout.of(made).layers == coarse.layers
 
 
 @pytest.mark.parametrize("dimensions", (1, 3))
 def test_convolutions_of_other_dimensions(dimensions):
     conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
-    layout = Layout.of(nn.Sequential(conv(2, 6, 3), nn.ReLU(), conv(6, 2, 1)))
+    layout = WidthLayout.of(nn.Sequential(conv(2, 6, 3), nn.ReLU(), conv(6, 2, 1)))
     coarse = layout.narrowed((3,))
     assert layout.layers[0].block == 3**dimensions
     assert coarse.module(torch.randn(coarse.size))(torch.randn(1, 2, *[5] * dimensions)).shape[1] == 2
@@ -123,11 +123,11 @@ REFUSED = [
 @pytest.mark.parametrize("given, message", REFUSED)
 def test_networks_of_which_neurons_cannot_be_paired_are_refused(given, message):
     with pytest.raises(ValueError, match=f"^{message}.*; use "):
-        Layout.of(given)
+        WidthLayout.of(given)
 
 
 def test_vectors_of_another_network_are_refused():
-    layout = Layout.of(network())
+    layout = WidthLayout.of(network())
     for use in (layout.module, lambda x: layout.load(network(), x)):
         with pytest.raises(ValueError, match=rf"^x has the shape \(3,\), must be flat .*; use \({layout.size},\)$"):
             use(torch.zeros(3))

@@ -6,16 +6,16 @@ import math
 
 import pytest
 
-from xbraid_py.multilevel.resnet.cycles import CosineCycles, Level, plan
+from xbraid_py.multilevel.resnet.cycles import CosineCycles, Discretization, plan
 
 
 def test_table1():
-    growing = [Level((2, 2, 2), 1.0), Level((4, 4, 4), 0.5), Level((8, 8, 8), 0.25)]
+    growing = [Discretization((2, 2, 2), 1.0), Discretization((4, 4, 4), 0.5), Discretization((8, 8, 8), 0.25)]
     assert list(plan("multilevel", (2, 2, 2), 3)) == growing
     assert list(plan("first", (2, 2, 2), 3)) == growing[:1] * 3
     assert list(plan("last", (2, 2, 2), 3)) == growing[-1:] * 3
-    assert plan("last", (5, 5, 5), 3, 2.0, last_step_size=1.0) == (Level((20, 20, 20), 1.0),) * 3
-    assert plan("multilevel", (1, 3), 1) == (Level((1, 3), 1.0),)
+    assert plan("last", (5, 5, 5), 3, 2.0, last_step_size=1.0) == (Discretization((20, 20, 20), 1.0),) * 3
+    assert plan("multilevel", (1, 3), 1) == (Discretization((1, 3), 1.0),)
 
 
 @pytest.mark.parametrize("interpolations", range(6))

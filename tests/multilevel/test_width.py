@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from width_networks import F64, NETWORKS, dense, made, mixed, weight_layers
 
-from xbraid_py.multilevel.width.layout import Layout
+from xbraid_py.multilevel.width.layout import WidthLayout
 from xbraid_py.multilevel.width.matching import SCALINGS, Matching
 from xbraid_py.multilevel.width.transfer import WidthOptions, WidthTransfer, coarsen, hierarchy, match_layers, renewed
 
@@ -59,7 +59,7 @@ def explicit(network: nn.Sequential, transfer: WidthTransfer):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_transfers_are_their_matrices(name, scaling, bias):
     network, _ = made(name, bias=bias)
-    layout = Layout.of(network)
+    layout = WidthLayout.of(network)
     x = layout.vector(network)
     kept = x.clone()
     transfer, coarse = coarsen(layout, x, WidthOptions(scaling=scaling))
@@ -88,7 +88,7 @@ def test_transfers_of_random_shapes_are_their_matrices(seed):
 
     torch.manual_seed(seed)
     network = mixed(*some(3), neurons=tuple(some(2)) + (2,)) if seed % 2 else dense(*some(5))
-    layout = Layout.of(network)
+    layout = WidthLayout.of(network)
     x = layout.vector(network)
     options = WidthOptions(scaling=SCALINGS[seed % 3], threshold=-1.0, matching=("greedy", "mutual")[seed // 3])
     transfer = WidthTransfer.of(layout, match_layers(layout, x, options), x, options)  # perhaps without any pair
@@ -103,7 +103,7 @@ def test_transfers_of_random_shapes_are_their_matrices(seed):
 def test_channels_are_averaged_by_hand():
     """Two channels, one pair, a dense layer behind: no Kronecker product, no view, one number after the other."""
     network = nn.Sequential(nn.Conv2d(1, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 1)).double()
-    layout = Layout.of(network)
+    layout = WidthLayout.of(network)
     transfer, coarse = coarsen(layout, layout.vector(network), WidthOptions(scaling="mean", threshold=-1.0))
     small = coarse.module(transfer.restrict(layout.vector(network)))
     conv, linear = network[0], network[3]
@@ -120,7 +120,7 @@ def test_channels_are_averaged_by_hand():
 @pytest.mark.parametrize("name", NETWORKS)
 def test_restricted_gradients_are_derivatives_along_prolonged_directions(name, scaling):
     network, inputs = made(name)
-    layout = Layout.of(network)
+    layout = WidthLayout.of(network)
     x = layout.vector(network)
     transfer, coarse = coarsen(layout, x, WidthOptions(scaling=scaling))
     direction = torch.randn(coarse.size, dtype=F64)
@@ -137,7 +137,7 @@ def test_restricted_gradients_are_derivatives_along_prolonged_directions(name, s
 @pytest.mark.parametrize("dtype", (torch.float32, F64))
 def test_inputs_and_outputs_and_layers_that_opt_out_keep_their_widths(dtype):
     network = mixed(3, 8, 6, neurons=(10, 12, 4)).to(dtype)
-    layout = Layout.of(network)
+    layout = WidthLayout.of(network)
     x = layout.vector(network)
     assert layout.widths == (8, 6, 10, 12)
     for chosen in ((True, False, True, False), (False, True, False, False), (False, False, False, True)):
@@ -163,7 +163,7 @@ def test_inputs_and_outputs_and_layers_that_opt_out_keep_their_widths(dtype):
 
 def test_renewed_norms_are_those_of_the_new_weights_with_the_old_pairs():
     network, _ = made("mixed")
-    layout = Layout.of(network)
+    layout = WidthLayout.of(network)
     x = layout.vector(network)
     transfers = hierarchy(layout, x, 3)
     y = x * torch.linspace(0.5, 2, layout.size, dtype=F64)
@@ -182,7 +182,7 @@ def test_rows_without_bias_have_other_norms_and_pairs():
     with torch.no_grad():
         network[0].weight.copy_(torch.tensor([[3.0, 4.0], [1.0, 0.0], [6.0, 8.0], [0.0, 0.0]]))
         network[0].bias.copy_(torch.tensor([12.0, 5.0, -30.0, 1.0]))
-    layout = Layout.of(network)
+    layout = WidthLayout.of(network)
     x = layout.vector(network)
     with_bias, without = (coarsen(layout, x, WidthOptions(with_bias=kept))[0].matrices[0] for kept in (True, False))
     assert with_bias.matching.partner.tolist() == [1, 0, 2, 3]
@@ -194,7 +194,7 @@ def test_rows_without_bias_have_other_norms_and_pairs():
 
 def test_a_hierarchy_ends_where_nothing_is_left():
     network, _ = made("dense")  # widths 7 and 6
-    layout = Layout.of(network)
+    layout = WidthLayout.of(network)
     x = layout.vector(network)
     options = WidthOptions(threshold=-1.0)
     assert [t.coarse.widths for t in hierarchy(layout, x, 4, options)] == [(4, 3), (2, 2), (1, 1)]
@@ -206,7 +206,7 @@ def test_a_hierarchy_ends_where_nothing_is_left():
     with pytest.raises(ValueError, match="^levels=0 must be at least 1; use 2$"):
         hierarchy(layout, x, 0)
     # a layer of one neuron stays, the others go on
-    narrow = Layout.of(dense(3, 1, 8, 2))
+    narrow = WidthLayout.of(dense(3, 1, 8, 2))
     assert coarsen(narrow, torch.randn(narrow.size), options)[1].widths == (1, 4)
 
 
@@ -219,7 +219,7 @@ def test_options_and_weights_that_do_not_fit_are_refused():
         with pytest.raises(ValueError, match=f"^{message}$"):
             WidthOptions(**wrong)
     network = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 1))
-    layout = Layout.of(network)
+    layout = WidthLayout.of(network)
     x = layout.vector(network)
     with pytest.raises(ValueError, match=r"^scaling='norms' needs .* hidden layer 0 has Tanh; use mean$"):
         coarsen(layout, x)

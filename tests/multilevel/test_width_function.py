@@ -4,7 +4,7 @@ import pytest
 import torch
 from width_networks import NETWORKS, duplicated, made
 
-from xbraid_py.multilevel.width.layout import Layout
+from xbraid_py.multilevel.width.layout import WidthLayout
 from xbraid_py.multilevel.width.matching import SCALINGS
 from xbraid_py.multilevel.width.transfer import WidthOptions, coarsen, hierarchy
 
@@ -16,7 +16,7 @@ from xbraid_py.multilevel.width.transfer import WidthOptions, coarsen, hierarchy
 def test_duplicated_neurons_coarsen_without_a_change(name, lengths, scaling, matching, levels):
     network, inputs = made(name)
     wide = duplicated(network, 2 ** (levels - 1), lengths)
-    layout = Layout.of(wide)
+    layout = WidthLayout.of(wide)
     x = layout.vector(wide)
     expected = wide(inputs)
     for transfer in hierarchy(layout, x, levels, WidthOptions(scaling=scaling, matching=matching, threshold=0.99)):
@@ -30,13 +30,13 @@ def test_duplicated_neurons_coarsen_without_a_change(name, lengths, scaling, mat
         prolonged = transfer.fine.module(transfer.prolong(y))
         torch.testing.assert_close(prolonged(inputs), expected, rtol=1e-11, atol=1e-12)
         x = y
-    assert transfer.coarse.widths == Layout.of(network).widths
+    assert transfer.coarse.widths == WidthLayout.of(network).widths
 
 
 def test_averaging_does_change_copies_of_other_lengths():
     network, inputs = made("dense")
     wide = duplicated(network, 2, True)
-    layout = Layout.of(wide)
+    layout = WidthLayout.of(wide)
     x = layout.vector(wide)
     transfer, coarse = coarsen(layout, x, WidthOptions(scaling="mean"))
     assert not torch.allclose(coarse.module(transfer.restrict(x))(inputs), wide(inputs), rtol=1e-3)
@@ -45,7 +45,7 @@ def test_averaging_does_change_copies_of_other_lengths():
 @pytest.mark.parametrize("name", NETWORKS)
 def test_sums_and_norms_are_the_same_coarse_function_by_other_weights(name):
     network, inputs = made(name)
-    layout = Layout.of(network)
+    layout = WidthLayout.of(network)
     x = layout.vector(network)
     found = {}
     for scaling in SCALINGS:

@@ -166,9 +166,27 @@ def world() -> Communicator:
 
 
 def as_communicator(comm=None) -> Communicator:
-    """`comm` as a `Communicator`: a Communicator, an `mpi4py.MPI.Comm`, or None for a serial run."""
+    """`comm` as a `Communicator`: a Communicator, an `mpi4py.MPI.Comm`, or None for a serial run.
+
+    Collective for an `mpi4py.MPI.Comm` that is met for the first time.
+    """
     if isinstance(comm, Communicator):
         return comm
     if comm is None:
         return SerialCommunicator()
-    return MPICommunicator(comm) if comm.Get_size() > 1 else SerialCommunicator(end=_end_job)
+    if comm.Get_size() == 1:
+        return SerialCommunicator(end=_end_job)
+    # Kept with the MPI communicator, as long as it lives: it is handed over with every batch, and counts its neighbors.
+    found = comm.Get_attr(_keyval())
+    if found is None:
+        found = MPICommunicator(comm)
+        comm.Set_attr(_keyval(), found)
+    return found
+
+
+@cache
+def _keyval() -> int:
+    """The key of an attribute of MPI communicators; their duplicates do not have it."""
+    from mpi4py import MPI
+
+    return MPI.Comm.Create_keyval()

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from xbraid_py.comm.base import Communicator
+from xbraid_py.comm.mpi import as_communicator
 
 
-def broadcast_batch(value: Any, comm: Communicator, root: int = 0, device: Any = "cpu") -> Any:
+def broadcast_batch(value: Any, comm: Any, root: int = 0, device: Any = "cpu") -> Any:
     """What only rank `root` knows, such as a batch, on every rank of `comm`.
 
     Parameters
@@ -21,8 +21,8 @@ def broadcast_batch(value: Any, comm: Communicator, root: int = 0, device: Any =
     value : Any
         On `root`: a tensor, or a nested tuple, list or dict of tensors and of other things that can be pickled. What
         the other ranks pass is not looked at; None will do.
-    comm : Communicator
-        The ranks; all of them take part.
+    comm : Communicator or mpi4py.MPI.Comm or None
+        The ranks; all of them take part. None for a serial run.
     root : int
         The rank that knows.
     device : torch.device or str
@@ -38,6 +38,7 @@ def broadcast_batch(value: Any, comm: Communicator, root: int = 0, device: Any =
     TypeError
         On all ranks, if something in `value` cannot be sent.
     """
+    comm = as_communicator(comm)
     tensors: list[torch.Tensor] = []
     packed = problem = None
     if comm.rank == root:

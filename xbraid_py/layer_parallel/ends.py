@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from xbraid_py.comm import Communicator
+from xbraid_py.comm import Communicator, as_communicator
 from xbraid_py.layer_parallel.stack import LayerParallel
 from xbraid_py.layer_parallel.weights import StackedWeights
 
 
-class _ShareLoss(torch.autograd.Function):
+class _BroadcastLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, loss: Tensor, comm: Communicator, root: int) -> Tensor:
         ctx.own = comm.rank == root
@@ -21,7 +23,7 @@ class _ShareLoss(torch.autograd.Function):
         return gradient if ctx.own else torch.zeros_like(gradient), None, None
 
 
-def broadcast_loss(loss: Tensor, comm: Communicator, root: int) -> Tensor:
+def broadcast_loss(loss: Tensor, comm: Any, root: int) -> Tensor:
     """The loss of rank `root` on every rank; backwards, only what that rank computed counts.
 
     For stacks with `output="last"`: elsewhere the output is zero, and what the head makes of it means nothing.
@@ -31,11 +33,12 @@ def broadcast_loss(loss: Tensor, comm: Communicator, root: int) -> Tensor:
     ----------
     loss : scalar tensor
         Computed from the output of the stack on every rank.
-    comm : Communicator
+    comm : Communicator or mpi4py.MPI.Comm or None
+        None for a serial run.
     root : int
         `LayerParallel.last_rank`.
     """
-    return _ShareLoss.apply(loss, comm, root)
+    return _BroadcastLoss.apply(loss, as_communicator(comm), root)
 
 
 def clip_grad_norm_(model: nn.Module, max_norm: float) -> float:

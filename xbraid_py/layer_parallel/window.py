@@ -138,7 +138,7 @@ class Window(nn.Module):
             self._draws += 1
             if self.block.moving:
                 self._start_statistics(u)
-        return _Propagate.apply(self, vmap, u, *self.layers.tensors())
+        return _PropagateWindow.apply(self, vmap, u, *self.layers.tensors())
 
     def vmaps(self, u: Tensor) -> bool:
         """Whether the intervals are evaluated in one call for inputs like u (*S), as `LayerParallel` has the rule.
@@ -327,7 +327,7 @@ class Window(nn.Module):
         return self._user_state(state, like) if own else torch.zeros_like(like)
 
 
-class _Propagate(torch.autograd.Function):
+class _PropagateWindow(torch.autograd.Function):
     """`apply(window, vmap, u, *tensors)`: a solve for the states forwards, one for the adjoints backwards."""
 
     @staticmethod

@@ -16,8 +16,8 @@ from torch.nn import functional
 
 
 @dataclass
-class Evaluation:
-    """One evaluation of a layer of a stack, or of m layers at once.
+class NormInputs:
+    """What the norms of a layer of a stack are given when it is evaluated once, or m layers at once.
 
     Attributes
     ----------
@@ -31,17 +31,17 @@ class Evaluation:
     inputs: dict[int, Tensor] = field(default_factory=dict)
 
 
-_evaluation: ContextVar[Evaluation | None] = ContextVar("evaluation", default=None)
+_norm_inputs: ContextVar[NormInputs | None] = ContextVar("norm_inputs", default=None)
 
 
 @contextmanager
-def within(evaluation: Evaluation) -> Iterator[None]:
+def within(norm_inputs: NormInputs) -> Iterator[None]:
     """Norms within belong to a layer of a stack: their statistics are given, and do not move."""
-    token = _evaluation.set(evaluation)
+    token = _norm_inputs.set(norm_inputs)
     try:
         yield
     finally:
-        _evaluation.reset(token)
+        _norm_inputs.reset(token)
 
 
 class MovingNorm(nn.modules.batchnorm._BatchNorm):
@@ -89,20 +89,20 @@ class MovingNorm(nn.modules.batchnorm._BatchNorm):
             return self._normalized(u, self.running_mean, self.running_var)
         if u.numel() < 2 * self.num_features:
             raise ValueError(f"u.shape={tuple(u.shape)} has one value for each channel; use at least 2 samples")
-        evaluation = _evaluation.get()
-        if evaluation is None:
+        norm_inputs = _norm_inputs.get()
+        if norm_inputs is None:
             found = moments(u)
             self._start(found)
             # Autograd keeps what the statistics were.
             normalized = self._normalized(u, self.running_mean.clone(), self.running_var.clone())
             self.move(self.running_mean, self.running_var, self.num_batches_tracked, found)
             return normalized
-        if self.number in evaluation.inputs:
+        if self.number in norm_inputs.inputs:
             raise ValueError(
                 f"block uses one {type(self).__name__} twice, whose statistics are those of one place; use two of them"
             )
-        evaluation.inputs[self.number] = u.detach()
-        if evaluation.start:
+        norm_inputs.inputs[self.number] = u.detach()
+        if norm_inputs.start:
             self._start(moments(u))
         return self._normalized(u, self.running_mean, self.running_var)
 
@@ -158,7 +158,7 @@ class Moments:
     num_rows : int
         n.
     start : bool
-        As of `Evaluation`.
+        As of `NormInputs`.
 
     Attributes
     ----------
@@ -173,10 +173,10 @@ class Moments:
             for number, norm in norms.items()
         }
 
-    def take(self, rows: int | slice, evaluation: Evaluation) -> None:
+    def take(self, rows: int | slice, norm_inputs: NormInputs) -> None:
         """Those of an evaluation of one row, or of several at once."""
         for number, (means, variances) in self.found.items():
-            inputs = evaluation.inputs[number]
+            inputs = norm_inputs.inputs[number]
             some = [rows] if isinstance(rows, int) else range(*rows.indices(len(means)))
             for row, u in zip(some, [inputs] if isinstance(rows, int) else inputs, strict=True):
                 means[row], variances[row] = moments(u)

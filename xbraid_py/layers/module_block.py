@@ -14,7 +14,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from xbraid_py.layers.batch_norm import Evaluation, Moments, MovingNorm, within
+from xbraid_py.layers.batch_norm import Moments, MovingNorm, NormInputs, within
 from xbraid_py.layers.dropout import Dropout, at_position
 
 _BATCH_NORMS = nn.modules.batchnorm._NormBase
@@ -108,7 +108,7 @@ class ModuleBlock:
         return {name: part for name, part in self._norms.items() if part.training}
 
     def moments(self, num_rows: int, start: bool = False) -> Moments | None:
-        """Room for what moves them, for so many layers; None if there are none. `start` as of `Evaluation`."""
+        """Room for what moves them, for so many layers; None if there are none. `start` as of `NormInputs`."""
         norms = {part.number: part for part in self.moving.values()}
         return Moments(norms, num_rows, start) if norms else None
 
@@ -143,13 +143,13 @@ class ModuleBlock:
         u: Tensor,
         draw: int = 0,
         layer: int = 0,
-        evaluation: Evaluation | None = None,
+        norm_inputs: NormInputs | None = None,
     ) -> Tensor:
-        """F(u) (*S) with these columns of a layer; `evaluation` gets what its norms are given."""
+        """F(u) (*S) with these columns of a layer; `norm_inputs` gets what its norms are given."""
         # `torch.func.functional_call` takes twice as long as a small block.
         kept = [places[0][0][places[0][1]] for places in self._places]
         masks = at_position(self.seed, draw, layer) if self._dropouts else nullcontext()
-        norms = within(evaluation or Evaluation()) if self._norms else nullcontext()
+        norms = within(norm_inputs or NormInputs()) if self._norms else nullcontext()
         try:
             self._put(tensors)
             with masks, norms:
@@ -157,19 +157,19 @@ class ModuleBlock:
         finally:
             self._put(kept)
 
-    def batched(self, tensors: Sequence[Tensor], u: Tensor, evaluation: Evaluation | None = None) -> Tensor:
-        """F(u) of m layers at once: columns (m, *shape), states (m, *S); `evaluation` as above."""
+    def batched(self, tensors: Sequence[Tensor], u: Tensor, norm_inputs: NormInputs | None = None) -> Tensor:
+        """F(u) of m layers at once: columns (m, *shape), states (m, *S); `norm_inputs` as above."""
         names = [column.name for column in self.columns]
 
         def one(tensors, u):
-            found = Evaluation()
+            found = NormInputs()
             with within(found) if self._norms else nullcontext():
                 change = torch.func.functional_call(self.module, dict(zip(names, tensors, strict=True)), (u,))
             return change, found.inputs
 
         change, inputs = torch.func.vmap(one)(tuple(tensors), u)
-        if evaluation is not None:
-            evaluation.inputs.update(inputs)
+        if norm_inputs is not None:
+            norm_inputs.inputs.update(inputs)
         return change
 
     def check_mode(self) -> None:
@@ -202,9 +202,9 @@ class ModuleBlock:
         tensors = self.tensors_of(self.module)
         with torch.no_grad():
             before = u.clone()
-            evaluation = Evaluation()
-            first = self(tensors, u, evaluation=evaluation)
-            idle = [part for part in self.moving.items() if part[1].number not in evaluation.inputs]
+            norm_inputs = NormInputs()
+            first = self(tensors, u, norm_inputs=norm_inputs)
+            idle = [part for part in self.moving.items() if part[1].number not in norm_inputs.inputs]
             if idle:
                 kind = type(idle[0][1]).__name__
                 raise ValueError(f"block={name} has {kind} ({idle[0][0]}), which it does not use; leave it out")

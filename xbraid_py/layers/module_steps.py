@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from xbraid_py.comm.partition import Partition
-from xbraid_py.layers.batch_norm import Evaluation, Moments
+from xbraid_py.layers.batch_norm import Moments, NormInputs
 from xbraid_py.layers.module_block import ModuleBlock
 from xbraid_py.layers.rows import coarse_rows, halved_rows
 from xbraid_py.mgrit.protocols import StateTransfer
@@ -155,10 +155,10 @@ class ModuleSteps:
                         inputs[step] = x.detach()
                     for part in range(j * self.parts, (j + 1) * self.parts):
                         row = slice(part, None, length) if self.vmap else first + part
-                        evaluation = Evaluation(moments.start) if moments is not None else None
-                        x = x + self._increment(weights[part], x, row, evaluation)
+                        norm_inputs = NormInputs(moments.start) if moments is not None else None
+                        x = x + self._increment(weights[part], x, row, norm_inputs)
                         if moments is not None:
-                            moments.take(row, evaluation)
+                            moments.take(row, norm_inputs)
                     if tau is not None:
                         x = x + tau[step]
                 if tape is not None:
@@ -238,7 +238,7 @@ class ModuleSteps:
         return v + back
 
     def _increment(
-        self, weights: Sequence[Tensor], u: Tensor, row: int | slice, evaluation: Evaluation | None = None
+        self, weights: Sequence[Tensor], u: Tensor, row: int | slice, norm_inputs: NormInputs | None = None
     ) -> Tensor:
         """What a step adds to u (*S): h F(u), or h F(u + h/2 F(u))."""
 
@@ -246,9 +246,9 @@ class ModuleSteps:
             for transfer in self.transfers:
                 x = transfer.restrict(x)
             if self.vmap:
-                x = self.block.batched(weights, x, evaluation)
+                x = self.block.batched(weights, x, norm_inputs)
             else:
-                x = self.block(weights, x, self.draw, self.layers[row], evaluation)
+                x = self.block(weights, x, self.draw, self.layers[row], norm_inputs)
             for transfer in reversed(self.transfers):
                 x = transfer.interpolate(x)
             return x

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from xbraid_py.comm import Communicator
+from xbraid_py.comm import as_communicator
 from xbraid_py.mgrit.cycles import Cycles
 from xbraid_py.mgrit.hierarchy import Hierarchy
 from xbraid_py.mgrit.lagged import LaggedCycle
@@ -22,10 +24,12 @@ class Solver:
     options : MGRIT
     hierarchy : Hierarchy
         Planned for `comm.size` ranks.
-    comm : Communicator
+    comm : Communicator or mpi4py.MPI.Comm or None
+        None for a serial run.
     """
 
-    def __init__(self, options: MGRIT, hierarchy: Hierarchy, comm: Communicator):
+    def __init__(self, options: MGRIT, hierarchy: Hierarchy, comm: Any):
+        comm = as_communicator(comm)
         if hierarchy.partition.num_ranks != comm.size:
             raise ValueError(
                 f"the hierarchy is planned for {hierarchy.partition.num_ranks} ranks, the communicator has {comm.size}"

@@ -11,7 +11,7 @@ from xbraid_py.multilevel.depth.transfer import DepthTransfer, prolong_depth
 from xbraid_py.multilevel.resnet.cycles import CosineCycles
 from xbraid_py.multilevel.resnet.refinement import refine
 from xbraid_py.multilevel.resnet.training import EpochRecord, ResNetTraining, ResNetTrainingOptions
-from xbraid_py.multilevel.width.layout import Layout
+from xbraid_py.multilevel.width.layout import WidthLayout
 from xbraid_py.multilevel.width.state_width import ComposedTransfer, StateWidthTransfer
 from xbraid_py.multilevel.width.training import WidthRecord, WidthTraining, WidthTrainingOptions
 from xbraid_py.multilevel.width.transfer import WidthOptions, WidthTransfer
@@ -24,7 +24,7 @@ __all__ = [
     "Damping",
     "DepthTransfer",
     "EpochRecord",
-    "Layout",
+    "WidthLayout",
     "LevelOptions",
     "MGOpt",
     "MGOptOptions",

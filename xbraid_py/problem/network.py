@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xbraid_py.comm import Communicator
+from xbraid_py.comm import Communicator, as_communicator
 from xbraid_py.comm.partition import Partition
 from xbraid_py.layers.dense import DenseLayer, ResidualSteps
 from xbraid_py.layers.parameters import Layout, Stack
@@ -65,7 +65,8 @@ class DenseResNet:
     partition : Partition
         Owners of the layers. The opening layer belongs to the owner of the first, the classification layer
         to the owner of the last one.
-    comm : Communicator
+    comm : Communicator or mpi4py.MPI.Comm or None
+        None for a serial run.
     dtype : torch.dtype
         Of weights and states.
     splines : Splines, optional
@@ -81,6 +82,9 @@ class DenseResNet:
     comm: Communicator
     dtype: torch.dtype = torch.float64
     splines: Splines | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "comm", as_communicator(self.comm))
 
     @property
     def is_first(self) -> bool:

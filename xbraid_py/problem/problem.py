@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xbraid_py.comm import Communicator
+from xbraid_py.comm import Communicator, as_communicator
 from xbraid_py.layers.dense import DenseLayer
 from xbraid_py.layers.splines import Splines
 from xbraid_py.mgrit import MGRIT, Hierarchy, Solver
@@ -62,7 +62,8 @@ class Problem:
     regularization : Regularization
     forward, adjoint : MGRIT
         Of states and adjoints; their coarsening factor from the finest level must be the same.
-    comm : Communicator
+    comm : Communicator or mpi4py.MPI.Comm or None
+        None for a serial run.
     dtype : torch.dtype
     ranks : int, optional
         So many of them own layers, the first ones; all if not given.
@@ -78,6 +79,9 @@ class Problem:
     comm: Communicator
     dtype: torch.dtype = torch.float64
     ranks: int | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "comm", as_communicator(self.comm))
 
     def grid(self, depth: int | LayerGrid) -> LayerGrid:
         """The grid with so many equal layers; one that is given is taken as it is."""

@@ -15,7 +15,7 @@ from xbraid_py.data.augmentation import Augmentation, standardize
 from xbraid_py.data.image_sets import ImageSplit, load_split
 from xbraid_py.layers.image_resnet import ImageResNet
 from xbraid_py.layers.module_block import own_random_numbers
-from xbraid_py.multilevel.resnet.cycles import MODELS, CosineCycles, Level, plan
+from xbraid_py.multilevel.resnet.cycles import MODELS, CosineCycles, Discretization, plan
 from xbraid_py.multilevel.resnet.training import (
     PRECISIONS,
     EpochRecord,
@@ -181,11 +181,11 @@ class MultiLevelOptions(ImageOptions):
         """Filters of each stage."""
         return tuple(self.filters) if self.filters else WIDE if self.wide else FILTERS
 
-    def levels(self, model: str) -> tuple[Level, ...]:
+    def levels(self, model: str) -> tuple[Discretization, ...]:
         """Networks of the cycles of a model, see `plan`."""
         return plan(model, self.blocks, len(self.epochs), self.step_size, self.last_step_size)
 
-    def network(self, level: Level, num_classes: int) -> ImageResNet:
+    def network(self, level: Discretization, num_classes: int) -> ImageResNet:
         """The network of a level, its weights at random."""
         return ImageResNet(
             level.blocks,
@@ -207,7 +207,7 @@ class MultiLevelOptions(ImageOptions):
             If there are too few images, or there is no such model or device.
         """
 
-        def make(level: Level) -> ImageResNet:
+        def make(level: Discretization) -> ImageResNet:
             with own_random_numbers(seed):
                 return self.network(level, samples.num_classes)
 

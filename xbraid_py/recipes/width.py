@@ -22,7 +22,7 @@ from xbraid_py.data.pde_dataset import PdeDataset, Standardization
 from xbraid_py.data.pde_files import PdeSource
 from xbraid_py.data.poisson import Poisson
 from xbraid_py.multilevel.cycle.stochastic import Minibatches
-from xbraid_py.multilevel.width.layout import Layout
+from xbraid_py.multilevel.width.layout import WidthLayout
 from xbraid_py.multilevel.width.training import WidthRecord, WidthTraining, WidthTrainingOptions, errors
 from xbraid_py.recipes.width_networks import WidthNetwork
 from xbraid_py.run.engine import Row, State, Training, train
@@ -373,4 +373,4 @@ def network(checkpoint: Checkpoint) -> nn.Sequential:
         options, sizes = from_dict(PROBLEMS[meta["recipe"]], meta["configuration"]), meta["sizes"]
         shape = (sizes["channels"], sizes["mesh"], sizes["mesh"])
         module = options.layers.module(shape, sizes["outputs"], options.seed, options.torch_dtype)
-        return Layout.of(module).module(checkpoint.rows("weights"))
+        return WidthLayout.of(module).module(checkpoint.rows("weights"))

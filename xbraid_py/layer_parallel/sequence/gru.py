@@ -192,7 +192,7 @@ class ParallelGRU(nn.Module):
         start = x.new_zeros((self.num_layers, x.shape[1], self.hidden_size)) if h_0 is None else h_0
         weights = tuple(self.parameters())
         if torch.is_grad_enabled() or self.training:
-            output, end = _Propagate.apply(self, x, start, *weights)
+            output, end = _PropagateSequence.apply(self, x, start, *weights)
         else:
             call = _Call(self, x, start, weights, True, False)
             output, end = call.output, call.end
@@ -366,7 +366,7 @@ def _summary(solutions: list[Solution]) -> tuple[tuple[int, ...], tuple[float, .
     return tuple(s.sweeps for s in solutions), tuple(s.residual for s in solutions)
 
 
-class _Propagate(torch.autograd.Function):
+class _PropagateSequence(torch.autograd.Function):
     """`apply(gru, x, start, *weights)` gives the output and the states behind the sequence."""
 
     @staticmethod

@@ -75,7 +75,7 @@ class CosineCycles:
 
 
 @dataclass(frozen=True)
-class Level:
+class Discretization:
     """The network of one cycle.
 
     Attributes
@@ -96,7 +96,7 @@ def plan(
     cycles: int,
     step_size: float = 1.0,
     last_step_size: float | None = None,
-) -> tuple[Level, ...]:
+) -> tuple[Discretization, ...]:
     """The networks of the cycles.
 
     Parameters
@@ -114,7 +114,7 @@ def plan(
 
     Returns
     -------
-    tuple of Level
+    tuple of Discretization
         One for each cycle.
 
     Raises
@@ -129,7 +129,7 @@ def plan(
     for name, value in (("step_size", step_size), ("last_step_size", last_step_size)):
         if value is not None and not 0.0 < value < inf:
             raise ValueError(f"{name}={value} must be positive and finite; use 1.0")
-    doubled = tuple(Level(tuple(n * 2**k for n in blocks), step_size / 2**k) for k in range(cycles))
+    doubled = tuple(Discretization(tuple(n * 2**k for n in blocks), step_size / 2**k) for k in range(cycles))
     if model == "multilevel":
         if len(doubled) > 1 and min(blocks[1:], default=2) < 2:
             raise ValueError(
@@ -139,5 +139,5 @@ def plan(
         return doubled
     if model == "first":
         return doubled[:1] * cycles
-    last = doubled[-1] if last_step_size is None else Level(doubled[-1].blocks, last_step_size)
+    last = doubled[-1] if last_step_size is None else Discretization(doubled[-1].blocks, last_step_size)
     return (last,) * cycles

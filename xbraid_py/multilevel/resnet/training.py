@@ -18,7 +18,7 @@ from xbraid_py.comm.errors import RunError
 from xbraid_py.comm.partition import Partition
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.layers.image_resnet import ImageResNet
-from xbraid_py.multilevel.resnet.cycles import CosineCycles, Level
+from xbraid_py.multilevel.resnet.cycles import CosineCycles, Discretization
 from xbraid_py.multilevel.resnet.refinement import refine, refined_tensors
 from xbraid_py.run.store.read import Checkpoint, no_state
 from xbraid_py.run.store.write import Shard
@@ -146,7 +146,7 @@ class ResNetTraining:
     ----------
     make : callable
         `make(level)`: the network of a level with its initial weights, the same on all ranks.
-    levels : tuple of Level
+    levels : tuple of Discretization
         Of each cycle, see `plan`; the network is refined wherever their blocks change.
     train, test : LabeledImages
         The same on all ranks.
@@ -176,8 +176,8 @@ class ResNetTraining:
 
     def __init__(
         self,
-        make: Callable[[Level], ImageResNet],
-        levels: tuple[Level, ...],
+        make: Callable[[Discretization], ImageResNet],
+        levels: tuple[Discretization, ...],
         train: LabeledImages,
         test: LabeledImages,
         pipeline: Pipeline,

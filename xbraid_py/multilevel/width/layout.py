@@ -81,7 +81,7 @@ class WeightLayer:
 
 
 @dataclass(frozen=True)
-class Layout:
+class WidthLayout:
     """The layers of a network, in the order of `network.parameters()`.
 
     Attributes
@@ -99,7 +99,7 @@ class Layout:
     parts: tuple[nn.Module, ...]
 
     @classmethod
-    def of(cls, network: nn.Sequential) -> Layout:
+    def of(cls, network: nn.Sequential) -> WidthLayout:
         """The layout of a network of dense and convolutional layers, activations, pooling and `Flatten`.
 
         Raises
@@ -135,7 +135,7 @@ class Layout:
         if x.shape != (self.size,):
             raise ValueError(f"x has the shape {tuple(x.shape)}, must be flat and of this network; use ({self.size},)")
 
-    def narrowed(self, widths: Sequence[int]) -> Layout:
+    def narrowed(self, widths: Sequence[int]) -> WidthLayout:
         """The same network with these outputs of the hidden layers; its inputs and outputs remain."""
         outputs = (*widths, self.layers[-1].outputs)
         inputs = (self.layers[0].inputs, *widths)

@@ -19,7 +19,7 @@ from xbraid_py.comm.errors import RunError
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.multilevel.cycle.stochastic import TAU, Loss, Minibatches, ModuleObjective, StochasticCycle
 from xbraid_py.multilevel.cycle.vcycle import Damping
-from xbraid_py.multilevel.width.layout import Layout
+from xbraid_py.multilevel.width.layout import WidthLayout
 from xbraid_py.multilevel.width.matching import Matching
 from xbraid_py.multilevel.width.transfer import WidthOptions, WidthTransfer, match_layers, renewed
 from xbraid_py.optim.levels import Point, TorchOptimizer
@@ -172,7 +172,7 @@ class WidthTraining:
     Parameters
     ----------
     network : nn.Sequential
-        Of dense and convolutional layers, see `Layout`; is left as it is.
+        Of dense and convolutional layers, see `WidthLayout`; is left as it is.
     loss : callable
         A mean over samples.
     minibatches : Minibatches
@@ -185,7 +185,7 @@ class WidthTraining:
     ----------
     x : Tensor
         Weights of the network.
-    layout : Layout
+    layout : WidthLayout
     transfers : list of WidthTransfer
         Between the levels, since the last matching.
 
@@ -204,7 +204,7 @@ class WidthTraining:
         grid: ProcessGrid | None = None,
     ):
         self.loss, self.minibatches, self.options, self.grid = loss, minibatches, options, grid
-        self.layout = Layout.of(network)
+        self.layout = WidthLayout.of(network)
         self.x = self.layout.vector(network)
         self.objective = ModuleObjective(self.layout.module(self.x), loss, grid)
         self.optimizer = options.optimizer(0)
@@ -226,7 +226,7 @@ class WidthTraining:
         self._matching_seconds += time.perf_counter() - clock
         self._build()
 
-    def _matchings(self, layout: Layout, x: Tensor, level: int) -> list[Matching | None]:
+    def _matchings(self, layout: WidthLayout, x: Tensor, level: int) -> list[Matching | None]:
         """Those of the first rank, on all of them: elsewhere a tie might be decided otherwise."""
         pairs = self.options.pairs
         if self.grid is None:
@@ -276,7 +276,7 @@ class WidthTraining:
                 self._counted += objective.passes / self.minibatches.batch_size * cost
                 objective.passes = 0
 
-    def auxiliary(self, level: int) -> tuple[Layout, Tensor]:
+    def auxiliary(self, level: int) -> tuple[WidthLayout, Tensor]:
         """A coarse network by restriction of the present weights, with their norms; 0 is the network itself."""
         layout, x = self.layout, self.x
         for transfer in renewed(self.transfers[:level], x):

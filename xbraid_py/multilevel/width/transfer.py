@@ -12,7 +12,7 @@ from typing import Self
 
 from torch import Tensor
 
-from xbraid_py.multilevel.width.layout import Layout
+from xbraid_py.multilevel.width.layout import WidthLayout
 from xbraid_py.multilevel.width.matching import METHODS, SCALINGS, LayerMatrices, Matching, match_rows
 
 
@@ -60,20 +60,20 @@ class WidthTransfer:
 
     Attributes
     ----------
-    fine, coarse : Layout
+    fine, coarse : WidthLayout
     matrices : tuple of LayerMatrices or None
         For each hidden layer; None leaves it as it is.
     options : WidthOptions
     """
 
-    fine: Layout
-    coarse: Layout
+    fine: WidthLayout
+    coarse: WidthLayout
     matrices: tuple[LayerMatrices | None, ...]
     options: WidthOptions
 
     @classmethod
     def of(
-        cls, fine: Layout, matchings: Sequence[Matching | None], x: Tensor, options: WidthOptions | None = None
+        cls, fine: WidthLayout, matchings: Sequence[Matching | None], x: Tensor, options: WidthOptions | None = None
     ) -> Self:
         """The transfer with given matchings, one for each hidden layer, and the norms of the weights x.
 
@@ -151,7 +151,7 @@ class WidthTransfer:
         return zip((None, *self.matrices), (*self.matrices, None), self.fine.layers, self.coarse.layers, strict=True)
 
 
-def match_layers(layout: Layout, x: Tensor, options: WidthOptions | None = None) -> list[Matching | None]:
+def match_layers(layout: WidthLayout, x: Tensor, options: WidthOptions | None = None) -> list[Matching | None]:
     """Match the neurons of every hidden layer by their rows in the weights x; None for layers that opt out.
 
     Raises
@@ -173,21 +173,21 @@ def match_layers(layout: Layout, x: Tensor, options: WidthOptions | None = None)
     ]
 
 
-def coarsen(layout: Layout, x: Tensor, options: WidthOptions | None = None) -> tuple[WidthTransfer, Layout]:
+def coarsen(layout: WidthLayout, x: Tensor, options: WidthOptions | None = None) -> tuple[WidthTransfer, WidthLayout]:
     """Make a network narrower by one level.
 
     A layer without a pair, such as one of one neuron, keeps its width.
 
     Parameters
     ----------
-    layout : Layout
+    layout : WidthLayout
     x : Tensor
         Flat weights, which decide on pairs and norms.
     options : WidthOptions, optional
 
     Returns
     -------
-    WidthTransfer, Layout
+    WidthTransfer, WidthLayout
         The coarse weights are `transfer.restrict(x)`.
 
     Raises
@@ -199,7 +199,7 @@ def coarsen(layout: Layout, x: Tensor, options: WidthOptions | None = None) -> t
     return transfer, transfer.coarse
 
 
-def hierarchy(layout: Layout, x: Tensor, levels: int, options: WidthOptions | None = None) -> list[WidthTransfer]:
+def hierarchy(layout: WidthLayout, x: Tensor, levels: int, options: WidthOptions | None = None) -> list[WidthTransfer]:
     """Transfers between `levels` networks, the finest first; each is matched by the weights restricted to it.
 
     Raises
