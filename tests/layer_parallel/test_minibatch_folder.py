@@ -22,8 +22,9 @@ def written(tmp_path_factory):
     return undisturbed_runs(tmp_path_factory)
 
 
-def test_what_is_recorded(tmp_path):
+def test_what_is_recorded(tmp_path, caplog):
     """Rows between two are left out, but for those in which a solver was changed or an error measured."""
+    caplog.set_level(logging.INFO, "xbraid_py")  # as `launch` does
     run(SerialCommunicator(), tmp_path, record_every=100, validate_every=100)
     rows = rows_of(tmp_path)
     stacks = {row["update"]: row["stacks"][0] for row in rows}
@@ -31,10 +32,9 @@ def test_what_is_recorded(tmp_path):
     assert all(stack["measured"] or stack["event"] for n, stack in stacks.items() if n not in (1, UPDATES))
     assert 2 < len(rows) < UPDATES and not any("telling" in row for row in rows)
     for row, stack in zip(rows, stacks.values(), strict=True):
-        assert row["note"] == (stack["event"] or None)
         assert (row["state_residual"], row["adjoint_residual"]) == (stack["residual"], stack["adjoint_residual"])
-    (changed,) = {row["note"] for row in rows if row["note"] and row["update"] == 1}
-    assert changed in (tmp_path / "log.txt").read_text() and "levels of a stack" in (tmp_path / "log.txt").read_text()
+    said = (tmp_path / "log.txt").read_text()
+    assert stacks[1]["event"] in said and "levels of a stack" in said
 
 
 def test_the_best_validation_has_a_checkpoint(tmp_path):
