@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 
 import pytest
 import torch
