@@ -14,18 +14,22 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
+from pathlib import Path
 from statistics import mean
 
 import common
-from studies.mgopt.case import Case, train
+from studies.mgopt.case import changed, runs, train
+from studies.mgopt.parts import MGOptStudyOptions
 from studies.mgopt.rows import Point, at_goal, best, ratios, reached, speedup, spread
 from studies.rows import Row
 
+from xbraid_py.recipes.mgopt import MGOptRunOptions
 
-def run(case: Case) -> Row:
+
+def run(case: MGOptRunOptions, seed: int) -> Row:
     """One run as a row of the study."""
-    settings = asdict(case)
+    (settings,) = runs([case], [seed])
     return {"settings": settings, "result": train(settings)}
 
 
@@ -37,12 +41,12 @@ def quotient(base: dict[int, Point], other: dict[int, Point], field: str) -> flo
     return sum(base[seed][field] for seed in common_seeds) / sum(other[seed][field] for seed in common_seeds)
 
 
-def circles(base: Case, seeds: Sequence[int]) -> dict[str, float]:
+def circles(base: MGOptRunOptions, seeds: Sequence[int]) -> dict[str, float]:
     """One level against eight."""
     rows: dict[int, list[Row]] = {1: [], 8: []}
     for seed in seeds:
         for levels in rows:
-            rows[levels].append(run(replace(base, levels=levels, seed=seed)))
+            rows[levels].append(run(changed(base, {"mgopt.levels": levels}), seed))
     single, eight = (reached(each) for each in rows.values())
     print(f"circles, {base.num_layers} blocks, {len(seeds)} seeds")
     for levels, found in zip(rows, (single, eight), strict=True):
@@ -57,11 +61,12 @@ def circles(base: Case, seeds: Sequence[int]) -> dict[str, float]:
     }
 
 
-def depths(base: Case, blocks: Sequence[int], seeds: Sequence[int]) -> dict[str, float]:
+def depths(base: MGOptRunOptions, blocks: Sequence[int], seeds: Sequence[int]) -> dict[str, float]:
     """Cycles of six levels over depths."""
     means = []
     for num_layers in blocks:
-        found = reached([run(replace(base, levels=6, num_layers=num_layers, seed=seed)) for seed in seeds])
+        case = changed(base, {"num_layers": num_layers, "mgopt.levels": 6})
+        found = reached([run(case, seed) for seed in seeds])
         if len(found) < len(seeds):
             raise SystemExit(f"error: {num_layers} blocks: {len(found)} of {len(seeds)} runs have reached the goal")
         print(f"circles, 6 levels, {num_layers:5d} blocks: V-cycles {spread(found, 'cycle')}", flush=True)
@@ -69,15 +74,15 @@ def depths(base: Case, blocks: Sequence[int], seeds: Sequence[int]) -> dict[str,
     return {"depth_spread": max(means) / min(means) - 1.0}
 
 
-def mnist(base: Case, seeds: Sequence[int]) -> dict[str, float]:
+def mnist(base: MGOptRunOptions, seeds: Sequence[int]) -> dict[str, float]:
     """One level against eight, to the highest accuracy of the single one."""
     single: dict[int, Point] = {}
     eight: dict[int, Point] = {}
     for seed in seeds:
-        alone = run(replace(base, levels=1, seed=seed))
+        alone = run(changed(base, {"mgopt.levels": 1}), seed)
         goal = best(alone)
         single[seed] = at_goal(alone, goal)
-        other = run(replace(base, goal=goal, seed=seed))
+        other = run(replace(base, goal=goal), seed)
         eight |= reached([other])
         units = f"{eight[seed]['work']:.1f} with 8" if seed in eight else "not reached with 8"
         print(f"mnist, seed {seed}: {100 * goal:.2f} % in {single[seed]['work']:.1f} units with 1 level, {units}")
@@ -97,7 +102,7 @@ def main() -> None:
     parser.add_argument("--mnist_layers", type=int)
     parser.add_argument("--mnist_work", type=float, help="work units of the single level on MNIST")
     parser.add_argument("--mnist_samples", type=int, default=0, help="training images; 0 takes all")
-    parser.add_argument("--data_dir", default="", help="folder of MNIST's files")
+    parser.add_argument("--data_dir", type=Path, help="folder of MNIST's files")
     arguments = parser.parse_args()
     defaults = {
         "seeds": (10, 3),
@@ -110,13 +115,13 @@ def main() -> None:
     for name, (full, quick) in defaults.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, quick if arguments.quick else full)
-    base = Case(num_layers=arguments.num_layers, max_work=arguments.max_work)
-    digits = Case.mnist(arguments.mnist_layers, arguments.mnist_samples, arguments.mnist_work, arguments.data_dir)
+    names = ("num_layers", "max_work", "mnist_layers", "mnist_samples", "mnist_work", "data_dir")
+    bases = MGOptStudyOptions(**{name: getattr(arguments, name) for name in names}).bases
     seeds = range(arguments.seeds)
     # The one that may lack its files comes first.
-    figures = mnist(digits, range(arguments.mnist_seeds))
-    figures |= circles(base, seeds)
-    figures |= depths(base, arguments.blocks, seeds)
+    figures = mnist(bases.mnist, range(arguments.mnist_seeds))
+    figures |= circles(bases.circles, seeds)
+    figures |= depths(bases.circles, arguments.blocks, seeds)
     common.finish("mgopt", figures)
 
 

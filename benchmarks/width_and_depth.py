@@ -13,56 +13,71 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import asdict, replace
+from collections.abc import Iterable
 from statistics import median
 
 import common  # first: one thread
-from studies.mgopt.case import Case, train
+from studies.mgopt.case import PeaksOptions, changed, runs, train
+from studies.mgopt.parts import MOST
 
-from xbraid_py.comm.errors import RunError
-
-
-def finished(case: Case) -> dict | None:
-    """Where the run reached its goal; None if it did not."""
-    try:
-        found = train(asdict(case))
-    except RunError as error:
-        print(f"  rate {case.learning_rate:g}, seed {case.seed}: {error}")
-        return None
-    return found if found["reached"] else None
+from xbraid_py.comm.agreement import RunError
+from xbraid_py.multilevel.depth.mgopt import MGOptOptions
+from xbraid_py.problem.problem import DenseResNetOptions
 
 
-def tuned(case: Case, rates: tuple[float, ...], seeds: int) -> Case:
-    """The case with the rate that takes the least work on the seeds from 100 on."""
-    costs = {}
-    for rate in rates:
-        runs = [finished(replace(case, learning_rate=rate, seed=100 + seed)) for seed in range(seeds)]
-        costs[rate] = median(math.inf if run is None else run["work"] for run in runs)
-    return replace(case, learning_rate=min(costs, key=costs.__getitem__))
-
-
-def hierarchies(base: Case, levels: int) -> dict[str, Case]:
-    """By name: one level, depth alone, and width on more and more of the coarse levels."""
-    found = {"one level": replace(base, levels=1), "depth": replace(base, levels=levels)}
-    for narrow in range(1, levels):
-        for scaling in ("mean", "norms"):
-            found[f"narrow {narrow}, {scaling}"] = replace(base, levels=levels, narrow=narrow, scaling=scaling)
+def finished(case: PeaksOptions, seeds: Iterable[int]) -> list[dict | None]:
+    """Where the runs of some seeds reached their goal; None for one that did not."""
+    found = []
+    for settings in runs([case], seeds):
+        try:
+            result = train(settings)
+        except RunError as error:
+            print(f"  rate {rate_of(case):g}, seed {settings['seed']}: {error}")
+            result = {"reached": False}
+        found.append(result if result["reached"] else None)
     return found
 
 
-def compare(base: Case, levels: int, rates: tuple[float, ...], seeds: int, tuning_seeds: int) -> dict[str, float]:
+def rate_of(case: PeaksOptions) -> float:
+    """Its learning rate."""
+    return case.mgopt.optim.learning_rate[0]
+
+
+def tuned(case: PeaksOptions, rates: tuple[float, ...], seeds: int) -> PeaksOptions:
+    """The case with the rate that takes the least work on the seeds from 100 on."""
+    costs = {}
+    for rate in rates:
+        found = finished(changed(case, {"mgopt.optim.learning_rate": (rate,)}), range(100, 100 + seeds))
+        costs[rate] = median(math.inf if run is None else run["work"] for run in found)
+    return changed(case, {"mgopt.optim.learning_rate": (min(costs, key=costs.__getitem__),)})
+
+
+def hierarchies(base: PeaksOptions, levels: int) -> dict[str, PeaksOptions]:
+    """By name: one level, depth alone, and width on more and more of the coarse levels."""
+    deep = changed(base, {"mgopt.levels": levels})
+    found = {"one level": changed(base, {"mgopt.levels": 1}), "depth": deep}
+    for narrow in range(1, levels):
+        for scaling in ("mean", "norms"):
+            how = {"mgopt.narrow": narrow, "mgopt.scaling": scaling}
+            found[f"narrow {narrow}, {scaling}"] = changed(deep, how)
+    return found
+
+
+def compare(
+    base: PeaksOptions, levels: int, rates: tuple[float, ...], seeds: int, tuning_seeds: int
+) -> dict[str, float]:
     """The table, and ratios to one level."""
     work, seconds = {}, {}
     print("| hierarchy | rate | work units | seconds | reached |\n|---|---|---|---|---|")
     for name, case in hierarchies(base, levels).items():
         case = tuned(case, rates, tuning_seeds)
-        runs = [finished(replace(case, seed=seed)) for seed in range(seeds)]
-        work[name] = [math.inf if run is None else run["work"] for run in runs]
-        seconds[name] = [math.inf if run is None else run["seconds"] for run in runs]
+        ends = finished(case, range(seeds))
+        work[name] = [math.inf if run is None else run["work"] for run in ends]
+        seconds[name] = [math.inf if run is None else run["seconds"] for run in ends]
         units = f"{median(work[name]):.0f} ({min(work[name]):.0f} to {max(work[name]):.0f})"
-        reached = sum(run is not None for run in runs)
+        reached = sum(run is not None for run in ends)
         print(
-            f"| {name} | {case.learning_rate:g} | {units} | {median(seconds[name]):.2f} | {reached} of {seeds} |",
+            f"| {name} | {rate_of(case):g} | {units} | {median(seconds[name]):.2f} | {reached} of {seeds} |",
             flush=True,
         )
     figures = {}
@@ -98,16 +113,15 @@ def main() -> None:
     for name, (full, quick) in defaults.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, quick if arguments.quick else full)
-    base = Case(
-        problem="peaks",
-        width=arguments.width,
+    base = PeaksOptions(
+        network=DenseResNetOptions(width=arguments.width, T=5.0, activation="relu"),
         num_layers=arguments.num_layers,
         num_train=arguments.num_train,
         num_val=arguments.num_train // 2,
-        metric="L2",
-        beta=1e-5,
+        mgopt=MGOptOptions(levels=1, metric="L2"),
         goal=arguments.goal,
         max_work=arguments.max_work,
+        max_cycles=MOST,
     )
     rates = tuple(arguments.rates)
     common.finish("width_and_depth", compare(base, arguments.levels, rates, arguments.seeds, arguments.tuning_seeds))

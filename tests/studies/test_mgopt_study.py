@@ -2,33 +2,49 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
-import runpy
-from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
 from digit_files import write_digits
+from kinds import draw_nothing, program
 from processes import PROJECT
 from studies.mgopt import page
-from studies.mgopt.case import Case, train
-from studies.mgopt.parts import METHOD_PARTS, PARTS, Bases, competitors
-from studies.mgopt.rows import at_goal, best, groups, merit, reached, speedup, spread
+from studies.mgopt.case import PROBLEMS, changed, options_of, runs, train
+from studies.mgopt.parts import METHOD_PARTS, PARTS, MGOptStudyOptions, competitors
+from studies.mgopt.rows import at_goal, best, groups, merit, reached, speedup, spread, words
+from studies.study import key
+
+from xbraid_py.comm import SerialCommunicator
 
 DRIVER = PROJECT / "drivers" / "mgopt_study.py"
-TINY = Case(num_layers=128, num_train=60, num_val=40, max_work=6.0)
-BASES = Bases(TINY, replace(TINY, problem="peaks"), replace(TINY, problem="mnist"), (128, 256))
+TINY = {"num_layers": 128, "peaks_layers": 128, "mnist_layers": 128, "num_train": 60, "num_val": 40, "max_work": 6.0}
+STUDY = MGOptStudyOptions(blocks=(128, 256), **TINY)
+BASES = STUDY.bases
+SHORT = {
+    **{name: f"mgopt.{name}" for name in ("levels", "schedule", "restriction", "fine_moves", "coarse_moves")},
+    **{"carry": "mgopt.carry_momentum", "search": "mgopt.line_search", "keep": "mgopt.optim.keep"},
+}
+
+
+def settings(seed=0, problem="circles", **changes):
+    """Settings of a run; by default the 8-level method."""
+    listed = {f"mgopt.optim.{name}": (changes.pop(name),) for name in ("method", "learning_rate") if name in changes}
+    others = {SHORT.get(name, name): value for name, value in changes.items()}
+    (found,) = runs([changed(PROBLEMS[problem](), listed | others)], [seed])
+    return found
 
 
 def row(cycles, seed=0, accuracy=1.0, unit=5.0, **changes):
     """A run whose accuracy rises evenly to the given one in so many cycles, each `unit` work units and a second."""
     curve = [[k, unit * k, unit * k, 1.0 * k, 1.0, 0.5, accuracy * k / cycles] for k in range(cycles + 1)]
-    return {"settings": asdict(Case(seed=seed, **changes)), "result": {"curve": curve}}
+    return {"settings": settings(seed, **changes), "result": {"curve": curve}}
 
 
 def failure(**changes):
-    return {"settings": asdict(Case(**changes)), "failure": "the objective is nan"}
+    return {"settings": settings(**changes), "failure": "the objective is nan"}
 
 
 def lines_of(text, start):
@@ -51,6 +67,15 @@ def test_goals_and_speedups():
     assert speedup(reached(single), {}, "work") == "" and spread({}, "work") == ""
     assert spread(reached(eight), "cycle") == "5.3 ± 0.6"
     assert list(groups([*single, *eight], "seed")) == [(0,), (1,), (2,), (3,)]
+
+
+def test_settings_have_words_of_their_own():
+    found = words(settings(3, levels=4, method="adam", search=True))
+    wanted = {"levels": 4, "method": "adam", "learning_rate": 0.1, "search": True, "line_search": False, "seed": 3}
+    assert wanted.items() <= found.items()
+    given = settings(3, levels=4)
+    assert options_of(given).mgopt.levels == 4 and options_of(json.loads(json.dumps(given))) == options_of(given)
+    assert not given.keys() & {"out", "resume", "keep"}, "where a run is is none of its settings"
 
 
 def test_merit_prefers_goals_then_work_then_accuracy():
@@ -89,7 +114,7 @@ def test_steps_settings_transfers_and_moves(tmp_path):
         "table2": [row(6, schedule=schedule)],
         "hyper": [row(n, s, levels=v, learning_rate=r) for r, n in ((0.1, 10), (0.5, 14)) for s in (0, 1) for v in (1,)]
         + [row(4, s, levels=8, learning_rate=r) for r in (0.1, 0.5) for s in (0, 1)],
-        "transfers": [row(7, restriction="average"), failure(restriction="transpose", correction_search=True)],
+        "transfers": [row(7, restriction="average"), failure(restriction="transpose", search=True)],
         "ablation": [row(5, s, levels=8) for s in (0, 1)]
         + [row(5 + s, s, levels=8, fine_moves="ends", coarse_moves="ends") for s in (0, 1)],
     }
@@ -111,7 +136,7 @@ def test_accuracies_and_methods(tmp_path):
     parts = {"mnist": [single, eight], "sampling": [row(5, sampling="square")], "methods_peaks": peaks}
     parts["methods_circles"] = [row(50, method="adam", levels=1), row(5, method="adam", keep=False)]
     parts["methods_circles"].append(row(10, method="adam", carry=1.0))
-    parts["mnist_epochs"] = [row(27600, 0, 0.93, 1.0, levels=1, problem="mnist", goal=0.93, num_train=0)]
+    parts["mnist_epochs"] = [row(27600, 0, 0.93, 1.0, levels=1, problem="mnist", goal=0.93)]
     text = written(parts, tmp_path)
     assert "| 1 | 1 of 1 | 460.0 ± 0.0 | 460 | 1.00 (1.00 to 1.00) | 1.00 (1.00 to 1.00) |" in text
     # 50 % of 80 % after 63 of 100 cycles, of 90 % after 6 of 10.
@@ -130,13 +155,40 @@ def test_no_rows_make_a_page(tmp_path):
     assert "##" not in written({"table1": []}, tmp_path)
 
 
+@pytest.mark.parametrize("part", ["table1", "figure5", "table2", "hyper", "mnist"])
+def test_results_that_are_kept_make_their_tables(tmp_path, monkeypatch, kept, part):
+    draw_nothing(monkeypatch)
+    options = MGOptStudyOptions()
+    settings = runs(PARTS[part](options.bases), options.seeds_of(part))
+    _, title, *text = written({part: [kept[key(each)] for each in settings]}, tmp_path).split("\n\n")
+    whole = (KEPT / page.PAGE).read_text().split("\n\n")
+    first = whole.index(title)
+    assert [each.strip() for each in text] == [each.strip() for each in whole[first + 1 : first + 1 + len(text)]]
+
+
+KEPT = PROJECT / "benchmarks" / "results" / "mgopt"
+
+
+@pytest.fixture(scope="module")
+def kept():
+    """The results that are kept, by the key of their settings."""
+    with gzip.open(KEPT / "runs.jsonl.gz", "rt") as file:
+        return {key(each["settings"]): each for each in map(json.loads, file)}
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_every_part_is_of_different_runs_that_can_be_made(part):
     cases = list(PARTS[part](BASES))
     assert len(set(cases)) == len(cases) > 1
     assert part in page.SECTIONS
     for case in cases:
-        assert case.num_layers % 2 ** (case.options.steps().levels - 1) == 0
+        assert case.num_layers % 2 ** (case.mgopt.steps().levels - 1) == 0
+
+
+def test_validations_on_mnist_are_every_fifth_work_unit():
+    every = {each["mgopt"]["levels"]: each["validate_every"] for each in runs(PARTS["mnist"](BASES), [0])}
+    assert every == {1: 5, 2: 2, 4: 1, 6: 1, 8: 1}
+    assert {each["validate_every"] for each in runs(PARTS["table1"](BASES), [0])} == {1}
 
 
 @pytest.mark.parametrize("part", METHOD_PARTS)
@@ -144,34 +196,37 @@ def test_methods_compete_at_two_numbers_of_levels(part):
     found = competitors(BASES, part)
     assert part in page.SECTIONS and {levels for _, levels in found} == {1, 4 if "peaks" in part else 8}
     for (name, levels), (case, rates) in found.items():
-        assert case.levels == levels and case.options.optim.method == (name.split(",")[0].split(" ")[0],)
-        assert case.keep != name.endswith("anew") and (case.carry > 0) == name.endswith("carried")
-        assert (case.metric == "L2") == name.endswith("L2")
+        mgopt = case.mgopt
+        assert mgopt.levels == levels and mgopt.optim.method == (name.split(",")[0].split(" ")[0],)
+        assert mgopt.optim.keep != name.endswith("anew")
+        assert (mgopt.carry_momentum > 0) == name.endswith("carried")
+        assert (mgopt.metric == "L2") == name.endswith("L2") and mgopt.optim.line_search == name.startswith("lbfgs")
         assert len(set(rates)) == len(rates)
 
 
 @pytest.mark.parametrize("problem", ["circles", "peaks"])
 def test_a_run(problem):
-    found = train(asdict(replace(TINY, problem=problem, levels=4)))
+    case = changed(getattr(BASES, problem), {"mgopt.levels": 4})
+    found = train(*runs([case], [0]))
     assert [point[0] for point in found["curve"]] == [0, 1] and found["work"] == 5.0
     assert found["reached"] == (found["val_accuracy"] >= 1.0)
-    job = replace(TINY, problem=problem).job()
-    assert len(job.validation[1]) == 40 and job.training.objectives[0].features.shape == (2, 60)
+    training = case.training(SerialCommunicator())
+    assert len(training.validation[1]) == 40
+    assert training.method.objectives[0].features.shape == (2, 60 if problem == "circles" else 30)
 
 
 def test_learning_rates_are_tuned_on_other_seeds():
-    study = runpy.run_path(str(DRIVER))
-    options = study["SmokeOptions"](parts=("methods_circles",), seeds=2, tuning_seeds=2)
-    first = study["first_stage"](options)["methods_circles"]
+    options = MGOptStudyOptions(parts=("methods_circles",), seeds=2, tuning_seeds=2, **TINY)
+    first = options.first_stage({})["methods_circles"]
     assert {each["seed"] for each in first} == {100, 101}
     # The larger of two rates is the better one, but diverges on a seed.
     rows = {}
     for each in first:
-        diverges = each["learning_rate"] >= 0.5 and each["method"] != "lbfgs" and each["seed"] == 101
-        result = {"curve": [[1, 10 / each["learning_rate"], 0, 0, 0, 0, 1.0]]}
-        outcome = {"failure": "nan"} if diverges else {"result": result}
-        rows[study["key"](each)] = {"settings": each, **outcome}
-    second = study["second_stage"](options, rows)["methods_circles"]
+        chosen = words(each)
+        diverges = chosen["learning_rate"] >= 0.5 and chosen["method"] != "lbfgs" and each["seed"] == 101
+        result = {"curve": [[1, 10 / chosen["learning_rate"], 0, 0, 0, 0, 1.0]]}
+        rows[key(each)] = {"settings": each, **({"failure": "nan"} if diverges else {"result": result})}
+    second = [words(each) for each in options.second_stage(rows)["methods_circles"]]
     assert {each["seed"] for each in second} == {0, 1}
     assert {each["learning_rate"] for each in second if each["method"] == "gd"} == {0.2}
     assert {each["learning_rate"] for each in second if each["method"] == "adam"} == {0.1}
@@ -208,13 +263,12 @@ def test_the_driver_goes_on_where_it_was(run_job, tmp_path):
 )
 def test_wrong_options(changes, message):
     with pytest.raises(ValueError, match=message):
-        runpy.run_path(str(DRIVER))["Options"](**changes)
+        MGOptStudyOptions(**changes)
 
 
 def test_more_ranks_are_refused(tmp_path):
-    study = runpy.run_path(str(DRIVER))
     with pytest.raises(ValueError, match="^2 ranks: the study has workers of its own; start it without mpirun$"):
-        study["setup"](study["Options"](out=tmp_path), SimpleNamespace(size=2))
+        program("mgopt_study").setup(MGOptStudyOptions(out=tmp_path), SimpleNamespace(size=2))
 
 
 @pytest.mark.job

@@ -22,9 +22,8 @@ from xbraid_py.data.mnist import SCALINGS, columns
 from xbraid_py.layer_parallel.export import to_sequential
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.depth.mgopt import CycleRecord, LevelOptions, MGOpt, MGOptOptions
-from xbraid_py.problem.perceptron import PerceptronProblem, perceptron_weights
-from xbraid_py.problem.portions import Samples
-from xbraid_py.problem.problem import DenseResNetOptions
+from xbraid_py.problem.objective import Samples
+from xbraid_py.problem.problem import DenseResNetOptions, PerceptronProblem, perceptron_weights
 from xbraid_py.problem.regularization import Regularization
 from xbraid_py.run.engine import Row, State, Training
 from xbraid_py.run.resume import RunOptions, free
@@ -51,6 +50,8 @@ class MGOptRunOptions(RunOptions):
         Validation accuracy at which the run ends.
     max_cycles
         End after so many cycles, whatever the accuracy.
+    max_work
+        End after as many cycles as so many work units suffice for, if these are fewer.
     validate_every
         Cycles between two validations.
     checkpoint_every
@@ -71,6 +72,7 @@ class MGOptRunOptions(RunOptions):
     beta: float = 1e-4
     goal: float = free(1.0)
     max_cycles: int = free(300)
+    max_work: float | None = free(None)
     validate_every: int = free(1)
     data_dir: Path | None = free(None)
     network: DenseResNetOptions = DenseResNetOptions(width=3, T=1.0, activation="relu")
@@ -82,6 +84,8 @@ class MGOptRunOptions(RunOptions):
         for name in ("max_cycles", "validate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1; use 100")
+        if self.max_work is not None and not 0.0 < self.max_work < float("inf"):
+            raise ValueError(f"max_work={self.max_work} must be positive and finite; use 400")
         if not 0.0 < self.goal <= 1.0:
             raise ValueError(f"goal={self.goal} must be above 0 and at most 1; use 0.93")
         if not 0.0 <= self.beta < float("inf"):
@@ -233,7 +237,10 @@ class DepthTraining(Training):
         scale: float = 1.0,
     ):
         self.options, self.method, self.validation, self.batches = options, method, validation, batches
-        self.plane, self.total = plane, options.max_cycles
+        self.plane = plane
+        self.unit = method.schedule.work(options.mgopt.cycle, method.costs)  # work units of a cycle
+        cycles = options.max_cycles if options.max_work is None else int(options.max_work / self.unit)
+        self.total = max(1, min(options.max_cycles, cycles))
         method.x = perceptron_weights(method.network, options.seed, scale)
 
     def steps(self) -> Iterator[Row]:
@@ -284,8 +291,7 @@ class DepthTraining(Training):
         return row.get("val_accuracy") is not None and row["val_accuracy"] >= self.options.goal
 
     def describe(self) -> str:
-        work = self.method.schedule.work(self.options.mgopt.cycle, self.method.costs)
-        return f"{self.method.schedule}, {work:.2f} work units a cycle"
+        return f"{self.method.schedule}, {self.unit:.2f} work units a cycle"
 
     def draw(self, rows: list[Row], figures: Path) -> None:
         classes = mesh = None

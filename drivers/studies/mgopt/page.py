@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from studies.mgopt.rows import Point, best, groups, points, ratios, reached, speedup, spread
+from studies.mgopt.rows import Point, best, groups, points, ratios, reached, speedup, spread, words
 from studies.rows import Row, table, where
+from studies.study import PAGE
 from xbraid_py.recipes.pictures.curves import over_cycles
 
-PAGE = "study.md"
 # V-cycles and work units of table 1 by the number of levels, and of table 2 by the schedule. There the work of a cycle
 # of the first two rows is swapped in print.
 TABLE1 = {
@@ -49,6 +49,7 @@ def write(parts: Mapping[str, Sequence[Row]], out: Path) -> None:
         Rows of the runs of each part, as `studies.study.Study.run` yields them.
     out : Path
     """
+    parts = {name: [{**row, "settings": words(row["settings"])} for row in rows] for name, rows in parts.items()}
     failed = sum("failure" in row for rows in parts.values() for row in rows)
     said = [f"{sum(map(len, parts.values()))} runs in {len(parts)} parts, {failed} failed. ± is a standard deviation."]
     for name, rows in parts.items():
@@ -190,12 +191,12 @@ def _at_best(rows: Sequence[Row]) -> str:
 
 
 def _transfers(rows: Sequence[Row], figures: Path) -> list[str]:
-    names = ("levels", "restriction", "interpolation", "correction_search")
+    names = ("levels", "restriction", "interpolation", "search")
     lines = []
     for key, chosen in groups(rows, *names).items():
         found = reached(chosen)
         failed = sum("failure" in row for row in chosen)
-        cells = [f"{len(found)} of {len(chosen)}", f"{failed}", spread(found, "cycle"), spread(found, "counted")]
+        cells = [f"{len(found)} of {len(chosen)}", f"{failed}", spread(found, "cycle"), spread(found, "counted_work")]
         lines.append([f"{key[0]}", key[1], key[2], "yes" if key[3] else "no", *cells])
     head = ["levels", "restriction", "interpolation", "line search", "reached", "diverged", "V-cycles", "counted work"]
     return [table(head, lines)]
@@ -218,7 +219,7 @@ def _ablation(rows: Sequence[Row], figures: Path) -> list[str]:
 def _methods(rows: Sequence[Row], figures: Path) -> list[str]:
     problem = rows[0]["settings"]["problem"]
     goals, lines = (() if problem == "circles" else _GOALS[problem]), []
-    for how, chosen in groups(rows, "method", "metric", "keep", "carry").items():
+    for how, chosen in groups(rows, "method", "metric", "keep", "carry_momentum").items():
         base = where(chosen, levels=1) or where(rows, method=how[0], metric=how[1], levels=1)
         for (levels, rate), those in groups(chosen, "levels", "learning_rate").items():
             name = how[0] + ", L2" * (how[1] == "L2") + ", anew at every visit" * (not how[2])

@@ -1,19 +1,27 @@
 """Rows of the study of MG/OPT in depth: where runs reach a goal, and speed-ups seed by seed.
 
-A row has "settings", with a "seed" and a "goal", and a "result" with a "curve" of points (`CURVE`), or a "failure".
+A row has "settings" (`studies.mgopt.case.runs`), and a "result" with a "curve" of points (`CURVE`), or a "failure".
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import mean
+from typing import Any
 
 from studies.rows import Row
 from studies.statistics import Summary
 
 # What a point of a curve consists of.
-CURVE = ("cycle", "work", "counted", "seconds", "loss", "train_accuracy", "val_accuracy")
+CURVE = ("cycle", "work", "counted_work", "seconds", "loss", "train_accuracy", "val_accuracy")
 Point = dict[str, float]
+
+
+def words(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of all levels by their own names alone; "search" is the line search on the coarse correction."""
+    mgopt, optim = settings["mgopt"], settings["mgopt"]["optim"]
+    alone = {"method": optim["method"][0], "learning_rate": optim["learning_rate"][0], "search": mgopt["line_search"]}
+    return {**settings, **mgopt, **optim, **alone}
 
 
 def groups(rows: Sequence[Row], *names: str) -> dict[tuple, list[Row]]:
