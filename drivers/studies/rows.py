@@ -12,6 +12,22 @@ from typing import Any
 Row = dict[str, Any]
 
 
+def end_of(rows: Sequence[Row]) -> dict[str, Any]:
+    """What the rows of a nested iteration say at its end (`xbraid_py.run.engine.rows_of`)."""
+    last = rows[-1]
+    names = ("val_accuracy", "train_accuracy", "objective", "evaluations", "work", "seconds")
+    return {"updates": last["update"], **{name: last[name] for name in names}}
+
+
+def curve_of(rows: Iterable[Row]) -> list[list[float]]:
+    """The curve of a nested iteration: a point for each of its validations."""
+    validated = (row for row in rows if "val_accuracy" in row)
+    names = ("work", "seconds", "val_accuracy")
+    return [
+        [row["level"], row["num_layers"], row["update"], *(round(row[name], 4) for name in names)] for row in validated
+    ]
+
+
 def where(rows: Iterable[Row], **wanted: Any) -> list[Row]:
     """The rows with these settings."""
     return [row for row in rows if all(row["settings"].get(name) == value for name, value in wanted.items())]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
+from kinds import draw_nothing
 from processes import PROJECT
 from studies.nested import page
+from studies.nested.parts import NestedStudyOptions, options_of, train
+from studies.study import key
 
 DRIVER = PROJECT / "drivers" / "nested_study.py"
 
@@ -74,9 +78,36 @@ def test_a_part_of_the_study_has_a_page(tmp_path):
     assert (tmp_path / page.PAGE).read_text() == "0 runs, 0 failed.\n"
 
 
+def test_results_that_are_kept_make_their_page(tmp_path, monkeypatch):
+    """They are those of the study as it is by default."""
+    draw_nothing(monkeypatch)
+    kept = PROJECT / "benchmarks" / "results" / "nested"
+    with gzip.open(kept / "peaks_runs.jsonl.gz", "rt") as file:
+        rows = [json.loads(line) for line in file]
+    assert {key(each["settings"]) for each in rows} == {key(each) for each in NestedStudyOptions().settings()}
+    page.write(rows, tmp_path)
+    assert (tmp_path / page.PAGE).read_text() == (kept / "peaks.md").read_text()
+
+
+def test_every_change_is_another_run():
+    settings = NestedStudyOptions(parts=("figure3", "open", "interpolation", "iterations", "depth")).settings()
+    options = {(options_of(each), each["run"]) for each in settings}
+    assert len(options) == len(settings)
+
+
+def test_a_run():
+    options = NestedStudyOptions(num_layers=16, updates=(3, 2, 2), num_train=60, num_val=20, validate_every=2)
+    nested, alone = (train(each) for each in options.settings()[:2])
+    assert nested["updates"] == 7 and [point[:3] for point in nested["curve"]][-1] == [0, 16, 7]
+    assert [point[2] for point in nested["curve"]] == [0, 2, 4, 6, 7]
+    assert {point[1] for point in nested["curve"]} == {4, 8, 16} and {point[1] for point in alone["curve"]} == {16}
+    assert nested["val_accuracy"] == pytest.approx(nested["curve"][-1][5], abs=1e-4)
+    assert 0 <= nested["square_accuracy"] <= 1 and nested["work"] > 0
+
+
 @pytest.mark.job
 def test_the_driver_goes_on_where_it_was(run_job, tmp_path):
-    words = ["--smoke", "--parts=interpolation", "--inits=1", "--workers=2", f"--out={tmp_path}"]
+    words = ["--smoke", "--parts=interpolation", "--seeds=1", "--workers=2", f"--out={tmp_path}"]
     first = run_job([DRIVER, *words], timeout=150)
     assert first.returncode == 0, first.stderr
     rows = (tmp_path / "runs.jsonl").read_text()
@@ -86,15 +117,15 @@ def test_the_driver_goes_on_where_it_was(run_job, tmp_path):
     assert (tmp_path / "study.md").read_text().startswith("2 runs, 0 failed.")
 
 
-@pytest.mark.job
 @pytest.mark.parametrize(
-    ("ranks", "word", "message"),
+    ("changes", "message"),
     [
-        (1, "--parts=figure4", "parts=figure4 is none of figure3, defaults, open"),
-        (1, "--workers=0", "workers=0 must be at least 1"),
-        (2, "--smoke", "2 ranks: the study has workers of its own; start it without mpirun"),
+        ({"parts": ("figure4",)}, "^parts=figure4 is none of figure3, defaults, open"),
+        ({"workers": 0}, "^workers=0 must be at least 1; use 2$"),
+        ({"num_val": 0}, "^num_val=0 must be at least 1; use 2$"),
+        ({"num_layers": 30}, r"^num_layers=30 is not a multiple of 2\^refinements=4; use 28 or 32$"),
     ],
 )
-def test_wrong_options(run_job, tmp_path, ranks, word, message):
-    job = run_job([DRIVER, word, f"--out={tmp_path}"], ranks=ranks)
-    assert job.returncode == 2 and message in job.stderr
+def test_wrong_options(changes, message):
+    with pytest.raises(ValueError, match=message):
+        NestedStudyOptions(**changes)

@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 
 from studies.rows import Row, accuracies, accuracy_at, paired, table, where, work_unit
 from studies.statistics import Summary, deviation_ratio
+from studies.study import PAGE
 from xbraid_py.recipes.pictures.curves import accuracy_over_work
 from xbraid_py.recipes.pictures.style import RED, STATE, clean, save
 
-PAGE = "study.md"
 # The paper's figure 3: mean, median, largest, least, standard deviation, in per cent.
 PAPER = {
     (5, "nested"): (86.7, 88.0, 97.0, 66.0, 7.69),
