@@ -43,7 +43,10 @@ def over_mpi(config: pytest.Config) -> bool:
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "job: starts jobs with mpirun; left out unless asked for with -m job")
+    config.addinivalue_line(
+        "markers", "job: starts jobs, most of them with mpirun; left out unless asked for by -m job"
+    )
+    config.addinivalue_line("markers", "long: tells little more than shorter tests do; left to `make test-all`")
     config.addinivalue_line("markers", "ranks(*sizes): numbers of thread ranks of an `spmd` test; over MPI the least")
 
 
@@ -64,6 +67,12 @@ def pytest_unconfigure(config):
     # that leaves early, without running the tests, waits for nobody.
     if over_mpi(config) and config.stash.get(EXIT_STATUS, None) in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         world_once().barrier()
+
+
+def pytest_ignore_collect(collection_path, config):
+    # Every rank collects all files: not those of which none of its tests is run.
+    is_test = config.getoption("only_mpi") and collection_path.match("test_*.py")
+    return True if is_test and "spmd" not in collection_path.read_text() else None
 
 
 @pytest.hookimpl(tryfirst=True)

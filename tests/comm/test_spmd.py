@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 from processes import PROJECT, end_job, finish_job, job_environment, start_job
 
-pytestmark = pytest.mark.job
-
 TESTS = PROJECT / "tests"
 
 ONE_RANK_FAILS = """
@@ -41,7 +39,8 @@ def pytest_over_mpi(run_job, folder, source, *options):
     file = folder / "test_inner.py"
     file.write_text(source)
     args = ["-m", "mpi4py", "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", "--only-mpi", *options, file]
-    return run_job(args, ranks=3, env={"PYTHONPATH": f"{TESTS}{os.pathsep}{PROJECT}"}, cwd=folder)
+    paths = os.pathsep.join(map(str, (TESTS, TESTS / "helpers", PROJECT)))
+    return run_job(args, ranks=3, env={"PYTHONPATH": paths}, cwd=folder)
 
 
 def test_results_come_in_the_order_of_the_ranks(spmd):
@@ -65,6 +64,7 @@ def test_one_folder_for_all_ranks(spmd, shared_tmp_path):
     assert results == [[f"{rank}.txt" for rank in range(len(results))]] * len(results)
 
 
+@pytest.mark.job
 def test_a_failure_on_one_rank_ends_the_job(run_job, tmp_path):
     job = pytest_over_mpi(run_job, tmp_path, ONE_RANK_FAILS)
     assert job.returncode != 0
@@ -72,6 +72,7 @@ def test_a_failure_on_one_rank_ends_the_job(run_job, tmp_path):
     assert "ZeroDivisionError: on purpose" in job.stderr
 
 
+@pytest.mark.job
 def test_a_failure_outside_a_body_is_reported_in_full_by_rank_0(run_job, tmp_path):
     job = pytest_over_mpi(run_job, tmp_path, ALL_RANKS_FAIL)
     assert job.returncode != 0
@@ -89,6 +90,7 @@ def test_jobs_see_no_launcher(monkeypatch):
     assert environment["PATH"] == os.environ["PATH"]
 
 
+@pytest.mark.job
 def test_status_and_output_of_a_job(run_job):
     code = "import sys; print('out'); print('err', file=sys.stderr); sys.exit({})"
     one = run_job(["-c", code.format(2)])
@@ -99,6 +101,7 @@ def test_status_and_output_of_a_job(run_job):
     assert run_job(["-c", code.format(2)], ranks=3).returncode == 2
 
 
+@pytest.mark.job
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_job_past_its_time_ends_with_its_ranks(tmp_path, ranks):
     # Ranks that ignore the polite request, as one that sits in a library call does.
@@ -116,6 +119,7 @@ def test_a_job_past_its_time_ends_with_its_ranks(tmp_path, ranks):
         time.sleep(0.05)
 
 
+@pytest.mark.job
 def test_a_job_that_is_over_can_be_ended_again():
     job = start_job(["-c", "print('done')"])
     job.wait()
@@ -131,6 +135,7 @@ def runs(pid: int) -> bool:
         return False
 
 
+@pytest.mark.job
 def test_runs_tells_the_living_from_the_dead():
     job = start_job(["-c", "import time; time.sleep(100)"])
     assert runs(job.pid)
