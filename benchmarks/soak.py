@@ -23,7 +23,7 @@ from xbraid_py.recipes.classification_training import Training
 from xbraid_py.comm import Communicator, world
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions, Record
-from xbraid_py.multilevel.depth.nested_state import Snapshot
+from xbraid_py.multilevel.depth.state import Snapshot
 from xbraid_py.optim import OneShotOptions
 from xbraid_py.problem.network import InitialScales
 from xbraid_py.run.folder import claim

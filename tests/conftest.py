@@ -43,9 +43,7 @@ def over_mpi(config: pytest.Config) -> bool:
 
 
 def pytest_configure(config):
-    config.addinivalue_line(
-        "markers", "job: starts jobs, most of them with mpirun; left out unless asked for by -m job"
-    )
+    config.addinivalue_line("markers", "job: starts jobs, most with mpirun; left out unless asked for by -m job")
     config.addinivalue_line("markers", "long: tells little more than shorter tests do; left to `make test-all`")
     config.addinivalue_line("markers", "ranks(*sizes): numbers of thread ranks of an `spmd` test; over MPI the least")
 

@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.progress import track
 
 from xbraid_py.comm import Communicator
-from xbraid_py.comm.errors import RunError
-from xbraid_py.run.lock import take
+from xbraid_py.comm.agreement import RunError
+from xbraid_py.run.folder import take
 from xbraid_py.run.options import to_dict
 from xbraid_py.run.resume import RunOptions
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from xbraid_py.comm.staging import Staging, cuda_aware
+from xbraid_py.comm.mpi import Staging, cuda_aware
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 from test_process_grid import Batch, caught
 
-from xbraid_py.comm.replicas import ProcessGrid
-from xbraid_py.comm.share import broadcast_batch
+from xbraid_py.comm.replicas import ProcessGrid, broadcast_batch
 from xbraid_py.testing import run_threads
 
 

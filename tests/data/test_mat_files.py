@@ -11,8 +11,8 @@ from mat_writer import header, matrix, packed, values
 from scipy.io import savemat
 from scipy.sparse import csc_array
 
-from xbraid_py.data import mat_files
-from xbraid_py.data.mat_files import read_array
+from xbraid_py.data import indian_pines
+from xbraid_py.data.indian_pines import read_array
 
 ONE = matrix("<", "it", values((2, 3), "u2"), 4, 11)
 REFUSED = "{} is no MAT file of version 5 with arrays of real numbers, or damaged: "
@@ -35,7 +35,7 @@ def read(monkeypatch):
     """`read(content)` is the array of a file of it, without the file: damage is tried thousands of times."""
 
     def body(content):
-        monkeypatch.setattr(mat_files, "Path", lambda path: SimpleNamespace(read_bytes=lambda: bytes(content)))
+        monkeypatch.setattr(indian_pines, "Path", lambda path: SimpleNamespace(read_bytes=lambda: bytes(content)))
         return read_array("arrays.mat", "it")
 
     return body
@@ -136,7 +136,7 @@ def test_other_formats_are_refused(tmp_path, make):
 
 
 def test_compressed_data_that_would_not_fit_in_memory(write, monkeypatch):
-    monkeypatch.setattr(mat_files, "_LARGEST", 1000)
+    monkeypatch.setattr(indian_pines, "_LARGEST", 1000)
     path = write(header("<") + packed("<", matrix("<", "it", np.zeros((100, 100)), 9, 6)))
     with pytest.raises(ValueError, match="compressed data break off, or are more than 1000 bytes"):
         read_array(path, "it")

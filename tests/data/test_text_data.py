@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xbraid_py.data import grammar, text
+from xbraid_py.data import text
 
 TEXTS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=300)
 
@@ -140,22 +140,22 @@ def test_load_refuses(options, error, message):
 
 @given(seed=st.integers(0, 2**64), length=st.integers(1, 40_000), more=st.integers(0, 40_000))
 def test_generated_text_depends_on_the_seed_only(seed, length, more):
-    shorter, longer = grammar.generate(length, seed), grammar.generate(length + more, seed)
+    shorter, longer = text.generate(length, seed), text.generate(length + more, seed)
     assert len(shorter) == length and longer[:length] == shorter and len(longer) == length + more
 
 
 def test_other_seeds_give_other_texts():
-    assert len({grammar.generate(200, seed) for seed in range(20)}) == 20
+    assert len({text.generate(200, seed) for seed in range(20)}) == 20
     corpus = text.load("generated", 5000, seed=3)
-    assert corpus.text == grammar.generate(5000, 3) and corpus.entropy_rate == grammar.entropy_rate()
+    assert corpus.text == text.generate(5000, 3) and corpus.entropy_rate == text.entropy_rate()
 
 
 def test_grammar_is_a_chain_that_a_reader_can_follow():
-    for state, groups in grammar.GRAMMAR.items():
+    for state, groups in text.GRAMMAR.items():
         assert sum(share for _, _, share in groups) == pytest.approx(1, abs=1e-15)
         words = [word for group, _, _ in groups for word in group]
         assert not [(a, b) for k, a in enumerate(words) for j, b in enumerate(words) if j != k and b.startswith(a)]
-        assert all(after in grammar.GRAMMAR for _, after, _ in groups), state
+        assert all(after in text.GRAMMAR for _, after, _ in groups), state
 
 
 def conditional_entropy(contexts, characters):
@@ -166,20 +166,20 @@ def conditional_entropy(contexts, characters):
 
 @pytest.fixture(scope="module")
 def long_text():
-    return grammar.generate(400_000, seed=1)
+    return text.generate(400_000, seed=1)
 
 
 def test_entropy_rate_is_the_empirical_conditional_entropy(long_text):
     # What decides on the next character: the last word that is no article, adjective or noun (it tells a subject from
     # an object), the word before, and the beginning of the word itself. Nothing of the probabilities is used.
-    weak = {"the ", "a "}.union(*(words for words, _, _ in grammar.GRAMMAR["subject"]))
+    weak = {"the ", "a "}.union(*(words for words, _, _ in text.GRAMMAR["subject"]))
     contexts, strong, last = [], ".\n", ".\n"
     words = re.findall(r"\S+\s", long_text)
     for word in words:
         contexts += [(strong, last, word[:k]) for k in range(len(word))]
         last, strong = word, strong if word in weak else word
     entropy = conditional_entropy(contexts, "".join(words))
-    assert entropy == pytest.approx(grammar.entropy_rate(), rel=0.01)
+    assert entropy == pytest.approx(text.entropy_rate(), rel=0.01)
 
 
 def test_short_contexts_cannot_reach_the_entropy_rate(long_text):
@@ -188,7 +188,7 @@ def test_short_contexts_cannot_reach_the_entropy_rate(long_text):
         for k in (0, 1, 2, 4, 8)
     ]
     assert entropies == sorted(entropies, reverse=True)
-    assert entropies[-1] > 1.05 * grammar.entropy_rate()
+    assert entropies[-1] > 1.05 * text.entropy_rate()
 
 
 @given(TEXTS, st.floats(0.01, 0.99))

@@ -12,7 +12,7 @@ from studies.adaptive_depth import page
 from studies.study import RUNS, together
 
 from xbraid_py.comm import SerialCommunicator
-from xbraid_py.comm.errors import RunError
+from xbraid_py.comm.agreement import RunError
 
 DRIVER = PROJECT / "drivers" / "adaptive_depth.py"
 

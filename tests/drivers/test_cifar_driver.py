@@ -18,7 +18,7 @@ from xbraid_py import RunError
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.data.image_sets import load_split
 from xbraid_py.recipes import images
-from xbraid_py.recipes.pictures import epochs
+from xbraid_py.recipes.pictures import curves
 from xbraid_py.run.record import read
 from xbraid_py.run.store.read import CheckpointError, load
 
@@ -122,8 +122,8 @@ def test_the_network_of_a_checkpoint():
 
 def test_the_picture_of_a_run(monkeypatch, tmp_path):
     figures, rows = [], updates_of(finished("images"))
-    monkeypatch.setattr(epochs, "save", lambda figure, path: figures.append(figure))
-    epochs.over_epochs(rows, tmp_path / "epochs.png")
+    monkeypatch.setattr(curves, "save", lambda figure, path: figures.append(figure))
+    curves.over_epochs(rows, tmp_path / "epochs.png")
     left, right = figures[0].axes
     drawn = {each.get_label(): each.get_data() for each in (*left.lines, *right.lines)}
     assert list(drawn["loss"][1]) == [row["loss"] for row in rows]
@@ -131,7 +131,7 @@ def test_the_picture_of_a_run(monkeypatch, tmp_path):
     begins = [each.get_xdata()[0] for each in left.lines if each.get_label().startswith("_")]
     assert begins == [0, 2, 4] and [text.get_text() for text in left.texts] == ["1-2", "2-4", "4-8"]
     with pytest.raises(ValueError, match="^rows holds no epoch"):
-        epochs.over_epochs([], tmp_path / "epochs.png")
+        curves.over_epochs([], tmp_path / "epochs.png")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from xbraid_py.comm.errors import RunError
+from xbraid_py.comm.agreement import RunError
 
 
 def square(settings):

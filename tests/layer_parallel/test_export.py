@@ -292,7 +292,5 @@ def test_what_is_no_checkpoint_of_a_network_is_refused(tmp_path):
     save(
         other, SerialCommunicator(), {"weights/layers.weight": Shard(torch.zeros(2, 3, 3), 0, 2)}, {"configuration": {}}
     )
-    with pytest.raises(
-        ValueError, match="holds no dense network trained in depth; give a file of the checkpoints"
-    ):
+    with pytest.raises(ValueError, match="holds no dense network trained in depth; give a file of the checkpoints"):
         to_sequential(other)

@@ -9,8 +9,7 @@ from torch import nn
 
 from xbraid_py import MGRIT, DenseBlock, LayerParallel, RunError
 from xbraid_py.comm.replicas import ProcessGrid
-from xbraid_py.layer_parallel.minibatch.alike import check_alike
-from xbraid_py.layer_parallel.minibatch.updates import evaluate, train
+from xbraid_py.layer_parallel.minibatch.updates import check_alike, evaluate, train
 from xbraid_py.testing import run_threads
 
 CONVERGED = MGRIT(cycle="V", cfactor=2, max_iter=8, min_coarse=2)

@@ -13,8 +13,8 @@ from torch import nn
 
 from xbraid_py import LayerParallel, Splines, broadcast_loss, clip_grad_norm_, to_sequential
 from xbraid_py.comm import SerialCommunicator
-from xbraid_py.layer_parallel.minibatch.alike import check_alike
 from xbraid_py.layer_parallel.minibatch.state import MinibatchState
+from xbraid_py.layer_parallel.minibatch.updates import check_alike
 from xbraid_py.run.store.write import load, save
 
 RANKS = pytest.mark.ranks(1, 2, 3, 5)

@@ -12,8 +12,7 @@ from spline_cases import CASES, matrix, middles
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.partition import Partition
-from xbraid_py.layers.spline_weights import SplineLayers
-from xbraid_py.layers.splines import Splines
+from xbraid_py.layers.splines import SplineLayers, Splines
 from xbraid_py.mgrit.grid import LayerGrid
 
 
@@ -99,7 +98,7 @@ def test_sums_in_portions_are_the_same(monkeypatch):
     gradient = ref.random(40, 5, seed=3)
     layers = SplineLayers(splines, LayerGrid(40, 1.0), partition, SerialCommunicator())
     expected = layers.sums(gradient)
-    monkeypatch.setattr("xbraid_py.layers.spline_weights._AT_ONCE", 60)
+    monkeypatch.setattr("xbraid_py.layers.splines._AT_ONCE", 60)
     assert torch.equal(layers.sums(gradient), expected)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from xbraid_py.multilevel.width.layout import WidthLayout
+from xbraid_py.multilevel.width.transfer import WidthLayout
 
 
 def network() -> nn.Sequential:

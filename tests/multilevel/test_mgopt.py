@@ -7,12 +7,12 @@ import torch
 from mgopt_runs import EXACT, by_autograd, last, mgopt, pairwise, problem, split
 from small_runs import gathered
 
-from xbraid_py.comm.errors import RunError
+from xbraid_py.comm.agreement import RunError
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.depth.mgopt import LevelOptions, MGOpt, MGOptOptions
 from xbraid_py.optim import OneShot, OneShotOptions
 from xbraid_py.optim.levels import Point
-from xbraid_py.problem.perceptron import perceptron_weights
+from xbraid_py.problem.problem import perceptron_weights
 
 GD = LevelOptions(learning_rate=(0.3, 0.2, 0.1))
 ARMIJO = LevelOptions(method=("lbfgs",), learning_rate=(1.0,), line_search=True)

@@ -10,8 +10,10 @@ from mgopt_runs import EXACT, last, mgopt, points, problem
 
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.depth.mgopt import LevelOptions, MGOpt, MGOptOptions
-from xbraid_py.problem.perceptron import perceptron_weights
-from xbraid_py.problem.portions import PortionedObjective
+from xbraid_py.problem.objective import PortionedObjective
+from xbraid_py.problem.problem import perceptron_weights
+from xbraid_py.run.store.keep import CheckpointStore
+from xbraid_py.run.store.read import load
 
 OPTIONS = MGOptOptions(levels=3, optim=LevelOptions(learning_rate=(0.3, 0.2, 0.1)))
 SPLITS = {"even": (20, 20, 20), "uneven": (7, 30, 23)}
@@ -103,7 +105,7 @@ def test_algorithm_3_is_a_cycle_on_each_minibatch(method):
 @pytest.mark.parametrize("batches", [None, samples], ids=["all samples", "minibatches"])
 @pytest.mark.parametrize("full_multigrid", [0, 1])
 @pytest.mark.parametrize("stop", [0, 2])
-def test_a_run_goes_on_as_if_it_had_not_stopped(batches, full_multigrid, stop):
+def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path, batches, full_multigrid, stop):
     options = replace(OPTIONS, full_multigrid=full_multigrid)
 
     def run():
@@ -114,8 +116,11 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(batches, full_multigrid, stop):
     whole, first, second = run(), run(), run()
     expected = [replace(record, seconds=0.0) for record in whole.run(5, batches)]
     done = list(first.run(stop, batches))[-1]
-    second.x = first.x
-    rest = list(second.run(5, batches, done))
+    arrays, numbers = first.state()
+    path = CheckpointStore(tmp_path).save(first.network.comm, stop, arrays, {"state": numbers})
+    with load(path) as checkpoint:
+        second.load(checkpoint)
+    rest = list(second.run(5, batches))
     assert [replace(record, seconds=0.0, counted=0.0) for record in rest] == [
         replace(record, counted=0.0) for record in expected[stop + 1 :]
     ]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from objectives import Valleys, evaluation
 
-from xbraid_py.comm.errors import RunError
+from xbraid_py.comm.agreement import RunError
 from xbraid_py.optim import OneShot, OneShotOptions
 
 

@@ -10,7 +10,7 @@ from bad_input import BAD, make_inputs
 from kinds import KINDS, Kind, draw_nothing, run, updates_of
 
 from xbraid_py.comm import SerialCommunicator
-from xbraid_py.comm.errors import RunError
+from xbraid_py.comm.agreement import RunError
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.recipes import classification
 from xbraid_py.run.options import OptionError

@@ -30,8 +30,8 @@ BAD = {
     "nowhere": (
         ["--data_dir=/nowhere"],
         "/nowhere/Indian_pines_corrected.mat not found. It comes from https://doi.org/10.4231/R7RX991C (the corrected "
-        "scene, Indian_pines_corrected.mat and Indian_pines_gt.mat; ...--source tensorly). Name the folder of the files "
-        "with --data_dir ..., or the folder that holds indian_pines/ with the variable XBRAID_DATA; ...",
+        "scene, Indian_pines_corrected.mat and Indian_pines_gt.mat; ...--source tensorly). Name the folder of the "
+        "files with --data_dir ..., or the folder that holds indian_pines/ with the variable XBRAID_DATA; ...",
     ),
     "no_split": (
         ["--data_dir=FOLDER/plain", "--split=published"],

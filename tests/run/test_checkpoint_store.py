@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from xbraid_py.comm import SerialCommunicator
-from xbraid_py.comm.errors import RunError
+from xbraid_py.comm.agreement import RunError
 from xbraid_py.run.store import keep as checkpoint_store
 from xbraid_py.run.store.keep import CheckpointStore, Score, clear_rest, score_of
 from xbraid_py.run.store.write import Shard, file_name, load, newest_good, verify

@@ -14,7 +14,7 @@ import torch
 from kinds import KINDS, arrays_of, draw_nothing, finished, options_of, program, run, updates_of
 
 from xbraid_py.comm import SerialCommunicator
-from xbraid_py.comm.errors import RunError
+from xbraid_py.comm.agreement import RunError
 from xbraid_py.run import engine, signals, tensorboard
 from xbraid_py.run.record import read
 from xbraid_py.run.signals import Stopped

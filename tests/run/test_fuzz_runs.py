@@ -20,7 +20,7 @@ from runs_on_disk import make_run
 from xbraid_py.cli import main
 from xbraid_py.cli.reader import NoRun, read_run
 from xbraid_py.comm import SerialCommunicator
-from xbraid_py.comm.errors import RunError
+from xbraid_py.comm.agreement import RunError
 from xbraid_py.run import engine
 from xbraid_py.run import record as metrics
 from xbraid_py.run.folder import take

@@ -18,7 +18,7 @@ import os, sys, threading, warnings
 from dataclasses import dataclass
 import torch
 from xbraid_py.comm import launcher_rank
-from xbraid_py.comm.errors import RunError
+from xbraid_py.comm.agreement import RunError
 from xbraid_py.run.launch import launch
 
 @dataclass(frozen=True, kw_only=True)

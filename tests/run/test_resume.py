@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from xbraid_py.comm import SerialCommunicator
-from xbraid_py.comm.errors import RunError
+from xbraid_py.comm.agreement import RunError
 from xbraid_py.run.options import to_dict
 from xbraid_py.run.resume import RunOptions, find_start, flat, free, resumed_configuration
 from xbraid_py.run.store.keep import CheckpointStore

@@ -14,7 +14,7 @@ import yaml
 from processes import PROJECT, job_environment
 
 from xbraid_py.comm import SerialCommunicator
-from xbraid_py.comm.errors import RunError
+from xbraid_py.comm.agreement import RunError
 from xbraid_py.run import signals
 from xbraid_py.run.folder import LEFT, LOCK, claim, set_aside, take
 from xbraid_py.run.record import read

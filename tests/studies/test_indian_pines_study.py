@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import numpy as np
 import pytest
+from kinds import draw_nothing
 from processes import PROJECT
 from scenes import scene, write
 from studies.indian_pines import page
+from studies.indian_pines.runs import PinesStudyOptions
+from studies.study import key
+
+from xbraid_py.data import indian_pines
 
 DRIVER = PROJECT / "drivers" / "indian_pines_study.py"
 
@@ -49,6 +55,17 @@ def test_a_page_of_nothing(tmp_path):
     assert (tmp_path / page.PAGE).read_text() == "0 runs, 1 failed.\n"
 
 
+def test_results_that_are_kept_make_their_page(tmp_path, monkeypatch):
+    draw_nothing(monkeypatch)
+    kept = PROJECT / "benchmarks" / "results" / "nested"
+    with gzip.open(kept / "indian_pines_runs.jsonl.gz", "rt") as file:
+        rows = [json.loads(line) for line in file]
+    assert {key(each["settings"]) for each in rows} == {key(each) for each in PinesStudyOptions().settings()}
+    monkeypatch.setattr(page, "scene_map", lambda *_: None)  # without the scene
+    page.write(rows, tmp_path, indian_pines.names(16), np.zeros((145, 145), dtype=int))
+    assert (tmp_path / page.PAGE).read_text() == (kept / "indian_pines.md").read_text()
+
+
 @pytest.mark.job
 def test_the_driver_goes_on_where_it_was(run_job, tmp_path):
     write(tmp_path, *scene())
@@ -63,14 +80,15 @@ def test_the_driver_goes_on_where_it_was(run_job, tmp_path):
     assert again.returncode == 0 and (tmp_path / "out" / "runs.jsonl").read_text() == rows
 
 
-@pytest.mark.job
 @pytest.mark.parametrize(
-    ("word", "message"),
+    ("changes", "message"),
     [
-        ("--schedules=1,2", "schedules=[1, 2] must be updates on three levels"),
-        ("--seeds=0", "seeds=0 must be at least 1"),
+        ({"schedules": (1, 2)}, r"^schedules=\[1, 2\] must be updates on three levels; use 200,100,50$"),
+        ({"seeds": 0}, "^seeds=0 must be at least 1; use 2$"),
+        ({"validate_every": 0}, "^validate_every=0 must be at least 1; use 5$"),
+        ({"num_layers": 30}, "^num_layers=30 is not a multiple of"),
     ],
 )
-def test_wrong_options(run_job, tmp_path, word, message):
-    job = run_job([DRIVER, word, f"--out={tmp_path}"])
-    assert job.returncode == 2 and message in job.stderr
+def test_wrong_options(changes, message):
+    with pytest.raises(ValueError, match=message):
+        PinesStudyOptions(**changes)

@@ -12,7 +12,7 @@ from studies.statistics import Summary, deviation_ratio
 from studies.study import RUNS, Study, key
 from study_work import die, square
 
-from xbraid_py.comm.errors import RunError
+from xbraid_py.comm.agreement import RunError
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from xbraid_py.cli.arguments import command_parser, parse
 from xbraid_py.cli.reader import CHECKPOINTS, read_run
-from xbraid_py.cli.summary import printable
+from xbraid_py.cli.status import printable
 from xbraid_py.run.store.files import replacing
 
 if TYPE_CHECKING:

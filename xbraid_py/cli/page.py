@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from xbraid_py.cli.reader import Points, Run
-from xbraid_py.cli.summary import printable
+from xbraid_py.cli.status import printable
 from xbraid_py.cli.watch import uses_log
 
 _STYLE = """

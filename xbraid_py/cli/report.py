@@ -9,7 +9,7 @@ from typing import Any
 
 from xbraid_py.cli.arguments import command_parser, parse
 from xbraid_py.cli.reader import LOG, Run, read_run
-from xbraid_py.cli.summary import printable, progress, shown, summarize
+from xbraid_py.cli.status import printable, progress, shown, summarize
 from xbraid_py.run.options import flat, text
 from xbraid_py.run.record import number, scalars
 from xbraid_py.run.store.files import replacing

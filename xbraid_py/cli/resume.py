@@ -11,7 +11,7 @@ from pathlib import Path
 
 from xbraid_py.cli.arguments import command_parser, parse
 from xbraid_py.cli.reader import CONFIGURATION, Run, read_run
-from xbraid_py.cli.summary import printable, progress, summarize
+from xbraid_py.cli.status import printable, progress, summarize
 from xbraid_py.run.options import flat, text
 
 _EPILOG = (

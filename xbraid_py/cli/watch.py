@@ -14,8 +14,19 @@ from rich.text import Text
 
 from xbraid_py.cli.arguments import command_parser, parse
 from xbraid_py.cli.reader import Points, Run, RunReader
-from xbraid_py.cli.status import COLORS, check_stale, console
-from xbraid_py.cli.summary import OVER, STALE, Summary, duration, printable, progress, shown, summarize
+from xbraid_py.cli.status import (
+    COLORS,
+    OVER,
+    STALE,
+    Summary,
+    check_stale,
+    console,
+    duration,
+    printable,
+    progress,
+    shown,
+    summarize,
+)
 from xbraid_py.run.record import number, scalars
 
 # What is looked at first, by the ends of the names; three of them are drawn.

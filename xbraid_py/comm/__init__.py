@@ -6,8 +6,7 @@
 from xbraid_py.comm.base import Communicator, SerialCommunicator
 from xbraid_py.comm.launch import LaunchError, check_launcher, launcher_rank
 from xbraid_py.comm.mpi import MPICommunicator, as_communicator, world
-from xbraid_py.comm.replicas import ProcessGrid
-from xbraid_py.comm.share import broadcast_batch
+from xbraid_py.comm.replicas import ProcessGrid, broadcast_batch
 
 __all__ = [
     "Communicator",

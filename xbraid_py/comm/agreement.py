@@ -1,4 +1,4 @@
-"""What all ranks have to do or say alike, or fail together."""
+"""What all ranks have to do or say alike, or fail together, and the error with which they do."""
 
 from __future__ import annotations
 
@@ -39,3 +39,11 @@ def agree(comm: Communicator, key: Any, what: str) -> None:
     number = torch.tensor([int.from_bytes(digest, "little") >> 1], dtype=torch.int64)
     if len(set(comm.allgather(number, (1,) * comm.size).tolist())) > 1:
         comm.same(key, what)
+
+
+class RunError(RuntimeError):
+    """A run cannot go on, for a reason that is the same on every rank.
+
+    NaN in the loss, an exhausted line search, a checkpoint that cannot be written. All ranks raise it
+    together, so that `xbraid_py.run.launch` can end the job in order, with one message and exit status 1.
+    """

@@ -16,8 +16,7 @@ from xbraid_py.comm.agreement import together
 from xbraid_py.comm.partition import Partition
 from xbraid_py.layers.batch_norm import Moments
 from xbraid_py.layers.module_block import ModuleBlock, own_random_numbers
-from xbraid_py.layers.spline_weights import SplineLayers
-from xbraid_py.layers.splines import Splines
+from xbraid_py.layers.splines import SplineLayers, Splines
 from xbraid_py.mgrit.grid import LayerGrid
 
 

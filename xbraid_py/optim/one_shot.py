@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from xbraid_py.comm.errors import RunError
+from xbraid_py.comm.agreement import RunError
 from xbraid_py.optim.line_search import Armijo, FixedStep, Trial
 from xbraid_py.optim.objective import Evaluation, Objective
 from xbraid_py.optim.quasi_newton import QuasiNewton

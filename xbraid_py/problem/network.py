@@ -18,8 +18,7 @@ from xbraid_py.comm import Communicator, as_communicator
 from xbraid_py.comm.partition import Partition
 from xbraid_py.layers.dense import DenseLayer, ResidualSteps
 from xbraid_py.layers.parameters import Layout, Stack
-from xbraid_py.layers.spline_weights import SplineLayers
-from xbraid_py.layers.splines import Splines
+from xbraid_py.layers.splines import SplineLayers, Splines
 from xbraid_py.mgrit.grid import LayerGrid
 
 PREDICT_CHUNK = 1024  # samples that travel through the ranks together

@@ -348,7 +348,7 @@ class ImageTraining(Training):
 
     def draw(self, rows: list[Row], figures: Path) -> None:
         if rows:
-            from xbraid_py.recipes.pictures.epochs import over_epochs  # takes its time to load: on one rank only
+            from xbraid_py.recipes.pictures.curves import over_epochs  # takes its time to load: on one rank only
 
             over_epochs([row for row in rows if row["kind"] == "update"], figures / "epochs.png")
 

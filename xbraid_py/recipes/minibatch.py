@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.replicas import ProcessGrid
-from xbraid_py.layer_parallel.minibatch.alike import check_alike
 from xbraid_py.layer_parallel.minibatch.state import MinibatchState, check_weights, load_weights
-from xbraid_py.layer_parallel.minibatch.updates import Batch, train
+from xbraid_py.layer_parallel.minibatch.updates import Batch, check_alike, train
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.run import engine
 from xbraid_py.run.engine import Row, State, Training
@@ -146,7 +145,7 @@ class MinibatchTraining(Training):
 
     def draw(self, rows: list[Row], figures: Path) -> None:
         if rows:
-            from xbraid_py.recipes.pictures.minibatch import picture  # matplotlib takes its time to load
+            from xbraid_py.recipes.pictures.curves import picture  # matplotlib takes its time to load
 
             picture(rows, figures / "training.png")
 

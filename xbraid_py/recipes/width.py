@@ -22,8 +22,8 @@ from xbraid_py.data.pde_dataset import PdeDataset, Standardization
 from xbraid_py.data.pde_files import PdeSource
 from xbraid_py.data.poisson import Poisson
 from xbraid_py.multilevel.cycle.stochastic import Minibatches
-from xbraid_py.multilevel.width.layout import WidthLayout
 from xbraid_py.multilevel.width.training import WidthRecord, WidthTraining, WidthTrainingOptions, errors
+from xbraid_py.multilevel.width.transfer import WidthLayout
 from xbraid_py.recipes.width_networks import WidthNetwork
 from xbraid_py.run.engine import Row, State, Training, train
 from xbraid_py.run.options import from_dict
@@ -307,14 +307,14 @@ class WidthRun(Training):
         """Errors over work units, and the first validation sample if it is a field."""
         if not rows:
             return
-        from xbraid_py.recipes.pictures import width_curves  # matplotlib takes its time to load: on one rank only
+        from xbraid_py.recipes.pictures.curves import fields, over_work  # takes its time to load: on one rank only
 
         validated = [row for row in rows if row.get("val_l2") is not None]
-        width_curves.over_work({"": validated}, figures / "errors.png")
+        over_work({"": validated}, figures / "errors.png")
         exact, learned = self.predict(0)
         size = self.unseen[0].shape[-1]
         if exact.numel() == size * size:
-            width_curves.fields(exact.view(size, size), learned.view(size, size), figures / "sample.png")
+            fields(exact.view(size, size), learned.view(size, size), figures / "sample.png")
 
     def say(self, row: Row) -> str:
         return (

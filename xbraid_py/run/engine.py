@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from xbraid_py.comm import Communicator
-from xbraid_py.comm.errors import RunError
+from xbraid_py.comm.agreement import RunError
 from xbraid_py.run.folder import METRICS, RunFolder, claim, set_aside
 from xbraid_py.run.options import to_dict
 from xbraid_py.run.progress import Progress

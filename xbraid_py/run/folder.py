@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from xbraid_py.comm import Communicator
-from xbraid_py.comm.errors import RunError
+from xbraid_py.comm.agreement import RunError
 from xbraid_py.run.record import MetricsWriter
 from xbraid_py.run.signals import Stopped, stop_agreed
 from xbraid_py.run.status import RunStatus, mark_ended

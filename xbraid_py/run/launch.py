@@ -19,7 +19,7 @@ from typing import NoReturn, TypeVar
 import torch
 
 from xbraid_py.comm import Communicator, launcher_rank, world
-from xbraid_py.comm.errors import RunError
+from xbraid_py.comm.agreement import RunError
 from xbraid_py.run import signals
 from xbraid_py.run.folder import last_words
 from xbraid_py.run.options import OptionError, Presets, parse

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from xbraid_py.comm import Communicator
-from xbraid_py.comm.errors import RunError
+from xbraid_py.comm.agreement import RunError
 from xbraid_py.comm.partition import Partition
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.layers.image_resnet import ImageResNet, residual_norms, with_blocks

@@ -12,7 +12,7 @@ from studies.mgopt.rows import groups
 from studies.rows import Row, table, where
 from studies.study import PAGE
 from studies.width.rows import COUNTINGS, best, points, ratio, words
-from xbraid_py.recipes.pictures.width_curves import over_work
+from xbraid_py.recipes.pictures.curves import over_work
 
 # Best validation L2 and Linf, training L2 and Linf, by the number of levels or by eta; AUX: of the auxiliary network.
 _NONE = ("", "", "", "")

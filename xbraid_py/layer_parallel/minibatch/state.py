@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator
-from xbraid_py.comm.errors import RunError
+from xbraid_py.comm.agreement import RunError
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.layer_parallel.stack import LayerParallel
 from xbraid_py.layer_parallel.weights import StackedWeights

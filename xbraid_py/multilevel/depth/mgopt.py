@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from xbraid_py.comm.errors import RunError
+from xbraid_py.comm.agreement import RunError
 from xbraid_py.comm.partition import require_multiple
 from xbraid_py.multilevel.cycle.schedule import CYCLES, Schedule
 from xbraid_py.multilevel.cycle.vcycle import Damping, Transfer, VCycle
-from xbraid_py.multilevel.depth.arrays import shards, vectors_of
+from xbraid_py.multilevel.depth.state import shards, vectors_of
 from xbraid_py.multilevel.depth.transfer import INTERPOLATIONS, RESTRICTIONS, DepthTransfer, refuse_splines
 from xbraid_py.multilevel.width.matching import SCALINGS
 from xbraid_py.multilevel.width.state_width import ComposedTransfer, StateWidthTransfer
@@ -23,7 +23,7 @@ from xbraid_py.optim import Armijo, FixedStep, QuasiNewton
 from xbraid_py.optim.levels import GradientDescent, LevelOptimizer, Point, QuasiNewtonOptimizer, TorchOptimizer
 from xbraid_py.optim.objective import Evaluation, Objective
 from xbraid_py.problem.network import DenseResNet
-from xbraid_py.problem.portions import PortionedObjective, Samples
+from xbraid_py.problem.objective import PortionedObjective, Samples
 from xbraid_py.problem.problem import Problem
 from xbraid_py.problem.regularization import Regularization
 from xbraid_py.run.store.read import Checkpoint, no_state

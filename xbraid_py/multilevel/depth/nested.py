@@ -14,7 +14,7 @@ from xbraid_py.comm.partition import require_multiple
 from xbraid_py.layers.splines import Splines
 from xbraid_py.mgrit.grid import LayerGrid
 from xbraid_py.multilevel.depth.adaptive import AdaptiveOptions, layers_to_cut
-from xbraid_py.multilevel.depth.nested_state import Snapshot, arrays_of, check_numbers, read_snapshot
+from xbraid_py.multilevel.depth.state import Snapshot, arrays_of, check_numbers, read_snapshot
 from xbraid_py.multilevel.depth.transfer import prolong_depth
 from xbraid_py.optim import OneShot, OneShotOptions, Update
 from xbraid_py.optim.objective import Evaluation

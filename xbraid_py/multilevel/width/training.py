@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from xbraid_py.comm.errors import RunError
+from xbraid_py.comm.agreement import RunError
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.multilevel.cycle.stochastic import TAU, Loss, Minibatches, ModuleObjective, StochasticCycle
 from xbraid_py.multilevel.cycle.vcycle import Damping
-from xbraid_py.multilevel.width.layout import WidthLayout
 from xbraid_py.multilevel.width.matching import Matching
-from xbraid_py.multilevel.width.transfer import WidthOptions, WidthTransfer, match_layers, renewed
+from xbraid_py.multilevel.width.transfer import WidthLayout, WidthOptions, WidthTransfer, match_layers, renewed
 from xbraid_py.optim.levels import Point, TorchOptimizer
 from xbraid_py.run.store.read import Checkpoint, no_state
 from xbraid_py.run.store.write import Shard

@@ -6,13 +6,17 @@ I of the next layer's, whatever the entries of a convolution kernel or the posit
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from math import prod
 from typing import Self
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from xbraid_py.multilevel.width.layout import WidthLayout
 from xbraid_py.multilevel.width.matching import METHODS, SCALINGS, LayerMatrices, Matching, match_rows
 
 
@@ -236,3 +240,231 @@ def _put(layer, out: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     layer.weight(out).copy_(weight)
     if bias is not None:
         layer.bias(out).copy_(bias)
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_POOLS = tuple(
+    getattr(nn, f"{kind}Pool{d}d") for kind in ("Max", "Avg", "AdaptiveMax", "AdaptiveAvg") for d in (1, 2, 3)
+)
+# phi(a z) = a phi(z) for a > 0: a neuron's scale can move from its own weights to those of the next layer.
+_HOMOGENEOUS = (nn.ReLU, nn.LeakyReLU, nn.Identity)
+_OTHERS = (
+    *(nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.CELU, nn.SELU, nn.ReLU6, nn.Softplus, nn.Softsign),
+    *(nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.LogSigmoid, nn.Tanhshrink, nn.Softshrink, nn.Hardshrink),
+)
+
+
+@dataclass(frozen=True)
+class WeightLayer:
+    """A dense or convolutional layer within the flat vector.
+
+    Attributes
+    ----------
+    outputs, inputs, block : int
+        O, I, B.
+    has_bias : bool
+    offset : int
+        Where its weight begins; the bias follows.
+    inhomogeneous : str
+        The activation behind it that does not satisfy phi(a z) = a phi(z), "" if all do.
+    """
+
+    outputs: int
+    inputs: int
+    block: int
+    has_bias: bool
+    offset: int
+    inhomogeneous: str = ""
+
+    @property
+    def weight_size(self) -> int:
+        """Numbers of the weight."""
+        return self.outputs * self.inputs * self.block
+
+    @property
+    def size(self) -> int:
+        """Numbers of weight and bias."""
+        return self.weight_size + self.has_bias * self.outputs
+
+    def weight(self, x: Tensor) -> Tensor:
+        """View (O, I, B) of the weight in a flat vector."""
+        return x[self.offset : self.offset + self.weight_size].view(self.outputs, self.inputs, self.block)
+
+    def bias(self, x: Tensor) -> Tensor | None:
+        """View (O,) of the bias in a flat vector; None without one."""
+        return x[self.offset + self.weight_size : self.offset + self.size] if self.has_bias else None
+
+    def rows(self, x: Tensor, with_bias: bool = True) -> Tensor:
+        """What makes a neuron or channel: its weights (O, I B), and its bias in a last column."""
+        rows, bias = self.weight(x).flatten(1), self.bias(x)
+        return rows if bias is None or not with_bias else torch.cat([rows, bias[:, None]], 1)
+
+    def norms(self, x: Tensor, with_bias: bool = True) -> Tensor:
+        """Lengths (O,) of the rows, as float64."""
+        norms, bias = torch.linalg.vector_norm(self.weight(x), dim=(1, 2), dtype=torch.float64), self.bias(x)
+        return norms if bias is None or not with_bias else torch.hypot(norms, bias.double())
+
+
+@dataclass(frozen=True)
+class WidthLayout:
+    """The layers of a network, in the order of `network.parameters()`.
+
+    Attributes
+    ----------
+    layers : tuple of WeightLayer
+        All but the last one are hidden: their outputs can be made fewer.
+    names : tuple of str
+        Of the modules.
+    parts : tuple of nn.Module
+        The modules, those with weights without their numbers.
+    """
+
+    layers: tuple[WeightLayer, ...]
+    names: tuple[str, ...]
+    parts: tuple[nn.Module, ...]
+
+    @classmethod
+    def of(cls, network: nn.Sequential) -> WidthLayout:
+        """The layout of a network of dense and convolutional layers, activations, pooling and `Flatten`.
+
+        Raises
+        ------
+        ValueError
+            If a module is of another kind, mixes channels, or does not fit the one before it; it names the module.
+        """
+        if type(network) is not nn.Sequential:
+            raise ValueError(f"network={type(network).__name__} must be a torch.nn.Sequential; use nn.Sequential(...)")
+        reader = _Reader()
+        for number, part in enumerate(network):
+            reader.read(f"network[{number}]={type(part).__name__}", part)
+        if not reader.layers:
+            raise ValueError("network has no layer with weights; use nn.Sequential(nn.Linear(2, 4), nn.ReLU(), ...)")
+        layers = _placed(reader.layers)
+        if sum(p.numel() for p in network.parameters()) != sum(layer.size for layer in layers):
+            raise ValueError("network uses the same weights twice, must have them once; use a module for each layer")
+        names = [name for name, _ in network.named_modules(remove_duplicate=False) if name]
+        return cls(layers, tuple(names), tuple(reader.parts))
+
+    @property
+    def size(self) -> int:
+        """Length of the flat vector."""
+        return sum(layer.size for layer in self.layers)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Outputs of the hidden layers."""
+        return tuple(layer.outputs for layer in self.layers[:-1])
+
+    def check(self, x: Tensor) -> None:
+        """Raise ValueError unless x is a flat vector of this network."""
+        if x.shape != (self.size,):
+            raise ValueError(f"x has the shape {tuple(x.shape)}, must be flat and of this network; use ({self.size},)")
+
+    def narrowed(self, widths: Sequence[int]) -> WidthLayout:
+        """The same network with these outputs of the hidden layers; its inputs and outputs remain."""
+        outputs = (*widths, self.layers[-1].outputs)
+        inputs = (self.layers[0].inputs, *widths)
+        layers = [replace(layer, outputs=o, inputs=i) for layer, o, i in zip(self.layers, outputs, inputs, strict=True)]
+        return replace(self, layers=_placed(layers))
+
+    def module(self, x: Tensor) -> nn.Sequential:
+        """A network with a copy of the weights x, of its type and on its device."""
+        self.check(x)
+        layers = iter(self.layers)
+        parts = (
+            _unfilled(part, next(layers), x.dtype) if _has_weights(part) else copy.deepcopy(part) for part in self.parts
+        )
+        network = nn.Sequential(OrderedDict(zip(self.names, parts, strict=True))).to_empty(device=x.device)
+        self.load(network, x)
+        return network
+
+    def load(self, network: nn.Sequential, x: Tensor) -> None:
+        """Copy the weights x into a network of this layout."""
+        self.check(x)
+        parameters = list(network.parameters())
+        with torch.no_grad():
+            for parameter, values in zip(parameters, x.split([p.numel() for p in parameters]), strict=True):
+                parameter.copy_(values.view_as(parameter))
+
+    def vector(self, network: nn.Sequential) -> Tensor:
+        """The weights of a network of this layout as a flat vector."""
+        x = torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
+        self.check(x)
+        return x
+
+
+class _Reader:
+    """Reads the modules of a network one by one, and remembers what the next one depends on."""
+
+    def __init__(self):
+        self.layers: list[WeightLayer] = []
+        self.parts: list[nn.Module] = []
+        self.channels = True  # values still have positions: nothing was dense or flattened before
+        self.flattened = self.reshaped = False
+
+    def read(self, label: str, part: nn.Module) -> None:
+        kind = type(part)
+        if _has_weights(part):
+            self._read_layer(label, part)
+            part = _unfilled(part, self.layers[-1], torch.float32)
+        elif kind is nn.Flatten:
+            if (part.start_dim, part.end_dim) != (1, -1):
+                raise ValueError(f"{label} has start_dim={part.start_dim}, end_dim={part.end_dim}; use nn.Flatten()")
+            self.channels, self.flattened = False, self.flattened or self.channels
+        elif kind is nn.Unflatten:
+            self.reshaped = True
+        elif kind in _POOLS:
+            if not self.channels:
+                raise ValueError(f"{label} would pool neurons, must stand among convolutions; use it before Flatten")
+        elif kind in _OTHERS:
+            if self.layers:
+                self.layers[-1] = replace(self.layers[-1], inhomogeneous=kind.__name__)
+        elif kind not in _HOMOGENEOUS:
+            raise ValueError(
+                f"{label} is none of the modules of which neurons can be paired; use Linear, Conv1d to Conv3d, "
+                "activations without weights, pooling, Flatten and, at the end, Unflatten"
+            )
+        self.parts.append(part)
+
+    def _read_layer(self, label: str, part: nn.Module) -> None:
+        last = self.layers[-1] if self.layers else None
+        dense = isinstance(part, nn.Linear)
+        foreign = sorted({name for name, _ in part.named_parameters()} - {"weight", "bias"})
+        if foreign:
+            raise ValueError(f"{label} has the parameters {foreign}, must have weight and bias; use it without them")
+        if self.reshaped:
+            raise ValueError(f"{label} stands behind Unflatten, which must be at the end; use it without Unflatten")
+        if dense and last and self.channels:
+            raise ValueError(f"{label} acts on one axis of the channels before it; use nn.Flatten() in between")
+        if not dense and not self.channels:
+            raise ValueError(f"{label} stands behind a dense layer or Flatten; use convolutions first")
+        if not dense and part.groups != 1:
+            raise ValueError(f"{label} has groups={part.groups}, must have every channel in one; use groups=1")
+        inputs, block = (part.in_features, 1) if dense else (part.in_channels, prod(part.kernel_size))
+        if last and dense and self.flattened and inputs % last.outputs == 0:
+            inputs, block = last.outputs, inputs // last.outputs
+        if last and inputs != last.outputs:
+            raise ValueError(f"{label} takes {inputs} inputs, must fit {last.outputs} outputs before it; use these")
+        outputs = part.out_features if dense else part.out_channels
+        self.layers.append(WeightLayer(outputs, inputs, block, part.bias is not None, 0))
+        self.channels, self.flattened = not dense, False
+
+
+def _has_weights(part: nn.Module) -> bool:
+    return type(part) is nn.Linear or type(part) in _CONVOLUTIONS
+
+
+def _placed(layers: Sequence[WeightLayer]) -> tuple[WeightLayer, ...]:
+    """The layers one behind the other in the flat vector."""
+    offsets = accumulate((layer.size for layer in layers), initial=0)
+    return tuple(replace(layer, offset=offset) for layer, offset in zip(layers, offsets, strict=False))
+
+
+def _unfilled(part: nn.Module, layer: WeightLayer, dtype: torch.dtype) -> nn.Module:
+    """A module as `part`, with the numbers of outputs and inputs of `layer` and no memory for its weights."""
+    kept = {"bias": layer.has_bias, "dtype": dtype, "device": "meta"}
+    if isinstance(part, nn.Linear):
+        return nn.Linear(layer.inputs * layer.block, layer.outputs, **kept)
+    for option in ("kernel_size", "stride", "padding", "dilation", "padding_mode"):
+        kept[option] = getattr(part, option)
+    return type(part)(layer.inputs, layer.outputs, **kept)

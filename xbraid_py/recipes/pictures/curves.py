@@ -1,9 +1,11 @@
-"""Curves of a run: accuracy over work, objective and residuals over updates."""
+"""Curves of runs of every kind: accuracies, errors, objectives and residuals over updates, work and time."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -226,4 +228,197 @@ def over_cycles(runs: Mapping[str, Sequence[dict]], path: str | os.PathLike, ove
     right.set(ylabel="validation accuracy, % (dashed)", ylim=(None, 101))
     right.spines["top"].set_visible(False)
     left.legend(frameon=False, fontsize="small", loc="center right")
+    save(figure, path)
+
+
+def picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Loss and validations over the updates, and below them the estimated error of the gradients, as a PNG.
+
+    Parameters
+    ----------
+    rows : sequence of mapping
+        A record, as `xbraid_py.run.record.read` gives it.
+    path : Path
+        The file; its folder is made if there is none.
+    """
+    from matplotlib.figure import Figure  # takes its time to load: on one rank only
+
+    updates = [row for row in rows if row["kind"] == "update"]
+    at = [row["update"] for row in updates]
+    figure = Figure(figsize=(7.0, 5.4), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    upper.plot(at, [row["loss"] for row in updates], color="#0072b2", linewidth=0.9, label="loss of a minibatch")
+    upper.set(ylabel="loss", yscale="log")
+    for name, title, color in (("val_accuracy", "accuracy", "#c1272d"), ("val_loss", "loss", "#009e73")):
+        points = [(row["update"], row[name]) for row in updates if row.get(name) is not None]
+        if not points:
+            continue
+        # Losses share the axis of the loss; accuracies have their own on the right.
+        axes = upper if title == "loss" else upper.twinx()
+        axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4, label=f"validation {title}")
+        if axes is not upper:
+            axes.set_ylabel(f"validation {title}", color=color)
+            axes.set_ylim(top=1.0)
+    upper.legend(loc="upper right", frameon=False)
+    solved = [(row["update"], stack) for row in updates for stack in row["stacks"]]
+    for measured, marker, label in ((False, ".", "estimated"), (True, "o", "measured")):
+        points = [(n, s["gradient_error"]) for n, s in solved if s["measured"] is measured and s["gradient_error"]]
+        if points:
+            lower.plot(*zip(*points, strict=True), marker, color="#e69f00" if measured else "0.5", label=label)
+            lower.set_yscale("log")
+    if lower.lines:
+        lower.legend(loc="upper right", frameon=False)
+    lower.set(xlabel="update", ylabel="gradient error")
+    for axes in (upper, lower):
+        axes.grid(color="0.9", linewidth=0.7)
+        axes.spines["top"].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, format="png")
+
+
+_CURVES = (
+    ("loss", "loss", STATE, "-", 1),
+    ("val_loss", "validation loss", RED, "-", 1),
+    ("train_error", "error", STATE, ":", 100),
+    ("val_error", "validation error", RED, ":", 100),
+)
+
+
+def over_epochs(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
+    """Picture of losses (solid lines, left axis) and shares of wrong answers (dotted lines, right axis) over epochs.
+
+    Vertical lines are where cycles begin, with the blocks of their networks.
+
+    Parameters
+    ----------
+    rows : sequence of mapping
+        Updates of a run, with "epoch", "cycle", "blocks", and as far as they have them the numbers of the curves:
+        "loss", "train_error", "val_loss", "val_error".
+    path : path-like
+        The PNG to write, its folder included.
+
+    Raises
+    ------
+    ValueError
+        If there is no row.
+    """
+    if not rows:
+        raise ValueError("rows holds no epoch; a picture needs at least one")
+    figure = Figure(figsize=(6.0, 3.8), layout="constrained")
+    left = figure.subplots()
+    right = left.twinx()
+    for name, label, color, style, factor in _CURVES:
+        axes = right if name.endswith("error") else left
+        points = [(row["epoch"], factor * row[name]) for row in rows if row.get(name) is not None]
+        if points:
+            line(axes, points, color, label)
+            axes.lines[-1].set_linestyle(style)
+    begins = [rows[0], *(row for before, row in zip(rows, rows[1:], strict=False) if row["cycle"] != before["cycle"])]
+    for row in begins:
+        left.axvline(row["epoch"] - 1, color=GRAY, linewidth=0.7, linestyle="--")
+        blocks = "-".join(map(str, row["blocks"]))
+        left.annotate(blocks, (row["epoch"] - 1, 1.0), xycoords=("data", "axes fraction"), color=GRAY, va="bottom")
+    clean(left, "epochs")
+    left.xaxis.get_major_locator().set_params(integer=True)
+    left.set_ylabel("loss (solid)")
+    right.set(ylabel="error, % (dotted)", ylim=(0, None))
+    right.spines["top"].set_visible(False)
+    lines = [*left.lines, *right.lines]
+    named = {each.get_label(): each for each in lines if not str(each.get_label()).startswith("_")}
+    right.legend(named.values(), named.keys(), fontsize="x-small")  # the axes that are drawn last
+    save(figure, path)
+
+
+_PANELS = (("l2", "L2: mean square error"), ("linf", "L∞: largest error"))
+
+
+def over_work(
+    runs: Mapping[str, Sequence[dict]],
+    path: str | os.PathLike,
+    over: str = "work",
+    lines: Sequence[tuple[str, str, str]] = (("val", "-", "validation"), ("train", ":", "training")),
+    window: int = 1,
+) -> None:
+    """Picture of the errors L2 (left) and Linf (right) over work units.
+
+    Parameters
+    ----------
+    runs : mapping of str to sequence of dict
+        Rows of each run by its name for the legend, with errors such as `val_l2` and `train_linf`.
+    path : path-like
+        The PNG to write, its folder included.
+    over : str
+        Field of the horizontal axis: work, work_without_tau or counted_work.
+    lines : sequence of (samples, style, name)
+        Which errors, such as `("aux_val", "--", "auxiliary")`; those of which all values are None are left out.
+    window : int
+        Points of the moving mean.
+
+    Raises
+    ------
+    ValueError
+        If there is no run.
+    """
+    if not runs:
+        raise ValueError("runs holds no run; pictures need at least one")
+    entries = len(runs) * len(lines)
+    figure = Figure(figsize=(9.0, 3.4 + 0.09 * entries), layout="constrained")
+    shades = colormaps["viridis"](np.linspace(0.0, 0.85, len(runs)))
+    for axes, (norm, title) in zip(figure.subplots(1, 2), _PANELS, strict=True):
+        for (name, rows), color in zip(runs.items(), shades, strict=True):
+            for samples, style, kind in lines:
+                known = [(row[over], row[f"{samples}_{norm}"]) for row in rows if row[f"{samples}_{norm}"] is not None]
+                if known:
+                    work, values = zip(*known, strict=True)
+                    line(axes, list(zip(work, smoothed(values, window), strict=True)), color, f"{name} {kind}".strip())
+                    axes.lines[-1].set_linestyle(style)
+        clean(axes, "work units" + " without tau" * (over == "work_without_tau"))
+        axes.set_yscale("log")
+        axes.set_title(title, fontsize="medium")
+    # Below the panels: in them there is no room for many long names.
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", frameon=False, fontsize="x-small", ncols=2)
+    save(figure, path)
+
+
+def smoothed(values: Sequence[float], window: int) -> list[float]:
+    """The mean of each value and up to `window` - 1 before it."""
+    sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=float))])
+    ends = np.arange(1, len(sums))
+    starts = np.maximum(ends - window, 0)
+    return ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
+
+
+def fields(exact, learned, path: str | os.PathLike) -> None:
+    """Picture of a solution on a square, of what a network makes of it, and of the difference.
+
+    Parameters
+    ----------
+    exact, learned : array_like, shape (n, n)
+        Rows are y, columns x.
+    path : path-like
+        The PNG to write, its folder included.
+
+    Raises
+    ------
+    ValueError
+        If they are not square and of one shape.
+    """
+    exact, learned = np.asarray(exact, dtype=float), np.asarray(learned, dtype=float)
+    if exact.ndim != 2 or exact.shape[0] != exact.shape[1] or exact.shape != learned.shape:
+        raise ValueError(
+            f"exact.shape={exact.shape} and learned.shape={learned.shape} must be square and the same; use (32, 32)"
+        )
+    figure = Figure(figsize=(9.6, 3.2), layout="constrained")
+    low, high = min(exact.min(), learned.min()), max(exact.max(), learned.max())
+    largest = float(np.abs(learned - exact).max()) or 1.0
+    panels = (
+        (exact, "exact", {"vmin": low, "vmax": high, "cmap": "viridis"}),
+        (learned, "learned", {"vmin": low, "vmax": high, "cmap": "viridis"}),
+        (learned - exact, "difference", {"vmin": -largest, "vmax": largest, "cmap": "RdBu_r"}),
+    )
+    for axes, (values, title, look) in zip(figure.subplots(1, 3), panels, strict=True):
+        image = axes.imshow(values, origin="lower", extent=(0, 1, 0, 1), **look)
+        axes.set(title=title, xlabel="x", xticks=(0, 1), yticks=(0, 1))
+        figure.colorbar(image, ax=axes, shrink=0.85)
     save(figure, path)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from xbraid_py.comm import Communicator
-from xbraid_py.comm.errors import RunError
+from xbraid_py.comm.agreement import RunError
 from xbraid_py.run.store.files import publish
 from xbraid_py.run.store.read import BEST, CheckpointError, file_name, load, newest_good, numbered, verify
 from xbraid_py.run.store.write import Shard, save

@@ -1,0 +1,110 @@
+"""The study of nested iteration on Indian Pines: its options, its runs, and how one is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from indian_pines import Options as PinesOptions
+
+from studies.rows import curve_of, end_of
+from studies.study import Settings, StudyOptions
+from xbraid_py.comm import as_communicator
+from xbraid_py.data import indian_pines
+from xbraid_py.mgrit import MGRIT
+from xbraid_py.multilevel.depth.nested import NestedOptions
+from xbraid_py.recipes.classification import NestedTraining, Scores
+from xbraid_py.run.engine import rows_of
+
+# Options that every run has as they are.
+NAMES = ("source", "num_train", "num_layers", "width", "dtype", "validate_every")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PinesStudyOptions(StudyOptions):
+    """The study.
+
+    Parameters
+    ----------
+    data_dir, source, num_train, dtype, validate_every
+        As of drivers/indian_pines.py.
+    num_layers
+        Of the finest network.
+    width
+        Channels.
+    schedules
+        Updates on the three levels, one schedule after the other.
+    """
+
+    out: Path = Path("runs/indian_pines_study")
+    data_dir: Path | None = None
+    source: Literal["auto", "files", "tensorly"] = "auto"
+    num_train: int = 1000
+    num_layers: int = 128
+    width: int = 220
+    schedules: tuple[int, ...] = (200, 100, 50, 200, 200, 200)
+    dtype: Literal["float64", "float32"] = "float32"
+    validate_every: int = 10
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.schedules or len(self.schedules) % 3:
+            raise ValueError(f"schedules={list(self.schedules)} must be updates on three levels; use 200,100,50")
+        for settings in self.settings():
+            options_of(settings)
+
+    def settings(self) -> list[Settings]:
+        """All runs: of every seed in turn, the longest first."""
+        schedules = [list(self.schedules[k : k + 3]) for k in range(0, len(self.schedules), 3)]
+        common = {name: getattr(self, name) for name in NAMES}
+        common |= {"data_dir": None if self.data_dir is None else str(self.data_dir)}
+        runs = [{"run": "non-nested", "updates": max(schedules, key=sum)}]
+        runs += [{"run": "nested", "updates": updates} for updates in sorted(schedules, key=sum, reverse=True)]
+        return [{**run, **common, "seed": seed} for seed in range(self.seeds) for run in runs]
+
+    def scene(self) -> indian_pines.Scene:
+        """The pixels of the runs of one seed."""
+        return indian_pines.load(self.data_dir, source=self.source, num_train=self.num_train)
+
+
+def options_of(settings: Settings) -> PinesOptions:
+    """The options of the job that the settings of a run stand for. Serial propagation: converged runs are the same."""
+    folder: str | None = settings["data_dir"]
+    updates: Sequence[int] = settings["updates"]
+    names = ("source", "num_train", "num_layers", "dtype", "validate_every", "seed")
+    return PinesOptions(
+        data_dir=folder and Path(folder),
+        network=replace(PinesOptions.network, width=settings["width"]),
+        nested=NestedOptions(updates=tuple(updates)),
+        mgrit=MGRIT(max_levels=1),
+        **{name: settings[name] for name in names},
+    )
+
+
+def train(settings: Settings) -> dict:
+    """One run in memory: its accuracies, and the curve of its validations."""
+    options = options_of(settings)
+    scene = indian_pines.load(
+        options.data_dir,
+        source=options.source,
+        num_train=options.num_train,
+        seed=options.seed,
+        dtype=options.torch_dtype,
+    )
+    nested = options.nested if settings["run"] == "nested" else options.nested.non_nested()
+    problem = options.problem(scene.train, as_communicator(None))
+    training = NestedTraining(options, problem, scene.validation, nested=nested)
+    rows = list(rows_of(training))
+    network, weights = training.method.network, training.method.weights
+    predicted = network.predict(weights, scene.validation.features)
+    classes = network.predict(weights, scene.pixels)
+    return {
+        **end_of(rows),
+        "scores": Scores.of(predicted, scene.validation.labels, scene.train.num_classes).as_dict(),
+        # Of the first seed, for the picture.
+        "classes": classes.to(torch.uint8).tolist() if settings["seed"] == 0 else None,
+        "curve": curve_of(rows),
+    }
