@@ -45,10 +45,9 @@ keep_freed_memory()
 # needs no torch.
 _HOMES = {
     "comm": ("Communicator", "LaunchError", "as_communicator"),
-    "comm.errors": ("RunError",),
+    "comm.agreement": ("RunError",),
     "comm.partition": ("Partition",),
-    "comm.replicas": ("ProcessGrid",),
-    "comm.share": ("broadcast_batch",),
+    "comm.replicas": ("ProcessGrid", "broadcast_batch"),
     "layer_parallel": (
         *(
             "GradientControl",
