@@ -1,4 +1,4 @@
-# The two commands of the README, `make peaks` and `make test`, and little more.
+# The commands of the README, `make peaks` and `make test`, and little more.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -29,20 +29,43 @@ ifneq ($(wildcard ../shared/data),)
 export XBRAID_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: peaks test slurm faults lint clean env
+# Compiled files are kept, whatever the environment says: every rank of every job loads them.
+unexport PYTHONDONTWRITEBYTECODE
+
+PYTEST = $(PY) -m pytest -q
+# $(call over_mpi,RANKS,WHAT): a failure on one rank ends all of them, which running under `-m mpi4py` adds.
+over_mpi = $(MPIRUN) -n $(1) $(PY) -m mpi4py -m pytest -q --only-mpi -p no:cacheprovider $(2)
+WHOLE_RUNS = drivers studies recipes cli run/test_engine.py
+
+.PHONY: peaks check test test-all slurm faults lint clean env
 
 peaks: env
 	$(MPIRUN) -n $(RANKS) $(PY) drivers/peaks.py $(ARGS)
 
-# First what needs no launcher, then the tests that start jobs themselves, then the same bodies over MPI.
-# A failure on one rank ends all of them: that is what running under `-m mpi4py` adds.
+# What needs no launcher, but for whole runs: `make test` has those too, and more thread ranks.
+check: env
+	$(PYTEST) -n 2 --dist worksteal --few-ranks $(WHOLE_RUNS:%=--ignore=tests/%)
+	@echo "Left to make test: jobs, MPI, more numbers of thread ranks, whole runs: $(WHOLE_RUNS:%=tests/%)."
+
+# First what needs no launcher, then the tests that start jobs themselves, then the same bodies over MPI: on 2 and 5
+# ranks those of messages and files, the rest ran on as many threads.
 test: env
-	$(PY) -m pytest -q -n 2 --dist worksteal
-	$(PY) -m pytest -q -m job -n 2 --dist loadfile
-	@set -e; for ranks in 2 3 5; do \
-	  echo "$(MPIRUN) -n $$ranks $(PY) -m mpi4py -m pytest -q --only-mpi"; \
-	  $(MPIRUN) -n $$ranks $(PY) -m mpi4py -m pytest -q --only-mpi -p no:cacheprovider; \
-	done
+	$(PYTEST) -n 2 --dist worksteal
+	$(PYTEST) -n 2 --dist loadfile -m "job and not long"
+	$(call over_mpi,3)
+	$(call over_mpi,2,tests/comm tests/run)
+	$(call over_mpi,5,tests/comm tests/run)
+	@echo "Left to make test-all: tests marked long, all bodies over MPI on 2 and 5 ranks, a new python for every job."
+
+# All there is but `make faults` and `make slurm`.
+test-all: export XBRAID_FRESH_JOBS = 1
+test-all: env
+	$(PYTEST) -n 2 --dist worksteal -m "not job"
+	$(PYTEST) -n 2 --dist loadfile -m job
+	$(call over_mpi,2,-m "not job")
+	$(call over_mpi,3,-m "not job")
+	$(call over_mpi,5,-m "not job")
+	@echo "Left out: make faults (jobs killed and damaged at random), make slurm (the batch scripts on a SLURM)."
 
 # The batch scripts on a SLURM of one node, brought up for it on loopback: needs root, and Debian's slurm-wlm and munge, which
 # XBRAID_SLURM_INSTALL=1 installs.

@@ -42,10 +42,17 @@ def over_mpi(config: pytest.Config) -> bool:
     return config.getoption("only_mpi") or config.getoption("with_mpi")
 
 
+def pytest_addoption(parser):
+    text = "bodies for several ranks on 1 and 3 threads only, where they are run on more numbers otherwise"
+    parser.addoption("--few-ranks", action="store_true", help=text)
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "job: starts jobs, most with mpirun; left out unless asked for by -m job")
     config.addinivalue_line("markers", "long: tells little more than shorter tests do; left to `make test-all`")
-    config.addinivalue_line("markers", "ranks(*sizes): numbers of thread ranks of an `spmd` test; over MPI the least")
+    config.addinivalue_line(
+        "markers", "ranks(*sizes, long=()): numbers of thread ranks of an `spmd` test; over MPI the least"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -83,16 +90,16 @@ def pytest_collection_modifyitems(config, items):
 def pytest_generate_tests(metafunc):
     if "spmd" not in metafunc.fixturenames:
         return
-    sizes = _thread_ranks(metafunc.definition)
+    marker = metafunc.definition.get_closest_marker("ranks")
+    sizes, more = (marker.args, marker.kwargs.get("long", ())) if marker else (THREAD_RANKS, ())
     if over_mpi(metafunc.config):
-        metafunc.parametrize("spmd", [pytest.param(min(sizes), marks=pytest.mark.mpi, id="mpi")], indirect=True)
+        params = [pytest.param(min((*sizes, *more)), marks=pytest.mark.mpi, id="mpi")]
     else:
-        metafunc.parametrize("spmd", sizes, indirect=True, ids=[f"{size}ranks" for size in sizes])
-
-
-def _thread_ranks(item) -> tuple[int, ...]:
-    marker = item.get_closest_marker("ranks")
-    return marker.args if marker else THREAD_RANKS
+        if metafunc.config.getoption("few_ranks"):
+            sizes = [size for size in sizes if size in (1, 3)] or sizes[:1]
+        params = [pytest.param(size, id=f"{size}ranks") for size in sizes]
+        params += [pytest.param(size, id=f"{size}ranks", marks=pytest.mark.long) for size in more]
+    metafunc.parametrize("spmd", params, indirect=True)
 
 
 @pytest.hookimpl(trylast=True)
@@ -130,9 +137,9 @@ class _EndJobOnError:
 def spmd(request) -> Callable[[Callable[[Communicator], Any]], list[Any]]:
     """`spmd(body)` runs `body(comm)` on every rank; the results of all ranks, in their order, on every rank.
 
-    Plain pytest runs the test once for each of the numbers 1, 2, 3 and 5 of ranks that are threads
-    (others by `@pytest.mark.ranks(1, 8)`); pytest over MPI once, on the ranks of the job. A body that
-    raises ends an MPI job at once, so errors that a test expects are caught inside the body.
+    Plain pytest runs the test once for each of the numbers 1, 2, 3 and 5 of ranks that are threads (others by
+    `@pytest.mark.ranks(1, 8)`, and those of `long=(2, 5)` in `make test-all` only); pytest over MPI once, on the
+    ranks of the job. A body that raises ends an MPI job at once, so errors that a test expects are caught inside it.
     """
     if not over_mpi(request.config):
         size = request.param

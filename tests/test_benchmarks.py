@@ -74,6 +74,7 @@ def figures(run_job, name: str, *options: str) -> dict[str, float]:
 
 
 @pytest.mark.job
+@pytest.mark.long
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_benchmark_runs(run_job, name):
     options, names = SCRIPTS[name]

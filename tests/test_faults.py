@@ -7,6 +7,7 @@ from processes import PROJECT
 
 
 @pytest.mark.job
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_a_few_faults(run_job):
     done = run_job([PROJECT / "tests" / "faults" / "run.py", "--quick"], timeout=280)

@@ -108,6 +108,7 @@ def test_source_distribution_is_complete(project):
     assert not list(project.rglob("*.so"))
 
 
+@pytest.mark.long
 def test_with_and_without_native_kernels(project, tmp_path):
     if not shutil.which("c++"):
         pytest.skip("needs a C++ compiler")

@@ -134,7 +134,7 @@ sys.exit(5 if comm.rank == 1 else 0)
 """
 
 
-@pytest.mark.parametrize("fresh", [False, True], ids=["forked", "new"])
+@pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.long)], ids=["forked", "new"])
 def test_ranks_of_a_launcher(tmp_path, fresh):
     job = run_job(["-c", RANK, "a"], 3, cwd=tmp_path, fresh=fresh)
     assert (job.returncode, job.stderr) == (5, "")

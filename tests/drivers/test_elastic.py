@@ -39,6 +39,7 @@ def rows_of(out):
 
 
 @pytest.mark.job
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_over_mpi_from_stop_to_stop(tmp_path):
     """On 1, 2, 5 and 3 ranks, stopped by a signal between them; then the run that is over ends at once."""

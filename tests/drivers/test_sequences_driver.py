@@ -126,6 +126,7 @@ def test_other_orders_and_lengths_are_refused(words, message):
 
 
 @pytest.mark.job
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_the_benchmark_runs(tmp_path):
     words = ["--lengths=64", "--ranks=2", "--windows=1,4", "--rounds=1", "--updates=3", "--networks=plain"]

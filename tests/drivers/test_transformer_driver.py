@@ -148,6 +148,7 @@ def test_the_default_network_is_deep():
 
 
 @pytest.mark.job
+@pytest.mark.long
 def test_the_benchmark_runs():
     words = ["--updates=10", "--", "--smoke"]
     job = run_job([PROJECT / "benchmarks" / "transformer.py", *words], timeout=400)

@@ -67,6 +67,7 @@ def test_results_that_are_kept_make_their_page(tmp_path, monkeypatch):
 
 
 @pytest.mark.job
+@pytest.mark.long
 def test_the_driver_goes_on_where_it_was(run_job, tmp_path):
     write(tmp_path, *scene())
     words = ["--smoke", "--seeds=1", "--num_train=60", "--schedules=4,2,2"]

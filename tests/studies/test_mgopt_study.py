@@ -233,6 +233,7 @@ def test_learning_rates_are_tuned_on_other_seeds():
 
 
 @pytest.mark.job
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_the_driver_goes_on_where_it_was(run_job, tmp_path):
     digits = write_digits(tmp_path, 2000, 1000)
@@ -272,6 +273,7 @@ def test_more_ranks_are_refused(tmp_path):
 
 
 @pytest.mark.job
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_the_benchmark_runs(run_job, tmp_path):
     words = "--quick --seeds=1 --num_layers=128 --blocks=128,256 --mnist_layers=128 --mnist_work=20".split()

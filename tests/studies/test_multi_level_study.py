@@ -121,6 +121,7 @@ def test_the_study_runs_and_goes_on(tmp_path, capsys):
 
 
 @pytest.mark.job
+@pytest.mark.long
 def test_the_benchmark_prints_its_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(PROJECT / "benchmarks"))
     names = runpy.run_path(str(PROJECT / "benchmarks" / "multi_level.py"))

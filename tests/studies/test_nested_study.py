@@ -106,6 +106,7 @@ def test_a_run():
 
 
 @pytest.mark.job
+@pytest.mark.long
 def test_the_driver_goes_on_where_it_was(run_job, tmp_path):
     words = ["--smoke", "--parts=interpolation", "--seeds=1", "--workers=2", f"--out={tmp_path}"]
     first = run_job([DRIVER, *words], timeout=150)

@@ -204,6 +204,7 @@ def test_learning_rates_are_tuned_on_other_seeds():
 
 
 @pytest.mark.job
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_the_driver_goes_on_where_it_was(run_job, tmp_path, capsys):
     words = ["--parts=[scan]", "--methods=[two levels,sgd alone]", "--rates=0.05", "--seeds=1", "--workers=1"]
@@ -239,6 +240,7 @@ def test_wrong_options(changes, message):
 
 
 @pytest.mark.job
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_the_benchmark_runs(run_job):
     words = "--quick --seeds=2 --num_train=60 --num_val=20 --mesh=8 --widths=24,24 --batch_size=20".split()
