@@ -5,55 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from blocks import UNCHECKED, C, Case, Convolution, loss_of, reduced
-from test_layer_parallel_errors import MLP, SEVERAL
+from mismatches import MISMATCHES, MLP, odd_one
 
 import xbraid_py
 from xbraid_py import MGRIT
 
-
-def odd_one(comm) -> bool:
-    return comm.rank == comm.size - 1
-
-
-def shape(comm):
-    MLP.stack(comm, 9)(MLP.input(batch=5 if odd_one(comm) else 6))
-
-
-def kind(comm):
-    u = MLP.input()
-    MLP.stack(comm, 9)(u.float() if odd_one(comm) else u)
-
-
-def mode(comm):
-    MLP.stack(comm, 9).train(not odd_one(comm))(MLP.input())
-
-
-def without_gradient(comm):
-    with torch.set_grad_enabled(not odd_one(comm)):
-        MLP.stack(comm, 9)(MLP.input())
-
-
-def differentiable_input(comm):
-    loss_of(MLP.stack(comm, 9)(MLP.input().requires_grad_(odd_one(comm)))).backward()
-
-
-def layers(comm):
-    MLP.stack(comm, 12 if odd_one(comm) else 9)
-
-
-def options(comm):
-    MLP.stack(comm, 9, solve="exact" if odd_one(comm) else "V")
-
-
-def seed(comm):
-    MLP.stack(comm, 9, seed=int(odd_one(comm)))
-
-
-def recompute(comm):
-    MLP.stack(comm, 9, recompute=odd_one(comm))
-
-
-MISMATCHES = [shape, kind, mode, without_gradient, differentiable_input, layers, options, seed, recompute]
+SEVERAL = pytest.mark.ranks(2, 3)
 
 
 @SEVERAL
@@ -99,13 +56,12 @@ def test_ranks_without_layers_take_part_in_everything(spmd):
 
 JOB = """
 import sys
-sys.path.insert(0, "tests")
-import test_layer_parallel_agreement as errors
+import mismatches
 from blocks import reduced
 from xbraid_py.comm import world
 
 comm = world()
-calls = [*errors.MISMATCHES, lambda comm: errors.MLP.stack(comm, 9)(errors.MLP.input()[:, :2].float())]
+calls = [*mismatches.MISMATCHES, lambda comm: mismatches.MLP.stack(comm, 9)(mismatches.MLP.input()[:, :2].float())]
 for number, call in enumerate(calls):
     message = reduced(comm, lambda: call(comm))
     # In one piece, so that lines of several ranks do not mix.

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from blocks import UNCHECKED, distance, reduced
-from test_image_resnet import network, random
+from image_networks import network, random
 
 from xbraid_py import MGRIT, clip_grad_norm_
 from xbraid_py.layer_parallel import LayerParallel

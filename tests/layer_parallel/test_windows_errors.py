@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 from blocks import CASES, SOLVES, reduced
-from test_windows import T, windowed
 
 from xbraid_py import MGRIT, LayerParallel
+
+T = 2.0
 
 
 def test_windows_differ_by_one_layer_or_one_interval():
@@ -46,6 +47,9 @@ def test_a_way_to_recompute_that_there_is_not():
 
 @pytest.mark.ranks(2, 3)
 def test_ranks_that_ask_for_other_windows(spmd):
-    case = CASES["mlp"]
-    found = spmd(lambda comm: reduced(comm, lambda: windowed(case, comm, 12, 2 + (comm.rank == 1))))
+    def split(comm):
+        windows = 2 + (comm.rank == 1)
+        return LayerParallel(CASES["mlp"].block, 12, T, comm, windows=windows, mgrit=SOLVES["V"])
+
+    found = spmd(lambda comm: reduced(comm, lambda: split(comm)))
     assert all("arguments=" in message and "on rank 1" in message for message in found)

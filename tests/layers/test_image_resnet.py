@@ -6,12 +6,11 @@ import copy
 
 import pytest
 import torch
+from image_networks import SMALL, network, random
 from torch.nn import functional
 
 from xbraid_py.layers.image_resnet import ImageResNet, residual_norms, with_blocks
-from xbraid_py.layers.module_block import own_random_numbers
 
-SMALL = {"blocks": (2, 3, 3), "filters": (4, 8, 12), "num_classes": 5, "groups": 2}
 NARROW, WIDE = (16, 32, 64), (32, 64, 128)
 # Paper 003, table 5: CIFAR-10, CIFAR-100, STL-10 (its "19,22,394" is 1,922,394).
 TABLE_5 = [
@@ -24,22 +23,6 @@ TABLE_5 = [
     (WIDE, 5, (1_849_898, 1_861_508, 1_849_898)),
     (WIDE, 20, (7_669_418, 7_681_028, 7_669_418)),
 ]
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Standard normal numbers."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def network(seed: int = 3, **options) -> ImageResNet:
-    """A small one in double precision, its statistics and factors no round numbers."""
-    with own_random_numbers(seed):
-        found = ImageResNet(**{**SMALL, **options}).double()
-    with torch.no_grad():
-        for number, (name, tensor) in enumerate(found.state_dict().items()):
-            if "norm" in name and tensor.is_floating_point():
-                tensor.add_(0.2 * random(*tensor.shape, seed=number).tanh())
-    return found
 
 
 def literal(net: ImageResNet, images: torch.Tensor) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:

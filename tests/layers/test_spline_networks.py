@@ -9,9 +9,9 @@ from functools import cache
 import pytest
 import reference as ref
 import torch
+from small_problem import BATCH, CLASSES, TERMS, N, T, data, problem
 from small_runs import MIXED, SEQUENTIAL, load_state, save_state, timeless
 from spline_cases import CASES, matrix, middles
-from test_objective import BATCH, CLASSES, TERMS, N, T, data, problem
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.layer_parallel.export import to_sequential

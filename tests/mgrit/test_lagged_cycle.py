@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import reference as ref
 import torch
-from test_mgrit import ALL_RANKS, chain, deviation, joined, options_for, same_bits, solve
+from chain_solves import ALL_RANKS, chain, deviation, joined, options_for, same_bits, solve
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.layers.dense import DenseLayer, ResidualSteps

@@ -8,8 +8,7 @@ from itertools import product
 import pytest
 import reference as ref
 import torch
-from test_mgrit import chain, deviation, joined, options_for, solve
-from test_mgrit_history import both_solves, chains_and_states
+from chain_solves import both_solves, chain, chains_and_states, deviation, joined, options_for, solve
 
 from xbraid_py import MGRIT
 from xbraid_py.mgrit.norms import Norm, Size, Stop

@@ -9,27 +9,14 @@ from itertools import product
 import pytest
 import reference as ref
 import torch
-from test_mgrit import chain, deviation, joined, options_for, solve
+from chain_solves import both_solves, chain, chains_and_states, deviation, joined, options_for, solve
 
 from xbraid_py.kernels import fallback
-from xbraid_py.layers.dense import DenseLayer, ResidualSteps
 from xbraid_py.mgrit import Hierarchy, Solver
-from xbraid_py.mgrit.equations import Adjoint, Forward
 from xbraid_py.mgrit.grid import LayerGrid
 
 # With four levels an F-cycle differs from V-cycles alone only if the third is not solved by one of them.
 HIERARCHIES = [(16, 4, 2), (16, 2, 3), (48, (3, 2), 4), (32, (2, 4), 3)]
-
-
-def chains_and_states(options, case):
-    """The chain and its exact states on every level, and what the textbook calls the shape of a solve."""
-    grid = LayerGrid(len(case.theta), case.h * len(case.theta))
-    levels = Hierarchy.plan(options, grid, 1).levels[:-1]
-    chains, states = [case], [case.solved[0][:-1]]
-    for level in levels:
-        chains.append(chains[-1].coarsen(level.cfactor, options.coarse_weights, options.coarse_step))
-        states.append(states[-1][:: level.cfactor])
-    return chains, states, ([level.cfactor for level in levels], [level.nrelax for level in levels], options.cycle)
 
 
 @cache
@@ -70,18 +57,6 @@ def test_every_iteration_is_the_textbooks(spmd, cycle, nrelax, nrelax0, coarse):
             if iterations == 3:
                 (last,) = [each.end for each in found if each.end is not None]
                 assert torch.allclose(last, end, rtol=1e-11, atol=1e-12)
-
-
-def both_solves(comm, options, case):
-    """States, and adjoints linearized at the literal states, so that both can be looked at alone."""
-    count, width = len(case.theta), len(case.u0)
-    hierarchy = Hierarchy.plan(options, LayerGrid(count, case.h * count), comm.size)
-    first = hierarchy.partition.first(comm.rank)
-    rows = slice(first, first + hierarchy.partition.count(comm.rank))
-    steps = ResidualSteps(DenseLayer(width, width, case.activation), case.theta[rows], case.h)
-    exact, made = case.solved[0][:-1][rows], Solver(options, hierarchy, comm)
-    forward = made.solve(Forward(steps, torch.empty_like(exact), case.u0), case.u0)
-    return forward, made.solve(Adjoint(steps, exact, torch.empty_like(case.theta[rows])), case.vN)
 
 
 @pytest.mark.parametrize("cycle", ["V", "F"])

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_image_resnet import network, random
+from image_networks import network, random
 
 from xbraid_py.layers.image_resnet import ImageResNet, residual_norms, with_blocks
 from xbraid_py.multilevel.depth.transfer import prolong_rows

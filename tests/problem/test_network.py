@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from test_objective import ALL_RANKS, CLASSES, CONVERGED, N, T, data, exact, problem, weights
+from small_problem import ALL_RANKS, CLASSES, CONVERGED, N, T, data, exact, problem, weights
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.mgrit import MGRIT, Hierarchy, Solver

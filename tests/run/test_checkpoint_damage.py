@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from test_checkpoint import META, agrees, error_of, make_arrays, shards_of
+from global_arrays import META, agrees, error_of, make_arrays, shards_of
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.run.store.write import CheckpointError, file_name, load, newest_good, save, verify

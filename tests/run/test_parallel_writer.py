@@ -7,7 +7,7 @@ import resource
 import h5py
 import pytest
 import torch
-from test_checkpoint import META, agrees, error_of, make_arrays, shards_of
+from global_arrays import META, agrees, error_of, make_arrays, shards_of
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.run.store import hdf5_writer

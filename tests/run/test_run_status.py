@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
-from test_run_folder import CONFIGURATION, status
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.run import status as run_status
 from xbraid_py.run.folder import claim, last_words
 from xbraid_py.run.status import RunStatus, mark_ended
+
+
+def status(path) -> dict:
+    return json.loads((path / "status.json").read_text())
 
 
 def test_the_status_is_written_once_a_second(tmp_path, monkeypatch):
@@ -61,7 +66,7 @@ def test_a_status_that_cannot_be_written_is_one_warning(tmp_path, caplog):
 
 def test_the_last_words_of_any_rank(tmp_path):
     folder = claim(tmp_path, SerialCommunicator())
-    with folder.open(CONFIGURATION):
+    with folder.open({"num_layers": 8}):
         folder.update(5)
         last_words("rank 2: the end")
         found = status(tmp_path)

@@ -4,43 +4,12 @@ from __future__ import annotations
 
 import pytest
 from matplotlib.figure import Figure
+from multi_level_rows import points, row, settings
 from studies.multi_level import curves as multi_level_curves
 from studies.multi_level.curves import figure6, mean_curve
-from studies.multi_level.tables import CURVE, name_of, page, result_of, saved
+from studies.multi_level.tables import name_of, page, result_of, saved
 
 from xbraid_py.recipes.pictures import style
-
-
-def settings(model, seed=0, **changes):
-    given = {"data": "cifar10", "model": model, "blocks": [2, 2, 2], "epochs": [2, 1, 1], "seed": seed}
-    return given | {"wide": False, "filters": None} | changes
-
-
-def points(error, seconds, work, untested=()):
-    return [
-        dict(
-            zip(
-                CURVE,
-                (
-                    epoch,
-                    1 + (epoch > 2) + (epoch > 3),
-                    0.1,
-                    1.0 / epoch,
-                    error / epoch,
-                    0.5,
-                    None if epoch in untested else 1.25 * error / epoch,
-                    seconds * epoch,
-                    work * epoch,
-                ),
-                strict=True,
-            )
-        )
-        for epoch in (1, 2, 3, 4)
-    ]
-
-
-def row(model, error=0.4, seconds=30.0, work=100, seed=0, untested=(), **changes):
-    return {"settings": settings(model, seed, **changes), "result": result_of(points(error, seconds, work, untested))}
 
 
 @pytest.mark.parametrize(

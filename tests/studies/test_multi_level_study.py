@@ -10,10 +10,10 @@ import sys
 import pytest
 from cifar_files import write_cifar10
 from kinds import program
+from multi_level_rows import row
 from processes import PROJECT
 from studies.multi_level import page
 from studies.statistics import Summary
-from test_multi_level_report import row
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.run.options import parse
