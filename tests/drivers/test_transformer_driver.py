@@ -48,6 +48,8 @@ def test_a_run_leaves_record_picture_and_sample(one):
 @pytest.mark.parametrize("words", [(), ("--replicas=2",)], ids=["layers", "replicas"])
 @pytest.mark.ranks(2)
 def test_the_same_on_more_ranks(one, spmd, shared_tmp_path, words):
+    if words and spmd(lambda comm: comm.size)[0] % 2:
+        pytest.skip("two replicas need an even number of ranks")
     spmd(lambda comm: run(TEXT, comm, shared_tmp_path, *EIGHT, *words) and None)
     ours, theirs = updates_of(shared_tmp_path), updates_of(one)
     for name in ("loss", "grad_norm", "val_loss"):
