@@ -148,7 +148,7 @@ def test_the_study_is_the_same_on_two_ranks_and_is_not_made_twice(run_job, tmp_p
         done = run_job(words(tmp_path / str(ranks)), ranks=ranks, timeout=120)
         assert done.returncode == 0, done.stderr
         assert done.stdout.endswith(
-            f"5 runs in {tmp_path / str(ranks) / RUNS}; table in {tmp_path / str(ranks)}/study.md\n"
+            f"5 runs in {tmp_path / str(ranks) / RUNS}; tables in {tmp_path / str(ranks)}/study.md\n"
         )
     pages = [(tmp_path / str(ranks) / "study.md").read_text() for ranks in (1, 2)]
     assert pages[0] == pages[1] and pages[0].startswith("5 runs, 0 failed.")
@@ -169,7 +169,7 @@ def test_digits_and_bad_options(run_job, tmp_path):
     digits = tmp_path / "digits"
     digits.mkdir()
     write_digits(digits, 20, 10)
-    small = ["--data=mnist", f"--data_dir={digits}", "--train_samples=20", "--val_samples=10", "--num_layers=8"]
+    small = ["--data=mnist", f"--data_dir={digits}", "--num_train=20", "--num_val=10", "--num_layers=8"]
     done = run_job(words(tmp_path / "out", *small, "--nested.updates=2,2,2"), timeout=60)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "figures" / "grids.png").is_file()

@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 
 from studies.rows import Row, accuracies, table, where
 from studies.statistics import Summary
+from studies.study import PAGE
 from xbraid_py.recipes.pictures.curves import depth_colors
 from xbraid_py.recipes.pictures.style import ADJOINT, GRAY, RED, STATE, clean, save
 
-PAGE = "study.md"
 KINDS = {"uniform": RED, "adaptive": STATE, "even": ADJOINT, "fewer": GRAY, "coarsest": "0.8"}
 _WORK, _LAYERS, _ACCURACY = 1, 2, 3  # places in a point of a curve
 
