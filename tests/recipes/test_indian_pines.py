@@ -95,11 +95,14 @@ def test_the_published_split_is_the_same_on_3_ranks(folder, spmd, shared_tmp_pat
         if comm.rank == 0:
             run(PINES, SERIAL, shared_tmp_path / "1", *words)
 
+    def printed():
+        return [line for lines in spmd(lambda comm: capsys.readouterr().out.splitlines()) for line in lines]
+
     spmd(alone)
-    said = capsys.readouterr().out.splitlines()
+    said = printed()
     assert sum(int(line.split()[-1]) for line in said[-6:-2]) == 60
     spmd(lambda comm: run(PINES, comm, shared_tmp_path / "3", *words) and None)
-    assert capsys.readouterr().out.splitlines()[-6:] == said[-6:]
+    assert printed()[-6:] == said[-6:]
     one, three = (updates_of(shared_tmp_path / size) for size in ("1", "3"))
     assert len(one) == 4
     for row, other in zip(three, one, strict=True):
