@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from bad_input import BAD
-from processes import PROJECT, end_job, finish_job, start_job
+from processes import PROJECT, end_job, finish_job, run_job, start_job
 
 from xbraid_py.run.options import parse, to_dict
 from xbraid_py.run.record import read
@@ -24,7 +24,6 @@ from xbraid_py.run.store.write import newest_good
 pytestmark = [pytest.mark.job, pytest.mark.timeout(400)]
 
 DRIVER = PROJECT / "drivers" / "peaks.py"
-CASES = PROJECT / "tests" / "helpers" / "driver_cases.py"
 TINY = [
     *("--num_layers=16", "--num_train=50", "--num_val=40", "--network.width=3"),
     *("--mgrit.min_coarse=2", "--mgrit.intervals=4"),  # 16 layers by the lagged cycle, 8 one after the other
@@ -78,7 +77,7 @@ def ranks_of(job: subprocess.Popen) -> list[int]:
 
 def kill_one_rank(out: Path, at: int, which: int) -> subprocess.CompletedProcess:
     """A run on 3 ranks of which one is killed once update `at` is recorded."""
-    job = start_job([DRIVER, *TINY, f"--out={out}"], ranks=3)
+    job = start_job([DRIVER, *TINY, f"--out={out}"], ranks=3, fresh=True)
     try:
         for _ in range(20_000):
             if job.poll() is not None or any(row["update"] >= at for row in updates_of(out)):
@@ -95,45 +94,39 @@ def kill_one_rank(out: Path, at: int, which: int) -> subprocess.CompletedProcess
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Folder in which all jobs have run: one that was killed, and one each on 1, 2 and 3 ranks with many cases."""
-    folder = tmp_path_factory.mktemp("driver")
-    job = kill_one_rank(folder / "killed", KILLED_AT, -1)
-    (folder / "killed.status").write_text(str(job.returncode))
+    """Folder of a run that was killed, and of those of `jobs`."""
+    return tmp_path_factory.mktemp("driver")
+
+
+@pytest.fixture(scope="module")
+def jobs(folder):
+    """All jobs by their names, which are those of their folders too."""
+    found = {"killed": kill_one_rank(folder / "killed", KILLED_AT, -1)}
+
+    def run(name, size, *words):
+        out = f"--out={folder}/{name}_{size}"
+        found[f"{name}_{size}"] = run_job([DRIVER, *words, out], size)
+
+    run("full", 1, *TINY)
+    run("few", 3, *TINY, *FEW_LAYERS)
     for size in (1, 2, 3):
         shutil.copytree(folder / "killed", folder / f"after_{size}")
-        tiny = {"full": []} if size == 1 else {}
-        tiny["after"] = ["--resume=auto"]
-        cases = [[name, [*TINY, f"--out={folder}/{name}_{size}", *words]] for name, words in tiny.items()]
-        if size != 2:
-            cases.append(["smoke", ["--smoke", f"--out={folder}/smoke_{size}"]])
-            cases += [[name, [*TINY, f"--out={folder}/bad_{size}", BAD[name][0]]] for name in CHOSEN]
-        if size == 3:
-            cases.insert(0, ["ranks", [*TINY, *FEW_LAYERS, f"--out={folder}/few"]])
-        (folder / f"cases{size}.json").write_text(json.dumps(cases))
-        job = finish_job(start_job([CASES, folder / f"cases{size}.json"], ranks=size), timeout=150)
-        (folder / f"cases{size}.status").write_text(f"{job.returncode} {job.stdout}{job.stderr}")
-    return folder
-
-
-def case(folder: Path, name: str, size: int) -> tuple[int, str, str]:
-    """Status of a case on all ranks, and what rank 0 printed; the others must not have printed anything."""
-    paths = [folder / f"{name}_{size}_{rank}" for rank in range(size)]
-    assert paths[-1].with_suffix(".status").exists(), (folder / f"cases{size}.status").read_text()
-    statuses = {int(path.with_suffix(".status").read_text()) for path in paths}
-    printed = [path.with_suffix(suffix).read_text() for path in paths for suffix in (".out", ".err")]
-    assert len(statuses) == 1 and not any(printed[2:]), printed[2:]
-    return statuses.pop(), printed[0], printed[1]
+        run("after", size, *TINY, "--resume=auto")
+    for size in (1, 3):
+        run("smoke", size, "--smoke")
+        for name in CHOSEN:
+            run(name, size, *TINY, BAD[name][0])
+    return found
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_a_smoke_run_leaves_record_checkpoints_and_pictures(folder, size):
-    status, out, err = case(folder, "smoke", size)
-    left = folder / f"smoke_{size}"
-    assert (status, err) == (0, "")
+def test_a_smoke_run_leaves_record_checkpoints_and_pictures(folder, jobs, size):
+    job, left = jobs[f"smoke_{size}"], folder / f"smoke_{size}"
+    assert (job.returncode, job.stderr) == (0, "")
     rows = updates_of(left)
     assert [row["update"] for row in rows] == list(range(21))
     assert {row["num_layers"] for row in rows} == {16, 32} and rows[-1]["final"]
-    assert out.splitlines()[-1] == f"final validation accuracy: {100 * rows[-1]['val_accuracy']:.2f} %"
+    assert job.stdout.splitlines()[-1] == f"final validation accuracy: {100 * rows[-1]['val_accuracy']:.2f} %"
     assert rows[-1]["val_accuracy"] > 0.4  # it has learned something: by chance it is 0.2
     for path in (
         "checkpoints/update_000020.h5",
@@ -146,6 +139,7 @@ def test_a_smoke_run_leaves_record_checkpoints_and_pictures(folder, size):
 
 
 @pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.usefixtures("jobs")
 def test_a_run_leaves_its_configuration_log_and_status(folder, monkeypatch, size):
     left = folder / f"smoke_{size}"
     configuration = yaml.safe_load((left / "config.yaml").read_text())
@@ -160,34 +154,30 @@ def test_a_run_leaves_its_configuration_log_and_status(folder, monkeypatch, size
     assert (status["objective"], status["accuracy"]) == (last["objective"], last["val_accuracy"])
 
 
+@pytest.mark.usefixtures("jobs")
 def test_a_smoke_run_is_the_same_on_3_ranks(folder):
     assert agree(updates_of(folder / "smoke_3"), updates_of(folder / "smoke_1"))
 
 
 @pytest.mark.parametrize("name", CHOSEN)
-def test_bad_input_is_one_message_on_any_number_of_ranks(folder, name):
-    _, expected, message = BAD[name]
-    status, out, err = case(folder, name, 1)
-    assert status == expected and out == ""
-    said = err.splitlines()
+def test_bad_input_is_one_message_on_any_number_of_ranks(folder, jobs, name):
+    _, status, message = BAD[name]
+    one, three = (jobs[f"{name}_{size}"] for size in (1, 3))
+    assert (one.returncode, one.stdout) == (status, "")
+    said = one.stderr.splitlines()
     assert said[0] == f"error: {message}" and said[1:] in ([], ["try peaks.py --help"])
-    assert not (folder / "bad_1" / "figures").exists()
-    assert case(folder, name, 3) == (status, out, err)
+    assert not (folder / f"{name}_1" / "figures").exists()
+    assert (three.returncode, three.stdout, three.stderr) == (one.returncode, one.stdout, one.stderr)
 
 
-def test_more_ranks_than_layers(folder):
+def test_more_ranks_than_layers(jobs):
+    job = jobs["few_3"]
     message = "error: 3 ranks are more than num_layers=2; use at most 2 ranks\n"
-    assert case(folder, "ranks", 3) == (2, "", message)
+    assert (job.returncode, job.stdout, job.stderr) == (2, "", message)
 
 
-def test_the_status_of_ranks_is_that_of_the_job(folder):
-    # The last case is the one that fails during the run; the resumed runs on 2 ranks are fine.
-    for size, status in ((1, 1), (2, 0), (3, 1)):
-        assert (folder / f"cases{size}.status").read_text() == f"{status} "
-
-
-def test_a_killed_rank_ends_the_job_and_leaves_a_good_checkpoint(folder):
-    assert int((folder / "killed.status").read_text()) != 0
+def test_a_killed_rank_ends_the_job_and_leaves_a_good_checkpoint(folder, jobs):
+    assert jobs["killed"].returncode != 0
     rows = updates_of(folder / "killed")
     assert KILLED_AT <= rows[-1]["update"] < 20 and not rows[-1]["final"]
     newest = newest_good(folder / "killed" / "checkpoints")
@@ -198,13 +188,12 @@ def test_a_killed_rank_ends_the_job_and_leaves_a_good_checkpoint(folder):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(folder, size):
-    status, out, _ = case(folder, "after", size)
-    left = folder / f"after_{size}"
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(folder, jobs, size):
+    job, left = jobs[f"after_{size}"], folder / f"after_{size}"
     rows = updates_of(left)
-    assert status == 0 and [row["update"] for row in rows] == list(range(21))
+    assert job.returncode == 0 and [row["update"] for row in rows] == list(range(21))
     assert agree(rows, updates_of(folder / "full_1"))
-    assert out.splitlines()[-1] == case(folder, "full", 1)[1].splitlines()[-1]
+    assert job.stdout.splitlines()[-1] == jobs["full_1"].stdout.splitlines()[-1]
     kinds = [row["kind"] for row in read(left / "metrics.jsonl")]
     assert kinds.count("resume") == 1 and kinds.count("header") == 1
     assert (left / "figures" / "accuracy.png").exists()
