@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import gzip
 import json
-import os
+from dataclasses import replace
 
 import pytest
 from digit_files import write_digits
+from kinds import draw_nothing, program
 from processes import PROJECT
 from studies.adaptive_depth import page
-from studies.study import RUNS, together
+from studies.adaptive_depth.runs import AdaptiveStudyOptions
+from studies.study import RUNS, key, together
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.agreement import RunError
+from xbraid_py.mgrit import MGRIT
+from xbraid_py.multilevel.depth.adaptive import AdaptiveOptions
+from xbraid_py.multilevel.depth.nested import NestedOptions
+from xbraid_py.run.options import from_dict
 
 DRIVER = PROJECT / "drivers" / "adaptive_depth.py"
 
@@ -164,19 +171,48 @@ def test_the_study_is_the_same_on_two_ranks_and_is_not_made_twice(run_job, tmp_p
     assert again.returncode == 0 and (tmp_path / "1" / RUNS).read_bytes() == before
 
 
-@pytest.mark.job
-def test_digits_and_bad_options(run_job, tmp_path):
-    digits = tmp_path / "digits"
-    digits.mkdir()
-    write_digits(digits, 20, 10)
-    small = ["--data=mnist", f"--data_dir={digits}", "--num_train=20", "--num_val=10", "--num_layers=8"]
-    done = run_job(words(tmp_path / "out", *small, "--nested.updates=2,2,2"), timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "figures" / "grids.png").is_file()
-    for wrong, said in (
-        ("--nested.adaptive=null", "nested.adaptive=None leaves nothing to compare"),
-        ("--data=mnist", "mnist"),
-    ):
-        env = {"XBRAID_DATA": str(tmp_path / "nowhere")}
-        done = run_job(words(tmp_path / "bad", wrong), timeout=60, env=env)
-        assert done.returncode == 2 and said in done.stderr and not os.path.exists(tmp_path / "bad" / RUNS)
+def test_digits(tmp_path, monkeypatch):
+    draw_nothing(monkeypatch)
+    (tmp_path / "digits").mkdir()
+    small = {"data": "mnist", "data_dir": write_digits(tmp_path / "digits", 20, 10), "num_train": 20, "num_val": 10}
+    nested, out = NestedOptions(updates=(2, 2, 2), adaptive=AdaptiveOptions()), tmp_path / "out"
+    options = AdaptiveStudyOptions(**small, out=out, seeds=1, num_layers=8, nested=nested, mgrit=MGRIT(max_levels=1))
+    program("adaptive_depth").setup(options, SerialCommunicator())()
+    assert (out / "figures" / "grids.png").is_file() and ", 0 failed." in (out / "study.md").read_text()
+    with pytest.raises(FileNotFoundError, match="mnist|nowhere"):
+        program("adaptive_depth").setup(replace(options, data_dir=tmp_path / "nowhere"), SerialCommunicator())
+
+
+def test_wrong_options():
+    with pytest.raises(ValueError, match="^nested.adaptive=None leaves nothing to compare; use nested.adaptive.ind"):
+        AdaptiveStudyOptions(nested=NestedOptions())
+    with pytest.raises(ValueError, match="^seeds=0 must be at least 1; use 5$"):
+        AdaptiveStudyOptions(seeds=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("peaks", {"mgrit": {"max_levels": 1}}),
+        ("more", {"mgrit": {"max_levels": 1}, "seeds": 8, "first_seed": 5}),
+        ("oneshot", {}),
+        ("deep", {"num_layers": 256, "seeds": 2}),
+        (
+            "mnist",
+            {"data": "mnist", "width": 16, "mgrit": {"max_levels": 1}, "num_layers": 32, "seeds": 3}
+            | {"nested": {"updates": [60, 40, 30]}},
+        ),
+    ],
+)
+def test_results_that_are_kept_make_their_tables(tmp_path, monkeypatch, name, words):
+    draw_nothing(monkeypatch)
+    kept = PROJECT / "benchmarks" / "results" / "adaptive_depth"
+    with gzip.open(kept / f"{name}.jsonl.gz", "rt") as file:
+        rows = {key(each["settings"]): each for each in map(json.loads, file)}
+    options = from_dict(AdaptiveStudyOptions, words)
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    found = [row for seed in seeds for row in options.runs(seed, lambda settings: rows[key(settings)])]
+    assert len(found) == len(rows)
+    page.write(found, tmp_path)
+    lines = [line for line in (tmp_path / page.PAGE).read_text().splitlines() if line.startswith("|")]
+    assert len(lines) > 10 and set(lines) <= set((kept / "README.md").read_text().splitlines())
