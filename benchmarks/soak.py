@@ -18,16 +18,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import common
-from xbraid_py.recipes.classification_training import Training
 
 from xbraid_py.comm import Communicator, world
+from xbraid_py.data.dataset import Dataset
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions, Record
-from xbraid_py.multilevel.depth.state import Snapshot
-from xbraid_py.optim import OneShotOptions
-from xbraid_py.problem.network import InitialScales
-from xbraid_py.run.folder import claim
-from xbraid_py.run.progress import Progress
+from xbraid_py.multilevel.depth.nested import NestedOptions
+from xbraid_py.problem.problem import Problem
+from xbraid_py.recipes.classification import ClassificationOptions, NestedTraining
+from xbraid_py.run.engine import Row, train
 
 NUM_LAYERS, SAMPLES, CHECKPOINT_EVERY = 32, 500, 10
 REQUESTS = ("Isend", "Irecv", "Ibcast", "Iallgatherv", "Ibarrier")
@@ -66,22 +64,24 @@ class Requests:
         return len(self._open)
 
 
-class Watched(NestedIteration):
-    """A nested iteration that takes samples on its way."""
+class Watched(NestedTraining):
+    """A training that notes update, bytes, descriptors and requests every so many updates."""
 
-    samples: list[tuple[int, int, int, int]]
-    requests: Requests
-    every: int
+    def __init__(self, options: ClassificationOptions, problem: Problem, requests: Requests, every: int):
+        samples = Dataset(problem.features, problem.labels, problem.num_classes)
+        super().__init__(options, problem, samples)
+        self.samples: list[tuple[int, int, int, int]] = []
+        self.requests, self.every = requests, every
 
-    def run(self, snapshot: Snapshot | None = None) -> Iterator[Record]:
-        """As `NestedIteration.run`; every so many updates update, bytes, descriptors and requests are noted."""
-        for record in super().run(snapshot):
-            yield record
-            # Now the checkpoint of this update is written.
-            if record.update % self.every == 0:
-                self.samples.append(
-                    (record.update, resident(), len(os.listdir("/proc/self/fd")), self.requests.pending())
-                )
+    def steps(self) -> Iterator[Row]:
+        for row in super().steps():
+            yield row
+            self.note(row["update"])  # now its checkpoint is written
+
+    def note(self, update: int) -> None:
+        """Take a sample after this update, if it is one of those."""
+        if update % self.every == 0:
+            self.samples.append((update, resident(), len(os.listdir("/proc/self/fd")), self.requests.pending()))
 
 
 def resident() -> int:
@@ -93,21 +93,17 @@ def soak(comm: Communicator, folder: Path, updates: int, every: int) -> None:
     """What the ranks of the job do."""
     requests = comm.mpi = Requests(comm.mpi)
     problem = common.problem(comm, MGRIT(), SAMPLES)
-    schedule = NestedOptions(refinements=0, updates=(updates,))
-    run = Watched(problem, NUM_LAYERS, schedule, OneShotOptions(), InitialScales())
-    run.samples, run.requests, run.every = [], requests, every
-    out = claim(folder, comm)
-    with out.open({}, updates), Progress(comm, updates, stream=open(os.devnull, "w")) as progress:
-        training = Training(
-            folder=out,
-            progress=progress,
-            validation=(problem.features, problem.labels),
-            configuration={},
-            checkpoint_every=CHECKPOINT_EVERY,
-            validate_every=CHECKPOINT_EVERY,
-        )
-        training.run_all({"nested": run}, {})
-    found = comm.gather(run.samples)
+    options = ClassificationOptions(
+        num_layers=NUM_LAYERS,
+        nested=NestedOptions(refinements=0, updates=(updates,)),
+        checkpoint_every=CHECKPOINT_EVERY,
+        validate_every=CHECKPOINT_EVERY,
+        out=folder,
+    )
+    training = Watched(options, problem, requests, every)
+    last = train("nested", training, options, comm)()
+    training.note(last["update"])
+    found = comm.gather(training.samples)
     if comm.rank == 0:
         common.report({"samples": found})
 
