@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.stats
 from studies.statistics import Summary, deviation_ratio
-from studies.study import RUNS, Study, key
+from studies.study import PAGE, RUNS, Study, StudyOptions, key, of_seeds, run_study, settings_of
 from study_work import die, square
 
+from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.agreement import RunError
+from xbraid_py.recipes.mgopt import CirclesOptions
+from xbraid_py.run.options import from_dict
 
 
 @pytest.fixture
@@ -128,3 +134,66 @@ def test_rows_can_be_read_by_others(tmp_path, calls):
     list(Study(tmp_path, square).run(numbers(calls, 4)))
     (row,) = map(json.loads, (tmp_path / RUNS).read_text().splitlines())
     assert row["result"]["square"] == 16 and row["settings"]["number"] == 4
+
+
+# The whole of a study.
+
+
+def parts_of(calls, *parts):
+    return {f"part {n}": numbers(calls, *each) for n, each in enumerate(parts)}
+
+
+def test_a_study_of_two_stages(tmp_path, calls, capsys):
+    """Parts may have runs in common; a stage sees the rows of the one before."""
+
+    def second(rows):
+        squares = sorted(row["result"]["square"] for row in rows.values() if "result" in row)
+        return {"squared": numbers(calls, *squares)} if squares else {}
+
+    seen = []
+    stages = {"runs": lambda rows: parts_of(calls, (2, 3), (3, 13)), "more runs": second, "none": lambda rows: {}}
+
+    def write(parts, out):
+        seen.append((parts, out))
+        return "a page"
+
+    def said(settings):
+        return f"number {settings['number']}"
+
+    run = run_study(Study(tmp_path, square), stages, write, SerialCommunicator(), said)
+    run()
+    ((parts, out),) = seen
+    found = {part: [row.get("result", {}).get("square") for row in rows] for part, rows in parts.items()}
+    assert found == {"part 0": [4, 9], "part 1": [9, None], "squared": [16, 81]} and out == tmp_path
+    printed = capsys.readouterr()
+    assert printed.err == "number 13: the number 13 is not squared\n"
+    assert printed.out.splitlines() == [
+        "3 runs, 0 of them over, by 1 worker(s)",
+        "2 more runs, 0 of them over, by 1 worker(s)",
+        "a page",
+        f"5 runs in {tmp_path / RUNS}; tables in {tmp_path / PAGE}",
+    ]
+    run()
+    assert len(made(calls)) == 5 and "3 runs, 3 of them over" in capsys.readouterr().out
+
+
+def test_more_ranks_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="^2 ranks: the study has workers of its own; start it without mpirun$"):
+        run_study(Study(tmp_path, square), {}, lambda *_: None, SimpleNamespace(size=2))
+
+
+def test_settings_of_runs():
+    """What says where a run is makes no other run of it; each seed is there for all cases before the next one."""
+    base = CirclesOptions(num_layers=16)
+    assert settings_of(base) == settings_of(replace(base, out=Path("elsewhere"), keep=9, resume="auto"))
+    assert from_dict(CirclesOptions, json.loads(json.dumps(settings_of(base)))) == base
+    found = of_seeds([base, replace(base, beta=0.5), base], range(2), problem="circles")
+    assert [(each["seed"], each["beta"], each["problem"]) for each in found] == [
+        (seed, beta, "circles") for seed in (0, 1) for beta in (1e-4, 0.5)
+    ]
+
+
+@pytest.mark.parametrize("name", ["workers", "seeds"])
+def test_options_of_every_study(name):
+    with pytest.raises(ValueError, match=f"^{name}=0 must be at least 1; use 2$"):
+        StudyOptions(**{name: 0})
