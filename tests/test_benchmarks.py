@@ -12,7 +12,7 @@ import torch
 from processes import PROJECT
 
 LEVELS = ("", "_32", "_64", "_iterative")
-CYCLES = ("one_shot", "V", "F", "published")
+CYCLES = ("lagged", "V", "F", "published")
 SWEEPS = ("forward", "adjoint", "evaluations")
 
 # Options that make a script tiny, and its figures.

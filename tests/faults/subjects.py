@@ -45,6 +45,7 @@ class Subject:
 
 def subjects(scratch: Path) -> dict[str, Subject]:
     """All of them, by kind; the files that they read are made in a folder."""
+    scratch.mkdir(exist_ok=True)
     write_cifar10(scratch)
     found = {
         "nested": Subject(
