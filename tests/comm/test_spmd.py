@@ -10,6 +10,8 @@ import pytest
 from processes import PROJECT, end_job, finish_job, job_environment, start_job
 
 TESTS = PROJECT / "tests"
+PATHS = os.pathsep.join(map(str, (TESTS, TESTS / "helpers", PROJECT)))
+PYTEST = ["-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider"]
 
 ONE_RANK_FAILS = """
 import torch
@@ -33,14 +35,24 @@ def test_plain():
     assert False, "not collected over MPI"
 """
 
+SIZES = """
+import pytest
+
+def test_all(spmd): pass
+
+@pytest.mark.ranks(2, 8)
+def test_others(spmd): pass
+
+@pytest.mark.ranks(1, 3, long=(5,))
+def test_long(spmd): pass
+"""
+
 
 def pytest_over_mpi(run_job, folder, source, *options):
     """Run `source` as a test file, with this folder's conftest, on 3 ranks."""
     file = folder / "test_inner.py"
     file.write_text(source)
-    args = ["-m", "mpi4py", "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", "--only-mpi", *options, file]
-    paths = os.pathsep.join(map(str, (TESTS, TESTS / "helpers", PROJECT)))
-    return run_job(args, ranks=3, env={"PYTHONPATH": paths}, cwd=folder)
+    return run_job(["-m", "mpi4py", *PYTEST, "--only-mpi", *options], ranks=3, env={"PYTHONPATH": PATHS}, cwd=folder)
 
 
 def test_results_come_in_the_order_of_the_ranks(spmd):
@@ -52,6 +64,22 @@ def test_results_come_in_the_order_of_the_ranks(spmd):
 def test_the_marker_sets_the_number_of_ranks(spmd, request):
     size = len(spmd(lambda comm: None))
     assert size >= 2 if request.node.callspec.id == "mpi" else size in (2, 8)
+
+
+@pytest.mark.job
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        (["-m", "not long"], {"all": [1, 2, 3, 5], "others": [2, 8], "long": [1, 3]}),
+        ([], {"all": [1, 2, 3, 5], "others": [2, 8], "long": [1, 3, 5]}),
+        (["-m", "not long", "--few-ranks"], {"all": [1, 3], "others": [2], "long": [1, 3]}),
+    ],
+)
+def test_numbers_of_ranks(run_job, tmp_path, options, sizes):
+    (tmp_path / "test_inner.py").write_text(SIZES)
+    job = run_job([*PYTEST, "--collect-only", "-q", *options], env={"PYTHONPATH": PATHS}, cwd=tmp_path)
+    expected = [f"test_inner.py::test_{name}[{size}ranks]" for name in sizes for size in sizes[name]]
+    assert [line for line in job.stdout.splitlines() if "::" in line] == expected, job.stderr
 
 
 def test_one_folder_for_all_ranks(spmd, shared_tmp_path):
@@ -74,6 +102,7 @@ def test_a_failure_on_one_rank_ends_the_job(run_job, tmp_path):
 
 @pytest.mark.job
 def test_a_failure_outside_a_body_is_reported_in_full_by_rank_0(run_job, tmp_path):
+    (tmp_path / "test_without.py").write_text("raise SystemExit('files without bodies are not collected')")
     job = pytest_over_mpi(run_job, tmp_path, ALL_RANKS_FAIL)
     assert job.returncode != 0
     assert job.stdout.count("1 failed, 1 deselected in") == 1
