@@ -85,7 +85,7 @@ def test_converged_solve_is_the_serial_one(spmd, choice, cycle):
         assert len(forward.residuals) < 15
 
 
-@pytest.mark.ranks(1, 3)
+@pytest.mark.ranks(3, long=(1,))
 @pytest.mark.parametrize("cycle", ["V", "F"])
 @pytest.mark.parametrize("choice", PLANE)
 def test_every_iteration_is_the_textbooks(spmd, choice, cycle):

@@ -25,7 +25,7 @@ def textbook(options, case, iterations):
     return forward, ref.mgrit(backwards, *shape, case.vN, iterations, **choices)
 
 
-@pytest.mark.ranks(1, 2, 3, 5)
+@pytest.mark.ranks(3, long=(1, 2, 5))
 @pytest.mark.parametrize(
     ("c_weight", "start", "nrelax", "norm"),
     [(0.7, "coarsest", 1, 2), (1.3, "full", 2, 1), (1.3, "full", 2, "max"), (1.0, "full", 0, 2), (1.0, "full", 1, 2)],

@@ -28,7 +28,7 @@ def literal(options, case, iterations):
     return forward, ref.mgrit(backwards, *shape, case.vN, iterations)
 
 
-@pytest.mark.ranks(1, 3)
+@pytest.mark.ranks(3, long=(1,))
 @pytest.mark.parametrize("coarse", [("average", "midpoint"), ("inject", "euler")])
 @pytest.mark.parametrize(("nrelax", "nrelax0"), [(0, None), (1, None), (1, 0), (0, 2)])
 @pytest.mark.parametrize("cycle", ["V", "F"])
