@@ -17,6 +17,7 @@ import json
 import os
 import runpy
 import selectors
+import shutil
 import signal
 import site
 import socket
@@ -137,6 +138,7 @@ class Server:
     def _end(self) -> None:
         for client in list(self.processes):
             self._release(client)
+        shutil.rmtree(os.path.dirname(self.listener.getsockname()), ignore_errors=True)
         os._exit(0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,7 +30,7 @@ class ForkServer:
 
     def __init__(self, environment: Mapping[str, str]):
         self.environment = {name: value for name, value in environment.items() if name != "PYTHONPATH"}
-        self.folder: tempfile.TemporaryDirectory | None = None
+        self.folder: str | None = None
 
     def can_start(self, words: list[str], environment: Mapping[str, str]) -> bool:
         """Whether a fork is the same as `python *words` in this environment, on this machine."""
@@ -47,17 +48,17 @@ class ForkServer:
     def stop(self) -> None:
         """End it, and all that it has started."""
         if self.folder is not None:
-            self.process.stdin.close()
+            self.process.stdin.close()  # which it takes as the end
             self.process.wait()
-            self.folder.cleanup()
+            shutil.rmtree(self.folder, ignore_errors=True)
             self.folder = None
 
     def _address(self) -> str:
         """The socket that takes requests; those that come while torch is being loaded wait there."""
         if self.folder is None:
-            self.folder = tempfile.TemporaryDirectory(prefix="jobs")
-            with socket.socket(socket.AF_UNIX) as listener, open(f"{self.folder.name}/log", "wb") as log:
-                listener.bind(f"{self.folder.name}/socket")
+            self.folder = tempfile.mkdtemp(prefix="jobs")
+            with socket.socket(socket.AF_UNIX) as listener, open(f"{self.folder}/log", "wb") as log:
+                listener.bind(f"{self.folder}/socket")
                 listener.listen(64)
                 # Not as the program itself: the module __main__ is left to the processes.
                 code = (
@@ -72,7 +73,7 @@ class ForkServer:
                     pass_fds=[listener.fileno()],
                     start_new_session=True,
                 )
-        return f"{self.folder.name}/socket"
+        return f"{self.folder}/socket"
 
 
 def _loading(environment: Mapping[str, str]) -> dict[str, str]:
