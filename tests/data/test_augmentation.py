@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xbraid_py.data.augmentation import Augmentation, random_bits, standardize
+from xbraid_py.data.images import Augmentation, random_bits, standardize
 
 
 def splitmix(state):

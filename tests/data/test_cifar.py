@@ -7,9 +7,8 @@ import logging
 import pytest
 import torch
 
-from xbraid_py.data import cifar
-from xbraid_py.data.cifar import load_cifar10, load_cifar100
-from xbraid_py.data.image_sets import load_images
+from xbraid_py.data import image_sets
+from xbraid_py.data.image_sets import load_cifar10, load_cifar100, load_images
 
 NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
@@ -76,9 +75,9 @@ def test_batches_in_their_order(folder10, caplog):
 def test_a_whole_set_is_loaded_without_a_word(folder10, caplog, monkeypatch):
     for place, name in enumerate(("data_batch_1.bin", "data_batch_3.bin", "data_batch_5.bin")):
         (folder10 / name).write_bytes(record([place], 0))
-    digests = {name: hashlib.sha256((folder10 / name).read_bytes()).hexdigest() for name in cifar.DIGESTS}
-    monkeypatch.setattr(cifar, "DIGESTS", digests)
-    monkeypatch.setattr(cifar, "CIFAR10", dataclasses.replace(cifar.CIFAR10, num_train=8, num_test=4))
+    digests = {name: hashlib.sha256((folder10 / name).read_bytes()).hexdigest() for name in image_sets.CIFAR10_FILES}
+    monkeypatch.setattr(image_sets, "DIGESTS", digests)
+    monkeypatch.setattr(image_sets, "CIFAR10", dataclasses.replace(image_sets.CIFAR10, num_train=8, num_test=4))
     with caplog.at_level(logging.WARNING):
         sets = load_cifar10(folder10)
     assert sets.complete and not caplog.records

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from xbraid_py.data import darcy_public
-from xbraid_py.data.darcy_public import FILES
-from xbraid_py.data.files import data_folder
+from xbraid_py.data.darcy import FILES, load_public
+from xbraid_py.data.dataset import data_folder
 
 SIZES = {"darcy_train_16.npz": (6, 4), "darcy_test_16.npz": (3, 4), "darcy_test_32.npz": (2, 8)}
 
@@ -34,7 +33,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_arrays_come_as_tensors(folder, dtype, caplog):
     with caplog.at_level(logging.WARNING):
-        found = darcy_public.load(folder, dtype)
+        found = load_public(folder, dtype)
     assert [record.getMessage().split()[0] for record in caplog.records] == [str(folder / name) for name in FILES]
     for name, part in zip(FILES, (found.train, found.test, found.test_fine), strict=True):
         arrays = arrays_of(name)
@@ -49,7 +48,7 @@ def test_a_missing_file(folder, name, monkeypatch):
     for given in (folder, None):
         monkeypatch.setenv("XBRAID_DATA", str(folder.parent / "elsewhere"))
         with pytest.raises(FileNotFoundError, match="not found. It comes from https://doi.org") as caught:
-            darcy_public.load(given)
+            load_public(given)
         place = folder if given else folder.parent / "elsewhere" / "darcy"
         assert str(place) in str(caught.value) and "--data_dir" in str(caught.value)
         assert "XBRAID_DATA" in str(caught.value) and (name in str(caught.value)) == (
@@ -76,7 +75,7 @@ def test_other_arrays_are_refused(folder, arrays, message):
     path = folder / "darcy_test_16.npz"
     np.savez(path, **arrays)
     with pytest.raises(ValueError, match=message) as caught:
-        darcy_public.load(folder)
+        load_public(folder)
     assert str(folder) in str(caught.value)
 
 
@@ -91,7 +90,7 @@ def test_no_archive(folder, content):
     with pytest.raises(
         ValueError, match=f"^{re.escape(str(path))} is no npz archive of numbers, or damaged.*get it anew"
     ):
-        darcy_public.load(folder)
+        load_public(folder)
 
 
 def test_headers_that_promise_more_than_there_is(folder):
@@ -102,19 +101,19 @@ def test_headers_that_promise_more_than_there_is(folder):
         archive.writestr("x.npy", stream.getvalue())
         archive.writestr("y.npy", stream.getvalue())
     with pytest.raises(ValueError, match="which its 128 bytes do not hold"):
-        darcy_public.load(folder)
+        load_public(folder)
 
 
 def test_damage_is_refused_or_harmless(folder):
     path = folder / "darcy_test_16.npz"
-    content, expected = path.read_bytes(), darcy_public.load(folder).test
+    content, expected = path.read_bytes(), load_public(folder).test
     refused = 0
     for number, at in enumerate(range(0, len(content), 3)):
         damaged = bytearray(content)
         damaged[at] ^= 1 << number % 8
         path.write_bytes(damaged[:at] if number % 5 == 0 else damaged)
         try:
-            found = darcy_public.load(folder).test
+            found = load_public(folder).test
         except ValueError as error:
             assert str(path) in str(error)
             refused += 1
@@ -125,13 +124,13 @@ def test_damage_is_refused_or_harmless(folder):
 
 def test_a_type_that_is_none(folder):
     with pytest.raises(TypeError, match="dtype=torch.int64 is no floating-point type; use torch.float32"):
-        darcy_public.load(folder, torch.int64)
+        load_public(folder, torch.int64)
 
 
 @pytest.mark.skipif(not (data_folder("darcy") / "darcy_train_16.npz").is_file(), reason="the public files are not here")
 def test_the_public_files(caplog):
     with caplog.at_level(logging.WARNING):
-        found = darcy_public.load()
+        found = load_public()
     assert not caplog.records
     parts = (found.train, found.test, found.test_fine)
     assert [tuple(part.targets.shape) for part in parts] == [(1000, 16, 16), (50, 16, 16), (50, 32, 32)]

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xbraid_py.data import Batches, mnist
-from xbraid_py.data.files import read_idx
+from xbraid_py.data.dataset import read_idx
 
 # Code of the format, type in Python's struct, type in numpy.
 KINDS = [(8, "B", "uint8"), (9, "b", "int8"), (11, "h", "int16"), (12, "i", "int32"), (13, "f", "f4"), (14, "d", "f8")]

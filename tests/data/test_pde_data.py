@@ -6,10 +6,9 @@ import torch
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.data.darcy import Darcy, covariance, embedding
-from xbraid_py.data.elliptic import solve_darcy, solve_poisson
+from xbraid_py.data.elliptic import RANGES, Poisson, coefficient, solve_darcy, solve_poisson, source
 from xbraid_py.data.pde_dataset import PdeDataset, Standardization, split
 from xbraid_py.data.pde_samples import generate
-from xbraid_py.data.poisson import RANGES, Poisson, coefficient, source
 
 PROBLEMS = [Poisson(mesh=6), Darcy(mesh=4, correlation_length=0.3)]
 SERIAL = SerialCommunicator()

@@ -9,9 +9,8 @@ import torch
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.data.darcy import Darcy
-from xbraid_py.data.pde_files import KIND, file_name, load, obtain
-from xbraid_py.data.pde_samples import generate
-from xbraid_py.data.poisson import Poisson
+from xbraid_py.data.elliptic import Poisson
+from xbraid_py.data.pde_samples import KIND, file_name, generate, load, obtain
 from xbraid_py.run.store.read import load as open_file
 from xbraid_py.run.store.write import Shard, save
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from xbraid_py.data import files, peaks
-from xbraid_py.data.files import data_folder, read_features, read_labels
+from xbraid_py.data import dataset, peaks
+from xbraid_py.data.dataset import data_folder, read_features, read_labels
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_folder_from_argument_variable_or_default(tmp_path, monkeypatch):
     assert data_folder("peaks") == tmp_path / "peaks"
     assert data_folder("peaks", tmp_path / "mine") == tmp_path / "mine"
     monkeypatch.delenv("XBRAID_DATA")
-    monkeypatch.setattr(files, "user_data_path", lambda name, appauthor: tmp_path / "user" / name)
+    monkeypatch.setattr(dataset, "user_data_path", lambda name, appauthor: tmp_path / "user" / name)
     assert data_folder("peaks") == tmp_path / "user" / "xbraid_py" / "peaks"
     with pytest.raises(FileNotFoundError, match=f"without both it is looked for in {data_folder('peaks')}"):
         peaks.load(tmp_path)

@@ -7,9 +7,8 @@ import logging
 import pytest
 import torch
 
-from xbraid_py.data import stl10
-from xbraid_py.data.image_sets import load_images
-from xbraid_py.data.stl10 import load_stl10
+from xbraid_py.data import image_sets
+from xbraid_py.data.image_sets import load_images, load_stl10
 
 FILES = ["train_X.bin", "train_y.bin", "test_X.bin", "test_y.bin"]
 NUMBERS = 3 * 96 * 96
@@ -58,8 +57,8 @@ def test_rows_and_classes(folder, caplog):
 
 def test_a_whole_set_is_loaded_without_a_word(folder, caplog, monkeypatch):
     digests = {name: hashlib.md5((folder / name).read_bytes()).hexdigest() for name in FILES}
-    monkeypatch.setattr(stl10, "DIGESTS", digests)
-    monkeypatch.setattr(stl10, "STL10", dataclasses.replace(stl10.STL10, num_train=3, num_test=1))
+    monkeypatch.setattr(image_sets, "DIGESTS", digests)
+    monkeypatch.setattr(image_sets, "STL10", dataclasses.replace(image_sets.STL10, num_train=3, num_test=1))
     with caplog.at_level(logging.WARNING):
         assert load_stl10(folder).complete
     assert not caplog.records

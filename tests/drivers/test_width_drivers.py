@@ -10,7 +10,7 @@ from processes import PROJECT, run_job
 
 from xbraid_py import RunError
 from xbraid_py.comm import SerialCommunicator
-from xbraid_py.data.darcy_public import FILES
+from xbraid_py.data.darcy import FILES
 from xbraid_py.recipes.registry import network
 from xbraid_py.run.options import OptionError, parse
 from xbraid_py.run.record import read

@@ -11,8 +11,7 @@ from torch import nn
 from xbraid_py import RunError
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.replicas import ProcessGrid
-from xbraid_py.data.augmentation import Augmentation, standardize
-from xbraid_py.data.images import Images
+from xbraid_py.data.images import Augmentation, Images, standardize
 from xbraid_py.layers.image_resnet import ImageResNet
 from xbraid_py.layers.module_block import own_random_numbers
 from xbraid_py.multilevel.resnet.cycles import CosineCycles, plan

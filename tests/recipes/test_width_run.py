@@ -12,7 +12,7 @@ from studies.width.rows import CURVE
 from torch import nn
 from width_runs import NETWORK, TINY, run_of, samples
 
-from xbraid_py.data.darcy_public import FILES
+from xbraid_py.data.darcy import FILES
 from xbraid_py.multilevel.width.transfer import WidthOptions
 from xbraid_py.recipes.pictures.curves import fields, over_work, smoothed
 from xbraid_py.recipes.width import ERRORS, DarcyOptions, PoissonOptions, WidthRun

@@ -1,10 +1,9 @@
-"""Data sets, one file each: points and features as a `Dataset`, images of digits and of things, and texts."""
+"""Data sets: points and features as a `Dataset`, images of digits and of things, texts, and samples of PDEs."""
 
 from xbraid_py.data import mnist, peaks, text
-from xbraid_py.data.augmentation import Augmentation, standardize
 from xbraid_py.data.dataset import Batches, Dataset
 from xbraid_py.data.image_sets import load_images
-from xbraid_py.data.images import Images, ImageSets
+from xbraid_py.data.images import Augmentation, Images, ImageSets, standardize
 from xbraid_py.data.mnist import Mnist
 from xbraid_py.data.text import Corpus
 

@@ -5,12 +5,10 @@ Shape letters: `B` samples. Features are (x, y), shape (2, B); class 1 is the ri
 
 from __future__ import annotations
 
-import operator
-
 import numpy as np
 import torch
 
-from xbraid_py.data.dataset import Dataset
+from xbraid_py.data.dataset import Dataset, check_dtype, equal_share, whole_number
 
 NUM_CLASSES = 2
 INNER, OUTER = 2.0, 3.0  # radii of the ring
@@ -73,23 +71,15 @@ def generate(
     if sampling not in SAMPLINGS:
         raise ValueError(f"sampling={sampling!r} must be {' or '.join(SAMPLINGS)}; use balanced")
     sizes = []
-    for name, value, least, good in (
-        ("num_train", num_train, 2, 2000),
-        ("num_val", num_val, 2, 1000),
-        ("seed", seed, 0, 0),
-    ):
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise TypeError(f"{name}={value!r} must be an integer; use {good}")
-        if value < least:
-            raise ValueError(f"{name}={value} must be at least {least}; use {good}")
-        if name != "seed" and sampling == "balanced" and value % NUM_CLASSES:
-            raise ValueError(f"{name}={value} is not a multiple of the 2 classes; use {value - 1} or {value + 1}")
-        sizes.append(operator.index(value))
-    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype={dtype} is no floating-point type; use torch.float64")
+    for name, value, good in (("num_train", num_train, 2000), ("num_val", num_val, 1000)):
+        sizes.append(whole_number(name, value, NUM_CLASSES, good))
+        if sampling == "balanced":
+            equal_share(name, value, NUM_CLASSES)
+    seed = whole_number("seed", seed, 0, 0)
+    check_dtype(dtype, "torch.float64")
     draw = _balanced if sampling == "balanced" else _square
     # A generator for each set: the training points are the same whatever num_val is.
-    return tuple(draw(np.random.default_rng([sizes[2], part]), sizes[part], dtype) for part in (0, 1))
+    return tuple(draw(np.random.default_rng([seed, part]), sizes[part], dtype) for part in (0, 1))
 
 
 def _balanced(random: np.random.Generator, number: int, dtype: torch.dtype) -> Dataset:

@@ -1,15 +1,24 @@
-"""A labeled data set in memory, a seeded order of its minibatches, and the check of whole numbers.
+"""What data sets share: labeled points in memory, a seeded order of minibatches, files and their readers, and checks.
 
 Shape letters: `F` features, `B` samples. Features lie outermost and samples last, as in the states (C, B).
 """
 
 from __future__ import annotations
 
+import gzip
+import hashlib
+import logging
+import math
 import operator
+import os
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from platformdirs import user_data_path
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,9 +48,9 @@ class Dataset:
 
     def __post_init__(self):
         if not (isinstance(self.features, torch.Tensor) and self.features.is_floating_point()):
-            raise TypeError(f"features is {_kind(self.features)}, must be a floating-point tensor of shape (F, B)")
+            raise TypeError(f"features is {kind_of(self.features)}, must be a floating-point tensor of shape (F, B)")
         if not (isinstance(self.labels, torch.Tensor) and self.labels.dtype == torch.int64):
-            raise TypeError(f"labels is {_kind(self.labels)}, must be an int64 tensor of shape (B,)")
+            raise TypeError(f"labels is {kind_of(self.labels)}, must be an int64 tensor of shape (B,)")
         if self.features.ndim != 2 or 0 in self.features.shape:
             raise ValueError(
                 f"features.shape={tuple(self.features.shape)} must be (F, B), features first, at least one of each; "
@@ -71,7 +80,8 @@ class Dataset:
         return self.features.shape[1]
 
 
-def _kind(value) -> str:
+def kind_of(value: object) -> str:
+    """What a wrong argument is, for the message: the dtype of a tensor, otherwise the type."""
     return str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
@@ -169,3 +179,236 @@ def whole_number(name: str, value: int, least: int, example: int) -> int:
     if value < least:
         raise ValueError(f"{name}={value} must be at least {least}; use {example}")
     return operator.index(value)
+
+
+def equal_share(name: str, number: int, num_classes: int) -> int:
+    """Samples of each class, of so many; ValueError if the argument `name` is not a multiple of the classes."""
+    share, extra = divmod(number, num_classes)
+    if extra:
+        fits = f"{number - extra} or {number - extra + num_classes}"
+        raise ValueError(f"{name}={number} is not a multiple of the {num_classes} classes; use {fits}")
+    return share
+
+
+def check_dtype(dtype: torch.dtype, example: str = "torch.float32") -> None:
+    """TypeError unless `dtype` is a floating-point type; `example` is one that works."""
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype={dtype} is no floating-point type; use {example}")
+
+
+logger = logging.getLogger(__name__)
+
+# Third byte of an idx file: the type of the values.
+_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+_GZIP = b"\x1f\x8b"
+
+
+def data_folder(name: str, folder: str | os.PathLike | None = None) -> Path:
+    """Folder of the data set `name`: `folder`, else `$XBRAID_DATA/name`, else `name` in the user's folder for our data.
+
+    The last lies where the system keeps such folders, `~/.local/share/xbraid_py` on Linux. Whether it exists is not
+    checked.
+    """
+    if folder is not None:
+        return Path(folder).expanduser()
+    root = os.environ.get("XBRAID_DATA")
+    return Path(root).expanduser() / name if root else _default(name)
+
+
+def ways(name: str) -> str:
+    """How to say where a data set lies, for errors about missing files."""
+    return (
+        f"Name the folder of the files with --data_dir FOLDER, or the folder that holds {name}/ with the variable "
+        f"XBRAID_DATA; without both it is looked for in {_default(name)}."
+    )
+
+
+def _default(name: str) -> Path:
+    return user_data_path("xbraid_py", appauthor=False) / name
+
+
+def find_files(name: str, names: Mapping[str, str], origin: str, folder: str | os.PathLike | None = None) -> list[Path]:
+    """Paths of the files of a data set.
+
+    A file of other contents than the published one is reported by a warning in the log, not refused:
+    own files of the same format are welcome.
+
+    Parameters
+    ----------
+    name : str
+        Name of the data set, which is the name of its folder in `XBRAID_DATA`.
+    names : mapping of str to str
+        File names, each with the SHA-256 of the published file.
+    origin : str
+        Where the files officially come from.
+    folder : path-like, optional
+        See `data_folder`.
+
+    Raises
+    ------
+    FileNotFoundError
+        If one is missing, with the way to get it.
+    """
+    paths = [data_folder(name, folder) / file for file in names]
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} not found. It comes from {origin}. {ways(name)}")
+    for path, published in zip(paths, names.values(), strict=True):
+        if hashlib.sha256(path.read_bytes()).hexdigest() != published:
+            logger.warning("%s is not the published file (its SHA-256 differs)", path)
+    return paths
+
+
+def read_features(path: str | os.PathLike, num_features: int | None = None) -> torch.Tensor:
+    """Features from a text file: one sample a line, numbers separated by blanks.
+
+    Parameters
+    ----------
+    path : path-like
+        The file.
+    num_features : int, optional
+        Numbers a line must hold; by default as many as the first line does.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape (F, B), float64.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read.
+    ValueError
+        For a row of another length, a word that is no finite number, or a file without rows; with the line.
+    """
+    rows = [row for _, _, row in _rows(Path(path), num_features, lambda columns: "0.5 " * (columns - 1) + "-1.25")]
+    return torch.tensor(rows, dtype=torch.float64).T.contiguous()
+
+
+def read_labels(path: str | os.PathLike, num_classes: int | None = None) -> tuple[torch.Tensor, int]:
+    """Classes from a text file of one-hot rows: a single 1, at the class, and otherwise 0.
+
+    Parameters
+    ----------
+    path : path-like
+        The file.
+    num_classes : int, optional
+        Numbers a line must hold; by default as many as the first line does.
+
+    Returns
+    -------
+    labels : torch.Tensor
+        Shape (B,), int64.
+    num_classes : int
+        Length of the rows.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read.
+    ValueError
+        As in `read_features`, and for a row that is not one-hot.
+    """
+    labels = []
+    for number, line, row in _rows(Path(path), num_classes, _one_hot_example):
+        if sorted(row) != [0.0] * (len(row) - 1) + [1.0]:
+            raise _row_error(path, number, line, "not one-hot (a single 1, otherwise 0)", _one_hot_example(len(row)))
+        labels.append(row.index(1.0))
+    return torch.tensor(labels), len(row)
+
+
+def _one_hot_example(columns: int) -> str:
+    return " ".join(["0", "1", "0", "0", "0", *["0"] * (columns - 5)][:columns])
+
+
+def _rows(path: Path, columns: int | None, example) -> Iterator[tuple[int, str, list[float]]]:
+    """Line number, text and numbers of every row; `example(columns)` is a good row."""
+    # A file that is no text at all is to fail at its first row, like any other bad row.
+    lines = path.read_bytes().decode(errors="replace").rstrip().splitlines()
+    if not lines:
+        raise ValueError(f"{path} has no rows; each line is one sample, as in '{example(columns or 2)}'")
+    for number, line in enumerate(lines, start=1):
+        words = line.split()
+        columns = columns or len(words) or 2
+        row = [_number(word) for word in words]
+        for word, value in zip(words, row, strict=True):
+            if not math.isfinite(value):
+                raise _row_error(path, number, line, f"{_cut(word)} is not a finite number", example(columns))
+        if len(row) != columns:
+            rule = f"{len(row)} number(s) where every row holds {columns}"
+            raise _row_error(path, number, line, rule, example(columns))
+        yield number, line, row
+
+
+def _number(word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        return math.nan
+
+
+def _row_error(path: Path | str | os.PathLike, number: int, line: str, rule: str, example: str) -> ValueError:
+    return ValueError(f"{path}, line {number}: found {_cut(line)}: {rule}; a good row is '{example}'")
+
+
+def _cut(text: str, length: int = 60) -> str:
+    return repr(text if len(text) <= length else text[:length] + "...")
+
+
+def read_idx(path: str | os.PathLike) -> np.ndarray:
+    """Values of an idx file, plain or packed with gzip whatever its name.
+
+    That is two zero bytes, a byte for the type, a byte for the number of axes, the length of every axis as a big-endian
+    32-bit number, and then the values, big-endian, the last axis running fastest.
+
+    Parameters
+    ----------
+    path : path-like
+        The file.
+
+    Returns
+    -------
+    numpy.ndarray
+        Writable, in the byte order of this machine, of the type and shape that the file states: uint8, int8, int16,
+        int32, float32 or float64, with any number of axes.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read.
+    ValueError
+        For a wrong magic number, a file that is too short or too long for its shape, damaged packing, or more axes
+        or values than numpy can hold; with the name of the file.
+    """
+    raw = _unpacked(Path(path))
+    if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in _TYPES:
+        codes = ", ".join(f"{code:02x}" for code in _TYPES)
+        raise ValueError(
+            f"{path} begins with the bytes '{raw[:4].hex(' ')}', which is no magic number of an idx file (00 00, one "
+            f"of {codes}, the number of axes); images of unsigned bytes begin with '00 00 08 03'"
+        )
+    start = 4 + 4 * raw[3]
+    if len(raw) < start:
+        raise ValueError(f"{path} is truncated: {raw[3]} axes need a header of {start} bytes, it has {len(raw)}")
+    shape = tuple(int.from_bytes(raw[at : at + 4], "big") for at in range(4, start, 4))
+    kind = np.dtype(_TYPES[raw[2]])
+    # In Python's integers: the product of damaged lengths may pass any fixed width.
+    size = start + math.prod(shape) * kind.itemsize
+    if len(raw) != size:
+        fault = "is truncated" if len(raw) < size else "has surplus bytes"
+        raise ValueError(f"{path} {fault}: {kind.name} of shape {shape} needs {size} bytes, it has {len(raw)}")
+    values = np.frombuffer(raw, dtype=kind, offset=start)
+    try:
+        return values.reshape(shape).astype(kind.newbyteorder("="))
+    except ValueError as error:
+        raise ValueError(f"{path} has a shape that numpy cannot hold, {raw[3]} axes: {error}") from error
+
+
+def _unpacked(path: Path) -> bytes:
+    raw = path.read_bytes()
+    if not raw.startswith(_GZIP):
+        return raw
+    try:
+        return gzip.decompress(raw)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged, gzip says: {error}; get it anew") from error

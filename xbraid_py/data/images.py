@@ -1,27 +1,18 @@
-"""Labeled images of three colors as whole sets, and what the readers of CIFAR and STL-10 share.
+"""Labeled images of three colors: whole sets, every image standardized, and crops and flips at random.
 
-A set may lie there in part. What is missing is said, in the result and by a warning in the log; only a set without
-any training or without any test images is refused.
-
-Shape letters: `B` samples, `H W` pixels. Samples lie outermost, as torch's image layers have them.
+Shape letters: `B` samples, `C` channels, `H W` pixels. Samples lie outermost, as torch's image layers have them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from xbraid_py.data.files import data_folder, ways
-
-logger = logging.getLogger(__name__)
+from xbraid_py.data.dataset import check_dtype, whole_number
 
 CHANNELS = 3
 
@@ -154,137 +145,157 @@ def kind(value: object) -> str:
     return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-@dataclass(frozen=True, kw_only=True)
-class Published:
-    """An image set as it was published.
+# SplitMix64: G. L. Steele, D. Lea, C. H. Flood, Fast splittable pseudorandom number generators, OOPSLA 2014, with the
+# multipliers and shifts of S. Vigna's splitmix64.c, https://prng.di.unimi.it.
+_STEP = 0x9E3779B97F4A7C15
+_MULTIPLIERS = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_SHIFTS = 30, 27, 31
+_WORD = 2**64
+
+
+def standardize(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Every image by itself brought to mean 0 and standard deviation 1, over all its numbers.
+
+    As TensorFlow's `per_image_standardization` does, the deviation that is divided by is at least 1/sqrt(C H W), so
+    that an image of one color becomes 0. Mean and deviation come from whole numbers: they do not depend on the other
+    images of the batch, on threads, or on the device.
 
     Parameters
     ----------
-    title : str
-        Its name in words.
-    name : str
-        Name of its folder in `XBRAID_DATA`.
-    unpacked : str
-        Folder that the published archive unpacks to.
-    origin : str
-        Where it officially comes from.
-    num_train, num_test : int
-        Numbers of images.
-    """
-
-    title: str
-    name: str
-    unpacked: str
-    origin: str
-    num_train: int
-    num_test: int
-
-    def places(self, folder: str | os.PathLike | None = None) -> list[Path]:
-        """Folders where the files may lie, the likeliest first: see `load_cifar10`."""
-        home = data_folder(self.name, folder)
-        places = [home, home / self.unpacked]
-        return places if folder is not None else [*places, home.parent / self.unpacked]
-
-    def missing(self, what: str, places: Sequence[Path]) -> FileNotFoundError:
-        """The error for files that are necessary and not there."""
-        return FileNotFoundError(
-            f"{self.title} needs {what}, not found in {' or '.join(map(str, places))}. It comes from {self.origin}. "
-            f"{ways(self.name)}"
-        )
-
-    def report(
-        self, home: Path, train: Images, test: Images, words: Sequence[str], files: Sequence[str]
-    ) -> tuple[tuple[str, ...], bool]:
-        """`found` and `complete` of `ImageSets`, after a warning in the log if this is not the whole set.
-
-        Parameters
-        ----------
-        home : Path
-            Folder of the files.
-        train, test : Images
-            What they hold.
-        words : sequence of str
-            What was found, in words.
-        files : sequence of str
-            Names of the published files, of which the missing ones are told.
-        """
-        absent = [name for name in files if not (home / name).is_file()]
-        found = (*words, *(["missing: " + ", ".join(absent)] if absent else []))
-        complete = (train.num_samples, test.num_samples) == (self.num_train, self.num_test)
-        if not complete:
-            logger.warning("%s in %s is not the whole published set: %s", self.title, home, "; ".join(found))
-        return found, complete
-
-
-def found_words(what: str, images: Images, published: int, paths: Sequence[Path]) -> str:
-    """One entry of `ImageSets.found`."""
-    names = ", ".join(path.name for path in paths)
-    return f"{what} ({images.num_samples:,} of {published:,} images): {names}"
-
-
-def read_records(path: Path, size: int, digest: str | None) -> np.ndarray:
-    """Records of one length, one after another.
-
-    Parameters
-    ----------
-    path : Path
-        The file.
-    size : int
-        Bytes in a record.
-    digest : str or None
-        SHA-256 or MD5 of the published file, in hexadecimal digits. Another one is reported by a warning in the log,
-        not refused: own files of the same format are welcome. Where None is known, the log says the file's SHA-256.
+    pixels : torch.Tensor
+        Shape (B, C, H, W), uint8.
+    dtype : torch.dtype
+        Floating-point type of the result.
 
     Returns
     -------
-    numpy.ndarray
-        Shape (B, size), uint8, B at least 1, writable.
+    torch.Tensor
+        Shape (B, C, H, W), on the device of `pixels`.
 
     Raises
     ------
-    OSError
-        If the file cannot be read.
+    TypeError
+        If `pixels` is no uint8 tensor or `dtype` is no floating-point type.
     ValueError
-        If it is empty or ends within a record.
+        If `pixels` has another number of axes, or no pixels.
     """
-    values = np.fromfile(path, np.uint8)
-    if len(values) == 0 or len(values) % size:
-        fault = "is empty" if len(values) == 0 else f"ends within a record: it has {len(values)} bytes"
-        raise ValueError(
-            f"{path} {fault}; it must hold a multiple of {size} bytes, such as {10000 * size} for 10,000 images"
-        )
-    if digest is None:
-        logger.info("%s: SHA-256 %s, not compared: that of the file as published is not known here", path, _sha(values))
-    elif digest != (_sha(values) if len(digest) == 64 else hashlib.md5(values, usedforsecurity=False).hexdigest()):
-        checksum = "SHA-256" if len(digest) == 64 else "MD5"
-        logger.warning("%s does not hold the published values (its %s differs)", path, checksum)
-    return values.reshape(-1, size)
+    check_pixels(pixels)
+    check_dtype(dtype)
+    size = pixels.shape[1:].numel()
+    # The narrow integer is much faster; it holds the sum of the squares of up to 33025 pixels.
+    whole = torch.int32 if size * 255**2 < 2**31 else torch.int64
+    values = pixels.flatten(1).to(whole)
+    total = values.sum(1, dtype=whole).long()
+    squares = (values * values).sum(1, dtype=whole).long()
+    deviation = (size * squares - total * total).double().sqrt() / size
+    # Half the digits of a half type would go in the subtraction.
+    wide = torch.promote_types(dtype, torch.float32)
+    mean, deviation = (
+        number.to(wide).view(-1, 1, 1, 1) for number in (total.double() / size, deviation.clamp(min=size**-0.5))
+    )
+    return pixels.to(wide).sub_(mean).div_(deviation).to(dtype)
 
 
-def _sha(values: np.ndarray) -> str:
-    return hashlib.sha256(values).hexdigest()
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Random crops and flips: padded with zeros, cropped to the old size at a random place, mirrored or not.
 
+    What happens to an image depends on the seed, the epoch and the image's index in its set, and on nothing else: not
+    on the batch it is in or the rank that holds it. All places of the crop are equally likely, and both directions.
 
-def check_labels(path: Path, labels: np.ndarray, least: int, most: int, word: str = "label") -> None:
-    """Raise ValueError unless all labels of a file lie in `least` .. `most`."""
-    wrong = ((labels < least) | (labels > most)).nonzero()[0]
-    if len(wrong):
-        row = int(wrong[0])
-        raise ValueError(f"{path} holds the {word} {labels[row]} at record {row}, must lie in {least} .. {most}")
-
-
-def read_names(path: Path, num_classes: int) -> tuple[str, ...]:
-    """Names of the classes, one a line; () without the file.
+    Parameters
+    ----------
+    pad : int
+        Zeros on each side; 4 for CIFAR, 12 for STL-10 (paper 003, appendix A).
+    flip : bool
+        Whether left and right are exchanged in one half of the images. The places of the crops do not depend on it.
+    seed : int
+        0 .. 2**64 - 1.
 
     Raises
     ------
+    TypeError
+        If `pad` or `seed` is no integer or `flip` no bool.
     ValueError
-        If there is another number of them.
+        If `pad` is negative or `seed` is out of its range.
     """
-    if not path.is_file():
-        return ()
-    lines = path.read_bytes().decode(errors="replace").splitlines()
-    names = tuple(line.strip() for line in lines if line.strip())
-    if len(names) != num_classes:
-        raise ValueError(f"{path} holds {len(names)} names of classes, must hold {num_classes}, one a line")
-    return names
+
+    pad: int = 4
+    flip: bool = True
+    seed: int = 0
+
+    def __post_init__(self):
+        whole_number("pad", self.pad, 0, 4)
+        whole_number("seed", self.seed, 0, 0)
+        if self.seed >= _WORD:
+            raise ValueError(f"seed={self.seed} must be below 2**64; use 0")
+        if not isinstance(self.flip, bool):
+            raise TypeError(f"flip={self.flip!r} must be True or False; use True")
+
+    def __call__(self, pixels: Tensor, indices: Tensor, epoch: int) -> Tensor:
+        """Images as they are trained on in one epoch.
+
+        Parameters
+        ----------
+        pixels : torch.Tensor
+            Shape (B, C, H, W), uint8.
+        indices : torch.Tensor
+            Shape (B,), int64, not negative: index of each image in the whole set. Best on the CPU.
+        epoch : int
+            Number of the epoch, from 0.
+
+        Returns
+        -------
+        torch.Tensor
+            Shape (B, C, H, W), uint8, on the device of `pixels`; new memory.
+
+        Raises
+        ------
+        TypeError
+            If `pixels` is no uint8 tensor, `indices` no int64 tensor or `epoch` no integer.
+        ValueError
+            If the shapes do not fit each other, an index or `epoch` is negative, or `pad` is as large as the images.
+        """
+        check_pixels(pixels)
+        num_samples, _, height, width = pixels.shape
+        if not (isinstance(indices, Tensor) and indices.dtype == torch.int64):
+            raise TypeError(f"indices is {kind(indices)}, must be an int64 tensor of shape (B,); use torch.arange(B)")
+        if indices.shape != (num_samples,):
+            raise ValueError(
+                f"indices.shape={tuple(indices.shape)} must hold one index for each of the {num_samples} images; use "
+                f"({num_samples},)"
+            )
+        if num_samples and indices.min() < 0:
+            raise ValueError(f"indices holds {indices.min()}, must hold no negative index; use torch.arange(B)")
+        if self.pad >= min(height, width):
+            raise ValueError(f"pad={self.pad} must be smaller than images of {height} x {width} pixels; use 4")
+        rows, columns, mirrored = self._drawn(indices.cpu(), whole_number("epoch", epoch, 0, 0))
+        padded = functional.pad(pixels, (self.pad,) * 4)
+        # All crops as views of the padded images, (B, C, places, places, H, W); one of each image is copied.
+        crops = padded.unfold(2, height, 1).unfold(3, width, 1)
+        device = pixels.device
+        chosen = crops[torch.arange(num_samples, device=device), :, rows.to(device), columns.to(device)]
+        if self.flip:
+            # These alone: much faster than to mirror all and choose.
+            images = mirrored.nonzero()[:, 0].to(device)
+            chosen[images] = chosen[images].flip(-1)
+        return chosen
+
+    def _drawn(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """First row and first column of each crop in the padded image, and whether it is mirrored."""
+        epochs = random_bits(self.seed, np.array([epoch % _WORD], np.uint64))
+        bits = random_bits(int(epochs[0]), indices.numpy().astype(np.uint64))
+        places = np.uint64(2 * self.pad + 1)
+        # Three separate parts of the 64 bits: 24 for each place, as a fraction in 0 .. 1, and the lowest one.
+        fractions = bits >> np.uint64(40), bits >> np.uint64(16) & np.uint64(2**24 - 1)
+        rows, columns = (torch.from_numpy((part * places >> np.uint64(24)).astype(np.int64)) for part in fractions)
+        return rows, columns, torch.from_numpy((bits & np.uint64(1)).astype(bool))
+
+
+def random_bits(seed: int, numbers: np.ndarray) -> np.ndarray:
+    """The numbers at those places, from 0, of the stream that SplitMix64 gives for a seed; uint64."""
+    # Products and sums of arrays wrap around at 2**64, which is what is meant.
+    state = (numbers + np.uint64(1)) * np.uint64(_STEP) + np.uint64(seed)
+    for multiplier, shift in zip(_MULTIPLIERS, _SHIFTS, strict=False):
+        state = (state ^ (state >> np.uint64(shift))) * np.uint64(multiplier)
+    return state ^ (state >> np.uint64(_SHIFTS[-1]))

@@ -24,8 +24,7 @@ from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 from torch import Tensor
 
-from xbraid_py.data.dataset import Dataset, whole_number
-from xbraid_py.data.files import data_folder, find_files
+from xbraid_py.data.dataset import Dataset, data_folder, find_files, whole_number
 
 CUBE, TRUTH = "Indian_pines_corrected.mat", "Indian_pines_gt.mat"
 FILES = {

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from xbraid_py.data.files import data_folder, read_idx, ways
+from xbraid_py.data.dataset import check_dtype, data_folder, kind_of, read_idx, ways
 
 logger = logging.getLogger(__name__)
 
@@ -154,10 +154,10 @@ def standardized(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> to
         If `images` has another number of axes.
     """
     if not (isinstance(images, torch.Tensor) and images.dtype == torch.uint8):
-        found = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
-        raise TypeError(f"images is {found}, must be a uint8 tensor of shape (B, H, W); use Mnist.train_images")
-    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype={dtype} is no floating-point type; use torch.float32")
+        raise TypeError(
+            f"images is {kind_of(images)}, must be a uint8 tensor of shape (B, H, W); use Mnist.train_images"
+        )
+    check_dtype(dtype)
     if images.ndim != 3:
         raise ValueError(f"images.shape={tuple(images.shape)} must be (B, H, W); use (100, 28, 28)")
     return ((images.to(dtype) / 255 - MEAN) / STANDARD_DEVIATION).unsqueeze(1)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from xbraid_py.data.dataset import whole_number
+from xbraid_py.data.dataset import kind_of, whole_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +48,8 @@ class PdeDataset:
                 part = self.inputs.new_zeros(len(self.inputs), 0)
                 object.__setattr__(self, name, part)
             if not (isinstance(part, torch.Tensor) and part.is_floating_point() and part.dtype == self.inputs.dtype):
-                kind = part.dtype if isinstance(part, torch.Tensor) else type(part).__name__
                 raise TypeError(
-                    f"{name} is {kind}, must be a tensor of one floating-point type with inputs; use float32"
+                    f"{name} is {kind_of(part)}, must be a tensor of one floating-point type with inputs; use float32"
                 )
             if len(part) != len(self.inputs):
                 raise ValueError(f"{name}.shape={tuple(part.shape)} must begin with {len(self.inputs)}, as inputs does")

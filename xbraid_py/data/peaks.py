@@ -11,8 +11,15 @@ from functools import cache
 import numpy as np
 import torch
 
-from xbraid_py.data.dataset import Dataset, whole_number
-from xbraid_py.data.files import find_files, read_features, read_labels
+from xbraid_py.data.dataset import (
+    Dataset,
+    check_dtype,
+    equal_share,
+    find_files,
+    read_features,
+    read_labels,
+    whole_number,
+)
 
 NUM_CLASSES = 5
 GRID_SIZE = 256
@@ -149,9 +156,8 @@ def generate(
     num_train = whole_number("num_train", num_train, NUM_CLASSES, 5000)
     num_val = whole_number("num_val", num_val, 1, 5000)
     seed = whole_number("seed", seed, 0, 0)
-    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype={dtype} is no floating-point type; use torch.float64")
-    share = _share("num_train", num_train)
+    check_dtype(dtype, "torch.float64")
+    share = equal_share("num_train", num_train, NUM_CLASSES)
     points = mesh(GRID_SIZE)
     classes = class_of(*points.numpy())
     sizes = np.bincount(classes, minlength=NUM_CLASSES)
@@ -171,7 +177,7 @@ def generate(
     train = random.permutation(np.concatenate(drawn))
     rest = np.setdiff1d(np.arange(classes.size), train)
     if balanced:
-        share = _share("num_val", num_val)
+        share = equal_share("num_val", num_val, NUM_CLASSES)
         left = [rest[classes[rest] == k] for k in range(NUM_CLASSES)]
         if share > min(map(len, left)):
             raise ValueError(
@@ -186,15 +192,6 @@ def generate(
         return Dataset(points[:, rows].to(dtype), torch.from_numpy(classes[rows]), NUM_CLASSES)
 
     return pick(train), pick(validation)
-
-
-def _share(name: str, number: int) -> int:
-    """Points of each class, of so many."""
-    share, extra = divmod(number, NUM_CLASSES)
-    if extra:
-        fits = f"{number - extra} or {number - extra + NUM_CLASSES}"
-        raise ValueError(f"{name}={number} is not a multiple of the {NUM_CLASSES} classes; use {fits}")
-    return share
 
 
 def load(

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from xbraid_py.data.dataset import whole_number
+from xbraid_py.data.dataset import kind_of, whole_number
 
 # The largest alphabet; of more characters the rarest are replaced by UNKNOWN, which is Unicode's sign for that.
 MAX_CHARACTERS = 96
@@ -218,8 +218,7 @@ def windows(
     length, batch_size = whole_number("length", length, 1, 64), whole_number("batch_size", batch_size, 1, 32)
     seed, step = whole_number("seed", seed, 0, 0), whole_number("step", step, 0, 0)
     if not (isinstance(tokens, torch.Tensor) and tokens.dtype == torch.int64):
-        found = tokens.dtype if isinstance(tokens, torch.Tensor) else type(tokens).__name__
-        raise TypeError(f"tokens is {found}, must be an int64 tensor of shape (n,); use Corpus.encode")
+        raise TypeError(f"tokens is {kind_of(tokens)}, must be an int64 tensor of shape (n,); use Corpus.encode")
     if tokens.ndim != 1 or len(tokens) <= length:
         raise ValueError(
             f"tokens.shape={tuple(tokens.shape)} must be (n,), n more than length={length}; use a longer text or "

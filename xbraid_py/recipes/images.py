@@ -11,8 +11,8 @@ import torch
 
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.replicas import ProcessGrid
-from xbraid_py.data.augmentation import Augmentation, standardize
 from xbraid_py.data.image_sets import ImageSplit, load_split
+from xbraid_py.data.images import Augmentation, standardize
 from xbraid_py.layers.image_resnet import ImageResNet
 from xbraid_py.layers.module_block import own_random_numbers
 from xbraid_py.multilevel.resnet.cycles import MODELS, CosineCycles, Discretization, plan

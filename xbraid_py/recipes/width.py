@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.data.darcy import Darcy
+from xbraid_py.data.elliptic import Poisson
 from xbraid_py.data.pde_dataset import PdeDataset, Standardization
-from xbraid_py.data.pde_files import PdeSource
-from xbraid_py.data.poisson import Poisson
+from xbraid_py.data.pde_samples import PdeSource
 from xbraid_py.multilevel.cycle.stochastic import Minibatches
 from xbraid_py.multilevel.width.training import WidthRecord, WidthTraining, WidthTrainingOptions, errors
 from xbraid_py.multilevel.width.transfer import WidthLayout

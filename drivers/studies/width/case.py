@@ -16,7 +16,7 @@ import torch
 from studies.study import Settings, of_seeds
 from studies.width.rows import CURVE
 from xbraid_py.data.pde_dataset import PdeDataset
-from xbraid_py.data.pde_files import PdeSource
+from xbraid_py.data.pde_samples import PdeSource
 from xbraid_py.recipes.width import ERRORS, PROBLEMS, WidthRun, WidthRunOptions
 from xbraid_py.run.engine import rows_of
 from xbraid_py.run.options import from_dict
