@@ -1,7 +1,7 @@
 """The command line `xbraid-py`: looks at runs, reports on them, continues and exports them, and plans new ones.
 
-Each command is a module of its own that is loaded only when it is asked for, and what takes long to load (torch,
-matplotlib, HDF5) is loaded inside the functions that need it.
+The module of a command is loaded only when it is asked for, and what takes long to load (torch, HDF5) is loaded inside
+the functions that need it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 __all__ = ["main"]
 
-# Each has a module of its name with a function main(words) that returns the exit status.
+# Each is main(words) of the module of its name, or (events) a function beside another; it returns the exit status.
 COMMANDS = {
     "status": "what runs are doing, a line each; the exit status says it to scripts",
     "watch": "a run while it goes on: a live table and curves in the terminal",
@@ -72,19 +72,15 @@ def _run(words: list[str]) -> int:
         close = difflib.get_close_matches(words[0], COMMANDS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(COMMANDS)}"
         raise ValueError(f"unknown command {words[0]!r}; {hint}")
-    return importlib.import_module(f"xbraid_py.cli.{words[0]}").main(words[1:])
+    module, function = ("export", "events") if words[0] == "events" else (words[0], "main")
+    return getattr(importlib.import_module(f"xbraid_py.cli.{module}"), function)(words[1:])
 
 
 def _help() -> str:
-    lines = [f"  {name:<8}  {does}" for name, does in COMMANDS.items()]
-    return "\n".join(
-        (
-            "usage: xbraid-py COMMAND [...]",
-            "",
-            "Runs of layer-parallel training: see what they do, and what became of them.",
-            "",
-            *lines,
-            "",
-            "xbraid-py COMMAND --help says more of each; --version prints the version.",
-        )
+    lines = "\n".join(f"  {name:<8}  {does}" for name, does in COMMANDS.items())
+    return (
+        "usage: xbraid-py COMMAND [...]\n\n"
+        "Runs of layer-parallel training: see what they do, and what became of them.\n\n"
+        f"{lines}\n\n"
+        "xbraid-py COMMAND --help says more of each; --version prints the version."
     )

@@ -1,4 +1,4 @@
-"""`xbraid-py export DIR OUT.pt`: the network of a checkpoint as a plain torch module."""
+"""What other programs read of a run: `export`, a network as a plain torch module, and `events`, TensorBoard's files."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xbraid_py.cli.arguments import command_parser, parse
-from xbraid_py.cli.reader import CHECKPOINTS, read_run
+from xbraid_py.cli.reader import CHECKPOINTS, RECORD, command_parser, read_run
 from xbraid_py.cli.status import printable
 from xbraid_py.run.store.files import replacing
+from xbraid_py.run.tensorboard import require_tensorboard, write_events
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,7 +34,7 @@ def main(words: Sequence[str]) -> int:
         type=Path,
         help="A program of your own that trained on minibatches, whose `build` makes the network.",
     )
-    options = parse(parser, words)
+    options = parser.parse_args(words)
     out = options.OUT
     if out.is_dir() or not out.parent.is_dir():
         what = "is a folder" if out.is_dir() else f"lies in {out.parent}, which is no folder"
@@ -138,3 +138,21 @@ def module_of(path: Path) -> Any:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+def events(words: Sequence[str]) -> int:
+    """Write the record of a run as TensorBoard event files, and say how to look at them."""
+    usage = "DIR [--out FOLDER]"
+    parser = command_parser("events", usage, "The record of a run as TensorBoard event files.")
+    parser.add_argument("DIR", type=Path, help="Folder of the run.")
+    parser.add_argument("--out", type=Path, help="Folder of the event files; tensorboard in that of the run.")
+    options = parser.parse_args(words)
+    run = read_run(options.DIR)
+    if not run.rows:
+        raise ValueError(f"{run.path / RECORD} holds no rows yet; try again when the run is under way")
+    require_tensorboard()
+    out = options.out or run.path / "tensorboard"
+    header = {"kind": "header", "configuration": run.configuration}
+    count = write_events([header, *run.rows], out)
+    print(f"{count} rows of {run.path} are in {out}; see them with\n  tensorboard --logdir {out}")
+    return 0

@@ -1,14 +1,17 @@
-"""What is in the folder of a run: read as far as it is there, since the run may be under way or have been killed."""
+"""What all commands read: the folder of a run, as far as it is there, and the words of a command line."""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import os
+import re
+from argparse import ArgumentParser
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -34,7 +37,7 @@ class NoRun(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run, as far as its folder tells.
+    """A run, as far as its folder tells: it may be under way or have been killed.
 
     Attributes
     ----------
@@ -179,3 +182,41 @@ def _changed(path: Path) -> float | None:
         return path.stat().st_mtime
     except OSError:
         return None
+
+
+_KINDS = {"int": "an int", "float": "a float"}
+
+
+class CommandParser(ArgumentParser):
+    """Raises a `ValueError` for what argparse would end the process with, and says which value would work."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{_better(self, ' '.join(message.split()))}\ntry {self.prog} --help")
+
+
+def command_parser(command: str, usage: str, description: str, epilog: str | None = None) -> CommandParser:
+    """Parser of `xbraid-py COMMAND USAGE`."""
+    prog = f"xbraid-py {command}"
+    return CommandParser(prog, f"%(prog)s {usage}", description=description, epilog=epilog, allow_abbrev=False)
+
+
+def _usage(parser: CommandParser) -> str:
+    return parser.format_usage().strip().replace("usage:", "usage is")
+
+
+def _better(parser: CommandParser, said: str) -> str:
+    if match := re.fullmatch(r"unrecognized arguments: (\S+).*", said):
+        word = match[1].split("=")[0]
+        if not word.startswith("-"):
+            return f"{match[1]!r} is one folder or file too many; the {_usage(parser)}"
+        known = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
+        close = difflib.get_close_matches(word, known, n=1)
+        return f"unknown option {word}" + (f"; did you mean {close[0]}?" if close else "")
+    if match := re.fullmatch(r"the following arguments are required: (.*)", said):
+        return f"{match[1]} must be given; the {_usage(parser)}"
+    if match := re.fullmatch(r"argument --(\w+): invalid (\w+) value: '(.*)'", said):
+        name, kind, value = match.groups()
+        default = parser.get_default(name)
+        good = default if default is not None else {"int": 4, "float": 1.0}.get(kind, "TEXT")
+        return f"{name}={value} is not {_KINDS.get(kind, f'a {kind}')}; use --{name}={good}"
+    return said

@@ -9,8 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from xbraid_py.cli.arguments import command_parser, parse
-from xbraid_py.cli.reader import CONFIGURATION, Run, read_run
+from xbraid_py.cli.reader import CONFIGURATION, Run, command_parser, read_run
 from xbraid_py.cli.status import printable, progress, summarize
 from xbraid_py.run.options import flat, text
 
@@ -36,7 +35,7 @@ def main(words: Sequence[str]) -> int:
         help="What starts several ranks, up to their number, as in --launcher 'srun --mpi=pmi2 -n'; "
         "the mpirun beside this python, or else on the PATH, if not given.",
     )
-    options = parse(parser, words)
+    options = parser.parse_args(words)
     run = read_run(options.DIR)
     summary = summarize(run)
     if run.status.get("state") == "finished":

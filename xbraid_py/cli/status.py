@@ -15,8 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from xbraid_py.cli.arguments import command_parser, parse
-from xbraid_py.cli.reader import NoRun, Run, read_run
+from xbraid_py.cli.reader import NoRun, Run, command_parser, read_run
 from xbraid_py.run.record import number
 
 COLORS = {"running": "green", "finished": "green", "failed": "red", "stale": "yellow", "stopped": "yellow"}
@@ -31,7 +30,7 @@ def main(words: Sequence[str]) -> int:
     parser = command_parser("status", "DIR... [--stale SECONDS]", "What runs are doing, a line each.", _EPILOG)
     parser.add_argument("DIR", nargs="+", type=Path, help="Folders of runs.")
     parser.add_argument("--stale", type=float, default=STALE, help="Seconds without a sign of life (%(default)g).")
-    options = parse(parser, words)
+    options = parser.parse_args(words)
     check_stale(options.stale)
     runs: list[tuple[Run, Summary]] = []
     errors = []

@@ -12,8 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from xbraid_py.cli.arguments import command_parser, parse
-from xbraid_py.cli.reader import Points, Run, RunReader
+from xbraid_py.cli.reader import Points, Run, RunReader, command_parser
 from xbraid_py.cli.status import (
     COLORS,
     OVER,
@@ -50,7 +49,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--once", action="store_true", help="Show it as it is now, and end.")
     parser.add_argument("--every", type=float, default=1.0, help="Seconds between two looks (%(default)g).")
     parser.add_argument("--stale", type=float, default=STALE, help="Seconds without a sign of life (%(default)g).")
-    options = parse(parser, words)
+    options = parser.parse_args(words)
     check_stale(options.stale)
     if not 0.1 <= options.every <= 3600:
         raise ValueError(f"every={options.every} must be a number of seconds from 0.1 to 3600; use --every=1")

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from xbraid_py.comm.agreement import check_launcher
 from xbraid_py.comm.base import Communicator, SerialCommunicator
-from xbraid_py.comm.launch import check_launcher
 
 # A rank that waits asks so many times in a row, and then sleeps so many seconds between two questions.
 PATIENCE = 20
