@@ -6,6 +6,7 @@ from xbraid_py.mgrit.hierarchy import Hierarchy, Level
 from xbraid_py.mgrit.lagged import COARSE_RELAXATIONS
 from xbraid_py.mgrit.levels import Monitor, Solution
 from xbraid_py.mgrit.options import MGRIT
+from xbraid_py.mgrit.pipeline import follow
 from xbraid_py.mgrit.protocols import Propagator, StateTransfer, Steps
 from xbraid_py.mgrit.solver import Solver
 
@@ -24,4 +25,5 @@ __all__ = [
     "Solver",
     "StateTransfer",
     "Steps",
+    "follow",
 ]

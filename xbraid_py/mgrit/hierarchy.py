@@ -49,9 +49,18 @@ class Level:
 
 @dataclass(frozen=True)
 class Hierarchy:
-    """All levels of a solve, the finest first; made by `Hierarchy.plan`."""
+    """All levels of a solve, the finest first; made by `Hierarchy.plan`.
+
+    Attributes
+    ----------
+    levels : tuple of Level
+    block : int
+        Layers that belong to one rank together: those of an interval, or where there is one level a rule of their
+        number. Sums over layers are made block by block.
+    """
 
     levels: tuple[Level, ...]
+    block: int = 1
 
     @classmethod
     def plan(cls, options: MGRIT, grid: LayerGrid, num_ranks: int, in_use: int | None = None) -> Hierarchy:
@@ -78,6 +87,8 @@ class Hierarchy:
             factors.append(factor)
             steps //= factor
         first = factors[0] if factors else 1
+        if options.cycle == "pipeline":
+            first = grid.num_layers // _blocks(grid.num_layers)
         rows = Partition.balanced(grid.num_layers // first, num_ranks, in_use).refine(first)
         induced, levels = rows, []
         for index in range(len(factors) + 1):
@@ -86,7 +97,7 @@ class Hierarchy:
             levels.append(Level(index, grid, cfactor, options.nrelax_of(index), induced, rows))
             if cfactor is not None:
                 grid, induced = grid.coarsen(cfactor), rows.coarsen(cfactor)
-        return cls(tuple(levels))
+        return cls(tuple(levels), first)
 
     @property
     def partition(self) -> Partition:
@@ -97,6 +108,11 @@ class Hierarchy:
     def intervals(self) -> Partition:
         """Owners of the C-points of the finest level; of the layers themselves if there is one level."""
         return self.intervals_of(0)
+
+    @property
+    def blocks(self) -> Partition:
+        """Owners of the blocks of layers."""
+        return self.partition.coarsen(self.block)
 
     def intervals_of(self, index: int) -> Partition:
         """The same for a level."""
@@ -149,3 +165,17 @@ class Hierarchy:
                 f"{level.rows.ranks_in_use:5d}  {level.grid.h:10.4g}  {share / sum(work):6.1%}"
             )
         return "\n".join(lines)
+
+
+# Fewer blocks could not be dealt out to that many ranks; of more, sums have more summands.
+_LEAST_BLOCKS = 64
+
+
+def _blocks(num_layers: int) -> int:
+    """Blocks of so many layers: the fewest, of equal length, that are at least 64; single layers where there are fewer.
+
+    They depend on the number of layers alone.
+    """
+    if num_layers <= _LEAST_BLOCKS:
+        return num_layers
+    return next(count for count in range(_LEAST_BLOCKS, num_layers + 1) if num_layers % count == 0)

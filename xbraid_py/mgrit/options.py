@@ -19,7 +19,13 @@ class _Cycle:
 
 
 _CLASSICAL = _Cycle(3, 2, 0.0, 0.0, "midpoint", 1)
-_CYCLES = {"lagged": _Cycle(99, 10, 1e-2, 5e-2, "euler", 2), "V": _CLASSICAL, "F": _CLASSICAL}
+_CYCLES = {
+    "lagged": _Cycle(99, 10, 1e-2, 5e-2, "euler", 2),
+    "pipeline": _Cycle(1, 1, 0.0, 0.0, "euler", 1),
+    "V": _CLASSICAL,
+    "F": _CLASSICAL,
+}
+_PORTIONS, _LEAST_SAMPLES = 8, 8  # of a pipeline: portions at most, and samples in each at least
 _SHORT = 32  # steps of a coarse level that are few enough to be made one after the other
 
 
@@ -34,8 +40,13 @@ class MGRIT:
     Parameters
     ----------
     cycle
-        One-shot: one relaxation of the fine level an iteration, between two sweeps of the coarse one that carry
-        the correction of the last solve. V or F: the classical cycles.
+        Lagged: one relaxation of the fine level an iteration, between two sweeps of the coarse one that carry
+        the correction of the last solve. V or F: the classical cycles. Pipeline: no coarse level at all; portions of
+        the samples follow each other through the layers of the ranks, which is exact.
+    portions
+        Portions of the samples that are propagated one after the other; their sums are made in one fixed tree, so
+        that the result is the same on any number of ranks and of replicas. Where it is not given: with a pipeline the
+        greatest power of two up to 8 that leaves 8 samples in each, with the other cycles one.
     intervals
         Intervals of the finest level where no cfactor is given, with the lagged cycle; fewer where this does not
         divide the number of layers, and none where they would be no longer than the parts of a coarse step.
@@ -75,7 +86,8 @@ class MGRIT:
         this does not divide the coarsening factor. The cycle's if not given.
     """
 
-    cycle: Literal["lagged", "V", "F"] = "lagged"
+    cycle: Literal["lagged", "pipeline", "V", "F"] = "lagged"
+    portions: int | None = None
     intervals: int = 8
     cfactor: int | tuple[int, ...] | None = None
     max_levels: int | None = None
@@ -98,7 +110,7 @@ class MGRIT:
             if not factors or min(factors) < 2:
                 raise ValueError(f"cfactor={self.cfactor} must be at least 2 on every level; use 4")
         for name, words in (
-            ("cycle", ("lagged", "V", "F")),
+            ("cycle", ("lagged", "pipeline", "V", "F")),
             ("coarse_weights", ("average", "inject")),
             ("coarse_step", ("midpoint", "euler")),
             ("start", ("coarsest", "full")),
@@ -109,12 +121,15 @@ class MGRIT:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {rule}; use {words[0]}")
         least_iter = int(self.cycle == "lagged")
         least = {"intervals": 2, "max_levels": 1, "min_coarse": 1, "nrelax": 0, "nrelax0": 0, "coarse_parts": 1}
+        least["portions"] = 1
         for name, bound in {**least, "max_iter": least_iter}.items():
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"{name}={value} must be at least {bound}; use {max(bound, 1)}")
         if not 0.0 < self.c_weight < 2.0:
             raise ValueError(f"c_weight={self.c_weight} must lie between 0 and 2; use 1.0")
+        if self.cycle == "pipeline" and (self.max_levels or 1) > 1:
+            raise ValueError(f"max_levels={self.max_levels}: cycle='pipeline' has one level; leave it out")
         if self.cycle == "lagged" and (self.c_weight != 1.0 or self.start != "coarsest"):
             given = f"c_weight={self.c_weight}" if self.c_weight != 1.0 else f"start={self.start!r}"
             raise ValueError(f"{given} is for V- and F-cycles; cycle='lagged' has no C-relaxation: use cycle='V'")
@@ -143,6 +158,15 @@ class MGRIT:
     def tolerance(self) -> float:
         """`tol`, or the cycle's."""
         return _CYCLES[self.cycle].tol if self.tol is None else self.tol
+
+    def portions_of(self, samples: int) -> int:
+        """Portions of so many samples: `portions`, at most one for each sample, or by the rule."""
+        if self.portions is not None:
+            return max(1, min(self.portions, samples))
+        portions = 1
+        while self.cycle == "pipeline" and portions < _PORTIONS and samples >= 2 * portions * _LEAST_SAMPLES:
+            portions *= 2
+        return portions
 
     def cfactor_of(self, level: int, steps: int) -> int | None:
         """Coarsening factor from `level`, which has so many steps, to the next; None if there is to be no next one."""
