@@ -38,7 +38,9 @@ from xbraid_py.testing import run_threads
         ({"tol": -1e-6}, "tol=-1e-06 must be at least 0 and finite; use 1e-6"),
         ({"tol": float("nan")}, "tol=nan must be at least 0"),
         ({"tol": float("inf")}, "tol=inf must be at least 0"),
-        ({"cycle": "W"}, "cycle='W' must be lagged or V or F; use lagged"),
+        ({"cycle": "pipeline", "max_levels": 2}, "max_levels=2: cycle='pipeline' has one level"),
+        ({"portions": 0}, "portions=0 must be at least 1; use 1"),
+        ({"cycle": "W"}, "cycle='W' must be lagged or pipeline or V or F; use lagged"),
         ({"coarse_weights": "mean"}, "coarse_weights='mean' must be average or inject; use average"),
         ({"coarse_step": "rk4"}, "coarse_step='rk4' must be midpoint or euler; use midpoint"),
     ],
@@ -222,3 +224,10 @@ def test_a_hierarchy_for_another_number_of_ranks():
     message = re.escape("the hierarchy is planned for 3 ranks, the communicator has 1")
     with pytest.raises(ValueError, match=message):
         Solver(MGRIT(), plan(64, 3), SerialCommunicator())
+
+
+def test_portions_are_a_rule_of_the_samples():
+    rule = [MGRIT(cycle="pipeline").portions_of(samples) for samples in (1, 15, 16, 31, 32, 63, 64, 5000)]
+    assert rule == [1, 1, 2, 2, 4, 4, 8, 8]
+    assert [MGRIT(cycle="pipeline", portions=5).portions_of(samples) for samples in (1, 3, 5, 5000)] == [1, 3, 5, 5]
+    assert MGRIT(cycle="V").portions_of(5000) == 1 and MGRIT(portions=4).portions_of(5000) == 4
