@@ -64,7 +64,7 @@ _HOMES = {
     "layers.dense": ("DenseBlock", "DenseLayer", "ResidualSteps"),
     "layers.image_resnet": ("ImageResNet",),
     "layers.pixels": ("SpatialCoarsening",),
-    "layers.richardson": ("error_norms", "local_errors", "output_error"),
+    "layers.steps": ("error_norms", "local_errors", "output_error"),
     "layers.splines": ("Splines",),
     "mgrit": ("MGRIT", "Adjoint", "Forward", "Hierarchy", "LayerGrid", "Propagator", "Solution", "Solver"),
     "multilevel": (

@@ -14,9 +14,9 @@ from blocks import CASES, UNCHECKED, B, C, Case, Dropped, distance, gradients, l
 from torch import nn
 
 from xbraid_py import MGRIT, DenseBlock, GradientControl, LayerGrid, ResidualSteps
-from xbraid_py.layers.dropout import at_position
 from xbraid_py.layers.module_block import ModuleBlock
 from xbraid_py.layers.module_steps import ModuleSteps, Tape, has_batched_form
+from xbraid_py.layers.norm_dropout import at_position
 from xbraid_py.nn import Dropout
 
 n, c, h = 8, 4, 0.3

@@ -13,7 +13,7 @@ from torch import nn
 from xbraid_py.layers.dense import DenseLayer, ResidualSteps
 from xbraid_py.layers.module_block import ModuleBlock
 from xbraid_py.layers.module_steps import ModuleSteps, Tape
-from xbraid_py.layers.richardson import error_norms, local_errors, output_error
+from xbraid_py.layers.steps import error_norms, local_errors, output_error
 from xbraid_py.multilevel.depth.transfer import prolong_rows
 
 WIDTH, BATCH, T = 3, 4, 2.0

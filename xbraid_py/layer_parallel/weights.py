@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.agreement import together
 from xbraid_py.comm.partition import Partition
-from xbraid_py.layers.batch_norm import Moments
 from xbraid_py.layers.module_block import ModuleBlock, own_random_numbers
+from xbraid_py.layers.norm_dropout import Moments
 from xbraid_py.layers.splines import SplineLayers, Splines
 from xbraid_py.mgrit.grid import LayerGrid
 

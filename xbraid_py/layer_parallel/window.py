@@ -16,9 +16,9 @@ from xbraid_py.comm.agreement import agree
 from xbraid_py.layer_parallel.accuracy import Controller, GradientControl, SolveRecord
 from xbraid_py.layer_parallel.solves import Propagation, Solvers, graph_is_kept, hollow, pipeline
 from xbraid_py.layer_parallel.weights import StackedWeights
-from xbraid_py.layers.batch_norm import Moments
 from xbraid_py.layers.dense import DenseBlock, ResidualSteps
 from xbraid_py.layers.module_steps import ModuleSteps, Tape, has_batched_form
+from xbraid_py.layers.norm_dropout import Moments
 from xbraid_py.layers.splines import Splines
 from xbraid_py.mgrit.equations import Forward
 from xbraid_py.mgrit.protocols import Steps

@@ -18,7 +18,7 @@ from xbraid_py import kernels
 from xbraid_py.comm.partition import Partition
 from xbraid_py.kernels import fallback
 from xbraid_py.kernels.activation import activation
-from xbraid_py.layers.rows import coarse_rows, halved_rows, rows_of
+from xbraid_py.layers.steps import coarse_rows, halved_rows, rows_of
 
 ALL = slice(None)
 
@@ -231,7 +231,7 @@ class ResidualSteps:
         return replace(self, theta=theta, h=h, scheme=scheme, parts=parts)
 
     def halved(self, halves: Tensor | None = None) -> Self:
-        """Steps of which two, half as long, stand for each of these; see `richardson.Halvable`."""
+        """Steps of which two, half as long, stand for each of these; see `steps.Halvable`."""
         theta, h = halved_rows(self.theta, self.h, halves)
         return replace(self, theta=theta, h=h)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from xbraid_py.comm.partition import Partition
-from xbraid_py.layers.rows import coarse_rows, sums
+from xbraid_py.layers.steps import coarse_rows, sums, sweep
 
 KINDS = ("plain", "implicit")
 COARSE = ("compose", "euler")
@@ -239,18 +239,13 @@ class GruSteps:
 
         The input of each step is written to `inputs` (m c, B, H). `record` needs nothing done.
         """
-        x = points
         length, sizes = cfactor * self.parts, self._sizes
-        for j in range(cfactor):
-            step = slice(j, None, cfactor)
-            if inputs is not None:
-                inputs[step] = x
-            for part in range(j * self.parts, (j + 1) * self.parts):
-                rows = slice(part, None, length)
-                x = self.cell.step(x, self.theta[rows], self.weight, self.bias, sizes[rows])
-            if tau is not None:
-                x += tau[step]
-        return x
+
+        def advance(x: Tensor, part: int) -> Tensor:
+            rows = slice(part, None, length)
+            return self.cell.step(x, self.theta[rows], self.weight, self.bias, sizes[rows])
+
+        return sweep(points, range(cfactor), self.parts, advance, lambda j: slice(j, None, cfactor), tau, inputs)
 
     def relax_adjoint(
         self,
@@ -265,21 +260,17 @@ class GruSteps:
 
         The gradient of theta is written to `gradient` (m c parts, B, 3 H).
         """
-        v = points
         length, local = cfactor * self.parts, self.linearized(states)
-        for j in reversed(range(cfactor)):
-            step = slice(j, None, cfactor)
-            if inputs is not None:
-                inputs[step] = v
-            for part in reversed(range(j * self.parts, (j + 1) * self.parts)):
-                rows = slice(part, None, length)
-                after, slopes = local.back(v, self.weight, rows)
-                if gradient is not None:
-                    local.of_input(v, slopes, rows, gradient[rows])
-                v = after if self.sources is None else after.add_(self.sources[rows])
-            if tau is not None:
-                v += tau[step]
-        return v
+
+        def advance(v: Tensor, part: int) -> Tensor:
+            rows = slice(part, None, length)
+            after, slopes = local.back(v, self.weight, rows)
+            if gradient is not None:
+                local.of_input(v, slopes, rows, gradient[rows])
+            return after if self.sources is None else after.add_(self.sources[rows])
+
+        steps = range(cfactor)[::-1]
+        return sweep(points, steps, self.parts, advance, lambda j: slice(j, None, cfactor), tau, inputs)
 
     def linearized(self, states: Tensor) -> Linearized:
         """The Jacobians of all rows at their states (n parts, B, H), computed once for the same states."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from xbraid_py.layers.batch_norm import MovingBatchNorm2d
+from xbraid_py.layers.norm_dropout import MovingBatchNorm2d
 
 Norm = Literal["batch", "moving", "group", "frozen", "none"]
 

@@ -14,8 +14,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from xbraid_py.layers.batch_norm import Moments, MovingNorm, NormInputs, within
-from xbraid_py.layers.dropout import Dropout, at_position
+from xbraid_py.layers.norm_dropout import Dropout, Moments, MovingNorm, NormInputs, at_position, within
 
 _BATCH_NORMS = nn.modules.batchnorm._NormBase
 _DROPOUTS = nn.modules.dropout._DropoutNd

@@ -9,15 +9,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from xbraid_py.comm.partition import Partition
-from xbraid_py.layers.batch_norm import Moments, NormInputs
 from xbraid_py.layers.module_block import ModuleBlock
-from xbraid_py.layers.rows import coarse_rows, halved_rows
+from xbraid_py.layers.norm_dropout import Moments, NormInputs
+from xbraid_py.layers.steps import coarse_rows, halved_rows, sweep
 from xbraid_py.mgrit.protocols import StateTransfer
 
 
@@ -149,18 +150,17 @@ class ModuleSteps:
                 first = 0 if self.vmap else k * length
                 x = start = points[k].detach().requires_grad_() if tape is not None else points[k]
                 leaves, weights = self._of_interval(columns, first, length, tape is not None)
-                for j in range(cfactor):
-                    step = slice(j, None, cfactor) if self.vmap else k * cfactor + j
-                    if inputs is not None:
-                        inputs[step] = x.detach()
-                    for part in range(j * self.parts, (j + 1) * self.parts):
-                        row = slice(part, None, length) if self.vmap else first + part
-                        norm_inputs = NormInputs(moments.start) if moments is not None else None
-                        x = x + self._increment(weights[part], x, row, norm_inputs)
-                        if moments is not None:
-                            moments.take(row, norm_inputs)
-                    if tau is not None:
-                        x = x + tau[step]
+
+                def advance(x: Tensor, part: int, first=first, weights=weights) -> Tensor:
+                    row = self._place(first, part, length)
+                    norm_inputs = NormInputs(moments.start) if moments is not None else None
+                    x = x + self._increment(weights[part], x, row, norm_inputs)
+                    if moments is not None:
+                        moments.take(row, norm_inputs)
+                    return x
+
+                place = partial(self._place, first // self.parts, length=cfactor)
+                x = sweep(x, range(cfactor), self.parts, advance, place, tau, inputs)
                 if tape is not None:
                     tape.graphs[first] = _Graph(start, leaves, x)
                 ends[k] = x.detach()
@@ -191,17 +191,18 @@ class ModuleSteps:
                     v = self._through(self.tape.graphs[start], v, columns, start, taped)
                 ends[k] = v
                 continue
-            for j in reversed(range(cfactor)):
-                step = slice(j, None, cfactor) if self.vmap else k * cfactor + j
-                if inputs is not None:
-                    inputs[step] = v
-                for part in reversed(range(j * self.parts, (j + 1) * self.parts)):
-                    row = slice(part, None, length) if self.vmap else first + part
-                    v = self._back(rows, row, states[row], v, columns)
-                if tau is not None:
-                    v = v + tau[step]
-            ends[k] = v
+
+            def advance(v: Tensor, part: int, first=first) -> Tensor:
+                row = self._place(first, part, length)
+                return self._back(rows, row, states[row], v, columns)
+
+            place = partial(self._place, first // self.parts, length=cfactor)
+            ends[k] = sweep(v, range(cfactor)[::-1], self.parts, advance, place, tau, inputs)
         return ends
+
+    def _place(self, first: int, number: int, length: int) -> int | slice:
+        """Where number `number` of an interval that begins at `first` lies; batched, that of all intervals."""
+        return slice(number, None, length) if self.vmap else first + number
 
     def _taped(self, length: int) -> int:
         """Rows of each graph on the tape, if graphs make up intervals of that length; else 0."""
@@ -226,7 +227,7 @@ class ModuleSteps:
         """v (*S) through the transposed Jacobian of one step at u (*S), evaluated anew."""
         with torch.enable_grad():
             u = u.detach().requires_grad_()
-            weights = self._weights(rows, row) if columns is None else self._leaves(rows, row)
+            weights = [column[row] for column in rows] if columns is None else self._leaves(rows, row)
             change = self._increment(weights, u, row)
         if not change.requires_grad:
             return v
@@ -274,9 +275,6 @@ class ModuleSteps:
         """Columns of the rows: batched as (n, *shape), else unbound into one tensor for each row."""
         columns = self.block.split(theta.detach())
         return columns if self.vmap else [column.unbind(0) for column in columns]
-
-    def _weights(self, rows, row: int | slice) -> list[Tensor]:
-        return [column[row] for column in rows]
 
     def _leaves(self, rows, row: int | slice) -> list[Tensor]:
         """The weights of a row as leaves of a graph of their own."""

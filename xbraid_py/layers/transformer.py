@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from xbraid_py.layers.dropout import Dropout
+from xbraid_py.layers.norm_dropout import Dropout
 
 
 class CausalSelfAttention(nn.Module):

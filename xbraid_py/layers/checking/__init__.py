@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from xbraid_py.comm.partition import require_multiple
-from xbraid_py.layers.checking import pair, single
-from xbraid_py.layers.checking.report import Check, PropagatorReport, examine
-from xbraid_py.layers.checking.subject import Subject
+from xbraid_py.layers.checking import rules
+from xbraid_py.layers.checking.report import Check, PropagatorReport, Subject, examine
 from xbraid_py.layers.dense import ResidualSteps
 from xbraid_py.mgrit.equations import Adjoint, Forward
 from xbraid_py.mgrit.protocols import Propagator, Steps
@@ -162,13 +161,14 @@ def check_propagator(
 
     kind = type(forward.steps if of_steps else forward).__name__
     of_forward, held = subject(forward, x, +1), set()
-    checks, left_out = examine("forward", single.RULES, of_forward, held)
-    if adjoint is not None and held.issuperset((*single.FIRST, "rows apart")):
+    checks, left_out = examine("forward", rules.RULES, of_forward, held)
+    if adjoint is not None and held.issuperset((*rules.FIRST, "rows apart")):
         of_adjoint = subject(adjoint, torch.empty_like(x), -1)
         of_adjoint.x = of_adjoint.random(x)
         backwards: set[str] = set()
-        for rules, what in ((single.BACKWARD_RULES, of_adjoint), (pair.RULES, pair.Pair(of_forward, of_adjoint))):
-            more, without = examine("adjoint", rules, what, backwards)
+        both = rules.Pair(of_forward, of_adjoint)
+        for some, what in ((rules.BACKWARD_RULES, of_adjoint), (rules.PAIR_RULES, both)):
+            more, without = examine("adjoint", some, what, backwards)
             checks, left_out = checks + more, left_out + without
     elif adjoint is not None:
         left_out.append(("adjoint: all", "the steps have to be right first"))

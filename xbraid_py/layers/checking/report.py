@@ -1,11 +1,156 @@
-"""What a check of a propagator finds, as data and as a table."""
+"""What a check of a propagator tries, slow literal versions of it included, and what it finds, as data and as a table.
+
+Shape letters: `n` rows (steps), `m` intervals of `c` rows, `S` shape of a state.
+"""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from math import isfinite, isnan
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from xbraid_py.comm import SerialCommunicator
+from xbraid_py.comm.partition import Partition
+from xbraid_py.mgrit.protocols import Propagator
+
+
+class Excerpt(SerialCommunicator):
+    """Stands in for the communicator of one rank of several, where each has the rows of all of them.
+
+    So the rows that a rank is to get are there without a message.
+    """
+
+    def __init__(self, rank: int, size: int):
+        super().__init__()
+        self.rank, self.size = rank, size
+
+    def redistribute(self, rows: Tensor, source: Partition, target: Partition) -> Tensor:
+        return rows[target.bounds[self.rank] : target.bounds[self.rank + 1]].contiguous()
+
+
+@runtime_checkable
+class Recording(Protocol):
+    """A propagator that shows the inputs of its steps: those it has recorded, or is linearized at."""
+
+    states: Tensor | None
+
+
+@dataclass
+class Subject:
+    """A propagator and the states that it is tried with.
+
+    Attributes
+    ----------
+    propagator : Propagator
+    x : (n, *S) tensor
+        One before each row, in its direction.
+    cfactor : int
+        c, which divides n.
+    tolerance : float
+        Of results that may differ by rounding alone, relative to the largest number in them.
+    direction : int
+        That the propagator is to have.
+    generator : torch.Generator
+        Of all that is drawn.
+    """
+
+    propagator: Propagator
+    x: Tensor
+    cfactor: int
+    tolerance: float
+    direction: int
+    generator: torch.Generator = field(default_factory=torch.Generator)
+
+    @property
+    def held(self) -> Tensor | None:
+        """States that the propagator shows."""
+        return self.propagator.states if isinstance(self.propagator, Recording) else None
+
+    def random(self, like: Tensor) -> Tensor:
+        """Normal random numbers; drawn in double precision on the processor, so that they are the same everywhere."""
+        drawn = torch.randn(like.shape, generator=self.generator, dtype=torch.float64)
+        return drawn.to(like.device, like.dtype)
+
+    def random_points(self, c: int) -> Tensor:
+        """Beginnings of intervals of c rows (n / c, *S), of the size of the states."""
+        points = self.points(c)
+        return points + 0.1 * self.random(points)
+
+    def points(self, c: int) -> Tensor:
+        """The states where intervals of c rows begin, in the direction of propagation."""
+        return self.x[self.rows(0, c)].clone()
+
+    def rows(self, step: int, c: int) -> slice:
+        """The rows that each interval of c rows comes through in its step of that number."""
+        return slice(step if self.direction > 0 else c - 1 - step, None, c)
+
+    def step(self, x: Tensor) -> Tensor:
+        """All rows one step on; x is kept, whatever the propagator does with it."""
+        return self.propagator.step(x.clone())
+
+    def relax(self, points: Tensor, c: int, tau: Tensor | None = None, inputs: Tensor | None = None) -> Tensor:
+        """The propagator's relaxation; the arguments are kept."""
+        return self.propagator.relax(points.clone(), c, None if tau is None else tau.clone(), False, inputs)
+
+    def literal(self, points: Tensor, c: int, tau: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Ends (m, *S) and inputs (n, *S) of the same, one step after the other by `step`."""
+        at, inputs = points.clone(), torch.empty_like(self.x)
+        for number in range(c):
+            rows = self.rows(number, c)
+            x = self.x.clone()
+            inputs[rows] = x[rows] = at
+            at = self.step(x)[rows]
+            if tau is not None:
+                at = at + tau[rows]
+        return at, inputs
+
+    def part(self, rank: int, bounds: tuple[int, ...]) -> Propagator:
+        """The propagator with the rows of one of the ranks between whom the bounds share them."""
+        size = len(bounds) - 1
+        source = Partition((0,) + (len(self.x),) * size)
+        return self.propagator.redistribute(Excerpt(rank, size), source, Partition(bounds))
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest number expected; not-a-number if there is one, or other shapes."""
+    if found.shape != expected.shape:
+        return float("nan")
+    if not found.numel():
+        return 0.0
+    size = float(expected.double().abs().max())
+    return float((found.double() - expected.double()).abs().max()) / (size if size > 0.0 else 1.0)
+
+
+def worst(figures: list[float]) -> float:
+    """The largest of them; not-a-number if there is one."""
+    return float("nan") if any(map(isnan, figures)) else max(figures, default=0.0)
+
+
+def different(a: Tensor, b: Tensor) -> int:
+    """How many numbers are not the same bits, where not-a-number is like any other."""
+    return int(((a != b) & ~((a != a) & (b != b))).sum())
+
+
+def bad_cost(name: str, cost) -> list[str]:
+    """What is wrong with a cost."""
+    right = isinstance(cost, int | float) and 0.0 < cost and isfinite(cost)
+    return [] if right else [f"{name}={cost!r} is not a positive number"]
+
+
+def differs(name: str, found, expected: tuple[int, ...], like: Tensor) -> list[str]:
+    """In what a result is not a tensor of that shape, with the type and the device of `like`."""
+    if not isinstance(found, Tensor):
+        return [f"{name} gives {type(found).__name__} instead of a tensor"]
+    if found.shape != expected:
+        return [f"{name} gives the shape {tuple(found.shape)} instead of {tuple(expected)}"]
+    if found.dtype != like.dtype or found.device != like.device:
+        return [f"{name} gives {found.dtype} on {found.device} instead of {like.dtype} on {like.device}"]
+    return []
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from xbraid_py.layers.richardson import error_norms, local_errors
+from xbraid_py.layers.steps import error_norms, local_errors
 from xbraid_py.mgrit.grid import LayerGrid
 from xbraid_py.multilevel.depth.transfer import prolong_rows
 from xbraid_py.problem.objective import NetworkObjective
