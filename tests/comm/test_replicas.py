@@ -277,22 +277,6 @@ def test_all_replicas_start_alike(spmd):
             assert state["1.num_batches_tracked"] == first
 
 
-@pytest.mark.ranks(1, 2, 4)
-def test_training_on_replicas_is_training_on_the_joined_batch(spmd):
-    def train(made, module) -> list[torch.Tensor]:
-        optimizer = torch.optim.Adam(module.parameters(), lr=0.05)
-        for step in range(20):
-            inputs, targets = made.shard(batch_of(9 + step % 3))
-            gradients(module, inputs, targets)
-            made.average_gradients(module, len(targets))
-            optimizer.step()
-        return [p.detach() for p in module.parameters()]
-
-    serial = train(ProcessGrid(), network())
-    for found in spmd(lambda comm: train(ProcessGrid(comm, comm.size), network())):
-        assert all(torch.allclose(a, b, rtol=0, atol=1e-9) for a, b in zip(found, serial, strict=True))
-
-
 def test_what_one_rank_knows_is_known_to_all(spmd):
     def value():
         return {

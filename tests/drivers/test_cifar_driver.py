@@ -9,7 +9,6 @@ import pytest
 import torch
 from cifar_files import write_cifar10
 from kinds import finished, program, updates_of
-from processes import PROJECT, run_job
 from studies.multi_level.case import Case, train
 from studies.multi_level.tables import CURVE
 from studies.study import settings_of
@@ -204,20 +203,3 @@ def test_defaults_are_those_of_the_paper():
     assert options.levels("last")[0].blocks == (8, 8, 8)
     stl10 = Case(data="stl10", wide=True)
     assert stl10.optimization.batch_size == 32 and stl10.channels == (32, 64, 128) and stl10.border == 12
-
-
-@pytest.mark.job
-@pytest.mark.timeout(300)
-def test_two_ranks(data_dir, tmp_path, run):
-    words = [f"--{name}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for name, v in TINY.items()]
-    words += [f"--data_dir={data_dir}", f"--out={tmp_path / '2'}", "--models=multilevel", "--precision=float64"]
-    driver = PROJECT / "drivers" / "cifar.py"
-    job = run_job([driver, *words], 2, timeout=140)
-    assert job.returncode == 0, job.stderr
-    run(precision="float64")
-    both, alone = updates_of(tmp_path / "2" / "multilevel_0"), updates_of(tmp_path / "multilevel_0")
-    assert len(both) == len(alone) == 4
-    for two, one in zip(both, alone, strict=True):
-        assert (two["loss"], two["val_loss"]) == pytest.approx((one["loss"], one["val_loss"]), rel=1e-9)
-        assert two["block_evaluations"] == one["block_evaluations"]
-    assert "| ResNet-26-i (4-8) |" in job.stdout

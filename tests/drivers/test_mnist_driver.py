@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from digit_files import write_digits
 from kinds import KINDS, options_of, program, run, updates_of
-from processes import PROJECT, run_job
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.run.options import OptionError
@@ -74,19 +72,3 @@ def test_bad_input_is_refused_in_the_set_up(tmp_path, word, message, use):
     with pytest.raises((ValueError, OSError, OptionError), match=f"{re.escape(message)}.*{re.escape(use)}"):
         program("mnist").setup(options_of(DIGITS, tmp_path / "out", word), SERIAL)
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
-
-
-@pytest.mark.job
-@pytest.mark.timeout(200)
-def test_the_program_on_three_ranks(tmp_path):
-    write_digits(tmp_path, 200, 103)
-    words = [PROJECT / "drivers" / "mnist.py", "--smoke", f"--data_dir={tmp_path}", f"--out={tmp_path / 'run'}"]
-    job = run_job([*words, "--mgrit.cfactor=3"], 3, timeout=100)
-    assert job.returncode == 2 and job.stdout == "", job.stderr
-    errors = [line for line in job.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "num_layers=8 is not a multiple" in errors[0] and "Traceback" not in job.stderr
-    job = run_job(words, 3, timeout=100)
-    assert job.returncode == 0, job.stderr
-    accuracy = 100 * updates_of(tmp_path / "run")[-1]["val_accuracy"]
-    assert job.stdout.splitlines()[-1].startswith(f"test accuracy: {accuracy:.2f} %, ")
-    assert (tmp_path / "run" / "figures" / "training.png").stat().st_size > 1000

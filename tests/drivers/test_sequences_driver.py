@@ -54,21 +54,6 @@ def test_it_learns(tmp_path):
     assert [row["update"] for row in validated] == [30, 60] and validated[-1]["val_accuracy"] > 0.5
 
 
-@pytest.mark.job
-@pytest.mark.timeout(200)
-def test_the_program_on_two_ranks(tmp_path):
-    write_digits(tmp_path, 200, 103)
-    words = [PROJECT / "drivers" / "sequences.py", "--smoke", f"--data_dir={tmp_path}", f"--out={tmp_path / 'run'}"]
-    job = run_job([*words, "--windows=0"], 2, timeout=100)
-    assert job.returncode == 2 and job.stdout == "", job.stderr
-    errors = [line for line in job.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "windows=0 must be a whole number, at least 1; use 1" in errors[0]
-    job = run_job(words, 2, timeout=100)
-    assert job.returncode == 0, job.stderr
-    accuracy = 100 * updates_of(tmp_path / "run")[-1]["val_accuracy"]
-    assert job.stdout.splitlines()[-1].startswith(f"test accuracy: {accuracy:.2f} %, ")
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -81,6 +66,11 @@ def test_the_program_on_two_ranks(tmp_path):
 def test_bad_options_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         program("sequences").Options(**changes)
+
+
+def test_what_the_network_refuses_is_found_in_the_set_up(tmp_path):
+    with pytest.raises(ValueError, match="windows=0 must be a whole number, at least 1; use 1"):
+        program("sequences").setup(options_of(SEQUENCES, tmp_path / "out", "--windows=0"), SERIAL)
 
 
 def test_both_networks_begin_alike(tmp_path):

@@ -76,21 +76,6 @@ def test_mgrit_and_exact_propagation_have_the_same_losses(one, tmp_path):
     assert [row["loss"] for row in updates_of(one)] == pytest.approx([row["loss"] for row in exact], rel=0.02)
 
 
-@pytest.mark.job
-def test_the_program_on_three_ranks(tmp_path):
-    words = [PROJECT / "drivers" / "transformer.py", "--smoke", f"--out={tmp_path / 'out'}"]
-    job = run_job([*words, "--heads=3"], ranks=3, timeout=100)
-    assert job.returncode == 2 and job.stdout == ""
-    assert job.stderr == "error: heads=3 must be at least 1 and divide width=8; use 2\n"
-    assert not (tmp_path / "out").exists()
-    job = run_job(words, ranks=3, timeout=100)
-    assert job.returncode == 0, job.stderr
-    reached = updates_of(tmp_path / "out")[-1]["val_loss"]
-    said = rf"validation loss: {reached:.4f} nats per character \(entropy rate 0\.\d+\), .* seconds .*"
-    assert re.fullmatch(said, job.stdout.splitlines()[-1])
-    assert (tmp_path / "out" / "sample.txt").read_text()[16:] in job.stdout
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [

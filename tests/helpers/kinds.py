@@ -119,12 +119,16 @@ def program(name: str) -> ModuleType:
     return module
 
 
-def options_of(kind: Kind, out: Path, *words: str) -> Any:
-    """The options of a kind with further words, which win."""
-    module = program(kind.driver)
+def words_of(kind: Kind, out: Path, *words: str) -> list[str]:
+    """The command line of a kind with further words, which win."""
     data = [] if kind.data is None else [f"--data_dir={_written(kind)}"]
-    out = [out, *out.parents][kind.above]
-    return parse(module.Options, [*EVERY, *kind.words, *data, f"--out={out}", *words], presets=module.PRESETS)
+    return [*EVERY, *kind.words, *data, f"--out={[out, *out.parents][kind.above]}", *words]
+
+
+def options_of(kind: Kind, out: Path, *words: str) -> Any:
+    """The options of a kind with further words."""
+    module = program(kind.driver)
+    return parse(module.Options, words_of(kind, out, *words), presets=module.PRESETS)
 
 
 def run(kind: Kind, comm: Communicator, out: Path, *words: str) -> Any:

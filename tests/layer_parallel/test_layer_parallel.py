@@ -119,7 +119,7 @@ def test_output_on_the_last_rank_alone(spmd, block, num_layers, solve):
 
 
 @RANKS
-@pytest.mark.parametrize("block", ["dense", "convolution"])
+@pytest.mark.parametrize("block", ["dense", "convolution", "frozen"])
 def test_single_precision_and_back(spmd, block):
     case = CASES[block]
 
@@ -131,6 +131,7 @@ def test_single_precision_and_back(spmd, block):
 
     for single, double in spmd(body):
         assert single["output"].dtype == single["input"].dtype == torch.float32
+        assert {value.dtype for value in single["state"].values()} == {torch.float32}
         exact = wanted(double["state"], case, case.input())
         compare(double, exact)
         assert distance(single["output"].double(), exact["output"]) < 1e-5
@@ -238,30 +239,18 @@ def test_backward_twice_through_a_retained_graph(spmd):
 
 @RANKS
 @pytest.mark.filterwarnings("ignore:Using backward")
-def test_second_derivatives_are_refused(spmd):
+def test_second_derivatives_and_a_second_backward_pass_without_the_graph_are_refused(spmd):
     case = CASES["mlp"]
 
     def body(comm):
         stack = case.stack(comm, 9, T, "V")
-        loss = loss_of(stack(case.input().requires_grad_()))
-        return reduced(comm, lambda: loss.backward(create_graph=True))
+        losses = [loss_of(stack(case.input().requires_grad_())) for _ in range(2)]
+        losses[1].backward()
+        return reduced(comm, lambda: losses[0].backward(create_graph=True)), reduced(comm, losses[1].backward)
 
-    for message in spmd(body):
-        assert message.startswith("RuntimeError") and "second derivatives" in message and "to_sequential" in message
-
-
-@RANKS
-def test_a_second_backward_pass_needs_the_graph(spmd):
-    case = CASES["mlp"]
-
-    def body(comm):
-        stack = case.stack(comm, 9, T, "V")
-        loss = loss_of(stack(case.input()))
-        loss.backward()
-        return reduced(comm, loss.backward)
-
-    for message in spmd(body):
-        assert message.startswith("RuntimeError") and "retain_graph=True" in message
+    for second, again in spmd(body):
+        assert second.startswith("RuntimeError") and "second derivatives" in second and "to_sequential" in second
+        assert again.startswith("RuntimeError") and "retain_graph=True" in again
 
 
 @RANKS

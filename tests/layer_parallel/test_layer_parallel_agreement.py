@@ -4,13 +4,59 @@ from __future__ import annotations
 
 import pytest
 import torch
-from blocks import UNCHECKED, C, Case, Convolution, loss_of, reduced
-from mismatches import MISMATCHES, MLP, odd_one
+from blocks import CASES, UNCHECKED, C, Case, Convolution, loss_of, reduced
 
 import xbraid_py
 from xbraid_py import MGRIT
 
 SEVERAL = pytest.mark.ranks(2, 3)
+MLP = CASES["mlp"]
+
+
+def odd_one(comm) -> bool:
+    return comm.rank == comm.size - 1
+
+
+# Calls of a stack in which the last rank does something else than the others.
+def shape(comm):
+    MLP.stack(comm, 9)(MLP.input(batch=5 if odd_one(comm) else 6))
+
+
+def kind(comm):
+    u = MLP.input()
+    MLP.stack(comm, 9)(u.float() if odd_one(comm) else u)
+
+
+def mode(comm):
+    MLP.stack(comm, 9).train(not odd_one(comm))(MLP.input())
+
+
+def without_gradient(comm):
+    with torch.set_grad_enabled(not odd_one(comm)):
+        MLP.stack(comm, 9)(MLP.input())
+
+
+def differentiable_input(comm):
+    loss_of(MLP.stack(comm, 9)(MLP.input().requires_grad_(odd_one(comm)))).backward()
+
+
+def layers(comm):
+    MLP.stack(comm, 12 if odd_one(comm) else 9)
+
+
+def options(comm):
+    MLP.stack(comm, 9, solve="exact" if odd_one(comm) else "V")
+
+
+def seed(comm):
+    MLP.stack(comm, 9, seed=int(odd_one(comm)))
+
+
+def recompute(comm):
+    MLP.stack(comm, 9, recompute=odd_one(comm))
+
+
+MISMATCHES = [shape, kind, mode, without_gradient, differentiable_input, layers, options, seed, recompute]
 
 
 @SEVERAL
@@ -52,28 +98,3 @@ def test_ranks_without_layers_take_part_in_everything(spmd):
     results = spmd(body)
     assert [own for own, _, _ in results] == [2] + [0] * (len(results) - 1)
     assert len({norm for _, norm, _ in results}) == 1 and all(moved for _, _, moved in results)
-
-
-JOB = """
-import sys
-import mismatches
-from blocks import reduced
-from xbraid_py.comm import world
-
-comm = world()
-calls = [*mismatches.MISMATCHES, lambda comm: mismatches.MLP.stack(comm, 9)(mismatches.MLP.input()[:, :2].float())]
-for number, call in enumerate(calls):
-    message = reduced(comm, lambda: call(comm))
-    # In one piece, so that lines of several ranks do not mix.
-    sys.stdout.write(f"call {number}: {message.splitlines()[0]}\\n")
-    sys.stdout.flush()
-"""
-
-
-@pytest.mark.job
-def test_a_job_with_all_these_errors_ends(run_job):
-    found = run_job(["-c", JOB], ranks=3, timeout=120)
-    assert found.returncode == 0, found.stderr
-    for number in range(len(MISMATCHES) + 1):
-        lines = [line for line in found.stdout.splitlines() if line.startswith(f"call {number}: ValueError")]
-        assert len(lines) == 3 and len(set(lines)) == 1, found.stdout

@@ -183,20 +183,6 @@ def test_an_input_without_gradient(spmd, block):
 
 
 @RANKS
-def test_type_of_weights_and_state_can_be_changed(spmd):
-    case = CASES["frozen"]
-
-    def body(comm):
-        stack = case.stack(comm, 9).to(torch.float32)
-        types = {p.dtype for p in stack.parameters()} | {value.dtype for value in stack.state_dict().values()}
-        output = stack(case.input().float())
-        loss_of(output).backward()
-        return types | {output.dtype} | {p.grad.dtype for p in stack.parameters()}
-
-    assert all(types == {torch.float32} for types in spmd(body))
-
-
-@RANKS
 def test_statistics_of_a_frozen_norm_are_kept(spmd):
     case = CASES["frozen"]
     names = ("layers.norm.running_mean", "layers.norm.running_var")

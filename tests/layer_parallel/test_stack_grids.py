@@ -90,18 +90,6 @@ def test_equal_lengths_are_no_lengths(spmd):
 
 
 @RANKS
-def test_windows_of_such_a_grid(spmd):
-    case = CASES["mlp"]
-
-    def body(comm):
-        how = {"comm": comm, "mgrit": MGRIT(cfactor=2, max_levels=2, **V), "accuracy": UNCHECKED, "vmap": False}
-        stack = LayerParallel(case.block, GRID, windows=3, **how)
-        return far(solved(stack, case.input()), looped(stack.state_dict(), case, case.input(), GRID.sizes()))
-
-    assert max(spmd(body)) < 1e-10
-
-
-@RANKS
 @pytest.mark.parametrize("states", ["carry", "restrict"])
 @pytest.mark.parametrize("windows", [1, 2])
 def test_fewer_pixels_on_coarse_levels(spmd, states, windows):

@@ -63,7 +63,7 @@ def test_two_runs_give_the_same_bits(spmd, name, windows):
     rough = MGRIT(cycle="V", cfactor=2, max_levels=2, min_coarse=1, max_iter=1)
 
     def run(comm, vmap):
-        stack = case.stack(comm, 4 * K, mgrit=rough, accuracy=UNCHECKED, vmap=vmap, windows=windows)
+        stack = case.stack(comm, 2 * K * windows, mgrit=rough, accuracy=UNCHECKED, vmap=vmap, windows=windows)
         optimizer = torch.optim.SGD(stack.parameters(), 0.1)
         found = []
         for batch in (6, 3, 6):

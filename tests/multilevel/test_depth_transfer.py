@@ -64,7 +64,9 @@ def test_transfers_are_their_matrices(spmd, N, mgrit, interpolation):
             torch.testing.assert_close(found[name]["layers"], transposed @ fine["layers"], rtol=1e-14, atol=1e-15)
             for end in ("opening", "classification"):
                 assert torch.equal(found[name][end], fine[end])
-        torch.testing.assert_close(found["prolonged"]["layers"], matrix @ coarse["layers"], rtol=1e-14, atol=1e-15)
+        assert torch.equal(found["prolonged"]["layers"], matrix @ coarse["layers"])  # paper 001, eq. 8
+        for end in ("opening", "classification"):
+            assert torch.equal(found["prolonged"][end], coarse[end])
 
 
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)

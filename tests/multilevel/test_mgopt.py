@@ -4,11 +4,9 @@ from functools import cache
 
 import pytest
 import torch
-from mgopt_runs import EXACT, by_autograd, last, mgopt, pairwise, problem, split
-from small_runs import gathered
+from mgopt_runs import by_autograd, last, mgopt, pairwise, problem, split
 
 from xbraid_py.comm.agreement import RunError
-from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.depth.mgopt import LevelOptions, MGOpt, MGOptOptions
 from xbraid_py.optim import OneShot, OneShotOptions
 from xbraid_py.optim.levels import Point
@@ -210,36 +208,6 @@ def test_regularization_of_coarse_levels():
             evaluation = objective.evaluate(x)
             values.append(evaluation.value - evaluation.loss)
         assert values == pytest.approx([values[0]] * 3)
-
-
-@pytest.mark.ranks(1, 2, 3)
-@pytest.mark.parametrize(
-    "mgrit, tolerance",
-    [
-        (EXACT, 1e-12),
-        (MGRIT(cfactor=4), 1e-9),
-        (MGRIT(cycle="V", cfactor=2, max_levels=2, tol=1e-12, max_iter=20), 1e-9),
-    ],
-    ids=["layer after layer", "lagged", "V-cycles"],
-)
-@pytest.mark.parametrize("interpolation, restriction", [("constant", "inject"), ("linear", "average")])
-def test_three_cycles_on_ranks_are_those_on_one(spmd, mgrit, tolerance, interpolation, restriction):
-    how = {"interpolation": interpolation, "restriction": restriction, "optim": GD, "num_layers": 16}
-
-    def body(comm):
-        run = mgopt(comm, mgrit=mgrit, **how)
-        record = last(run, 3)
-        return record.evaluation.value, record.counted, gathered(run.network, run.x)
-
-    results = spmd(body)
-    run = mgopt(mgrit=mgrit, **how)
-    alone = last(run, 3)
-    weights = gathered(run.network, run.x)
-    for value, counted, found in results:
-        assert value == pytest.approx(alone.evaluation.value, rel=tolerance)
-        assert counted == pytest.approx(alone.counted)
-        for name, rows in weights.items():
-            torch.testing.assert_close(found[name], rows, rtol=tolerance, atol=tolerance)
 
 
 def test_what_does_not_fit_is_refused():

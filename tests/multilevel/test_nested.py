@@ -12,53 +12,10 @@ from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.depth.nested import NestedOptions
 from xbraid_py.multilevel.depth.transfer import prolong_depth
 from xbraid_py.optim import Armijo, OneShotOptions
-from xbraid_py.problem.network import InitialScales
 
-SCALES = InitialScales(1.0, 1.0, 1.0)
 F_CYCLES = MGRIT(cfactor=(4, 2), max_levels=3, min_coarse=1, cycle="F", nrelax=0)
 LOOSE = replace(ONE_SHOT, tol=1e6)  # one iteration, whatever comes out
 CYCLES = {"V": MIXED, "F": F_CYCLES, "lagged": ONE_SHOT}
-
-
-def by_equation_8(theta: torch.Tensor, interpolation: str) -> torch.Tensor:
-    """Paper 001, eq. 8, layer by layer; behind the last layer lies the last one again."""
-    fine = torch.empty(2 * len(theta), theta.shape[1], dtype=theta.dtype)
-    for n in range(len(theta)):
-        fine[2 * n] = theta[n]
-        following = theta[min(n + 1, len(theta) - 1)]
-        fine[2 * n + 1] = theta[n] if interpolation == "constant" else (theta[n] + following) / 2
-    return fine
-
-
-@pytest.mark.parametrize("interpolation", ["constant", "linear"])
-@pytest.mark.parametrize("num_layers, mgrit", [(1, SEQUENTIAL), (7, SEQUENTIAL), (8, MIXED), (24, MIXED)])
-def test_prolongation_is_equation_8(spmd, num_layers, mgrit, interpolation):
-    def body(comm):
-        coarse, fine = (problem(comm, mgrit).network(n) for n in (num_layers, 2 * num_layers))
-        x = coarse.initial(SCALES, seed=2)
-        before = x.clone()
-        y = prolong_depth(coarse, fine, x, interpolation)
-        owners = coarse.last_rank, fine.last_rank, coarse.partition.refine(2) != fine.partition
-        return owners, gathered(coarse, x), gathered(fine, y), torch.equal(x, before)
-
-    results = spmd(body)
-    for (_, _, moved), coarse, fine, intact in results:
-        assert torch.equal(fine["layers"], by_equation_8(coarse["layers"], interpolation))
-        assert torch.equal(fine["opening"], coarse["opening"])
-        assert torch.equal(fine["classification"], coarse["classification"])
-        assert intact and len(coarse["layers"]) == num_layers
-        # What the test is about: layers change hands, the classification layer too.
-        assert moved or (len(results), num_layers) not in ((2, 1), (3, 8), (5, 7), (5, 24))
-    if len(results) == 3 and num_layers == 8:
-        assert results[0][0][:2] == (1, 2)
-
-
-def test_prolongation_refuses_what_is_no_refinement():
-    coarse, fine = (problem(SerialCommunicator()).network(n) for n in (8, 24))
-    with pytest.raises(ValueError, match="^fine num_layers=24 must be 16, twice the coarse$"):
-        prolong_depth(coarse, fine, coarse.layout.zeros(), "constant")
-    with pytest.raises(ValueError, match="^interpolation='cubic' must be constant or linear; use constant$"):
-        prolong_depth(coarse, problem(SerialCommunicator()).network(16), coarse.layout.zeros(), "cubic")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from cifar_files import write_cifar10
 from kinds import finished, program, updates_of
-from processes import PROJECT, run_job
+from processes import PROJECT
 from studies.lesion import figures as lesion_figures
 from studies.lesion import lesion
 from studies.lesion.lesion import Lesions, mean_norms, measure, random_removals, read_trained, shuffled, without
@@ -288,20 +288,3 @@ def test_bad_options(run, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         run(**changes)
     assert not list(tmp_path.iterdir())
-
-
-def test_missing_images_are_said(run, tmp_path):
-    with pytest.raises(FileNotFoundError, match="CIFAR-10 needs one or more of data_batch_1.bin, "):
-        run(data_dir=tmp_path)
-
-
-@pytest.mark.job
-@pytest.mark.timeout(300)
-def test_two_ranks_find_what_one_does(data_dir, tmp_path, run):
-    words = [f"--{name}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for name, v in TINY.items()]
-    words += [f"--data_dir={data_dir}", f"--out={tmp_path / '2'}", "--precision=float64", "--depths=2"]
-    job = run_job([PROJECT / "drivers" / "lesion.py", *words], 2, timeout=140)
-    assert job.returncode == 0, job.stderr
-    row = json.loads((tmp_path / "2" / "lesion.jsonl").read_text())
-    run(checkpoint=(row["settings"]["checkpoint"],), precision="float64")
-    assert json.loads((tmp_path / "lesion.jsonl").read_text()) == row

@@ -5,11 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 from digit_files import write_digits
-from kinds import draw_nothing, program
+from kinds import draw_nothing
 from processes import PROJECT
 from studies.mgopt import page
 from studies.mgopt.case import PROBLEMS, changed, options_of, runs, train
@@ -265,11 +264,6 @@ def test_the_driver_goes_on_where_it_was(run_job, tmp_path):
 def test_wrong_options(changes, message):
     with pytest.raises(ValueError, match=message):
         MGOptStudyOptions(**changes)
-
-
-def test_more_ranks_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="^2 ranks: the study has workers of its own; start it without mpirun$"):
-        program("mgopt_study").setup(MGOptStudyOptions(out=tmp_path), SimpleNamespace(size=2))
 
 
 @pytest.mark.job
