@@ -1,4 +1,4 @@
-"""Steps of dense residual layers and their adjoints, whole intervals at once: native code, or torch.
+"""Dense residual layers and their adjoints, whole intervals at once, a loss, flat vectors: native code, or torch.
 
 `XBRAID_KERNELS` in the environment chooses: native (the default where they are built), torch, or one of the
 instruction sets of this processor (avx512, avx2, baseline). `BACKEND` says what is in use, `implementation` is its
@@ -14,12 +14,23 @@ anything is written.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from xbraid_py.kernels import checks, fallback
 
-__all__ = ["BACKEND", "adjoint", "distances", "relax", "relax_adjoint", "step"]
+__all__ = [
+    "BACKEND",
+    "adjoint",
+    "combine",
+    "cross_entropy",
+    "distances",
+    "products",
+    "relax",
+    "relax_adjoint",
+    "step",
+]
 
 
 def choose(wish: str):
@@ -243,3 +254,86 @@ def distances(a: Tensor, b: Tensor) -> Tensor:
     """
     checks.distances(a, b)
     return implementation.distances(a, b)
+
+
+def cross_entropy(layer, theta: Tensor, u: Tensor, labels: Tensor, *, slope: Tensor | None = None) -> tuple[float, int]:
+    """Cross entropy of softmax(W u + b), summed over the samples, and how many of them are classified rightly.
+
+    d loss / d u and d loss / d theta are `adjoint(layer, theta, u, slope[None], residual=False, gradient=...)`, with
+    h=1/B of the mean over the samples. Nothing here is recorded for autograd.
+
+    Parameters
+    ----------
+    layer
+        Of classification, K classes wide: its activation is the identity.
+    theta : (1, p) tensor
+    u : (1, I, B) tensor
+    labels : (B,) int64 tensor
+        Classes 0 .. K - 1.
+    slope : (K, B) tensor, optional
+        Written: the derivative of the sum with respect to W u + b, which is softmax less one-hot.
+
+    Returns
+    -------
+    float
+        Sum of -log softmax(W u + b)[label].
+    int
+        Samples whose label is the first of their largest outputs, where NaN is larger than all.
+
+    Raises
+    ------
+    ValueError
+        If an array has not the shape or the type that fits, if a label is not a class, or if there is an activation.
+    """
+    checks.cross_entropy(layer, theta, u, labels, slope)
+    return implementation.cross_entropy(layer, theta, u, labels, slope)
+
+
+def products(a: Sequence[Tensor], b: Sequence[Tensor], bounds: Sequence[int]) -> Tensor:
+    """Dot products of flat vectors with others, in parts.
+
+    The vectors are read once, and each product is summed in the same order, however many there are.
+
+    Parameters
+    ----------
+    a, b : sequences of n1 and n2 (n,) tensors
+        Of one type. Some of b may be some of a.
+    bounds : sequence of int
+        Part i goes from bounds[i] to bounds[i + 1], and may be empty.
+
+    Returns
+    -------
+    (n1, n2, len(bounds) - 1) tensor
+
+    Raises
+    ------
+    ValueError
+        If a vector has not the length or the type of the first of a, or a bound lies outside or before the last one.
+    """
+    checks.products(a, b, bounds)
+    return implementation.products(a, b, bounds)
+
+
+def combine(coefficients: Sequence[float], vectors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+    """The sum of coefficients[k] vectors[k], added in this order.
+
+    Parameters
+    ----------
+    coefficients : sequence of float
+    vectors : sequence of (n,) tensor
+        At least one.
+    out : (n,) tensor, optional
+        Where to write; may be one of the vectors.
+
+    Returns
+    -------
+    (n,) tensor
+        `out`, or a new tensor.
+
+    Raises
+    ------
+    ValueError
+        If a vector has not the length or the type of the first, or if there is not one for each coefficient.
+    """
+    checks.combine(coefficients, vectors, out)
+    return implementation.combine(coefficients, vectors, out)

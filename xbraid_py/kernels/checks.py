@@ -5,6 +5,7 @@ Shape letters as in `xbraid_py.kernels`. All raise `ValueError` with the argumen
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -12,7 +13,7 @@ class OutdatedKernels(ImportError):
     """The native kernels were built from other sources than the Python files beside them."""
 
 
-_OPTIONAL = {"add", "out", "gradient", "tau", "inputs", "ends"}
+_OPTIONAL = {"add", "out", "gradient", "tau", "inputs", "ends", "slope"}
 
 
 def step(layer, theta, u, h, scheme, residual, add, out) -> None:
@@ -57,6 +58,60 @@ def distances(a, b) -> None:
     if b.shape != a.shape or b.dtype is not a.dtype:
         use = f"b of shape {tuple(a.shape)} and type {a.dtype}"
         raise ValueError(f"b.shape={tuple(b.shape)} and b.dtype={b.dtype} are not those of a; use {use}")
+
+
+def cross_entropy(layer, theta, u, labels, slope) -> None:
+    """Arguments of `kernels.cross_entropy`, but for the values of the labels."""
+    m, batch, p = _sizes(layer, "u", u, "euler", False)
+    if m != 1 or layer.activation != "identity":
+        name = f"u.shape={tuple(u.shape)}" if m != 1 else f"layer.activation={layer.activation!r}"
+        raise ValueError(f"{name} is not of one linear layer; use u of shape (1, {layer.inputs}, {batch}), identity")
+    arrays = (("theta", theta, (1, p)), ("u", u, (1, layer.inputs, batch)), ("slope", slope, (layer.outputs, batch)))
+    _arrays(theta.dtype, *arrays)
+    if labels.shape != (batch,) or labels.dtype is not torch.int64:
+        said = f"labels.shape={tuple(labels.shape)} and labels.dtype={labels.dtype}"
+        raise ValueError(f"{said} are not a class for each sample; use ({batch},) and torch.int64")
+
+
+def classes(layer, labels: Tensor) -> None:
+    """Labels are classes of a layer."""
+    wrong = (labels < 0) | (labels >= layer.outputs)
+    if wrong.any():
+        place = int(wrong.nonzero()[0])
+        raise ValueError(f"labels[{place}]={int(labels[place])} is not a class; use 0 to {layer.outputs - 1}")
+
+
+def products(a, b, bounds) -> None:
+    """Arguments of `kernels.products`."""
+    if not a or not b or not bounds:
+        name = "a" if not a else "b" if not b else "bounds"
+        raise ValueError(f"{name} is empty; use at least one")
+    _flat("a", a, a[0])
+    _flat("b", b, a[0])
+    last = 0
+    for i, bound in enumerate(bounds):
+        if not last <= bound <= len(a[0]):
+            raise ValueError(f"bounds[{i}]={bound} is not between {last} and the length; use {last} to {len(a[0])}")
+        last = bound
+
+
+def combine(coefficients, vectors, out) -> None:
+    """Arguments of `kernels.combine`."""
+    if not vectors or len(coefficients) != len(vectors):
+        use = f"{max(1, len(vectors))} of both"
+        raise ValueError(f"there are {len(coefficients)} coefficients and {len(vectors)} vectors; use {use}")
+    _flat("vectors", vectors, vectors[0])
+    if out is not None:
+        _flat("out", (out,), vectors[0])
+
+
+def _flat(name: str, vectors, first: Tensor) -> None:
+    """All are flat, and as long and of the same type as the first one."""
+    shape, dtype = first.shape, first.dtype
+    for i, x in enumerate(vectors):
+        if len(shape) != 1 or x.shape != shape or x.dtype is not dtype:
+            said = f"{name}[{i}].shape={tuple(x.shape)} and {name}[{i}].dtype={x.dtype}"
+            raise ValueError(f"{said} are not those of one kind of flat vectors; use ({first.numel()},) and {dtype}")
 
 
 def _sizes(layer, name: str, states: Tensor, scheme: str, residual: bool) -> tuple[int, int, int]:

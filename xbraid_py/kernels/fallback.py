@@ -6,13 +6,18 @@ a layer.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
+from xbraid_py.kernels import checks
 from xbraid_py.kernels.activation import activation
 
 # States of at most this many bytes are relaxed in one call: more would leave the second-level cache.
 CHUNK_BYTES = 1 << 19
+# Numbers of the products that are summed next: 1 MB in double precision.
+PRODUCTS = 1 << 17
 
 
 def step(layer, theta, u, *, h=1.0, scheme="euler", residual=True, add=None, out=None) -> Tensor:
@@ -113,6 +118,37 @@ def distances(a: Tensor, b: Tensor) -> Tensor:
     """See `xbraid_py.kernels.distances`."""
     squares = (a - b).square(), a.square()
     return torch.stack([each.unsqueeze(-1).flatten(1).sum(1) for each in squares], 1)
+
+
+def cross_entropy(layer, theta, u, labels, slope) -> tuple[float, int]:
+    """See `xbraid_py.kernels.cross_entropy`."""
+    checks.classes(layer, labels)
+    logits = _affine(layer, theta, u)[0]
+    loss = -torch.log_softmax(logits, 0).gather(0, labels[None]).sum(dtype=torch.float64)
+    if slope is not None:
+        slope.copy_(torch.softmax(logits, 0))
+        slope[labels, torch.arange(len(labels), device=slope.device)] -= 1.0
+    return float(loss), int((logits.max(0).indices == labels).sum())
+
+
+def products(a, b, bounds) -> Tensor:
+    """See `xbraid_py.kernels.products`."""
+    found = a[0].new_zeros((len(a), len(b), len(bounds) - 1))
+    for part, (first, end) in enumerate(pairwise(bounds)):
+        for at in range(first, end, PRODUCTS):
+            here = slice(at, min(at + PRODUCTS, end))
+            left = torch.stack([x[here] for x in a])
+            for k, y in enumerate(b):
+                found[:, k, part] += (left * y[here]).sum(1)
+    return found
+
+
+def combine(coefficients, vectors, out) -> Tensor:
+    """See `xbraid_py.kernels.combine`."""
+    found = vectors[0] * coefficients[0]
+    for coefficient, x in zip(coefficients[1:], vectors[1:], strict=True):
+        found.add_(x, alpha=float(coefficient))
+    return found if out is None else out.copy_(found)
 
 
 def _chunks(points: Tensor):

@@ -14,16 +14,16 @@ from xbraid_py.kernels.activation import ACTIVATIONS
 _NUMBERS = {name: number for number, name in enumerate(("smooth_relu", "relu", "tanh", "identity"))}
 assert _NUMBERS.keys() == ACTIVATIONS.keys(), "dense.hpp has the activations of activation.py"
 
-INTERFACE = 2  # of the functions in module.cpp; those of an older build would take an address for another
+INTERFACE = 3  # of the functions in module.cpp; those of an older build would take an address for another
 if getattr(_native, "INTERFACE", 1) != INTERFACE:
     raise checks.OutdatedKernels(
         f"{_native.__file__} was built from other sources than those beside it (interface "
         f"{getattr(_native, 'INTERFACE', 1)}, not {INTERFACE}); install xbraid_py again, or use XBRAID_KERNELS=torch"
     )
 
-_STEP, _ADJOINT, _RELAX, _RELAX_ADJOINT, _DISTANCES = (
+_STEP, _ADJOINT, _RELAX, _RELAX_ADJOINT, _DISTANCES, _CROSS_ENTROPY, _PRODUCTS, _COMBINE = (
     {torch.float64: getattr(_native, f"{name}_float64"), torch.float32: getattr(_native, f"{name}_float32")}
-    for name in ("step", "adjoint", "relax", "relax_adjoint", "distances")
+    for name in ("step", "adjoint", "relax", "relax_adjoint", "distances", "cross_entropy", "products", "combine")
 )
 _layers: dict[tuple, _native.Layer] = {}
 
@@ -128,6 +128,47 @@ def distances(a: Tensor, b: Tensor) -> Tensor:
     sums = a.new_empty((m, 2))
     _DISTANCES[a.dtype](m, a.numel() // m, *numbers, sums.data_ptr())
     return sums
+
+
+def cross_entropy(layer, theta, u, labels, slope) -> tuple[float, int]:
+    """See `xbraid_py.kernels.cross_entropy`."""
+    numbers = _numbers(layer, 0.0, (theta,), (u,))
+    stride, unit = (0, 1) if slope is None else slope.stride()
+    if numbers is None or unit != 1 or labels.stride(0) != 1 or not labels.is_cpu:
+        return fallback.cross_entropy(layer, theta, u, labels, slope)
+    places = numbers[3], numbers[5], labels.data_ptr(), 0 if slope is None else slope.data_ptr()
+    loss, right = _CROSS_ENTROPY[theta.dtype](_layer(layer, "euler", False), len(labels), *places, stride)
+    if right < 0:
+        checks.classes(layer, labels)
+    return loss, right
+
+
+def products(a, b, bounds) -> Tensor:
+    """See `xbraid_py.kernels.products`."""
+    left, right = _addresses(a), _addresses(b)
+    if left is None or right is None:
+        return fallback.products(a, b, bounds)
+    found = a[0].new_empty((len(left), len(right), len(bounds) - 1))
+    _PRODUCTS[found.dtype](left, right, bounds, found.data_ptr())
+    return found
+
+
+def combine(coefficients, vectors, out) -> Tensor:
+    """See `xbraid_py.kernels.combine`."""
+    found = torch.empty_like(vectors[0]) if out is None else out
+    places = _addresses((*vectors, found))
+    if places is None:
+        return fallback.combine(coefficients, vectors, out)
+    _COMBINE[found.dtype](len(found), coefficients, places[:-1], places[-1])
+    return found
+
+
+def _addresses(vectors) -> list[int] | None:
+    """Where flat vectors begin; None if one of them is not for native code."""
+    for x in vectors:
+        if x.stride(0) != 1 or not _plain(x) or x.dtype not in _PRODUCTS:
+            return None
+    return [x.data_ptr() for x in vectors]
 
 
 def _numbers(

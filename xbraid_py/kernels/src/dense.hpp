@@ -36,6 +36,16 @@ struct Functions {
   long (*scratch_size)(const Layer& layer);
   // sums[0] = |a - b|^2, sums[1] = |a|^2 for n numbers each.
   void (*distance)(long n, const T* a, const T* b, T* sums);
+  // found[0] = the cross entropy of softmax(W u + b), summed over the samples, found[1] = how many of them have the label
+  // as the first of their largest outputs; `slope`, if it is not null, gets softmax less one-hot.
+  void (*cross_entropy)(const Layer& layer, long batch, const T* theta, const T* u, const long long* labels, T* slope,
+                        long slope_stride, double* found, T* scratch);
+  // found[i][j][part] = the product of a[i] and b[j] from bounds[part] to bounds[part + 1]; `sums` has room for
+  // na * nb vectors.
+  void (*products)(long na, const T* const* a, long nb, const T* const* b, long parts, const long* bounds, T* found,
+                   T* sums);
+  // out = the sum of coefficients[k] vectors[k] for k = 0, 1, ..., n numbers each; out may be one of them.
+  void (*combine)(long n, long count, const double* coefficients, const T* const* vectors, T* out);
 };
 
 struct Instructions {

@@ -1,170 +1,13 @@
 // The dense step and its adjoint, for whatever instruction set this is compiled. Defines `XBRAID_TABLE`, with vectors of
-// `XBRAID_BYTES` bytes and register tiles of `XBRAID_ROWS` rows by `XBRAID_VECTORS` (products) and 4 rows by
-// `XBRAID_COLUMNS` (gradients).
+// `XBRAID_BYTES` bytes and register tiles of 4 rows by `XBRAID_COLUMNS` for the gradients; see product.hpp for the rest.
 //
 // Shape letters: B samples of the batch, n of them in a block, I inputs, O outputs. A row is one feature of all samples.
 
-#include "dense.hpp"
-#include "vector.hpp"
+#include "flat.hpp"
+#include "loss.hpp"
+#include "product.hpp"
 
 namespace {
-
-using xbraid::BLOCK;
-using xbraid::Layer;
-
-// ---- What becomes of a tile of R rows by S vectors of products z = W x + b. `row` is its first row, `at` the place of
-// its first sample in a row.
-
-// out = base + add + h sigma(z), for z times the scale of the activation and moved by its shift
-template <class T, template <class> class A>
-struct Value {
-  T h;
-  const T* base;
-  long base_stride;
-  const T* add;
-  long add_stride;
-  T* out;
-  long out_stride;
-
-  template <int R, int S, class V>
-  inline void operator()(int row, long at, V (&z)[R][S]) const {
-    constexpr int L = sizeof(V) / sizeof(T);
-    const T factor = h * A<T>::FACTOR;
-    if (base) {
-      const T* from = base + row * base_stride + at;
-      XBRAID_UNROLL for (int r = 0; r < R; r++)
-        XBRAID_UNROLL for (int s = 0; s < S; s++)
-          z[r][s] = factor * A<T>::value(z[r][s]) + load<V>(from + r * base_stride + s * L);
-    } else {
-      XBRAID_UNROLL for (int r = 0; r < R; r++)
-        XBRAID_UNROLL for (int s = 0; s < S; s++) z[r][s] = factor * A<T>::value(z[r][s]);
-    }
-    if (add) add_to(z, add + row * add_stride + at, add_stride);
-    store_tile(z, out + row * out_stride + at, out_stride);
-  }
-};
-
-// out = sigma'(z) v, or half of it
-template <class T, template <class> class A, bool HALF = false>
-struct Slope {
-  const T* v;
-  long v_stride;
-  T* out;
-  long out_stride;
-
-  template <int R, int S, class V>
-  inline void operator()(int row, long at, V (&z)[R][S]) const {
-    constexpr int L = sizeof(V) / sizeof(T);
-    const T* from = v + row * v_stride + at;
-    XBRAID_UNROLL for (int r = 0; r < R; r++)
-      XBRAID_UNROLL for (int s = 0; s < S; s++) {
-        const V d = A<T>::slope(z[r][s]) * load<V>(from + r * v_stride + s * L);
-        z[r][s] = HALF ? V(d * T(0.5)) : d;
-      }
-    store_tile(z, out + row * out_stride + at, out_stride);
-  }
-};
-
-// out = base + add + more + h z
-template <class T>
-struct Sum {
-  T h;
-  const T* base;
-  long base_stride;
-  const T* add;
-  long add_stride;
-  const T* more;
-  long more_stride;
-  T* out;
-  long out_stride;
-
-  template <int R, int S, class V>
-  inline void operator()(int row, long at, V (&z)[R][S]) const {
-    // All that is added first: one product and one sum are contracted alike wherever a sample is in its batch.
-    V sum[R][S] = {};
-    if (more) add_to(sum, more + row * more_stride + at, more_stride);
-    if (base) add_to(sum, base + row * base_stride + at, base_stride);
-    if (add) add_to(sum, add + row * add_stride + at, add_stride);
-    XBRAID_UNROLL for (int r = 0; r < R; r++)
-      XBRAID_UNROLL for (int s = 0; s < S; s++) z[r][s] = z[r][s] * h + sum[r][s];
-    store_tile(z, out + row * out_stride + at, out_stride);
-  }
-};
-
-// ---- z = W x + b for all samples of a block, tile by tile of rows.
-
-// Calls f with the number of rows of each tile, as a type, and its first row.
-template <class F>
-inline void for_tiles(int rows, const F& f) {
-  int row = 0;
-#if XBRAID_ROWS >= 8
-  for (; row + 8 <= rows; row += 8) f(Rows<8>(), row);
-#endif
-  for (; row + 4 <= rows; row += 4) f(Rows<4>(), row);
-  for (; row + 2 <= rows; row += 2) f(Rows<2>(), row);
-  for (; row < rows; row++) f(Rows<1>(), row);
-}
-
-// Weights in the order in which the tiles read them: for each tile its biases, then the entries of one column after the
-// other. `data` has rows x (columns + 1) numbers.
-template <class T>
-struct Packed {
-  const T* data;
-  int rows;
-  int columns;
-};
-
-// scale W and scale b + shift; the bias is 0 where b is null.
-template <class T>
-Packed<T> pack(const T* w, int rows, int columns, long row_stride, long column_stride, const T* b, int b_stride,
-               T scale, T shift, T* data) {
-  T* to = data;
-  for_tiles(rows, [&](auto tile, int row) {
-    for (int r = row; r < row + tile.count; r++) *to++ = b ? T(scale * b[r * b_stride] + shift) : T(0);
-    for (int i = 0; i < columns; i++)
-      for (int r = row; r < row + tile.count; r++) *to++ = scale * w[r * row_stride + i * column_stride];
-  });
-  return {data, rows, columns};
-}
-
-// With FAR, x is also asked for from memory a block further on.
-template <bool FAR, int R, int S, class V, class T, class End>
-inline void tile(const T* weights, int columns, int row, const T* x, long stride, long at, const End& end) {
-  constexpr int L = sizeof(V) / sizeof(T);
-  V z[R][S];
-  XBRAID_UNROLL for (int r = 0; r < R; r++)
-    XBRAID_UNROLL for (int s = 0; s < S; s++) z[r][s] = broadcast<V>(weights[r]);
-  x += at;
-  for (int i = 0; i < columns; i++) {
-    V xs[S];
-    XBRAID_UNROLL for (int s = 0; s < S; s++) {
-      xs[s] = load<V>(x + s * L);
-      if (FAR) __builtin_prefetch(x + s * L + BLOCK);
-    }
-    x += stride;
-    weights += R;
-    XBRAID_UNROLL for (int r = 0; r < R; r++) {
-      const V weight = broadcast<V>(weights[r]);
-      XBRAID_UNROLL for (int s = 0; s < S; s++) z[r][s] += weight * xs[s];
-    }
-  }
-  end(row, at, z);
-}
-
-template <bool FAR = false, class T, class End>
-void product(const Packed<T>& w, const T* x, long stride, long n, const End& end) {
-  constexpr int L = XBRAID_BYTES / sizeof(T);
-  typedef typename VectorOf<T, L>::type V;
-  for_tiles(w.rows, [&](auto rows, int row) {
-    constexpr int R = decltype(rows)::count;
-    const T* weights = w.data + long(row) * (w.columns + 1);
-    long at = 0;
-    for (; at + XBRAID_VECTORS * L <= n; at += XBRAID_VECTORS * L)
-      tile<FAR, R, XBRAID_VECTORS, V>(weights, w.columns, row, x, stride, at, end);
-    for (; at + L <= n; at += L) tile<FAR, R, 1, V>(weights, w.columns, row, x, stride, at, end);
-    for (; at < n; at++) tile<false, R, 1, T>(weights, w.columns, row, x, stride, at, end);
-  });
-}
 
 // ---- The gradient d x^T, summed over samples. Every entry is a vector of partial sums in memory, reduced at the end.
 
@@ -222,13 +65,6 @@ void add_gradient(const Layer& layer, const T* d, const T* x, long x_stride, lon
 }
 
 template <class T>
-T reduced(const T* vector) {
-  T sum = 0;
-  for (int l = 0; l < int(XBRAID_BYTES / sizeof(T)); l++) sum += vector[l];
-  return sum;
-}
-
-template <class T>
 void write_gradient(const Layer& layer, T h, const T* sums, T* gradient) {
   constexpr int L = XBRAID_BYTES / sizeof(T);
   const int O = layer.outputs, split = O * layer.inputs;
@@ -244,13 +80,6 @@ void write_gradient(const Layer& layer, T h, const T* sums, T* gradient) {
 }
 
 // ---- Whole steps, block by block of samples.
-
-// W and b as the products of a step need them; the activation's scale and shift are in them.
-template <class T, template <class> class A>
-Packed<T> forward_weights(const Layer& l, const T* theta, T* data) {
-  const T* b = theta + long(l.outputs) * l.inputs;
-  return pack(theta, l.outputs, l.inputs, l.inputs, 1, b, l.scalar_bias ? 0 : 1, A<T>::SCALE, A<T>::SHIFT, data);
-}
 
 template <class T, template <class> class A>
 void step_as(const Layer& layer, long B, T h, const T* theta, const T* u, const T* add, T* out, T* scratch) {
@@ -347,38 +176,15 @@ long scratch_size(const Layer& layer) {
   return (O + 2 * I) * BLOCK + O * (I + 1) * (L + 1) + I * (O + 1);
 }
 
-template <class T>
-void distance(long n, const T* a, const T* b, T* sums) {
-  constexpr int L = XBRAID_BYTES / sizeof(T), CHAINS = 4;
-  typedef typename VectorOf<T, L>::type V;
-  V difference[CHAINS] = {}, size[CHAINS] = {};
-  long at = 0;
-  for (; at + CHAINS * L <= n; at += CHAINS * L)
-    for (int c = 0; c < CHAINS; c++) {
-      const V x = load<V>(a + at + c * L), d = x - load<V>(b + at + c * L);
-      difference[c] += d * d;
-      size[c] += x * x;
-    }
-  sums[0] = sums[1] = 0;
-  for (; at < n; at++) {
-    const T d = a[at] - b[at];
-    sums[0] += d * d;
-    sums[1] += a[at] * a[at];
-  }
-  T lanes[L];
-  store(lanes, V((difference[0] + difference[1]) + (difference[2] + difference[3])));
-  sums[0] += reduced(lanes);
-  store(lanes, V((size[0] + size[1]) + (size[2] + size[3])));
-  sums[1] += reduced(lanes);
-}
-
 }  // namespace
 
 namespace xbraid {
 const Instructions XBRAID_TABLE = {
     XBRAID_NAME,
     XBRAID_MAX_WIDTH,
-    {step<double>, adjoint<double>, scratch_size<double>, distance<double>},
-    {step<float>, adjoint<float>, scratch_size<float>, distance<float>},
+    {step<double>, adjoint<double>, scratch_size<double>, distance<double>, cross_entropy<double>, products<double>,
+     combine<double>},
+    {step<float>, adjoint<float>, scratch_size<float>, distance<float>, cross_entropy<float>, products<float>,
+     combine<float>},
 };
 }

@@ -4,6 +4,7 @@
 // of each, B samples. Strides count numbers, not bytes.
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -83,9 +84,9 @@ const Functions<float>& functions<float>() {
 
 // Room for a call, kept from one call to the next: it only ever grows.
 template <class T>
-T* scratch_for(const Functions<T>& table, const Layer& layer) {
+T* room(std::size_t numbers) {
   thread_local std::vector<T> kept;
-  const std::size_t size = table.scratch_size(layer) + 64 / sizeof(T);
+  const std::size_t size = numbers + 64 / sizeof(T);
   if (kept.size() < size) kept.resize(size);
   const auto address = reinterpret_cast<std::uintptr_t>(kept.data());
   return reinterpret_cast<T*>((address + 63) / 64 * 64);
@@ -113,7 +114,7 @@ void step(Layer layer, long m, long B, double h, std::uintptr_t hs, long hs_stri
           long out_stride) {
   const StepSizes<T> sizes(h, hs, hs_stride);
   const Functions<T>& table = functions<T>();
-  T* scratch = scratch_for(table, layer);
+  T* scratch = room<T>(table.scratch_size(layer));
   for (long k = 0; k < m; k++)
     table.step(layer, B, sizes[k], at<T>(theta) + k * theta_stride, at<T>(u) + k * u_stride,
                add ? at<T>(add) + k * add_stride : nullptr, at<T>(out) + k * out_stride, scratch);
@@ -126,7 +127,7 @@ void adjoint(Layer layer, long m, long B, double h, std::uintptr_t hs, long hs_s
              long out_stride) {
   const StepSizes<T> sizes(h, hs, hs_stride);
   const Functions<T>& table = functions<T>();
-  T* scratch = scratch_for(table, layer);
+  T* scratch = room<T>(table.scratch_size(layer));
   for (long k = 0; k < m; k++)
     table.adjoint(layer, B, sizes[k], at<T>(theta) + k * theta_stride, at<T>(u) + k * u_stride,
                   at<T>(v) + k * v_stride, add ? at<T>(add) + k * add_stride : nullptr,
@@ -142,7 +143,7 @@ void relax(Layer layer, long m, long c, long parts, long B, double h, std::uintp
            long tau_stride, std::uintptr_t inputs, long inputs_stride, std::uintptr_t ends, long ends_stride) {
   const StepSizes<T> sizes(h, hs, hs_stride);
   const Functions<T>& table = functions<T>();
-  T* scratch = scratch_for(table, layer);
+  T* scratch = room<T>(table.scratch_size(layer));
   const std::size_t bytes = std::size_t(layer.inputs) * B * sizeof(T);
   for (long k = 0; k < m; k++) {
     T* const end = at<T>(ends) + k * ends_stride;
@@ -174,7 +175,7 @@ void relax_adjoint(Layer layer, long m, long c, long parts, long B, double h, st
                    long ends_stride) {
   const StepSizes<T> sizes(h, hs, hs_stride);
   const Functions<T>& table = functions<T>();
-  T* scratch = scratch_for(table, layer);
+  T* scratch = room<T>(table.scratch_size(layer));
   const std::size_t bytes = std::size_t(layer.inputs) * B * sizeof(T);
   for (long k = 0; k < m; k++) {
     T* const end = at<T>(ends) + k * ends_stride;
@@ -205,6 +206,41 @@ void distances(long m, long n, std::uintptr_t a, long a_stride, std::uintptr_t b
     table.distance(n, at<T>(a) + k * a_stride, at<T>(b) + k * b_stride, at<T>(sums) + 2 * k);
 }
 
+// The sum of the losses, and how many samples are classified rightly: -1 if there is a label that is no class.
+template <class T>
+std::pair<double, long> cross_entropy(Layer layer, long B, std::uintptr_t theta, std::uintptr_t u,
+                                      std::uintptr_t labels, std::uintptr_t slope, long slope_stride) {
+  const long long* const label = at<const long long>(labels);
+  bool classes = true;
+  for (long s = 0; s < B; s++) classes &= label[s] >= 0 && label[s] < layer.outputs;
+  if (!classes) return {0.0, -1};
+  const Functions<T>& table = functions<T>();
+  double found[2];
+  table.cross_entropy(layer, B, at<T>(theta), at<T>(u), label, at<T>(slope), slope_stride, found,
+                      room<T>(table.scratch_size(layer)));
+  return {found[0], long(found[1])};
+}
+
+typedef std::vector<std::uintptr_t> Addresses;
+
+template <class T>
+std::vector<const T*> pointers(const Addresses& addresses) {
+  std::vector<const T*> found;
+  for (const std::uintptr_t address : addresses) found.push_back(at<T>(address));
+  return found;
+}
+
+template <class T>
+void products(const Addresses& a, const Addresses& b, const std::vector<long>& bounds, std::uintptr_t found) {
+  functions<T>().products(a.size(), pointers<T>(a).data(), b.size(), pointers<T>(b).data(), bounds.size() - 1,
+                          bounds.data(), at<T>(found), room<T>(a.size() * b.size() * 64 / sizeof(T)));
+}
+
+template <class T>
+void combine(long n, const std::vector<double>& coefficients, const Addresses& vectors, std::uintptr_t out) {
+  functions<T>().combine(n, coefficients.size(), coefficients.data(), pointers<T>(vectors).data(), at<T>(out));
+}
+
 template <class T>
 void bind(nb::module_& m, const std::string& suffix) {
   const auto unlocked = nb::call_guard<nb::gil_scoped_release>();
@@ -213,13 +249,16 @@ void bind(nb::module_& m, const std::string& suffix) {
   m.def(("relax_" + suffix).c_str(), &relax<T>, unlocked);
   m.def(("relax_adjoint_" + suffix).c_str(), &relax_adjoint<T>, unlocked);
   m.def(("distances_" + suffix).c_str(), &distances<T>, unlocked);
+  m.def(("cross_entropy_" + suffix).c_str(), &cross_entropy<T>, unlocked);
+  m.def(("products_" + suffix).c_str(), &products<T>, unlocked);
+  m.def(("combine_" + suffix).c_str(), &combine<T>, unlocked);
 }
 
 }  // namespace
 
 NB_MODULE(_native, m) {
   // What native.py asks for: the next number where the arguments of a function change.
-  m.attr("INTERFACE") = 2;
+  m.attr("INTERFACE") = 3;
   nb::class_<Layer>(m, "Layer")
       .def(nb::init<int, int, int, int, int, int>(), nb::arg("inputs"), nb::arg("outputs"), nb::arg("activation"),
            nb::arg("scalar_bias"), nb::arg("residual"), nb::arg("midpoint"));

@@ -1,6 +1,8 @@
 // Vectors of numbers, and the activation functions on them. Included once by each instruction set; everything has
 // internal linkage, so that code for one processor cannot end up in another's table.
 
+#pragma once
+
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -31,6 +33,56 @@ template <class V, class T>
 inline void store(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
 }
+
+// The first n numbers of a vector, 0 < n < L, the others zero; nothing behind them is touched.
+template <class V, class T>
+inline V load_some(const T* p, long n) {
+  constexpr int L = sizeof(V) / sizeof(T);
+  T lanes[L];
+  for (int l = 0; l < L; l++) lanes[l] = l < n ? p[l] : T(0);
+  return load<V>(lanes);
+}
+
+template <class T, class V>
+inline void store_some(T* p, V v, long n) {
+  constexpr int L = sizeof(V) / sizeof(T);
+  T lanes[L];
+  store(lanes, v);
+  for (int l = 0; l < L && l < n; l++) p[l] = lanes[l];
+}
+
+// The same with the masks of the processor.
+#if defined(__AVX512F__)
+#define XBRAID_SOME(T, MASK, LOAD, STORE)                                      \
+  template <>                                                                  \
+  inline VectorOf<T, 64 / sizeof(T)>::type load_some(const T* p, long n) {     \
+    return LOAD(MASK((1u << n) - 1), p);                                       \
+  }                                                                            \
+  template <>                                                                  \
+  inline void store_some(T* p, VectorOf<T, 64 / sizeof(T)>::type v, long n) {  \
+    STORE(p, MASK((1u << n) - 1), v);                                          \
+  }
+XBRAID_SOME(double, __mmask8, _mm512_maskz_loadu_pd, _mm512_mask_storeu_pd)
+XBRAID_SOME(float, __mmask16, _mm512_maskz_loadu_ps, _mm512_mask_storeu_ps)
+#elif defined(__AVX2__)
+inline __m256i mask_of(double, long n) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+inline __m256i mask_of(float, long n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+#define XBRAID_SOME(T, LOAD, STORE)                                            \
+  template <>                                                                  \
+  inline VectorOf<T, 32 / sizeof(T)>::type load_some(const T* p, long n) {     \
+    return LOAD(p, mask_of(T(), n));                                           \
+  }                                                                            \
+  template <>                                                                  \
+  inline void store_some(T* p, VectorOf<T, 32 / sizeof(T)>::type v, long n) {  \
+    STORE(p, mask_of(T(), n), v);                                              \
+  }
+XBRAID_SOME(double, _mm256_maskload_pd, _mm256_maskstore_pd)
+XBRAID_SOME(float, _mm256_maskload_ps, _mm256_maskstore_ps)
+#endif
 
 // z += what is in memory, in rows
 template <int R, int S, class V, class T>
@@ -143,7 +195,7 @@ struct Identity : Plain<T> {
   }
 };
 
-// What exp(y) - 1 for 0 <= y needs: y = k ln 2 + r with |r| <= ln 2 / 2, a Taylor polynomial in r, and 2^k.
+// What exp(y) needs: y = k ln 2 + r with |r| <= ln 2 / 2, a Taylor polynomial in r, and 2^k.
 template <class T>
 struct Exponential;
 
@@ -152,6 +204,7 @@ struct Exponential<double> {
   static constexpr double ROUND = 0x1.8p52, LOG2E = 0x1.71547652b82fep+0;
   static constexpr double LN2_HIGH = 0x1.62e42fee00000p-1, LN2_LOW = 0x1.a39ef35793c76p-33;
   static constexpr double SATURATED = 44.0;  // 2 |x| from which on tanh(x) is 1
+  static constexpr double SMALLEST = -708.0;  // below it exp is taken for 0
   static constexpr int DEGREE = 13, MANTISSA = 52;
   static constexpr unsigned long long ONE = 0x3ff0000000000000;
   typedef unsigned long long Integer;
@@ -162,34 +215,40 @@ struct Exponential<float> {
   static constexpr float ROUND = 0x1.8p23f, LOG2E = 0x1.715476p+0f;
   static constexpr float LN2_HIGH = 0x1.62e400p-1f, LN2_LOW = 0x1.7f7d1cp-20f;
   static constexpr float SATURATED = 20.0f;
+  static constexpr float SMALLEST = -87.0f;
   static constexpr int DEGREE = 7, MANTISSA = 23;
   static constexpr unsigned ONE = 0x3f800000;
   typedef unsigned Integer;
 };
+
+// exp(y) = power (1 + p)
+template <class T, class V>
+inline void split_exponential(V y, V& power, V& p) {
+  typedef Exponential<T> E;
+  constexpr int L = sizeof(V) / sizeof(T);
+  typedef typename VectorOf<typename E::Integer, L>::type I;
+  V rounded = y * E::LOG2E + E::ROUND;
+  V k = rounded - E::ROUND;
+  V r = y - k * E::LN2_HIGH;
+  r = r - k * E::LN2_LOW;
+  p = broadcast<V>(T(1));
+  for (int n = E::DEGREE; n > 1; n--) p = p * r * (T(1) / n) + 1;
+  p = p * r;
+  // The last bits of `rounded` are k.
+  I bits;
+  __builtin_memcpy(&bits, &rounded, sizeof bits);
+  bits = (bits << E::MANTISSA) + E::ONE;
+  __builtin_memcpy(&power, &bits, sizeof power);
+}
 
 template <class T>
 struct Tanh : Plain<T> {
   // (e^y - 1) / (e^y + 1) with y = 2 |x|, through e^y - 1, which keeps small arguments exact.
   template <class V>
   static inline V value(V x) {
-    typedef Exponential<T> E;
-    constexpr int L = sizeof(V) / sizeof(T);
-    typedef typename VectorOf<typename E::Integer, L>::type I;
-    V y = 2 * (x < 0 ? -x : x);
-    y = y > E::SATURATED ? broadcast<V>(E::SATURATED) : y;
-    V rounded = y * E::LOG2E + E::ROUND;
-    V k = rounded - E::ROUND;
-    V r = y - k * E::LN2_HIGH;
-    r = r - k * E::LN2_LOW;
-    V p = broadcast<V>(T(1));
-    for (int n = E::DEGREE; n > 1; n--) p = p * r * (T(1) / n) + 1;
-    p = p * r;
-    // The last bits of `rounded` are k.
-    I bits;
-    __builtin_memcpy(&bits, &rounded, sizeof bits);
-    bits = (bits << E::MANTISSA) + E::ONE;
-    V power;
-    __builtin_memcpy(&power, &bits, sizeof power);
+    V y = 2 * (x < 0 ? -x : x), power, p;
+    y = y > Exponential<T>::SATURATED ? broadcast<V>(Exponential<T>::SATURATED) : y;
+    split_exponential<T>(y, power, p);
     V e = power * p + (power - 1);
     V t = e / (e + 2);
     return x < 0 ? -t : t;
