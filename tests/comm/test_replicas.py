@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from refusal import refusal
 
 from xbraid_py.comm import replicas as grid
 from xbraid_py.comm.replicas import ProcessGrid, broadcast_batch
@@ -18,15 +19,6 @@ Batch = namedtuple("Batch", "images labels")
 
 def divisors(size: int) -> list[int]:
     return [d for d in range(1, size + 1) if size % d == 0]
-
-
-def caught(kind, call) -> str | None:
-    """The message of the error of `call`; over MPI an error that leaves a body ends the job."""
-    try:
-        call()
-    except kind as error:
-        return str(error)
-    return None
 
 
 @pytest.mark.ranks(1, 2, 3, 4, 6)
@@ -52,7 +44,7 @@ def test_ranks_of_a_replica_are_neighbors(spmd):
 
 @pytest.mark.parametrize("replicas", [0, -1, 1000, 1.0, "2"])
 def test_replicas_divide_the_ranks(spmd, replicas):
-    results = spmd(lambda comm: caught(ValueError, lambda: ProcessGrid(comm, replicas)))
+    results = spmd(lambda comm: refusal(ValueError, lambda: ProcessGrid(comm, replicas)))
     size = len(results)
     fits = {1: "1", 4: "1, 2 or 4"}.get(size, f"1 or {size}")
     assert results == [f"replicas={replicas!r} does not divide the {size} rank(s); use {fits}"] * size
@@ -64,7 +56,7 @@ def test_the_numbers_that_work_are_named():
 
 @pytest.mark.ranks(2, 3)
 def test_ranks_with_other_replicas_are_met(spmd):
-    results = spmd(lambda comm: caught(ValueError, lambda: ProcessGrid(comm, 1 + (comm.rank == 1))))
+    results = spmd(lambda comm: refusal(ValueError, lambda: ProcessGrid(comm, 1 + (comm.rank == 1))))
     assert len(set(results)) == 1
     assert results[0].startswith("replicas=1 on rank") and "2 on rank 1: every rank must pass the same" in results[0]
 
@@ -98,10 +90,10 @@ def test_batches_that_cannot_be_shared_out(spmd):
     def body(comm):
         made = ProcessGrid(comm, comm.size)
         return [
-            caught(ValueError, lambda: made.shard([torch.zeros(comm.size - 1, 3)])),
-            caught(ValueError, lambda: made.shard((torch.zeros(8), torch.zeros(9)))),
-            caught(ValueError, lambda: made.shard(torch.tensor(1.0))),
-            caught(TypeError, lambda: made.shard({"names": "abc"})),
+            refusal(ValueError, lambda: made.shard([torch.zeros(comm.size - 1, 3)])),
+            refusal(ValueError, lambda: made.shard((torch.zeros(8), torch.zeros(9)))),
+            refusal(ValueError, lambda: made.shard(torch.tensor(1.0))),
+            refusal(TypeError, lambda: made.shard({"names": "abc"})),
         ]
 
     results = spmd(body)
@@ -238,12 +230,12 @@ def test_replicas_that_do_not_fit_together(spmd):
         fitting.grad = torch.ones(3)
         module = torch.nn.Linear(2, 2 + odd)
         return [
-            caught(ValueError, lambda: made.average_gradients([weight])),
+            refusal(ValueError, lambda: made.average_gradients([weight])),
             *(
-                caught(ValueError, lambda samples=samples: made.average_gradients([fitting], samples))
+                refusal(ValueError, lambda samples=samples: made.average_gradients([fitting], samples))
                 for samples in (None if odd else 4, -1 if odd else 4, 2.5, 0)
             ),
-            caught(ValueError, lambda: made.broadcast_parameters(module)),
+            refusal(ValueError, lambda: made.broadcast_parameters(module)),
             fitting.grad.tolist(),
         ]
 
@@ -313,7 +305,7 @@ def test_a_tensor_alone_and_a_word_alone(spmd):
 def test_what_cannot_be_sent_is_an_error_on_all_ranks(spmd):
     def body(comm):
         values = ({"f": lambda: 0}, [torch.ones(2).to_sparse()], (torch.ones(2), (i for i in ())))
-        return [caught(TypeError, lambda value=value: broadcast_batch(value, comm)) for value in values]
+        return [refusal(TypeError, lambda value=value: broadcast_batch(value, comm)) for value in values]
 
     results = spmd(body)
     assert all(found == results[0] for found in results)

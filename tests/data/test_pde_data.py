@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from refusal import refusal
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.data.darcy import Darcy, covariance, embedding
@@ -46,24 +47,12 @@ def test_fewer_samples_are_the_first_ones(problem):
 
 @pytest.mark.ranks(2, 3)
 def test_ranks_must_agree(spmd):
-    def body(comm):
-        try:
-            generate(Poisson(mesh=4), 2 + (comm.rank == 1), 0, comm)
-        except ValueError as error:
-            return str(error)
-
-    for message in spmd(body):
+    for message in spmd(lambda comm: refusal(ValueError, generate, Poisson(mesh=4), 2 + (comm.rank == 1), 0, comm)):
         assert message.startswith("(problem, num_samples, seed)=") and "on rank 1" in message
 
 
 def test_a_sample_that_cannot_be_solved_stops_all_ranks(spmd):
-    def body(comm):
-        try:
-            generate(Failing(mesh=3), 6, 0, comm)
-        except ValueError as error:
-            return str(error)
-
-    for message in spmd(body):
+    for message in spmd(lambda comm: refusal(ValueError, generate, Failing(mesh=3), 6, 0, comm)):
         assert message.startswith("sample 4 of ") and message.endswith("with seed=0: no solution")
 
 

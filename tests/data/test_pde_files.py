@@ -6,6 +6,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from refusal import refusal
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.data.darcy import Darcy
@@ -90,10 +91,7 @@ def test_a_renamed_file_is_refused(spmd, shared_tmp_path, problem, number, seed,
         if comm.rank == 0:
             (shared_tmp_path / file_name(SMALL, 5, 1)).rename(path)
         comm.barrier()
-        try:
-            obtain(problem, number, seed, shared_tmp_path, comm)
-        except ValueError as error:
-            return str(error)
+        return refusal(ValueError, obtain, problem, number, seed, shared_tmp_path, comm)
 
     assert all(re.search(f"{message}.*; {HELP}", found) for found in spmd(body))
 
@@ -178,10 +176,7 @@ def test_a_disk_that_refuses_leaves_nothing(spmd, shared_tmp_path):
         if comm.rank == 0:
             place.write_text("a file where a folder should be")
         comm.barrier()
-        try:
-            obtain(SMALL, 3, 0, place, comm)
-        except OSError as error:
-            return str(error)
+        return refusal(OSError, obtain, SMALL, 3, 0, place, comm)
 
     assert all("not written" in str(found) for found in spmd(body))
     assert [entry.name for entry in shared_tmp_path.iterdir()] == ["occupied"]
@@ -189,13 +184,8 @@ def test_a_disk_that_refuses_leaves_nothing(spmd, shared_tmp_path):
 
 @pytest.mark.ranks(2, 3)
 def test_ranks_must_agree_on_the_folder(spmd, shared_tmp_path):
-    def body(comm):
-        try:
-            obtain(SMALL, 3, 0, shared_tmp_path / str(comm.rank), comm)
-        except ValueError as error:
-            return str(error)
-
-    assert all(found.startswith("folder and name of the samples=") for found in spmd(body))
+    said = spmd(lambda comm: refusal(ValueError, obtain, SMALL, 3, 0, shared_tmp_path / str(comm.rank), comm))
+    assert all(found.startswith("folder and name of the samples=") for found in said)
 
 
 def test_problems_that_no_file_can_name(tmp_path):

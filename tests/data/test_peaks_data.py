@@ -90,22 +90,14 @@ def test_training_is_shuffled():
     assert torch.bincount(train.labels[:1000], minlength=5).min() > 100
 
 
-def test_seed_decides():
-    for a, b, c in zip(*(peaks.generate(100, 50, seed) for seed in (7, 7, 8)), strict=True):
-        assert torch.equal(a.features, b.features) and torch.equal(a.labels, b.labels)
-        assert not torch.equal(a.features, c.features)
-
-
-def test_training_points_do_not_depend_on_validation_nor_on_other_random_states():
-    train, _ = peaks.generate(100, 50, seed=1)
+def test_draws_depend_on_their_arguments_alone():
+    drawn = peaks.generate(100, 50, seed=7)
     torch.manual_seed(5)
-    assert torch.equal(train.features, peaks.generate(100, 500, seed=1)[0].features)
-
-
-def test_float32_rounds_the_same_points():
-    for a, b in zip(peaks.generate(50, 50), peaks.generate(50, 50, dtype=torch.float32), strict=True):
-        assert b.features.dtype == torch.float32
+    for a, b, other in zip(drawn, *(peaks.generate(100, 50, s, dtype=torch.float32) for s in (7, 8)), strict=True):
+        assert b.features.dtype == torch.float32, "the same points, rounded"
         assert torch.equal(a.features.float(), b.features) and torch.equal(a.labels, b.labels)
+        assert not torch.equal(b.features, other.features)
+    assert torch.equal(drawn[0].features, peaks.generate(100, 500, seed=7)[0].features), "whatever the validation is"
 
 
 @pytest.mark.parametrize(

@@ -40,13 +40,12 @@ def test_rare_characters_become_one():
     assert corpus.characters == "".join(letters(100)[5:]) + text.UNKNOWN
     assert corpus.text == text.UNKNOWN * 15 + content[15:]
     assert corpus.decode(corpus.encode("abc" + content[-1])) == text.UNKNOWN * 3 + content[-1]
-
-
-def test_equally_rare_characters_fold_by_code_point():
-    content = "".join(letters(98))
-    kept = content[:95]
-    for variant in (content, content[::-1]):
-        assert text.from_text(variant).characters == kept + text.UNKNOWN
+    # Equally rare ones by code point; the sign that is there already is not counted twice.
+    for number, signs in ((98, ""), (100, text.UNKNOWN * 3)):
+        content = "".join(letters(number))
+        corpus = text.from_text(content + signs)
+        assert corpus.characters == content[:95] + text.UNKNOWN == text.from_text(signs + content[::-1]).characters
+        assert corpus.text == content[:95] + text.UNKNOWN * (number - 95) + signs
 
 
 def test_96_characters_fit_and_a_stranger_is_refused():
@@ -54,13 +53,6 @@ def test_96_characters_fit_and_a_stranger_is_refused():
     assert corpus.text == "".join(letters(96)) == corpus.characters
     with pytest.raises(ValueError, match="text holds 'x', which is not in the alphabet; use some of"):
         corpus.encode(letters(1)[0] + "xy")
-
-
-def test_the_unknown_sign_is_not_counted_twice():
-    content = "".join(letters(100)) + text.UNKNOWN * 3
-    corpus = text.from_text(content)
-    assert corpus.characters == "".join(letters(95)) + text.UNKNOWN
-    assert corpus.text == content[:95] + text.UNKNOWN * 8
 
 
 def test_empty_text_and_bad_tokens():
@@ -106,17 +98,16 @@ def test_text_file(tmp_path, monkeypatch):
     assert text.load("./python").text == text.load(Path("python")).text == "Grüße,\nWelt\n"
 
 
-@pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf"])
-def test_empty_file(tmp_path, content):
-    (tmp_path / "empty").write_bytes(content)
-    with pytest.raises(ValueError, match="empty is empty; use a text file"):
-        text.load(tmp_path / "empty")
-
-
 def test_files_that_are_no_text(tmp_path):
-    (tmp_path / "binary").write_bytes(b"ab\xff\xfe")
-    with pytest.raises(ValueError, match="binary is no UTF-8 text: invalid start byte at byte 2; convert it"):
-        text.load(tmp_path / "binary")
+    path = tmp_path / "file"
+    for content, said in (
+        (b"", "file is empty; use a text file"),
+        (b"\xef\xbb\xbf", "file is empty; use a text file"),
+        (b"ab\xff\xfe", "file is no UTF-8 text: invalid start byte at byte 2; convert it"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=said):
+            text.load(path)
     for missing in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(FileNotFoundError, match=f"{missing} is no file; use source='python', source='generated'"):
             text.load(missing)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import xbraid_py.nn
 from xbraid_py import MGRIT, GradientControl, LayerParallel
 from xbraid_py.layers.module_block import own_random_numbers
+from xbraid_py.layers.transformer import DecoderBlock
 
 C, L, B = 4, 3, 6
 # Only what the solver itself finds: no exact gradient in its place, no tightening.
@@ -148,6 +149,7 @@ CASES = {
     "tied": Case(Tied, (B, C)),
     "frozen": Case(FrozenBatchNorm, (B, C)),
     "dropout": Case(Dropped, (B, C)),
+    "decoder": Case(lambda: DecoderBlock(C, 2), (B, L, C)),
 }
 
 

@@ -40,6 +40,7 @@ EQUAL = [
     ("attention", 8, "F", False, False),
     ("attention", 5, "exact", True, False),
     ("library attention", 9, "V", False, False),
+    ("decoder", 8, "one-shot parts", False, False),
     ("library attention", 8, "one-shot parts", False, True),
     ("tied", 9, "V", False, False),
     ("tied", 10, "lagged", True, False),

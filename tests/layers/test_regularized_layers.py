@@ -81,13 +81,13 @@ def updates(stack, case: Case, count: int = 3) -> list[dict]:
         ("V", False, False),
         ("V", True, True),
         ("one-shot 3", "states", False),
-        ("F all", False, False),
+        ("F 3 levels", False, False),
     ],
 )
 def test_masks_are_those_of_layer_and_update_alone(spmd, solve, recompute, vmap):
     """Three updates, each with masks of its own; asked to be vmap, a random block goes one layer after the other."""
     case = CASES[False]
-    mgrit = {"F all": MGRIT(cycle="F", cfactor=3, max_levels=2, min_coarse=1, max_iter=4, tol=0.0)} | SOLVES
+    mgrit = {"F 3 levels": MGRIT(cycle="F", cfactor=3, max_levels=3, min_coarse=1, max_iter=3, tol=0.0)} | SOLVES
 
     def body(comm):
         stack = case.stack(comm, N, T, mgrit=mgrit[solve], recompute=recompute, vmap=vmap, seed=SEED)

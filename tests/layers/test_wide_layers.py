@@ -18,7 +18,7 @@ from xbraid_py.problem.network import InitialScales
 from xbraid_py.problem.problem import DenseResNetOptions, Problem
 from xbraid_py.problem.regularization import Regularization
 
-WIDTH, LAYERS, UPDATES = 220, 8, 10
+WIDTH, LAYERS, UPDATES = 100, 8, 6
 # Converged: to rounding, or exactly, after as many iterations as there are intervals.
 CYCLES = {
     "lagged": MGRIT(intervals=4, coarse_parts=1, min_coarse=1, tol=1e-12),

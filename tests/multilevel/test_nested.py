@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+from refusal import refusal
 from small_runs import MIXED, ONE_SHOT, SEQUENTIAL, gathered, nested, problem, same_bits, timeless
 
 from xbraid_py.comm import SerialCommunicator
@@ -172,10 +173,7 @@ class _Size(SerialCommunicator):
 @pytest.mark.ranks(2, 3, 5)
 def test_more_ranks_than_layers_are_refused(spmd):
     def message(comm, num_layers):
-        try:
-            nested(comm, (1,), SEQUENTIAL, num_layers=num_layers)
-        except ValueError as error:
-            return str(error)
+        return refusal(ValueError, nested, comm, (1,), SEQUENTIAL, num_layers=num_layers)
 
     found = spmd(lambda comm: message(comm, comm.size - 1))
     size = len(found)

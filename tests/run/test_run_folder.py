@@ -211,7 +211,13 @@ def test_a_second_job_ends_with_one_message(tmp_path, run_job):
     assert job.stderr.count("\n") == 1 and [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"pid": "x"}', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"{}", b"[1]", b'{"pid": "x"}', b"\xff\xfe", b"[" * 1000, b"\x00"),
+        *(b'{"pid": Infinity, "since": 0}', b'{"pid": [], "since": 0}'),
+    ],
+)
 def test_whatever_the_lock_file_says(tmp_path, content):
     lock = take(tmp_path)
     (tmp_path / "lock").write_bytes(content)
