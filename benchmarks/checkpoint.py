@@ -22,7 +22,8 @@ import torch
 
 from xbraid_py.comm import Communicator, world
 from xbraid_py.comm.partition import Partition
-from xbraid_py.run.store.write import Shard, file_name, save
+from xbraid_py.run.store.read import file_name
+from xbraid_py.run.store.write import Shard, save
 
 # Shares of the bytes: weights and the two halves of the memory of an optimizer.
 ARRAYS = {"weights/layers.weight": 0.2, "optimizer/s/layers.weight": 0.4, "optimizer/y/layers.weight": 0.4}

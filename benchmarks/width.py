@@ -26,8 +26,7 @@ from studies.width.parts import COARSE
 from studies.width.rows import ratios
 from torch import nn
 
-from xbraid_py.recipes.width import PoissonOptions, WidthRun
-from xbraid_py.recipes.width_networks import WidthNetwork
+from xbraid_py.recipes.width import PoissonOptions, WidthNetwork, WidthRun
 
 SETTINGS = {"coarse": COARSE, "paper": {}}
 

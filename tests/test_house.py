@@ -242,8 +242,8 @@ def test_files_say_what_they_are():
         ("import mpi4py.MPI", "drivers/new.py", "mpi4py"),
         ("import mpi4py", "xbraid_py/comm/mpi.py", None),
         ("from matplotlib.figure import Figure", "xbraid_py/recipes/new.py", "pictures"),
-        ("from xbraid_py.recipes.pictures import maps", "drivers/new.py", "pictures"),
-        ("def f():\n    from xbraid_py.recipes.pictures import maps", "xbraid_py/recipes/new.py", None),
+        ("from xbraid_py.recipes.pictures import style", "drivers/new.py", "pictures"),
+        ("def f():\n    from xbraid_py.recipes.pictures import style", "xbraid_py/recipes/new.py", None),
         ("import torch, numpy", "xbraid_py/comm/new.py", None),
     ],
 )

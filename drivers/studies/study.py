@@ -24,9 +24,9 @@ from rich.progress import track
 
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.agreement import RunError
+from xbraid_py.run.engine import RunOptions
 from xbraid_py.run.folder import take
 from xbraid_py.run.options import to_dict
-from xbraid_py.run.resume import RunOptions
 
 logger = logging.getLogger(__name__)
 

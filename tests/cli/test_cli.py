@@ -15,8 +15,7 @@ from runs_on_disk import CONFIGURATION, ago, make_run, minibatch_rows, nested_ro
 from xbraid_py.cli import COMMANDS, main
 from xbraid_py.cli.reader import RunReader, read_run
 from xbraid_py.cli.report import page
-from xbraid_py.cli.status import duration, shown, summarize, table, worst
-from xbraid_py.cli.watch import frame
+from xbraid_py.cli.status import duration, frame, shown, summarize, table, worst
 
 HEAVY = ("torch", "mpi4py", "h5py", "matplotlib", "jinja2")
 # A command, and then which of these it has loaded.

@@ -20,7 +20,7 @@ from runs_on_disk import make_run, minibatch_rows, nested_rows, status
 from xbraid_py.cli import main
 from xbraid_py.cli.reader import read_run
 from xbraid_py.cli.report import page
-from xbraid_py.cli.watch import draw, uses_log
+from xbraid_py.cli.status import draw, uses_log
 
 # ---- curves
 

@@ -18,7 +18,7 @@ from processes import PROJECT, end_job, finish_job, run_job, start_job
 
 from xbraid_py.run.options import parse, to_dict
 from xbraid_py.run.record import read
-from xbraid_py.run.store.write import newest_good
+from xbraid_py.run.store.read import newest_good
 
 # The jobs of all tests are started by the first one.
 pytestmark = [pytest.mark.job, pytest.mark.timeout(400)]
@@ -109,13 +109,12 @@ def jobs(folder):
 
     run("full", 1, *TINY)
     run("few", 3, *TINY, *FEW_LAYERS)
-    for size in (1, 2, 3):
+    for size in (1, 3):
         shutil.copytree(folder / "killed", folder / f"after_{size}")
         run("after", size, *TINY, "--resume=auto")
-    for size in (1, 3):
         run("smoke", size, "--smoke")
-        for name in CHOSEN:
-            run(name, size, *TINY, BAD[name][0])
+    for name in CHOSEN:
+        run(name, 3, *TINY, BAD[name][0])
     return found
 
 
@@ -160,14 +159,13 @@ def test_a_smoke_run_is_the_same_on_3_ranks(folder):
 
 
 @pytest.mark.parametrize("name", CHOSEN)
-def test_bad_input_is_one_message_on_any_number_of_ranks(folder, jobs, name):
+def test_bad_input_is_one_message_of_all_ranks(folder, jobs, name):
     _, status, message = BAD[name]
-    one, three = (jobs[f"{name}_{size}"] for size in (1, 3))
-    assert (one.returncode, one.stdout) == (status, "")
-    said = one.stderr.splitlines()
+    job = jobs[f"{name}_3"]
+    assert (job.returncode, job.stdout) == (status, "")
+    said = job.stderr.splitlines()
     assert said[0] == f"error: {message}" and said[1:] in ([], ["try peaks.py --help"])
-    assert not (folder / f"{name}_1" / "figures").exists()
-    assert (three.returncode, three.stdout, three.stderr) == (one.returncode, one.stdout, one.stderr)
+    assert not (folder / f"{name}_3" / "figures").exists()
 
 
 def test_more_ranks_than_layers(jobs):
@@ -187,7 +185,7 @@ def test_a_killed_rank_ends_the_job_and_leaves_a_good_checkpoint(folder, jobs):
     assert status["state"] in ("starting", "running") and status["total"] == 20
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 3])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(folder, jobs, size):
     job, left = jobs[f"after_{size}"], folder / f"after_{size}"
     rows = updates_of(left)

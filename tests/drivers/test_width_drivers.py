@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 from kinds import program
-from processes import PROJECT, run_job
 
 from xbraid_py import RunError
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.data.darcy import FILES
-from xbraid_py.recipes.registry import network
+from xbraid_py.recipes import network
 from xbraid_py.run.options import OptionError, parse
 from xbraid_py.run.record import read
 from xbraid_py.run.store.read import load, numbered
@@ -28,27 +27,6 @@ def made(name, out, *words):
     """A run in this process; the rows of its record."""
     program(name).setup(options_of(name, f"--out={out}", *words), SerialCommunicator())()
     return [row for row in read(out / "metrics.jsonl") if row["kind"] == "update"]
-
-
-@pytest.mark.job
-@pytest.mark.timeout(300)
-def test_two_ranks_share_the_minibatches(tmp_path):
-    words = ["--dtype=float64", f"--data_dir={tmp_path / 'data'}"]
-    alone = made("poisson", tmp_path / "1", *words)
-    job = run_job([PROJECT / "drivers" / "poisson.py", "--smoke", *words, f"--out={tmp_path / '2'}"], 2, timeout=140)
-    assert job.returncode == 0, job.stderr
-    assert len(list((tmp_path / "data").iterdir())) == 1
-    both = read(tmp_path / "2" / "metrics.jsonl")[1:]
-    assert len(alone) == len(both) == 10 and both[-1]["final"]
-    for one, two in zip(alone, both, strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-9)
-        assert (two["work"], two["counted_work"], two["widths"]) == (one["work"], one["counted_work"], one["widths"])
-        assert two.get("val_l2", 0.0) == pytest.approx(one.get("val_l2", 0.0), rel=1e-9)
-    assert [row["cycle"] for row in both if "val_l2" in row] == [1, 3, 5, 7, 9, 10]
-    assert "validation L2 " in (last := job.stdout.splitlines()[-1])
-    assert " after 10 cycles, 140 work units (without tau 90, counted " in last
-    for name in ("errors.png", "sample.png"):
-        assert (tmp_path / "2" / "figures" / name).read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize("name", DRIVERS)

@@ -19,8 +19,7 @@ from chain import Bench, Chain, check_accepted, check_stopped, send
 from damage import flip, truncate
 from disturbed import Job, Lost, Wrong, check_finished, last_start, last_update, mpirun, newest, updates
 
-from xbraid_py.run.store.read import newest_good, numbered
-from xbraid_py.run.store.write import CheckpointError, verify
+from xbraid_py.run.store.read import CheckpointError, newest_good, numbered, verify
 
 CLOCK, LIMIT = (Path(__file__).resolve().parent / name for name in ("clock.py", "limit.py"))
 # Of mount and umount, on Linux.

@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from xbraid_py.run.store.write import CheckpointError, file_name, load, newest_good
+from xbraid_py.run.store.read import CheckpointError, file_name, load, newest_good
 
 
 def truncate(path: Path, source: random.Random) -> str:

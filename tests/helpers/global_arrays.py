@@ -7,7 +7,8 @@ import math
 import torch
 
 from xbraid_py.comm.partition import Partition
-from xbraid_py.run.store.write import Shard, load
+from xbraid_py.run.store.read import load
+from xbraid_py.run.store.write import Shard
 
 META = {"update": 40, "level": 2, "best": 0.1 + 0.2, "worst": math.inf, "name": "peaks ε", "options": {"width": [8]}}
 

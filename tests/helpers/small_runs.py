@@ -18,8 +18,8 @@ from xbraid_py.optim import OneShotOptions
 from xbraid_py.problem.network import InitialScales
 from xbraid_py.problem.problem import DenseResNetOptions, Problem
 from xbraid_py.problem.regularization import Regularization
-from xbraid_py.run.store.keep import CheckpointStore
 from xbraid_py.run.store.read import load, restoring
+from xbraid_py.run.store.write import CheckpointStore
 
 # With 8 layers two intervals of the second level, which 3 or 5 ranks do not own as they own those of the first.
 MIXED = MGRIT(cycle="V", cfactor=(4, 2), max_levels=3, min_coarse=1)

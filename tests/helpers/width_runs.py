@@ -9,8 +9,7 @@ import torch
 
 from xbraid_py.data.pde_dataset import PdeDataset
 from xbraid_py.multilevel.width.training import WidthTrainingOptions
-from xbraid_py.recipes.width import PoissonOptions, WidthRun
-from xbraid_py.recipes.width_networks import WidthNetwork
+from xbraid_py.recipes.width import PoissonOptions, WidthNetwork, WidthRun
 
 NETWORK = WidthNetwork(widths=(16, 12))
 TINY = PoissonOptions(

@@ -20,7 +20,8 @@ from xbraid_py.nn import Dropout
 from xbraid_py.problem.network import InitialScales
 from xbraid_py.problem.problem import DenseResNetOptions
 from xbraid_py.run.options import to_dict
-from xbraid_py.run.store.write import CheckpointError, Shard, file_name, save
+from xbraid_py.run.store.read import CheckpointError, file_name
+from xbraid_py.run.store.write import Shard, save
 
 SERIAL = MGRIT(max_levels=1)
 N = 7

@@ -7,14 +7,14 @@ import logging
 import pytest
 import torch
 from minibatch_runs import UPDATES, SmallOptions, SmallTraining, build, rows_of, run, undisturbed_runs
+from refusal import refusal
 from torch import nn
 
 from xbraid_py import RunError
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.layer_parallel.minibatch.state import MinibatchState
-from xbraid_py.run.store.keep import Score
 from xbraid_py.run.store.read import CheckpointError, file_name, load
-from xbraid_py.run.store.write import Shard, save
+from xbraid_py.run.store.write import Score, Shard, save
 
 
 @pytest.fixture(scope="module")
@@ -161,10 +161,7 @@ def test_event_files_that_cannot_be_written_are_one_message(spmd, shared_tmp_pat
         def at(update):
             assert update == 2, "an update after the failure"
 
-        try:
-            run(comm, out, "auto", at=at, tensorboard=True)
-        except RunError as error:
-            return str(error)
+        return refusal(RunError, run, comm, out, "auto", at=at, tensorboard=True)
 
     for message in spmd(body):
         assert message.startswith(f"rank 0 cannot write to {out}: ") and "tensorboard" in message

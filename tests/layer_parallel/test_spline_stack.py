@@ -15,7 +15,8 @@ from xbraid_py import LayerParallel, Splines, broadcast_loss, clip_grad_norm_, t
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.layer_parallel.minibatch.state import MinibatchState
 from xbraid_py.layer_parallel.minibatch.updates import check_alike
-from xbraid_py.run.store.write import load, save
+from xbraid_py.run.store.read import load
+from xbraid_py.run.store.write import save
 
 RANKS = pytest.mark.ranks(1, 2, 3, 5)
 T = 2.0

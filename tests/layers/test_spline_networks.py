@@ -22,7 +22,7 @@ from xbraid_py.multilevel.depth.adaptive import AdaptiveOptions
 from xbraid_py.multilevel.depth.mgopt import MGOpt, MGOptOptions
 from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions
 from xbraid_py.multilevel.depth.transfer import DepthTransfer, prolong_depth
-from xbraid_py.multilevel.width.state_width import StateWidthTransfer
+from xbraid_py.multilevel.width.matching import StateWidthTransfer
 from xbraid_py.optim import OneShotOptions
 from xbraid_py.problem.network import InitialScales
 from xbraid_py.run.options import to_dict

@@ -12,8 +12,8 @@ from small_runs import gathered, same_bits
 from xbraid_py.comm.partition import Partition
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.depth.mgopt import LevelOptions, MGOptOptions
-from xbraid_py.run.store.keep import CheckpointStore
 from xbraid_py.run.store.read import CheckpointError, file_name, load
+from xbraid_py.run.store.write import CheckpointStore
 from xbraid_py.testing import run_threads
 
 GD = LevelOptions(learning_rate=(0.3, 0.2, 0.1))

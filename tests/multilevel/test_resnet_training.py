@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from refusal import refusal
 from torch import nn
 
 from xbraid_py import RunError
@@ -14,8 +15,7 @@ from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.data.images import Augmentation, Images, standardize
 from xbraid_py.layers.image_resnet import ImageResNet
 from xbraid_py.layers.module_block import own_random_numbers
-from xbraid_py.multilevel.resnet.cycles import CosineCycles, plan
-from xbraid_py.multilevel.resnet.refinement import refined_tensors
+from xbraid_py.multilevel.resnet.refinement import CosineCycles, plan, refined_tensors
 from xbraid_py.multilevel.resnet.training import Pipeline, ResNetTraining, ResNetTrainingOptions
 from xbraid_py.run.store.read import CheckpointError, load
 from xbraid_py.run.store.write import Shard, save
@@ -272,10 +272,7 @@ def test_mixed_precision_is_near(precision):
 def test_a_loss_that_is_not_finite(spmd):
     def body(comm):
         run = training(grid=ProcessGrid(comm, comm.size), cycles=CosineCycles(epochs=(2,), eta_max=1e200), norm="none")
-        try:
-            return list(run.run())
-        except RunError as error:
-            return str(error)
+        return refusal(RunError, list, run.run())
 
     for message in spmd(body):
         assert message.startswith("epoch 1, minibatch ") and message.endswith("; use a smaller eta_max")

@@ -7,8 +7,8 @@ from small_runs import gathered
 
 from xbraid_py.multilevel.depth.mgopt import LevelOptions, MGOptOptions
 from xbraid_py.multilevel.depth.transfer import DepthTransfer
-from xbraid_py.multilevel.width.matching import match_rows
-from xbraid_py.multilevel.width.state_width import ComposedTransfer, StateWidthTransfer, gram, match_state
+from xbraid_py.multilevel.vcycle import ComposedTransfer
+from xbraid_py.multilevel.width.matching import StateWidthTransfer, gram, match_rows, match_state
 from xbraid_py.optim.levels import Point
 
 SCALINGS = ("mean", "norms", "sums")

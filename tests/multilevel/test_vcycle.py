@@ -4,7 +4,7 @@ import pytest
 import torch
 from objectives import evaluation, numbers, plain_dots
 
-from xbraid_py.multilevel.cycle.vcycle import Damping, VCycle
+from xbraid_py.multilevel.vcycle import Damping, VCycle
 from xbraid_py.optim import Armijo, FixedStep, QuasiNewton
 from xbraid_py.optim.levels import GradientDescent, Point, QuasiNewtonOptimizer, TorchOptimizer
 from xbraid_py.optim.objective import ShiftedObjective

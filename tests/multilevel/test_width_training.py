@@ -10,7 +10,7 @@ from xbraid_py import RunError
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.layers.module_block import own_random_numbers
-from xbraid_py.multilevel.cycle.stochastic import Minibatches
+from xbraid_py.multilevel.stochastic import Minibatches
 from xbraid_py.multilevel.width.matching import match_rows
 from xbraid_py.multilevel.width.training import WidthTraining, WidthTrainingOptions, errors
 from xbraid_py.multilevel.width.transfer import WidthOptions
@@ -224,14 +224,11 @@ def test_other_minibatches_for_tau():
 
 
 @pytest.mark.parametrize("make, shape", [(dense, (5,)), (convolutional, (2, 3, 4))])
-def test_it_learns_and_is_deterministic(make, shape):
-    def run():
-        training, _ = trained(make(), stream(shape), 40, levels=2, learning_rate=0.03)
-        return training.x, errors(training.layout.module(training.x), *stream(shape).draw(5)[0])[0]
-
-    (x, found), (again, _) = run(), run()
-    untrained = errors(make(), *stream(shape).draw(5)[0])[0]
-    assert torch.equal(x, again) and found < untrained / 2
+def test_it_learns(make, shape):
+    training, _ = trained(make(), stream(shape), 40, levels=2, learning_rate=0.03)
+    learned, untrained = training.layout.module(training.x), make()
+    found, before = (errors(network, *stream(shape).draw(5)[0])[0] for network in (learned, untrained))
+    assert found < before / 2
 
 
 @pytest.mark.ranks(1, 2, 3)

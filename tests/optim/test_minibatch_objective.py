@@ -12,8 +12,8 @@ from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.depth.mgopt import LevelOptions, MGOpt, MGOptOptions
 from xbraid_py.problem.objective import PortionedObjective
 from xbraid_py.problem.problem import perceptron_weights
-from xbraid_py.run.store.keep import CheckpointStore
 from xbraid_py.run.store.read import load
+from xbraid_py.run.store.write import CheckpointStore
 
 OPTIONS = MGOptOptions(levels=3, optim=LevelOptions(learning_rate=(0.3, 0.2, 0.1)))
 SPLITS = {"even": (20, 20, 20), "uneven": (7, 30, 23)}

@@ -15,8 +15,7 @@ from width_runs import NETWORK, TINY, run_of, samples
 from xbraid_py.data.darcy import FILES
 from xbraid_py.multilevel.width.transfer import WidthOptions
 from xbraid_py.recipes.pictures.curves import fields, over_work, smoothed
-from xbraid_py.recipes.width import ERRORS, DarcyOptions, PoissonOptions, WidthRun
-from xbraid_py.recipes.width_networks import WidthNetwork
+from xbraid_py.recipes.width import ERRORS, DarcyOptions, PoissonOptions, WidthNetwork, WidthRun
 from xbraid_py.run.engine import rows_of
 
 

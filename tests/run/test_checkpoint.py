@@ -7,7 +7,8 @@ from global_arrays import META, agrees, error_of, make_arrays, same_bits, shards
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.partition import Partition
 from xbraid_py.run.store import read as checkpoint_read
-from xbraid_py.run.store.write import CheckpointError, Shard, file_name, load, newest_good, save, verify
+from xbraid_py.run.store.read import CheckpointError, file_name, load, newest_good, verify
+from xbraid_py.run.store.write import Shard, save
 
 
 @pytest.mark.parametrize("readers", [1, 2, 3, 5])

@@ -12,7 +12,8 @@ import torch
 from global_arrays import META, agrees, error_of, make_arrays, shards_of
 
 from xbraid_py.comm import SerialCommunicator
-from xbraid_py.run.store.write import CheckpointError, file_name, load, newest_good, save, verify
+from xbraid_py.run.store.read import CheckpointError, file_name, load, newest_good, verify
+from xbraid_py.run.store.write import save
 
 WORKS = "give another file, or `--resume auto` for the newest good one"
 

@@ -6,12 +6,13 @@ import shutil
 
 import pytest
 import torch
+from refusal import refusal
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.agreement import RunError
-from xbraid_py.run.store import keep as checkpoint_store
-from xbraid_py.run.store.keep import CheckpointStore, Score, clear_rest, score_of
-from xbraid_py.run.store.write import Shard, file_name, load, newest_good, verify
+from xbraid_py.run.store import write as checkpoint_store
+from xbraid_py.run.store.read import file_name, load, newest_good, verify
+from xbraid_py.run.store.write import CheckpointStore, Score, Shard, clear_rest, score_of
 
 COMM = SerialCommunicator()
 
@@ -153,13 +154,8 @@ def test_nothing_is_removed_before_the_new_one_is_there(spmd, shared_tmp_path, m
 
     monkeypatch.setattr(os, "fsync", full)
 
-    def body(comm):
-        try:
-            put(CheckpointStore(shared_tmp_path, 2), 3, 0.9, comm=comm)
-        except RunError as error:
-            return str(error)
-
-    for message in spmd(body):
+    for message in spmd(lambda comm: refusal(RunError, put, CheckpointStore(shared_tmp_path, 2), 3, 0.9, comm=comm)):
+        assert message.startswith(f"the checkpoint {shared_tmp_path / file_name(3)} could not be written: ")
         assert "No space left" in message and message.endswith("; make room, or give another --out")
     monkeypatch.undo()
     assert names(shared_tmp_path) == before

@@ -14,11 +14,11 @@ import torch
 from xbraid_py.cli.reader import read_run
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.optim import OneShotOptions
-from xbraid_py.run.folder import take
 from xbraid_py.run.options import OptionError, parse
 from xbraid_py.run.record import read, truncate_after
-from xbraid_py.run.status import mark_ended
-from xbraid_py.run.store.write import CheckpointError, Shard, file_name, load, newest_good, save, verify
+from xbraid_py.run.signals import mark_ended
+from xbraid_py.run.store.read import CheckpointError, file_name, load, newest_good, verify
+from xbraid_py.run.store.write import Shard, save
 
 ROWS = np.arange(6.0).reshape(3, 2)
 CHECKED = {"chunks": (3, 2), "fletcher32": True}
@@ -208,12 +208,3 @@ def test_deep_nesting_is_damage(tmp_path):
             reader(record)
     mark_ended(tmp_path, "failed", "it")
     assert status.read_text() == DEEP
-
-
-@pytest.mark.parametrize("said", ['{"pid": Infinity, "since": 0}', '{"pid": [], "since": 0}', "[" * 1000, "\x00"])
-def test_whatever_a_lock_says_it_is_one(tmp_path, said):
-    held = take(tmp_path)
-    (tmp_path / "lock").write_text(said)
-    with pytest.raises(ValueError, match="is in use by another job; wait"):
-        take(tmp_path)
-    held.release()

@@ -12,7 +12,8 @@ from global_arrays import META, agrees, error_of, make_arrays, shards_of
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.run.store import hdf5_writer
 from xbraid_py.run.store.hdf5_writer import writes_together
-from xbraid_py.run.store.write import Shard, file_name, save, verify
+from xbraid_py.run.store.read import file_name, verify
+from xbraid_py.run.store.write import Shard, save
 
 parallel = pytest.mark.skipif(
     not h5py.get_config().mpi, reason="h5py is serial here: build it with HDF5_MPI=ON to test parallel HDF5"

@@ -9,12 +9,10 @@ import pytest
 import torch
 
 from xbraid_py.comm import SerialCommunicator
-from xbraid_py.comm.agreement import RunError
+from xbraid_py.run.engine import RunOptions, find_start, flat, free, resumed_configuration
 from xbraid_py.run.options import to_dict
-from xbraid_py.run.resume import RunOptions, find_start, flat, free, resumed_configuration
-from xbraid_py.run.store.keep import CheckpointStore
 from xbraid_py.run.store.read import CheckpointError, file_name
-from xbraid_py.run.store.write import Shard, save
+from xbraid_py.run.store.write import CheckpointStore, Shard, save
 
 SERIAL = SerialCommunicator()
 ARRAYS = {"w": Shard(torch.zeros(3), 0, 3)}
@@ -132,19 +130,3 @@ def test_a_truncated_or_missing_file(options, tmp_path):
     missing = tmp_path / "missing.h5"
     said = refusal(replace(options, resume=str(missing)))
     assert said.startswith(f"checkpoint {missing}: No such file or directory; give another file")
-
-
-def test_a_checkpoint_that_cannot_be_written_is_one_message(spmd, shared_tmp_path):
-    blocked = shared_tmp_path / "file"
-    blocked.write_text("")
-
-    def body(comm):
-        rows = torch.zeros(3 if comm.rank == 0 else 0)
-        try:
-            CheckpointStore(blocked).save(comm, 0, {"w": Shard(rows, 0, 3)}, {})
-        except RunError as error:
-            return str(error)
-
-    for message in spmd(body):
-        assert message.startswith(f"the checkpoint {blocked / file_name(0)} could not be written: ")
-        assert message.endswith("; make room, or give another --out")

@@ -7,9 +7,9 @@ import json
 import pytest
 
 from xbraid_py.comm import SerialCommunicator
-from xbraid_py.run import status as run_status
+from xbraid_py.run import signals as run_status
 from xbraid_py.run.folder import claim, last_words
-from xbraid_py.run.status import RunStatus, mark_ended
+from xbraid_py.run.signals import RunStatus, mark_ended
 
 
 def status(path) -> dict:

@@ -6,9 +6,9 @@ import json
 import pytest
 from runs_on_disk import minibatch_rows, nested_rows, write_record
 
-from xbraid_py.run import tensorboard
+from xbraid_py.run import progress
+from xbraid_py.run.progress import EventWriter, write_events
 from xbraid_py.run.record import number, scalars
-from xbraid_py.run.tensorboard import EventWriter, write_events
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_rows_are_written_inside_with(tmp_path, accumulated):
 
 def test_without_tensorboard_the_error_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    for attempt in (lambda: EventWriter(tmp_path), lambda: write_events([], tmp_path), tensorboard.require_tensorboard):
+    for attempt in (lambda: EventWriter(tmp_path), lambda: write_events([], tmp_path), progress.require_tensorboard):
         with pytest.raises(ValueError, match=r"pip install 'xbraid_py\[tensorboard\]'"):
             attempt()
 

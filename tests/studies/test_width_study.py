@@ -17,8 +17,7 @@ from studies.width.rows import best, judged, merit, ratio, ratios, words
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.multilevel.width.training import WidthTrainingOptions
-from xbraid_py.recipes.width import ERRORS, PoissonOptions
-from xbraid_py.recipes.width_networks import WidthNetwork
+from xbraid_py.recipes.width import ERRORS, PoissonOptions, WidthNetwork
 from xbraid_py.run.options import parse
 
 DRIVER = PROJECT / "drivers" / "width_study.py"
@@ -228,7 +227,6 @@ def test_the_driver_goes_on_where_it_was(run_job, tmp_path, capsys):
     ("changes", "message"),
     [
         ({"parts": ("figure9",)}, "^parts=figure9 is none of table1, table1_conv"),
-        ({"seeds": 0}, "^seeds=0 must be at least 1; use 2$"),
         ({"tuning_seeds": 0}, "^tuning_seeds=0 must be at least 1; use 2$"),
         ({"rates": (0.1, -1.0)}, r"^rates=\[0.1, -1.0\] must be positive numbers; use 0.01,0.1$"),
         ({"max_work": 0.0}, "^max_work=0.0 must be positive and finite; use 50$"),

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 
 __all__ = ["main"]
 
-# Each is main(words) of the module of its name, or (events) a function beside another; it returns the exit status.
 COMMANDS = {
     "status": "what runs are doing, a line each; the exit status says it to scripts",
     "watch": "a run while it goes on: a live table and curves in the terminal",
@@ -25,6 +24,8 @@ COMMANDS = {
     "events": "the record of a run as TensorBoard event files",
     "plan": "how long a weight update takes on how many ranks, and which cycle is best",
 }
+# Each is main(words) of the module of its name, or of its own name beside another; it returns the exit status.
+_BESIDE = {"watch": "status", "events": "export"}
 BAD_INPUT, INTERRUPTED, READER_GONE = 2, 130, 1
 
 
@@ -72,8 +73,8 @@ def _run(words: list[str]) -> int:
         close = difflib.get_close_matches(words[0], COMMANDS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(COMMANDS)}"
         raise ValueError(f"unknown command {words[0]!r}; {hint}")
-    module, function = ("export", "events") if words[0] == "events" else (words[0], "main")
-    return getattr(importlib.import_module(f"xbraid_py.cli.{module}"), function)(words[1:])
+    module = importlib.import_module(f"xbraid_py.cli.{_BESIDE.get(words[0], words[0])}")
+    return getattr(module, words[0] if words[0] in _BESIDE else "main")(words[1:])
 
 
 def _help() -> str:

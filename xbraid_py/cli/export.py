@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from xbraid_py.cli.reader import CHECKPOINTS, RECORD, command_parser, read_run
 from xbraid_py.cli.status import printable
-from xbraid_py.run.store.files import replacing
-from xbraid_py.run.tensorboard import require_tensorboard, write_events
+from xbraid_py.run.progress import require_tensorboard, write_events
+from xbraid_py.run.record import replacing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,10 +53,7 @@ def main(words: Sequence[str]) -> int:
 def checkpoint_of(folder: Path, best: bool) -> Path:
     """The newest good checkpoint of a run, or its best one; a file is taken as it is.
 
-    Raises
-    ------
-    ValueError
-        If there is no such checkpoint, or it is damaged.
+    Raises `ValueError` if there is no such checkpoint, or it is damaged.
     """
     from xbraid_py.run.store.read import newest_good, verify  # loads torch and HDF5
 
@@ -79,13 +76,13 @@ def export(source: Path, out: Path, driver: Path | None = None) -> int:
     """Write the network of a checkpoint to a file, at once; the number of its residual layers."""
     import torch
 
+    from xbraid_py import recipes
     from xbraid_py.layer_parallel.export import ResidualStep
     from xbraid_py.layers.image_resnet import ResidualBlock
-    from xbraid_py.recipes import registry
     from xbraid_py.run.store.read import load
 
     with load(source) as checkpoint:
-        module = registry.network(checkpoint) if driver is None else built_by(driver, checkpoint)
+        module = recipes.network(checkpoint) if driver is None else built_by(driver, checkpoint)
     with replacing(out) as temporary:
         torch.save(module, temporary)
     return sum(isinstance(part, ResidualStep | ResidualBlock) for part in module.modules())
@@ -94,22 +91,14 @@ def export(source: Path, out: Path, driver: Path | None = None) -> int:
 def built_by(driver: Path, checkpoint: Checkpoint) -> nn.Module:
     """The network of a checkpoint of training on minibatches as a plain module, made by the program that trained it.
 
-    Parameters
-    ----------
-    driver : Path
-        `Options`, and `build(options, None, **sizes)`, which makes the network. Only a program that is named on the
-        command line is taken: what a file says is not run.
-    checkpoint : Checkpoint
-
-    Raises
-    ------
-    ValueError
-        If there is no such program, or its network is another one.
+    The program has `Options`, and `build(options, None, **sizes)`, which makes the network. Only one that is named on
+    the command line is taken: what a file says is not run. Raises `ValueError` if there is no such program, or its
+    network is another one.
     """
     from xbraid_py.layer_parallel.export import to_sequential
     from xbraid_py.layer_parallel.minibatch.state import load_weights
+    from xbraid_py.run.engine import state_of
     from xbraid_py.run.options import from_dict
-    from xbraid_py.run.resume import state_of
 
     if not driver.is_file():
         raise ValueError(f"driver={driver} is no file; use --driver=FILE with the program that trained the network")

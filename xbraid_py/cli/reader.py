@@ -86,23 +86,12 @@ class Run:
 
 
 def read_run(folder: str | os.PathLike) -> Run:
-    """Read a folder once.
-
-    Raises
-    ------
-    NoRun
-        If it does not exist, or nothing in it is of a run.
-    """
+    """Read a folder once; `NoRun` if it does not exist, or nothing in it is of a run."""
     return RunReader(folder).read()
 
 
 class RunReader:
-    """Reads a folder again and again; of the record only what is new.
-
-    Parameters
-    ----------
-    folder : path-like
-    """
+    """Reads a folder again and again; of the record only what is new."""
 
     def __init__(self, folder: str | os.PathLike):
         self.path = Path(folder)

@@ -14,11 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from xbraid_py.cli.reader import LOG, Points, Run, command_parser, read_run
-from xbraid_py.cli.status import printable, progress, shown, summarize
-from xbraid_py.cli.watch import uses_log
+from xbraid_py.cli.status import printable, progress, shown, summarize, uses_log
 from xbraid_py.run.options import flat, text
-from xbraid_py.run.record import number, scalars
-from xbraid_py.run.store.files import replacing
+from xbraid_py.run.record import number, replacing, scalars
 
 _ROWS = 40  # of the record in the page; the first and the last are among them
 _LOG_BYTES, _LOG_LINES = 20_000, 60
@@ -48,13 +46,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def page(runs: Sequence[Run]) -> str:
-    """The page as text.
-
-    Parameters
-    ----------
-    runs : sequence of Run
-        One, or several to be compared.
-    """
+    """The page as text, of one run, or of several to be compared."""
     labels = _labels(runs)
     names = quantities(runs)
     curves = [{"title": printable(name), "content": draw(runs, labels, name)} for name in names[:MOST]]

@@ -74,12 +74,8 @@ def launcher(ranks: int, given: str | None) -> list[str]:
 
 
 def configured(run: Run) -> list[str]:
-    """The options of a run as words: its configuration file, or else what its record says.
-
-    Raises
-    ------
-    ValueError
-        If neither is to be had.
+    """The options of a run as words: its configuration file, or else what its record says; `ValueError` without
+    either.
     """
     file = run.path / CONFIGURATION
     if not any(flaw.endswith(CONFIGURATION) or flaw.startswith(CONFIGURATION) for flaw in run.flaws):
@@ -91,13 +87,7 @@ def configured(run: Run) -> list[str]:
 
 
 def find_driver(run: Run) -> Path:
-    """The program that a run was made by, as its record names it.
-
-    Raises
-    ------
-    ValueError
-        If the record names none, or there is no such file here.
-    """
+    """The program that a run was made by; `ValueError` if its record names none."""
     named = run.about.get("driver") or run.header.get("driver")
     if not isinstance(named, str) or not named:
         raise ValueError(f"{run.path} does not say which program it was made by; use --driver=drivers/peaks.py")

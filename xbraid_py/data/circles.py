@@ -16,18 +16,7 @@ SAMPLINGS = ("balanced", "square")
 
 
 def class_of(x, y) -> np.ndarray:
-    """Class of the points (x, y) by eq. 11: 1 in the ring, 0 elsewhere.
-
-    Parameters
-    ----------
-    x, y : array_like
-        Coordinates, of any shapes that broadcast.
-
-    Returns
-    -------
-    numpy.ndarray
-        int64, of the broadcast shape.
-    """
+    """Class of the points (x, y), of any shapes that broadcast, by eq. 11: 1 in the ring, 0 elsewhere; int64."""
     radius = np.hypot(x, y)
     return ((radius >= INNER) & (radius < OUTER)).astype(np.int64)
 
@@ -41,15 +30,15 @@ def generate(
 ) -> tuple[Dataset, Dataset]:
     """Points for training and for validation, drawn alike; paper 000 leaves open how.
 
-    The same arguments give the same points on every rank, without a message; the training points do not depend
-    on `num_val`.
+    The same arguments give the same points on every rank, without a message; the training points do not depend on
+    `num_val`.
 
     Parameters
     ----------
     num_train, num_val : int
         Points, at least 2; even numbers with the balanced sampling.
     seed : int
-        Seed of the draw, not negative.
+        Not negative.
     sampling : {"balanced", "square"}
         As many points of each class, uniform in the unit disc (class 0) and in the ring (class 1), which leaves a gap
         between the classes; or uniform in the whole square, with the class of eq. 11.
@@ -63,10 +52,8 @@ def generate(
 
     Raises
     ------
-    TypeError
-        If a number is not an integer or `dtype` is no floating-point type.
-    ValueError
-        If a number is too small, or odd with the balanced sampling, or `sampling` is no such word.
+    TypeError, ValueError
+        If a number is no integer, too small, or odd with the balanced sampling; for another word or dtype.
     """
     if sampling not in SAMPLINGS:
         raise ValueError(f"sampling={sampling!r} must be {' or '.join(SAMPLINGS)}; use balanced")

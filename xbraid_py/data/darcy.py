@@ -34,19 +34,10 @@ _NEGLIGIBLE = 1e-9  # of the largest eigenvalue: negative ones up to here are se
 
 
 def covariance(distance, correlation_length: float, variance: float, smoothness: float) -> np.ndarray:
-    """Matern's covariance: s^2 2^(1-v) / Gamma(v) (sqrt(2 v) r / l)^v K_v(sqrt(2 v) r / l).
+    """Matern's covariance: s^2 2^(1-v) / Gamma(v) (sqrt(2 v) r / l)^v K_v(sqrt(2 v) r / l); s^2 where the distance r is
+    0.
 
-    Parameters
-    ----------
-    distance : array_like
-        r, not negative.
-    correlation_length, variance, smoothness : float
-        l, s^2 and v; v = 1/2 is s^2 exp(-r / l).
-
-    Returns
-    -------
-    numpy.ndarray
-        Of the shape of `distance`; s^2 where that is 0.
+    Correlation length, variance and smoothness are l, s^2 and v; v = 1/2 is s^2 exp(-r / l).
     """
     scaled = math.sqrt(2 * smoothness) / correlation_length * np.asarray(distance, dtype=np.float64)
     away = np.where(scaled > 0, scaled, 1.0)

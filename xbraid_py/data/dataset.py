@@ -135,18 +135,9 @@ class Batches:
         return complete + (rest > 0 and not self.drop_last)
 
     def epoch(self, number: int) -> tuple[torch.Tensor, ...]:
-        """Minibatches of an epoch.
+        """Minibatches of an epoch, counted from 0: indices of samples, int64 of shape (batch_size,).
 
-        Parameters
-        ----------
-        number : int
-            Number of the epoch, from 0.
-
-        Returns
-        -------
-        tuple of torch.Tensor
-            As many as `len` says; each int64 of shape (batch_size,), the last one shorter if it is incomplete and
-            kept: indices of samples.
+        There are as many as `len` says; the last one is shorter if it is incomplete and kept.
         """
         random = np.random.default_rng((self.seed, whole_number("number", number, 0, 0)))
         order = torch.from_numpy(random.permutation(self.num_samples).astype(np.int64))
@@ -154,25 +145,9 @@ class Batches:
 
 
 def whole_number(name: str, value: int, least: int, example: int) -> int:
-    """`value` as an int, if it is an integer of at least `least`.
+    """`value` as an int, if it is an integer of at least `least`, numpy's included, and no bool.
 
-    Parameters
-    ----------
-    name : str
-        What the caller's argument is called, for the message.
-    value : int
-        The argument; numpy's integers too, no bool.
-    least : int
-        Smallest value allowed.
-    example : int
-        A value that works, for the message.
-
-    Raises
-    ------
-    TypeError
-        If it is no integer.
-    ValueError
-        If it is too small.
+    Raises `TypeError` or `ValueError` otherwise, by the name of the caller's argument, with an example that works.
     """
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name}={value!r} must be an integer; use {example}")
@@ -228,10 +203,7 @@ def _default(name: str) -> Path:
 
 
 def find_files(name: str, names: Mapping[str, str], origin: str, folder: str | os.PathLike | None = None) -> list[Path]:
-    """Paths of the files of a data set.
-
-    A file of other contents than the published one is reported by a warning in the log, not refused:
-    own files of the same format are welcome.
+    """Paths of the files of a data set; contents other than the published ones are only a warning in the log.
 
     Parameters
     ----------
@@ -260,54 +232,21 @@ def find_files(name: str, names: Mapping[str, str], origin: str, folder: str | o
 
 
 def read_features(path: str | os.PathLike, num_features: int | None = None) -> torch.Tensor:
-    """Features from a text file: one sample a line, numbers separated by blanks.
+    """Features (F, B), float64, from a text file: one sample a line, numbers separated by blanks.
 
-    Parameters
-    ----------
-    path : path-like
-        The file.
-    num_features : int, optional
-        Numbers a line must hold; by default as many as the first line does.
-
-    Returns
-    -------
-    torch.Tensor
-        Shape (F, B), float64.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be read.
-    ValueError
-        For a row of another length, a word that is no finite number, or a file without rows; with the line.
+    Every line holds `num_features` numbers, by default as many as the first. Raises `OSError` if the file cannot be
+    read, and `ValueError`, with the line, for a row of another length, a word that is no finite number, or a file
+    without rows.
     """
     rows = [row for _, _, row in _rows(Path(path), num_features, lambda columns: "0.5 " * (columns - 1) + "-1.25")]
     return torch.tensor(rows, dtype=torch.float64).T.contiguous()
 
 
 def read_labels(path: str | os.PathLike, num_classes: int | None = None) -> tuple[torch.Tensor, int]:
-    """Classes from a text file of one-hot rows: a single 1, at the class, and otherwise 0.
+    """Classes (B,), int64, and the length of the rows, from a text file of one-hot rows: a single 1, at the class.
 
-    Parameters
-    ----------
-    path : path-like
-        The file.
-    num_classes : int, optional
-        Numbers a line must hold; by default as many as the first line does.
-
-    Returns
-    -------
-    labels : torch.Tensor
-        Shape (B,), int64.
-    num_classes : int
-        Length of the rows.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be read.
-    ValueError
-        As in `read_features`, and for a row that is not one-hot.
+    Every line holds `num_classes` numbers, by default as many as the first. Raises what `read_features` does, and
+    `ValueError` for a row that is not one-hot.
     """
     labels = []
     for number, line, row in _rows(Path(path), num_classes, _one_hot_example):
@@ -361,24 +300,19 @@ def read_idx(path: str | os.PathLike) -> np.ndarray:
     That is two zero bytes, a byte for the type, a byte for the number of axes, the length of every axis as a big-endian
     32-bit number, and then the values, big-endian, the last axis running fastest.
 
-    Parameters
-    ----------
-    path : path-like
-        The file.
-
     Returns
     -------
     numpy.ndarray
         Writable, in the byte order of this machine, of the type and shape that the file states: uint8, int8, int16,
-        int32, float32 or float64, with any number of axes.
+        int32, float32 or float64.
 
     Raises
     ------
     OSError
         If the file cannot be read.
     ValueError
-        For a wrong magic number, a file that is too short or too long for its shape, damaged packing, or more axes
-        or values than numpy can hold; with the name of the file.
+        For a wrong magic number, a file that is too short or too long for its shape, damaged packing, or more axes or
+        values than numpy can hold; with the name of the file.
     """
     raw = _unpacked(Path(path))
     if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in _TYPES:

@@ -137,18 +137,8 @@ def element_pattern(n: int) -> BandPattern:
 
 
 def apply_stiffness(cells: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The stiffness matrix of all nodes times `values`, without a matrix.
-
-    Parameters
-    ----------
-    cells : (..., n - 1, n - 1) array
-        kappa on the elements.
-    values : (..., n, n) array
-        At the nodes.
-
-    Returns
-    -------
-    (..., n, n) array
+    """The stiffness matrix of all nodes times `values` (..., n, n), without a matrix; `cells` (..., n - 1, n - 1)
+    are kappa.
     """
     local = cells[..., None] * (_corners(values) @ _STIFFNESS)
     out = np.zeros(values.shape)
@@ -275,21 +265,10 @@ RANGES = {"kx": (0.5, 4.0), "ky": (0.5, 4.0), "ax": (0.0, 0.5), "ay": (0.0, 0.5)
 
 
 def coefficient(x, y, kx: float, ky: float, ax: float, ay: float, alpha: float) -> np.ndarray:
-    """kappa(x, y) of paper 002, section 8.1: waves in a coordinate system turned by `alpha` about the middle.
+    """kappa(x, y) of paper 002, section 8.1, between 0.1 and 2.1: waves with frequencies `kx`, `ky` and phase shifts
+    `ax`, `ay`.
 
-    Parameters
-    ----------
-    x, y : array_like
-        Coordinates, of any shapes that broadcast.
-    kx, ky, ax, ay : float
-        Frequencies and phase shifts of the two waves.
-    alpha : float
-        Angle in radians.
-
-    Returns
-    -------
-    numpy.ndarray
-        Between 0.1 and 2.1.
+    Their coordinate system is turned by `alpha` (radians) about the middle.
     """
     turned_x = np.cos(alpha) * (x - 0.5) - np.sin(alpha) * (y - 0.5) + 0.5
     turned_y = np.sin(alpha) * (x - 0.5) + np.cos(alpha) * (y - 0.5) + 0.5

@@ -30,20 +30,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """An image set as it was published.
-
-    Parameters
-    ----------
-    title : str
-        Its name in words.
-    name : str
-        Name of its folder in `XBRAID_DATA`.
-    unpacked : str
-        Folder that the published archive unpacks to.
-    origin : str
-        Where it officially comes from.
-    num_train, num_test : int
-        Numbers of images.
+    """An image set as it was published: its name in words, and that of its folder in `XBRAID_DATA`; the folder that
+    the archive unpacks to; where it officially comes from; numbers of images.
     """
 
     title: str

@@ -53,17 +53,8 @@ class Images:
             )
 
     def rows(self, chosen: slice | Tensor) -> Images:
-        """Some of the images, in the order of `chosen`.
-
-        Parameters
-        ----------
-        chosen : slice or torch.Tensor
-            A slice gives a view of the same memory; an index tensor, of shape (b,), int64, gives a copy.
-
-        Raises
-        ------
-        TypeError
-            If `chosen` is neither.
+        """Some of the images, in that order: a slice gives a view, an int64 tensor of shape (b,) a copy; else
+        `TypeError`.
         """
         if not isinstance(chosen, slice):
             if not (isinstance(chosen, Tensor) and chosen.dtype == torch.int64 and chosen.ndim == 1):
@@ -154,23 +145,11 @@ _WORD = 2**64
 
 
 def standardize(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Every image by itself brought to mean 0 and standard deviation 1, over all its numbers.
+    """Images (B, C, H, W), uint8, each by itself brought to mean 0 and standard deviation 1 over all its numbers.
 
     As TensorFlow's `per_image_standardization` does, the deviation that is divided by is at least 1/sqrt(C H W), so
     that an image of one color becomes 0. Mean and deviation come from whole numbers: they do not depend on the other
     images of the batch, on threads, or on the device.
-
-    Parameters
-    ----------
-    pixels : torch.Tensor
-        Shape (B, C, H, W), uint8.
-    dtype : torch.dtype
-        Floating-point type of the result.
-
-    Returns
-    -------
-    torch.Tensor
-        Shape (B, C, H, W), on the device of `pixels`.
 
     Raises
     ------
@@ -233,7 +212,7 @@ class Augmentation:
             raise TypeError(f"flip={self.flip!r} must be True or False; use True")
 
     def __call__(self, pixels: Tensor, indices: Tensor, epoch: int) -> Tensor:
-        """Images as they are trained on in one epoch.
+        """Images as they are trained on in one epoch, counted from 0.
 
         Parameters
         ----------
@@ -242,19 +221,16 @@ class Augmentation:
         indices : torch.Tensor
             Shape (B,), int64, not negative: index of each image in the whole set. Best on the CPU.
         epoch : int
-            Number of the epoch, from 0.
 
         Returns
         -------
         torch.Tensor
-            Shape (B, C, H, W), uint8, on the device of `pixels`; new memory.
+            As `pixels`, in new memory.
 
         Raises
         ------
-        TypeError
-            If `pixels` is no uint8 tensor, `indices` no int64 tensor or `epoch` no integer.
-        ValueError
-            If the shapes do not fit each other, an index or `epoch` is negative, or `pad` is as large as the images.
+        TypeError, ValueError
+            If an argument is of another type or shape, or negative, or `pad` is as large as the images.
         """
         check_pixels(pixels)
         num_samples, _, height, width = pixels.shape

@@ -174,22 +174,10 @@ def _standardized(spectra: np.ndarray, train: np.ndarray, where: str) -> np.ndar
 
 
 def stratified(classes: np.ndarray, num_train: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Places of training and of validation pixels, drawn class by class.
+    """Places (B,) of training and of validation pixels, in ascending order, drawn class by class.
 
     Every class gives training pixels in proportion to its size, rounded by largest remainders, but at least one, and
-    keeps at least one for validation.
-
-    Parameters
-    ----------
-    classes : (P,) int64 array
-        -1 for pixels without a label.
-    num_train : int
-    seed : int
-
-    Returns
-    -------
-    train, validation : (B,) int64 array
-        In ascending order.
+    keeps at least one for validation. `classes` (P,) are -1 for pixels without a label.
 
     Raises
     ------

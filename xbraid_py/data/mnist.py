@@ -58,15 +58,14 @@ class Mnist:
 def load(folder: str | os.PathLike | None = None) -> Mnist:
     """The published images and labels, or own ones in files of the same names and format.
 
-    The four files may be packed with gzip (`train-images-idx3-ubyte.gz`) or not, and may have a dot in their
-    names (`train-images.idx3-ubyte`). Contents other than the published ones are only reported by a warning in the
-    log, as long as the files are sound; there may be fewer images, or more.
+    The four files may be packed with gzip (`train-images-idx3-ubyte.gz`) or not, and may have a dot in their names
+    (`train-images.idx3-ubyte`). Contents other than the published ones are only reported by a warning in the log, as
+    long as the files are sound; there may be fewer images, or more.
 
     Parameters
     ----------
     folder : path-like, optional
-        Folder of the four files; by default `mnist` in the folder that the variable XBRAID_DATA names, or that folder
-        itself; without the variable, see `data_folder`.
+        See `data_folder`; without it, the folder that XBRAID_DATA names may hold the files itself.
 
     Raises
     ------
@@ -132,19 +131,7 @@ def _check_labels(images: Path, num_images: int, path: Path, labels: np.ndarray)
 
 
 def standardized(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Images with one channel, of mean 0 and standard deviation 1 over all training pixels.
-
-    Parameters
-    ----------
-    images : torch.Tensor
-        Shape (B, H, W), uint8.
-    dtype : torch.dtype
-        Floating-point type of the result.
-
-    Returns
-    -------
-    torch.Tensor
-        Shape (B, 1, H, W), on the device of `images`.
+    """Images (B, H, W), uint8, as (B, 1, H, W) of mean 0 and standard deviation 1 over all training pixels.
 
     Raises
     ------
@@ -164,16 +151,10 @@ def standardized(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> to
 
 
 class Columns:
-    """Images of one half of a data set as columns of 784 features, converted when they are asked for.
+    """Images of one half of a data set as columns of 784 features, (pixels / spread - center), converted when asked
+    for.
 
-    Parameters
-    ----------
-    images : (n, 28, 28) uint8 tensor
-    labels : (n,) int64 tensor
-    center : (784,) tensor
-        Is subtracted from the pixels divided by `spread`.
-    spread : float
-    dtype : torch.dtype
+    Images are (n, 28, 28) uint8, labels (n,) int64, and the center is (784,).
     """
 
     def __init__(

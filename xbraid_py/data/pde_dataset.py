@@ -79,24 +79,9 @@ class PdeDataset:
 def split(dataset: PdeDataset, num_val: int, seed: int = 0) -> tuple[PdeDataset, PdeDataset]:
     """Samples for training and for validation, drawn uniformly without replacement; each in ascending order.
 
-    The same numbers of samples and the same seed give the same split on every rank, without a message.
-
-    Parameters
-    ----------
-    dataset : PdeDataset
-    num_val : int
-        Samples for validation, from 1 to one less than there are.
-    seed : int
-        Seed of the draw, not negative.
-
-    Returns
-    -------
-    train, validation : PdeDataset
-
-    Raises
-    ------
-    TypeError, ValueError
-        If a number is no integer or out of its range.
+    The same numbers of samples and the same seed give the same split on every rank, without a message. Raises
+    `TypeError` or `ValueError` unless `num_val` is an integer from 1 to one less than there are, and the seed not
+    negative.
     """
     num_val, seed = whole_number("num_val", num_val, 1, 1000), whole_number("seed", seed, 0, 0)
     if num_val >= dataset.num_samples:

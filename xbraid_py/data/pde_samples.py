@@ -85,7 +85,7 @@ class PdeSamples:
         target: str | None = None,
         dtype: torch.dtype = torch.float64,
     ) -> PdeDataset:
-        """Inputs and targets for a network.
+        """Inputs (B, C, n, n) and targets (B, n, n), or (B, 1) for a number, for a network.
 
         Parameters
         ----------
@@ -94,11 +94,6 @@ class PdeSamples:
         target : str, optional
             One of `problem.targets`; by default the first.
         dtype : torch.dtype
-
-        Returns
-        -------
-        PdeDataset
-            Inputs (B, C, n, n); targets (B, n, n), or (B, 1) for a number.
 
         Raises
         ------
@@ -135,20 +130,10 @@ class PdeSamples:
 def generate(
     problem: PdeProblem, num_samples: int, seed: int, comm: Communicator, show_progress: bool = True
 ) -> PdeSamples:
-    """Draw and solve samples, each rank its share; collective. All ranks get all of them.
+    """Draw and solve samples 0 .. B - 1, each rank its share; collective. All ranks get all of them.
 
-    Sample i depends on the problem, the seed and i alone: neither on the number of ranks nor on `num_samples`.
-
-    Parameters
-    ----------
-    problem : PdeProblem
-    num_samples : int
-        B, at least 1.
-    seed : int
-        Not negative.
-    comm : Communicator
-    show_progress : bool
-        Show a bar on rank 0, if its standard error is a terminal.
+    Sample i depends on the problem, the seed and i alone: neither on the number of ranks nor on `num_samples`. Rank 0
+    shows a bar, if its standard error is a terminal.
 
     Raises
     ------
@@ -212,17 +197,7 @@ def obtain(
 ) -> PdeSamples:
     """The samples from their file in `folder`, generated and stored there first if there is none; collective.
 
-    Parameters
-    ----------
-    problem : PdeProblem
-        Such as `Poisson(mesh=32)`.
-    num_samples, seed : int
-        As in `generate`.
-    folder : path-like
-        Made if there is none; all ranks see the same one.
-    comm : Communicator
-    show_progress : bool
-        While the samples are generated, on rank 0, on a terminal.
+    Arguments are those of `generate`; the folder is made if there is none, and all ranks see the same one.
 
     Raises
     ------

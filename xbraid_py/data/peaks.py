@@ -35,18 +35,7 @@ PUBLISHED = {
 
 
 def peaks_function(x, y) -> np.ndarray:
-    """MATLAB's `peaks` at the points (x, y): three hills and three hollows.
-
-    Parameters
-    ----------
-    x, y : array_like
-        Coordinates, of any shapes that broadcast.
-
-    Returns
-    -------
-    numpy.ndarray
-        float64, of the broadcast shape.
-    """
+    """MATLAB's `peaks` at the points (x, y), of any shapes that broadcast: three hills and three hollows; float64."""
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     return (
         3 * (1 - x) ** 2 * np.exp(-(x**2) - (y + 1) ** 2)
@@ -64,20 +53,10 @@ def band_edges() -> tuple[float, ...]:
 
 
 def class_of(x, y) -> np.ndarray:
-    """True class of the points (x, y): 0 for the lowest band, 4 for the highest.
+    """True class of the points (x, y), of any shapes that broadcast: 0 for the lowest band, 4 for the highest; int64.
 
-    A point on the edge of two bands belongs to the upper one. Between grid points the function passes
-    its extrema over the grid a little; such points belong to the lowest or highest band.
-
-    Parameters
-    ----------
-    x, y : array_like
-        Coordinates, of any shapes that broadcast.
-
-    Returns
-    -------
-    numpy.ndarray
-        int64, of the broadcast shape.
+    A point on the edge of two bands belongs to the upper one. Between grid points the function passes its extrema over
+    the grid a little; such points belong to the lowest or highest band.
     """
     return np.digitize(peaks_function(x, y), band_edges()[1:-1]).astype(np.int64)
 
@@ -89,21 +68,10 @@ def class_names() -> list[str]:
 
 
 def mesh(resolution: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """Points of a regular grid of [-3, 3]^2, both ends included, x running fastest.
+    """Points (2, resolution**2) of a regular grid of [-3, 3]^2, both ends included, x running fastest.
 
-    What belongs to the points becomes a picture, rows from y = -3 upwards, by `reshape(resolution, resolution)`.
-
-    Parameters
-    ----------
-    resolution : int
-        Points per direction, at least 2.
-    dtype : torch.dtype
-        Floating-point type of the result.
-
-    Returns
-    -------
-    torch.Tensor
-        Shape (2, resolution**2).
+    What belongs to the points becomes a picture, rows from y = -3 upwards, by `reshape(resolution, resolution)`. Raises
+    `ValueError` for a resolution below 2.
     """
     if resolution < 2:
         raise ValueError(f"resolution={resolution} must be at least 2; use 200")
@@ -202,24 +170,18 @@ def load(
 ) -> tuple[Dataset, Dataset]:
     """The published points, or own ones in files of the same names and format.
 
-    The published files hold 5000 points for training and 200 for validation, sorted by class; 72 of the 200
-    are training points as well, so the accuracy on them flatters. Contents other than the published ones
-    are only reported by a warning in the log, as long as every row is good.
+    The published files hold 5000 points for training and 200 for validation, sorted by class; 72 of the 200 are
+    training points as well, so the accuracy on them flatters. Contents other than the published ones are only reported
+    by a warning in the log, as long as every row is good.
 
     Parameters
     ----------
     folder : path-like, optional
-        Folder of the four files; by default `peaks` in the folder that the variable XBRAID_DATA names; without
-        it, see `data_folder`.
+        Folder of the four files, see `data_folder`.
     num_train, num_val : int, optional
         Take only so many points, the first ones of every class in equal numbers; by default all.
     dtype : torch.dtype
-        Floating-point type of the features.
-
-    Returns
-    -------
-    train, validation : Dataset
-        Features of shape (2, B).
+        Floating-point type of the features, which are (2, B).
 
     Raises
     ------

@@ -45,22 +45,8 @@ class Corpus:
     entropy_rate: float | None = None
 
     def encode(self, text: str) -> torch.Tensor:
-        """Tokens of a text.
-
-        Parameters
-        ----------
-        text : str
-            Any text; characters outside the alphabet become `UNKNOWN` if the alphabet has it.
-
-        Returns
-        -------
-        torch.Tensor
-            Shape (len(text),), int64.
-
-        Raises
-        ------
-        ValueError
-            For a character outside an alphabet without `UNKNOWN`.
+        """Tokens (len(text),), int64; characters outside the alphabet become `UNKNOWN`, or raise `ValueError` if it
+        lacks that.
         """
         alphabet, codes = _code_points(self.characters), _code_points(text)
         tokens = np.searchsorted(alphabet, codes).clip(max=len(alphabet) - 1)
@@ -73,17 +59,8 @@ class Corpus:
         return torch.from_numpy(tokens.astype(np.int64))
 
     def decode(self, tokens: torch.Tensor) -> str:
-        """Text of tokens.
-
-        Parameters
-        ----------
-        tokens : torch.Tensor
-            Shape (S,), of an integer type.
-
-        Raises
-        ------
-        ValueError
-            For another number of axes or a number that is no token.
+        """Text of tokens (S,) of an integer type; `ValueError` for another number of axes or a number that is no
+        token.
         """
         last = len(self.characters) - 1
         if tokens.ndim != 1:
@@ -95,17 +72,8 @@ class Corpus:
         return "".join(self.characters[token] for token in numbers)
 
     def split(self, validation: float = 0.1) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens of the first part of the text, for training, and of the rest, for validation.
-
-        Parameters
-        ----------
-        validation : float
-            Share of the second part, between 0 and 1; its length is rounded.
-
-        Raises
-        ------
-        ValueError
-            If a part is empty.
+        """Tokens of the first part of the text, for training, and of the rest, the share `validation` of it; both
+        not empty.
         """
         cut = len(self.text) - round(validation * len(self.text)) if 0 < validation < 1 else 0
         if not 0 < cut < len(self.text):
@@ -161,17 +129,7 @@ def load(source: str | os.PathLike = "python", num_characters: int | None = None
 def from_text(text: str, entropy_rate: float | None = None) -> Corpus:
     """The corpus of a text: its alphabet, in which all but the 95 most frequent characters of more than 96 are one.
 
-    Parameters
-    ----------
-    text : str
-        At least one character.
-    entropy_rate : float, optional
-        In nats for a character, if it is known.
-
-    Raises
-    ------
-    ValueError
-        If the text is empty.
+    The entropy rate is in nats for a character, if it is known. Raises `ValueError` for an empty text.
     """
     if not text:
         raise ValueError("text='' must have at least one character; use a longer one")
@@ -279,14 +237,8 @@ GRAMMAR = {
 
 
 def generate(num_characters: int, seed: int = 0) -> str:
-    """A text of sentences drawn from `GRAMMAR`, cut after `num_characters`.
-
-    Parameters
-    ----------
-    num_characters : int
-        Length, at least 1.
-    seed : int
-        Not negative; a longer text of the same seed begins with the shorter.
+    """A text of sentences drawn from `GRAMMAR`, cut after `num_characters`; a longer one of the seed begins with a
+    shorter.
     """
     num_characters = whole_number("num_characters", num_characters, 1, 100_000)
     random = np.random.default_rng(whole_number("seed", seed, 0, 0))

@@ -162,7 +162,7 @@ def _of_window(window: Window) -> list[ResidualStep]:
 
 
 def _of_checkpoint(path: str | os.PathLike) -> nn.Sequential:
-    from xbraid_py.run.store.write import CheckpointError, load  # loads HDF5, which modules have no use for
+    from xbraid_py.run.store.read import CheckpointError, load  # loads HDF5, which modules have no use for
 
     with load(path) as checkpoint:
         configuration = checkpoint.meta.get("configuration")

@@ -32,15 +32,9 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How long steps are.
+    """How long steps are: h (m,), 0 where a step leaves the state as it is.
 
-    Parameters
-    ----------
-    h : (m,) tensor
-        Step sizes; where one is 0 the step leaves the state as it is.
-    counts : (m,) tensor or None
-        Each step stands for so many of size h / count, all with the gates of the first; None where it is one step of
-        size h.
+    With `counts` (m,) each stands for so many of size h / count, all with the gates of the first; None where it is one.
     """
 
     h: Tensor
@@ -119,13 +113,8 @@ class GruCell:
     def step(self, h: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, sizes: Sizes) -> Tensor:
         """States h (m, B, H) one step on; a new tensor.
 
-        Parameters
-        ----------
-        a : (m, B, 3 H) tensor
-            W_ih x + b_ih, gates in the order r, z, n.
-        weight, bias : (3 H, H) and (3 H,) tensors
-            W_hh and b_hh; no bias if that is None.
-        sizes : Sizes
+        `a` (m, B, 3 H) is W_ih x + b_ih, gates in the order r, z, n; weight (3 H, H) and bias (3 H,) or None are W_hh
+        and b_hh.
         """
         _, rate, candidate, _ = self._gates(h, a, weight, bias)
         share, _ = self._share(rate, sizes, with_slope=False)

@@ -213,13 +213,7 @@ class ImageResNet(nn.Module):
         return self._step_size
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, in_channels, H, W) to logits (B, num_classes).
-
-        Raises
-        ------
-        ValueError
-            If the images have another shape.
-        """
+        """Images (B, in_channels, H, W) to logits (B, num_classes); `ValueError` for images of another shape."""
         check_images(images, self.in_channels)
         y = self.stem(images)
         for stage in self.stages:
@@ -261,17 +255,7 @@ def _check(blocks: tuple[int, ...], filters: tuple[int, ...], norm: str, groups:
 
 @dataclass(frozen=True)
 class BlockNorms:
-    """Mean L2 norms over a batch, at one block.
-
-    Attributes
-    ----------
-    stage, block : int
-        From 0; the block within its stage.
-    input : float
-        Of the state Y_j.
-    residual : float
-        Of h F(Y_j).
-    """
+    """Mean L2 norms over a batch, of the state Y_j and of h F(Y_j), at a block of a stage, both numbered from 0."""
 
     stage: int
     block: int
@@ -283,16 +267,7 @@ class BlockNorms:
 def residual_norms(network: ImageResNet, images: Tensor) -> list[BlockNorms]:
     """Norms of the states and of the residual modules of all blocks, in evaluation mode (paper 003, figures 3, 4, 7).
 
-    Parameters
-    ----------
-    network : ImageResNet
-        Its modes are left as they were.
-    images : (B, in_channels, H, W) tensor
-
-    Returns
-    -------
-    list of BlockNorms
-        In the order of the blocks.
+    Images are (B, in_channels, H, W); the modes of the network are left as they were.
     """
     check_images(images, network.in_channels)
     modes = [(part, part.training) for part in network.modules()]

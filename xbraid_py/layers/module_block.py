@@ -24,16 +24,10 @@ _RANDOM_NUMBERS = threading.RLock()  # ranks that are threads share one generato
 
 @dataclass(frozen=True)
 class Column:
-    """One parameter of the block: a stretch of the row of every layer.
+    """One parameter of the block, of that shape in a layer: a stretch of the row of every layer.
 
-    Attributes
-    ----------
-    name : str
-        As the module's `named_parameters` or `named_buffers` call it.
-    shape : torch.Size
-        In one layer.
-    is_parameter : bool
-        Or a buffer that differs from layer to layer: statistics of a batch normalization.
+    The name is that of the module's `named_parameters`, or of a buffer that differs from layer to layer: statistics of
+    a batch normalization (not `is_parameter`).
     """
 
     name: str

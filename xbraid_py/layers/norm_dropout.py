@@ -151,19 +151,7 @@ def moments(u: Tensor) -> tuple[Tensor, Tensor]:
 class Moments:
     """Mean and unbiased variance of what the norms of n layers were given by the last recorded relaxation.
 
-    Parameters
-    ----------
-    norms : mapping of int to MovingNorm
-        By their numbers.
-    num_rows : int
-        n.
-    start : bool
-        As of `NormInputs`.
-
-    Attributes
-    ----------
-    found : dict of int to pair of (n, C) tensors
-        By the numbers of the norms.
+    `norms` are by their numbers, and so is `found`, pairs of (n, C) tensors; `start` is as of `NormInputs`.
     """
 
     def __init__(self, norms: Mapping[int, MovingNorm], num_rows: int, start: bool = False):

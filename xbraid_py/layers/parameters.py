@@ -22,18 +22,10 @@ _AT_ONCE = 1 << 17
 
 @dataclass(frozen=True)
 class Stack:
-    """The rows of one stack of layers that a rank owns.
+    """The rows `first .. first + count` of a stack of layers, of `total` in the whole network, that a rank owns.
 
-    Attributes
-    ----------
-    name : str
-        "opening", "layers" or "classification".
-    shapes : mapping of str to tuple of int
-        Parameters of one layer, in the order of the row.
-    total : int
-        Rows of the whole network.
-    first, count : int
-        Rows `first .. first + count` are owned here.
+    The name is "opening", "layers" or "classification"; `shapes` are the parameters of one layer, in the order of the
+    row.
     """
 
     name: str

@@ -87,10 +87,7 @@ class SpatialCoarsening:
     def transfers(self, shape: torch.Size, num_levels: int) -> tuple[PixelTransfer | None, ...]:
         """How states of that shape come to each coarse level from the next finer one; None where they stay the same.
 
-        Raises
-        ------
-        ValueError
-            If a state has not so many axes, or one of its axes too few pixels.
+        Raises `ValueError` if a state has not so many axes, or one of its axes too few pixels.
         """
         if len(shape) < self.dims + 1:
             raise ValueError(f"dims={self.dims} pixel axes need a state of more axes than {tuple(shape)}")

@@ -99,15 +99,7 @@ class Splines:
     def band(self, times: Sequence[float]) -> tuple[Tensor, Tensor]:
         """The functions that are not zero there: their numbers (n, d + 1), consecutive, and their values (n, d + 1).
 
-        Parameters
-        ----------
-        times : sequence of float
-            Places in [0, 1].
-
-        Raises
-        ------
-        ValueError
-            If one lies outside.
+        Raises `ValueError` for a time outside [0, 1].
         """
         from scipy.interpolate import BSpline  # takes its time to load: only where there are splines
 
@@ -148,13 +140,7 @@ class Splines:
         return self._on((*halved, 1.0))
 
     def coarsen(self, factor: int = 2) -> Splines:
-        """Splines on every `factor`-th knot.
-
-        Raises
-        ------
-        ValueError
-            If the number of intervals is no multiple of the factor.
-        """
+        """Splines on every `factor`-th knot; `ValueError` if the number of intervals is no multiple of the factor."""
         count, rest = divmod(self.num_intervals, factor)
         if rest:
             fits = [each * factor + self.degree for each in (count, count + 1) if each]
@@ -171,10 +157,7 @@ class Splines:
     def insertion(self, fine: Splines) -> Tensor:
         """Matrix (M of fine, M) that makes of coefficients here those of the same function there (knot insertion).
 
-        Raises
-        ------
-        ValueError
-            If the degrees differ, or a knot here is none there.
+        Raises `ValueError` if the degrees differ, or a knot here is none there.
         """
         if fine.degree != self.degree:
             raise ValueError(f"fine degree={fine.degree} must be {self.degree}, as here; use refine()")

@@ -47,20 +47,10 @@ def sums(rows: Tensor, length: int) -> Tensor:
 
 
 def coarse_rows(theta: Tensor, h: float | Tensor, length: int, weights: str) -> tuple[Tensor, float | Tensor]:
-    """Weights and sizes of steps that stand for `length` rows each.
+    """Weights (n / length, ...) and sizes of steps that stand for `length` rows each.
 
-    Parameters
-    ----------
-    theta : (n, ...) tensor
-    h : float or (n,) tensor
-    length : int
-    weights : {"inject", "average"}
-        Those of the first row, or the mean over the time of the rows.
-
-    Returns
-    -------
-    (n / length, ...) tensor
-    float or (n / length,) tensor
+    `weights` is "inject", those of the first row, or "average", the mean over the time of the rows. Sizes `h` are one
+    number, or (n,).
     """
     size = sums(h, length) if isinstance(h, Tensor) else length * h
     if weights == "inject":
@@ -77,19 +67,9 @@ def coarse_rows(theta: Tensor, h: float | Tensor, length: int, weights: str) -> 
 
 
 def halved_rows(theta: Tensor, h: float | Tensor, halves: Tensor | None = None) -> tuple[Tensor, float | Tensor]:
-    """Weights and sizes of steps half as long, two for each row.
+    """Weights (2 n, p) and sizes of steps half as long, two for each row.
 
-    Parameters
-    ----------
-    theta : (n, p) tensor
-    h : float or (n,) tensor
-    halves : (2 n, p) tensor, optional
-        Their weights; both have those of the whole if nothing is given.
-
-    Raises
-    ------
-    ValueError
-        If `halves` has another shape.
+    They are `halves`, or both those of the whole if nothing is given. Raises `ValueError` if these have another shape.
     """
     rows, size = theta.shape
     if halves is None:
@@ -120,7 +100,8 @@ class Halvable(Protocol):
 
 
 def local_errors(steps: Halvable, states: Tensor, halves: Tensor | None = None) -> Tensor:
-    """What each step adds to the discretization error: from it, and two steps half as long.
+    """What each step adds to the discretization error, exact step less the step that is made: from it, and two steps
+    half as long.
 
     With d the difference of the two, and p the order of the scheme, the single step is wrong by d / (1 - 2^-p) up to
     terms of higher order. That is O(h^(p+1)) for weights that are smooth in depth.
@@ -132,13 +113,12 @@ def local_errors(steps: Halvable, states: Tensor, halves: Tensor | None = None) 
     states : (n, *S) tensor
         Inputs of the steps.
     halves : (2 n parts, p) tensor, optional
-        Weights of the halves of the steps, such as `prolong_rows` gives: then the change of the
-        weights in depth counts as well. Without them the weights are taken to be constant over each step.
+        Weights of the halves of the steps, such as `prolong_rows` gives: then the change of the weights in depth counts
+        as well. Without them the weights are taken to be constant over each step.
 
     Returns
     -------
     (n, *S) tensor
-        Exact step less the step that is made.
 
     Raises
     ------
@@ -157,20 +137,11 @@ def error_norms(errors: Tensor) -> Tensor:
 
 
 def output_error(coarse: Tensor, fine: Tensor, order: int) -> Tensor:
-    """Discretization error of a solution, from it and one with steps twice as long.
+    """Exact output (*S) less the fine one, from it and one with steps twice as long, up to terms of higher order than
+    h^p.
 
-    Parameters
-    ----------
-    coarse, fine : (*S) tensor
-        The same output by steps of size 2h and h, of weights that are the same functions of depth.
-    order : int
-        p, at least 1: 1 for forward Euler, 2 for the midpoint rule.
-
-    Returns
-    -------
-    (*S) tensor
-        Exact solution less the fine one, up to terms of higher order than h^p: (u_h - u_2h) / (2^p - 1). Added to the
-        fine solution it makes one of order p + 1.
+    That is (u_h - u_2h) / (2^p - 1), p = `order` being 1 for forward Euler and 2 for the midpoint rule, for weights
+    that are the same functions of depth; added to the fine solution it makes one of order p + 1.
 
     Raises
     ------

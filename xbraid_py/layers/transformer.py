@@ -12,19 +12,9 @@ from xbraid_py.layers.norm_dropout import Dropout
 
 
 class CausalSelfAttention(nn.Module):
-    """Attention of every token of a sequence to itself and to those before it.
+    """Attention of every token of a sequence to itself and to those before it, by heads of C / heads features.
 
-    Parameters
-    ----------
-    width : int
-        C, a multiple of `heads`.
-    heads : int
-        Each of C / heads features.
-
-    Raises
-    ------
-    ValueError
-        If `heads` does not divide `width`.
+    Raises `ValueError` if `heads` does not divide the width C.
     """
 
     def __init__(self, width: int, heads: int):
@@ -96,16 +86,8 @@ class DecoderBlock(nn.Module):
 
 
 class TokenEmbedding(nn.Module):
-    """The first state of a sequence: a vector for each token, plus one for its place.
-
-    Parameters
-    ----------
-    tokens : int
-        V, tokens of the alphabet.
-    width : int
-        C.
-    length : int
-        Tokens of the longest sequence.
+    """The first state of a sequence of up to `length` tokens: a vector (C,) for each of V tokens, plus one for its
+    place.
     """
 
     def __init__(self, tokens: int, width: int, length: int):
@@ -116,13 +98,7 @@ class TokenEmbedding(nn.Module):
             nn.init.normal_(table.weight, std=0.5**0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, S), int64, to (B, S, C).
-
-        Raises
-        ------
-        ValueError
-            If a sequence is too long.
-        """
+        """Tokens (B, S), int64, to (B, S, C); `ValueError` if a sequence is too long."""
         length = self.places.num_embeddings
         if tokens.shape[-1] > length:
             raise ValueError(f"tokens.shape={tuple(tokens.shape)} must have at most {length} places; use the last ones")
@@ -130,15 +106,7 @@ class TokenEmbedding(nn.Module):
 
 
 class TokenHead(nn.Module):
-    """Logits of the next token from the last state of each: a layer normalization and a linear map.
-
-    Parameters
-    ----------
-    width : int
-        C.
-    tokens : int
-        V, tokens of the alphabet.
-    """
+    """Logits of the next of V tokens from the last state (C,) of each: a layer normalization and a linear map."""
 
     def __init__(self, width: int, tokens: int):
         super().__init__()
@@ -152,7 +120,7 @@ class TokenHead(nn.Module):
 
 
 def generate(model: nn.Module, tokens: Tensor, count: int, length: int, seed: int = 0) -> Tensor:
-    """A text that goes on with more tokens, each drawn from what the model says of the next one.
+    """Tokens (S + count,), int64: a text that goes on, each token drawn from what the model says of the next one.
 
     With a layer-parallel stack in the model every rank calls it, and every rank gets the same text.
 
@@ -168,10 +136,6 @@ def generate(model: nn.Module, tokens: Tensor, count: int, length: int, seed: in
         Tokens that the model is shown at most, the last ones.
     seed : int
         Of the draws.
-
-    Returns
-    -------
-    (S + count,) tensor of int64
     """
     generator = torch.Generator().manual_seed(seed)
     was_training = model.training

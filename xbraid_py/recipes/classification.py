@@ -25,11 +25,10 @@ from xbraid_py.planner import Workload, recommend
 from xbraid_py.problem.network import InitialScales
 from xbraid_py.problem.problem import DenseResNetOptions, Problem
 from xbraid_py.problem.regularization import Regularization
-from xbraid_py.run.engine import Row, State, Training, train
+from xbraid_py.run.engine import Row, RunOptions, State, Training, free, resumed_configuration, train
 from xbraid_py.run.folder import METRICS, claim
 from xbraid_py.run.options import from_dict
 from xbraid_py.run.record import read
-from xbraid_py.run.resume import RunOptions, free, resumed_configuration
 from xbraid_py.run.store.read import Checkpoint
 
 # Draws the pictures of a trained network into a folder, on the rank that has rows; what it returns there is recorded.
@@ -138,17 +137,9 @@ class ClassificationOptions(RunOptions):
 
 
 class NestedTraining(Training):
-    """A nested iteration with its validation.
+    """A nested iteration on a problem with its validation, perhaps by another schedule than that of the options.
 
-    Parameters
-    ----------
-    options : ClassificationOptions
-    problem : Problem
-    validation : Dataset
-    finish : callable, optional
-        Draws the pictures of the trained network.
-    nested : NestedOptions, optional
-        Another schedule than that of the options.
+    What is given as `finish` draws the pictures of the trained network.
     """
 
     def __init__(
@@ -321,10 +312,7 @@ def row_of(record: Record) -> Row:
 class Scores:
     """Of predicted classes against true ones.
 
-    Attributes
-    ----------
-    confusion : (K, K) int64 tensor
-        Samples of each true class (row) that were taken for each class (column).
+    `confusion` (K, K), int64, counts samples of each true class (row) that were taken for each class (column).
     """
 
     confusion: Tensor
@@ -333,12 +321,8 @@ class Scores:
     def of(cls, predicted: Tensor, labels: Tensor, num_classes: int) -> Scores:
         """Scores of predictions (B,) against labels (B,), int64, both in 0 .. num_classes - 1.
 
-        Raises
-        ------
-        ValueError
-            If the shapes differ, there is no sample, or a class is out of range.
-        TypeError
-            If one of them is not int64.
+        Raises `ValueError` if the shapes differ, there is no sample, or a class is out of range, and `TypeError` if one
+        of them is not int64.
         """
         if predicted.shape != labels.shape or labels.ndim != 1 or not len(labels):
             raise ValueError(

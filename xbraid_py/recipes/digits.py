@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -26,8 +27,7 @@ from xbraid_py.layer_parallel.stack import LayerParallel
 from xbraid_py.layers.dense import DenseBlock
 from xbraid_py.layers.module_block import own_random_numbers
 from xbraid_py.recipes.minibatch import MinibatchOptions, MinibatchTraining, network_of, prepare
-from xbraid_py.run.engine import Row
-from xbraid_py.run.resume import free
+from xbraid_py.run.engine import Row, free
 from xbraid_py.run.store.read import Checkpoint
 
 PIXELS = 28 * 28
@@ -87,17 +87,7 @@ class Digits:
 
 
 class DigitTraining(MinibatchTraining):
-    """A network that learns digits by Adam.
-
-    Parameters
-    ----------
-    options : DigitOptions
-    digits : Digits
-    model : Module
-        Logits (B, 10) of what `read` makes of images.
-    grid : ProcessGrid
-    comm : Communicator
-    """
+    """A network, logits (B, 10) of what `read` makes of images, that learns digits by Adam."""
 
     def __init__(self, options: DigitOptions, digits: Digits, model: nn.Module, grid: ProcessGrid, comm: Communicator):
         total = min(options.epochs * len(digits.order), options.max_updates or sys.maxsize)
@@ -149,26 +139,15 @@ def prepare_digits(
 ) -> Callable[[], Row]:
     """Read and check everything, without a message; returns the run.
 
-    Parameters
-    ----------
-    kind, recipe
-        See `xbraid_py.run.engine.train`.
-    options : DigitOptions
-    comm : Communicator
-    build : callable
-        `build(options, comm)` makes the network on ranks, or without any for None.
-    training : type
-        What reads the images, and how it is validated.
+    `build(options, comm)` makes the network on ranks, or without any for None; `training` is what reads the images, and
+    how it is validated. For the rest see `xbraid_py.run.engine.train`.
     """
     digits = Digits.load(options)
-
-    def made(layers: Communicator | None) -> nn.Module:
-        return build(options, layers)
 
     def make(model: nn.Module, grid: ProcessGrid) -> DigitTraining:
         return training(options, digits, model, grid, comm)
 
-    return prepare(kind, recipe, options, comm, made, make)
+    return prepare(kind, recipe, options, comm, partial(build, options), make)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from xbraid_py.data.image_sets import ImageSplit, load_split
 from xbraid_py.data.images import Augmentation, standardize
 from xbraid_py.layers.image_resnet import ImageResNet
 from xbraid_py.layers.module_block import own_random_numbers
-from xbraid_py.multilevel.resnet.cycles import MODELS, CosineCycles, Discretization, plan
+from xbraid_py.multilevel.resnet.refinement import MODELS, CosineCycles, Discretization, plan
 from xbraid_py.multilevel.resnet.training import (
     PRECISIONS,
     EpochRecord,
@@ -24,9 +24,8 @@ from xbraid_py.multilevel.resnet.training import (
     ResNetTrainingOptions,
     load_network,
 )
-from xbraid_py.run.engine import Row, State, Training, train
+from xbraid_py.run.engine import Row, RunOptions, State, Training, free, state_of, train
 from xbraid_py.run.options import from_dict
-from xbraid_py.run.resume import RunOptions, free, state_of
 from xbraid_py.run.store.read import Checkpoint
 
 KIND = "images"
@@ -197,14 +196,9 @@ class MultiLevelOptions(ImageOptions):
         )
 
     def training(self, model: str, seed: int, samples: ImageSplit, grid: ProcessGrid | None = None) -> ImageTraining:
-        """The training of a model, at its beginning.
+        """The training of a model, at its beginning; all of a seed have the same minibatches and the same augmentation.
 
-        All models of a seed have the same minibatches and the same augmentation.
-
-        Raises
-        ------
-        ValueError
-            If there are too few images, or there is no such model or device.
+        Raises `ValueError` if there are too few images, or there is no such model or device.
         """
 
         def make(level: Discretization) -> ImageResNet:
@@ -361,14 +355,7 @@ def prepare(
 ) -> Callable[[], Row]:
     """Claim the folder of a run alone and find out where it goes on, without a message; returns the run.
 
-    Parameters
-    ----------
-    options : ImageRunOptions
-        One of `ImageRunOptions.runs`.
-    samples : ImageSplit
-    comm : Communicator
-    driver : Path, optional
-        See `train`.
+    The options are one of `ImageRunOptions.runs`; for `driver` see `train`.
     """
     (model,), (seed,) = options.models, options.seeds
     options.check(samples, comm.size)

@@ -25,8 +25,7 @@ from xbraid_py.multilevel.depth.mgopt import CycleRecord, LevelOptions, MGOpt, M
 from xbraid_py.problem.objective import Samples
 from xbraid_py.problem.problem import DenseResNetOptions, PerceptronProblem, perceptron_weights
 from xbraid_py.problem.regularization import Regularization
-from xbraid_py.run.engine import Row, State, Training
-from xbraid_py.run.resume import RunOptions, free
+from xbraid_py.run.engine import Row, RunOptions, State, Training, free
 from xbraid_py.run.store.read import Checkpoint
 
 MAP_SIZE = 200
@@ -214,17 +213,9 @@ _mnist = lru_cache(1)(mnist.load)  # a process of a study makes many runs
 class DepthTraining(Training):
     """A run of MG/OPT in depth: cycles until a validation reaches the goal, or so many.
 
-    Parameters
-    ----------
-    options : MGOptRunOptions
-    method : MGOpt
-    validation : Samples
-    batches : callable, optional
-        `batches(k)` are the samples of cycle k; without it all are taken in every cycle.
-    plane : callable, optional
-        Of points in the plane: `plane(x, y)` is the class of each. Then a map of the classes is drawn as well.
-    scale : float
-        Standard deviation of the initial weights of the layers.
+    `batches(k)`, if given, are the samples of cycle k; without it all are taken in every cycle. `plane(x, y)`, if
+    given, is the class of points in the plane: then a map of the classes is drawn as well. `scale` is the standard
+    deviation of the initial weights of the layers.
     """
 
     def __init__(
@@ -301,7 +292,7 @@ class DepthTraining(Training):
         if not rows:
             return
         from xbraid_py.recipes.pictures.curves import over_cycles  # matplotlib takes its time: on one rank only
-        from xbraid_py.recipes.pictures.maps import class_map
+        from xbraid_py.recipes.pictures.style import class_map
 
         validated = [row for row in rows if row.get("val_accuracy") is not None]
         over_cycles({str(self.method.schedule): validated}, figures / "cycles.png")

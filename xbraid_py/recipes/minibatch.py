@@ -16,11 +16,10 @@ from xbraid_py.layer_parallel.minibatch.state import MinibatchState, check_weigh
 from xbraid_py.layer_parallel.minibatch.updates import Batch, check_alike, train
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.run import engine
-from xbraid_py.run.engine import Row, State, Training
+from xbraid_py.run.engine import Row, RunOptions, State, Training, free, state_of
 from xbraid_py.run.options import from_dict
-from xbraid_py.run.resume import RunOptions, free, state_of
-from xbraid_py.run.store.keep import Score
 from xbraid_py.run.store.read import Checkpoint
+from xbraid_py.run.store.write import Score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,16 +84,7 @@ class MinibatchOptions(RunOptions):
 
 
 class MinibatchTraining(Training):
-    """Updates on minibatches, with validations in between.
-
-    Parameters
-    ----------
-    options : MinibatchOptions
-    trained : MinibatchState
-        At the beginning.
-    total : int
-        Updates in all.
-    """
+    """Updates on minibatches, so many in all, with validations in between; `trained` is at the beginning."""
 
     def __init__(self, options: MinibatchOptions, trained: MinibatchState, total: int):
         self.options, self.trained, self.total = options, trained, total
@@ -155,10 +145,7 @@ def network_of(
 ) -> nn.Module:
     """The trained network of a checkpoint without ranks, as `build(options, None, **sizes)` makes it.
 
-    Raises
-    ------
-    CheckpointError
-        If it holds another network.
+    Raises `CheckpointError` if it holds another network.
     """
     meta = state_of(checkpoint)
     model = build(from_dict(options_class, meta["configuration"]), None, **meta["sizes"])
@@ -182,10 +169,8 @@ def prepare(
 
     Parameters
     ----------
-    kind, recipe, sizes
+    kind, recipe, options, comm, sizes
         See `xbraid_py.run.engine.train`.
-    options : MinibatchOptions
-    comm : Communicator
     build : callable
         `build(comm)` makes the network on ranks, or without any for None.
     make : callable

@@ -19,8 +19,7 @@ from xbraid_py.layers.module_block import own_random_numbers
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.recipes.digits import DigitOptions, DigitTraining
 from xbraid_py.recipes.minibatch import network_of
-from xbraid_py.run.engine import Row
-from xbraid_py.run.resume import free
+from xbraid_py.run.engine import Row, free
 from xbraid_py.run.store.read import Checkpoint
 
 
@@ -123,10 +122,7 @@ def build(options: SequenceOptions, comm: Communicator | None) -> Classifier:
 def network(checkpoint: Checkpoint) -> nn.Module:
     """The trained network of a checkpoint as a plain module, from sequences (B, L, F) to logits (B, 10).
 
-    Raises
-    ------
-    ValueError
-        If its steps are not those of torch's GRU.
+    Raises `ValueError` if its steps are not those of torch's GRU.
     """
     return network_of(checkpoint, SequenceOptions, _plain)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,8 +26,7 @@ from xbraid_py.layers.module_block import own_random_numbers
 from xbraid_py.layers.transformer import DecoderBlock, TokenEmbedding, TokenHead, generate
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.recipes.minibatch import MinibatchOptions, MinibatchTraining, network_of, prepare
-from xbraid_py.run.engine import Row
-from xbraid_py.run.resume import free
+from xbraid_py.run.engine import Row, free
 from xbraid_py.run.store.read import Checkpoint
 
 _VALIDATION_BATCH = 64
@@ -106,15 +106,12 @@ def prepare_text(options: TextOptions, comm: Communicator) -> Callable[[], Row]:
     """Read and check everything, without a message; returns the run."""
     corpus = text.load(options.source, options.num_characters, options.seed)
     stretches(corpus.split()[1], options, 1, 0)  # too short a text is refused here
-    num_tokens = len(corpus.characters)
-
-    def made(layers: Communicator | None) -> nn.Module:
-        return build(options, layers, num_tokens)
+    sizes = {"num_tokens": len(corpus.characters)}
 
     def make(model: nn.Module, grid: ProcessGrid) -> TextTraining:
         return TextTraining(options, corpus, model, grid, comm)
 
-    return prepare("text", "transformer", options, comm, made, make, {"num_tokens": num_tokens})
+    return prepare("text", "transformer", options, comm, partial(build, options, **sizes), make, sizes)
 
 
 def network(checkpoint: Checkpoint) -> nn.Module:
@@ -140,17 +137,7 @@ def build(options: TextOptions, comm: Communicator | None, num_tokens: int) -> n
 
 
 class TextTraining(MinibatchTraining):
-    """A language model that learns a text by AdamW.
-
-    Parameters
-    ----------
-    options : TextOptions
-    corpus : Corpus
-    model : Module
-        Logits (B, S, V) of tokens (B, S).
-    grid : ProcessGrid
-    comm : Communicator
-    """
+    """A language model, logits (B, S, V) of tokens (B, S), that learns a text by AdamW."""
 
     def __init__(
         self, options: TextOptions, corpus: text.Corpus, model: nn.Module, grid: ProcessGrid, comm: Communicator

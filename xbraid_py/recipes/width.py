@@ -1,4 +1,4 @@
-"""Multilevel training in width as a job: options, samples and training of the networks of paper 002 that learn a PDE.
+"""Multilevel training in width as a job: options, samples, networks and training of paper 002, which learns a PDE.
 
 Shape letters: `B` samples, `D` numbers of a target.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, nan, prod
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -21,15 +21,113 @@ from xbraid_py.data.darcy import Darcy
 from xbraid_py.data.elliptic import Poisson
 from xbraid_py.data.pde_dataset import PdeDataset, Standardization
 from xbraid_py.data.pde_samples import PdeSource
-from xbraid_py.multilevel.cycle.stochastic import Minibatches
+from xbraid_py.layers.module_block import own_random_numbers
+from xbraid_py.multilevel.stochastic import Minibatches
 from xbraid_py.multilevel.width.training import WidthRecord, WidthTraining, WidthTrainingOptions, errors
 from xbraid_py.multilevel.width.transfer import WidthLayout
-from xbraid_py.recipes.width_networks import WidthNetwork
-from xbraid_py.run.engine import Row, State, Training, train
+from xbraid_py.run.engine import Row, RunOptions, State, Training, free, state_of, train
 from xbraid_py.run.options import from_dict
-from xbraid_py.run.resume import RunOptions, free, state_of
-from xbraid_py.run.store.keep import Score
 from xbraid_py.run.store.read import Checkpoint, restoring
+from xbraid_py.run.store.write import Score
+
+KINDS = ("dense", "convolutional")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WidthNetwork:
+    """A network of dense layers with ReLU, behind convolutions with ReLU or not.
+
+    Parameters
+    ----------
+    kind
+        Dense, or convolutional: convolutions first.
+    widths
+        Neurons of the hidden dense layers; by default those of the paper for the problem.
+    channels
+        Of the convolutions; by default those of the paper.
+    kernels
+        Widths of their kernels; by default those of the paper.
+    strides
+        Their strides; by default those of the paper. There is no padding.
+    """
+
+    kind: Literal["dense", "convolutional"] = "dense"
+    widths: tuple[int, ...] | None = None
+    channels: tuple[int, ...] | None = None
+    kernels: tuple[int, ...] | None = None
+    strides: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"kind={self.kind!r} must be dense or convolutional; use dense")
+        for name, use in (("widths", "400,400"), ("channels", "20,20"), ("kernels", "7,7"), ("strides", "2,2")):
+            values = getattr(self, name)
+            if values is not None and (not values or min(values) < 1):
+                raise ValueError(f"{name}={list(values)} must be numbers of at least 1; use {use}")
+
+    def of(self, problem: str) -> WidthNetwork:
+        """The same with the sizes of the paper where none are given."""
+        theirs = _PAPER[problem.partition("_")[0], self.kind]
+        names = ("widths", "channels", "kernels", "strides")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        found = replace(theirs, **given)
+        if self.kind == "convolutional" and not len(found.channels) == len(found.kernels) == len(found.strides):
+            raise ValueError(
+                f"channels={list(found.channels)}, kernels={list(found.kernels)} and strides={list(found.strides)} "
+                "must be as many; use one of each for every convolution"
+            )
+        return found
+
+    def features(self, inputs: tuple[int, int, int]) -> int:
+        """Inputs of the first dense layer, for samples (C, H, W); `ValueError` if a kernel is wider than what it is
+        for.
+        """
+        channels, height, width = inputs
+        if self.kind == "convolutional":
+            for out, kernel, stride in zip(self.channels, self.kernels, self.strides, strict=True):
+                if kernel > min(height, width):
+                    raise ValueError(
+                        f"kernels={list(self.kernels)}: {kernel} does not fit into {height} x {width} points; use "
+                        f"{[1] * len(self.kernels)} or smaller strides"
+                    )
+                channels, height, width = out, (height - kernel) // stride + 1, (width - kernel) // stride + 1
+        return channels * height * width
+
+    def module(
+        self, inputs: tuple[int, int, int], outputs: int, seed: int, dtype: torch.dtype = torch.float32
+    ) -> nn.Sequential:
+        """The network for samples (C, H, W) with PyTorch's usual initial weights of a seed; made by `of`.
+
+        The random numbers of the process stay as they are. Raises `ValueError` if a kernel is wider than what it is
+        for.
+        """
+        parts: list[nn.Module] = []
+        size = self.features(inputs)
+        with own_random_numbers(seed):
+            if self.kind == "convolutional":
+                channels = (inputs[0], *self.channels)
+                for n, (kernel, stride) in enumerate(zip(self.kernels, self.strides, strict=True)):
+                    parts += [nn.Conv2d(channels[n], channels[n + 1], kernel, stride), nn.ReLU()]
+            parts.append(nn.Flatten())
+            for neurons in self.widths:
+                parts += [nn.Linear(size, neurons), nn.ReLU()]
+                size = neurons
+            parts.append(nn.Linear(size, outputs))
+        # Drawn in single precision in any case, so that both precisions begin at the same weights.
+        return nn.Sequential(*parts).to(dtype)
+
+
+_PAPER = {
+    ("poisson", "dense"): WidthNetwork(widths=(400, 400)),
+    ("poisson", "convolutional"): WidthNetwork(
+        kind="convolutional", widths=(400, 400), channels=(200, 200), kernels=(7, 7), strides=(2, 2)
+    ),
+    ("darcy", "dense"): WidthNetwork(widths=(1024, 1024, 1024)),
+    ("darcy", "convolutional"): WidthNetwork(
+        kind="convolutional", widths=(2048, 2048), channels=(100, 200, 400), kernels=(11, 7, 3), strides=(2, 1, 1)
+    ),
+}
+
 
 # L2 is the mean square of all numbers, Linf the largest absolute one; aux: the first auxiliary network.
 ERRORS = tuple(
@@ -197,11 +295,9 @@ class WidthRun(Training):
     Attributes
     ----------
     method : WidthTraining
-    seen : pair of Tensor
-        Inputs (B, ...) and targets (B, D) of training samples, as many as there are for the validation, or all if
-        these are fewer.
-    unseen : pair of Tensor
-        Those of the validation.
+    seen, unseen : pair of Tensor
+        Inputs (B, ...) and targets (B, D) of training samples, as many as there are for the validation, or all if these
+        are fewer; and those of the validation.
     scale : float
         What errors are multiplied by: the targets' deviation where they are standardized.
     best : dict of str to float
@@ -326,18 +422,10 @@ class WidthRun(Training):
 
 
 def set_up(options: WidthRunOptions, comm: Communicator) -> Callable[[], Row]:
-    """Read and check everything, without a message; returns the run.
+    """Read and check everything, without a message; returns the run, in which ranks share every minibatch.
 
-    Parameters
-    ----------
-    options : WidthRunOptions
-    comm : Communicator
-        Ranks share every minibatch.
-
-    Raises
-    ------
-    ValueError, OSError
-        Whatever is wrong with options, files or folder; on every rank, or on rank 0 alone.
+    Raises `ValueError` or `OSError` for whatever is wrong with options, files or folder; on every rank, or on rank 0
+    alone.
     """
     if options.batch_size < comm.size:
         raise ValueError(f"batch_size={options.batch_size} is less than one for each of {comm.size} ranks; use 200")
@@ -363,10 +451,7 @@ def set_up(options: WidthRunOptions, comm: Communicator) -> Callable[[], Row]:
 def network(checkpoint: Checkpoint) -> nn.Sequential:
     """The trained network of a checkpoint, from inputs (B, C, n, n) to targets (B, D), both as they were trained.
 
-    Raises
-    ------
-    CheckpointError
-        If it holds another network.
+    Raises `CheckpointError` if it holds another network.
     """
     meta = state_of(checkpoint)
     with restoring(checkpoint.path):

@@ -21,10 +21,8 @@ import yaml
 
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.agreement import RunError
-from xbraid_py.run.record import MetricsWriter
-from xbraid_py.run.signals import Stopped, stop_agreed
-from xbraid_py.run.status import RunStatus, mark_ended
-from xbraid_py.run.store.files import replacing
+from xbraid_py.run.record import MetricsWriter, replacing
+from xbraid_py.run.signals import RunStatus, Stopped, mark_ended, stop_agreed
 
 # What a run leaves in its folder, and what makes room for the next one.
 CONFIG, METRICS, LOG, CHECKPOINTS = "config.yaml", "metrics.jsonl", "log.txt", "checkpoints"
@@ -58,10 +56,6 @@ class RunFolder:
         self._failure: OSError | None = None
         self._update, self._signal = 0, 0
 
-    def set_aside(self, names: tuple[str, ...] = LEFT) -> Path | None:
-        """Move what an earlier run has left into a folder `earlier-N`; its path if there was something. On rank 0."""
-        return set_aside(self.path, names) if self.comm.rank == 0 else None
-
     @contextlib.contextmanager
     def open(
         self,
@@ -80,10 +74,8 @@ class RunFolder:
         ----------
         configuration : mapping
             The options, JSON-able (`xbraid_py.run.options.to_dict`).
-        total : int, optional
-            Updates in all, if that is known.
-        done : int
-            Updates before this start.
+        total, done : int, optional
+            Updates in all, if that is known, and before this start.
         append : bool
             Go on with the record that is there.
         driver : path-like, optional
@@ -158,20 +150,10 @@ class RunFolder:
             self._failure = self._failure or error
 
     def update(self, number: int, objective: float | None = None, accuracy: float | None = None) -> bool:
-        """The end of a weight update; collective: one byte from each rank.
+        """The end of update `number`; whether a signal has asked the run to stop. Collective: one byte from each rank.
 
-        Parameters
-        ----------
-        number : int
-            Updates so far.
-        objective, accuracy : float, optional
-            For the status; what is None stays as it was.
-
-        Returns
-        -------
-        bool
-            Whether a signal has asked the run to stop; the same on all ranks. Then write a checkpoint, and
-            `raise folder.stopped(path)`.
+        Objective and accuracy are for the status; what is None stays as it was. If the run is to stop, which all ranks
+        are told alike, write a checkpoint, and `raise folder.stopped(path)`.
 
         Raises
         ------
@@ -233,12 +215,7 @@ class _LogFile(logging.FileHandler):
 def claim(out: str | os.PathLike, comm: Communicator) -> RunFolder:
     """Lock a folder for a run; for the set-up of a driver, on all ranks, without a message.
 
-    Raises
-    ------
-    ValueError
-        On rank 0, if another job has the folder.
-    OSError
-        On rank 0, if it cannot be written.
+    Raises `ValueError` on rank 0 if another job has the folder, `OSError` if it cannot be written.
     """
     return RunFolder(Path(out), comm, take(out) if comm.rank == 0 else None)
 
@@ -286,14 +263,8 @@ class RunLock:
 def take(folder: str | os.PathLike) -> RunLock:
     """Lock a folder, which is made if there is none; one rank of a job calls this.
 
-    On a file system without locks a warning says so, and nothing is locked.
-
-    Raises
-    ------
-    ValueError
-        If another job has it.
-    OSError
-        If the folder cannot be made, or nothing can be written there.
+    On a file system without locks a warning says so, and nothing is locked. Raises `ValueError` if another job has it,
+    `OSError` if the folder cannot be made, or nothing can be written there.
     """
     folder = Path(folder)
     try:

@@ -160,12 +160,7 @@ def to_dict(options: Any) -> dict[str, Any]:
 def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
     """The options that `to_dict` has made such a dict of; what is not in it has its default.
 
-    Raises
-    ------
-    OptionError
-        For an unknown name, and for a value of the wrong type.
-    ValueError, TypeError
-        Whatever the dataclasses raise.
+    Raises `OptionError` for an unknown name and for a value of the wrong type, and whatever the dataclasses raise.
     """
     table = dict(_options(cls))
     return _build(cls, table, "", _values(values, table, f" of {cls.__name__}"))

@@ -1,18 +1,24 @@
-"""The screen as a view of the record: a bar on a terminal, aligned rows in a batch log; and the library's messages."""
+"""Views of the record: a bar on a terminal, rows in a batch log, TensorBoard's event files; and the log messages."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import json
 import logging
+import os
 import sys
 import time
-from collections.abc import Mapping
-from typing import Any, Self, TextIO
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from xbraid_py.comm import Communicator
+from xbraid_py.run.record import number, read, scalars
 
 # Key of a row, title, width, format, factor (accuracies are fractions in the record, percentages on the screen).
 _COLUMNS = (
@@ -102,12 +108,9 @@ class Progress:
     def update(self, row: Mapping[str, Any]) -> None:
         """Show one row of the record, or hold it back until it turns out to be the last of its level.
 
-        Parameters
-        ----------
-        row : mapping
-            Any of "run", "level", "num_layers", "update", "work", "seconds", "objective" (or else "loss"), "grad_norm",
-            "train_accuracy" and "val_accuracy" (fractions), "state_residual", "adjoint_residual", "step_size" (or else
-            "learning_rate"), "evaluations". What is missing or None shows as "-"; other keys are ignored.
+        Shown are "run", "level", "num_layers", "update", "work", "seconds", "objective" (or else "loss"), "grad_norm",
+        "train_accuracy" and "val_accuracy" (fractions), "state_residual", "adjoint_residual", "step_size" (or else
+        "learning_rate"), "evaluations". What is missing or None shows as "-".
         """
         if self._view is not None:
             self._view.update({"objective": row.get("loss"), "step_size": row.get("learning_rate"), **row})
@@ -263,3 +266,140 @@ def setup_logging(comm: Communicator) -> None:
         logger.removeHandler(old)
     logger.addHandler(handler)
     logger.setLevel(handler.level)
+
+
+if TYPE_CHECKING:
+    from xbraid_py.comm import Communicator
+    from xbraid_py.run.folder import RunFolder
+
+EVENTS = "tensorboard"  # the folder of the event files in that of a run
+
+
+def require_tensorboard() -> None:
+    """Raise a ValueError that says how to install TensorBoard, if it is missing; loads nothing."""
+    try:
+        found = importlib.util.find_spec("tensorboard") is not None
+    except ValueError:  # blocked, or half loaded
+        found = False
+    if not found:
+        raise ValueError(
+            "event files need the package tensorboard, which is not installed; use pip install 'xbraid_py[tensorboard]'"
+        )
+
+
+class EventWriter:
+    """Writes rows as event files on rank 0; on other ranks it does nothing, and it never sends a message.
+
+    A context manager with the `write` of `MetricsWriter`. Each quantity is drawn over the updates, under its own name,
+    or under RUN/NAME where rows say which run they are of.
+
+    Parameters
+    ----------
+    folder : path-like
+        Of the event files; made if there is none.
+    comm : Communicator, optional
+        The ranks of the job; without them this process writes.
+    configuration : mapping, optional
+        JSON-able; shown as text.
+    resumed_at : int, optional
+        A run that goes on here: TensorBoard drops what earlier files say of this update and later ones.
+
+    Raises
+    ------
+    ValueError, OSError
+        On every rank if TensorBoard is not installed; on rank 0 if the files cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        comm: Communicator | None = None,
+        configuration: Mapping[str, Any] | None = None,
+        resumed_at: int | None = None,
+    ):
+        require_tensorboard()
+        self.folder = Path(folder)
+        self._is_writer = comm is None or comm.rank == 0
+        self._configuration, self._resumed_at = configuration, resumed_at
+        self._writer = None
+        self._rows = 0
+
+    def __enter__(self) -> Self:
+        if self._is_writer:
+            from torch.utils.tensorboard import SummaryWriter  # takes seconds to load: on one rank only
+
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._writer = SummaryWriter(str(self.folder), purge_step=self._resumed_at)
+            if self._configuration:
+                text = json.dumps(self._configuration, indent=1, default=str)
+                # Four spaces make a block of it: nothing in it is read as markup.
+                self._writer.add_text("configuration", "\n".join(f"    {line}" for line in text.splitlines()))
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Add the numbers of a row at its "update", or at the number of the row if it has none."""
+        if not self._is_writer:
+            return
+        if self._writer is None:
+            raise ValueError(f"the folder {self.folder} is not open; write inside `with EventWriter(...) as events:`")
+        update = number(row.get("update"))
+        step = self._rows if update is None else int(update)
+        prefix = f"{row['run']}/" if isinstance(row.get("run"), str) else ""
+        for name, value in scalars(row).items():
+            self._writer.add_scalar(prefix + name, value, step)
+        self._rows += 1
+
+
+@contextlib.contextmanager
+def events_of(
+    folder: RunFolder, wanted: bool, configuration: Mapping[str, Any], resumed_at: int
+) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """What adds a row of a run to event files in its open folder, if that is wanted, or does nothing.
+
+    Sends no message; what fails is said by the next `RunFolder.update`. For the other arguments, and what is raised,
+    see `EventWriter`.
+    """
+    if not wanted:
+        yield lambda row: None
+        return
+    with contextlib.ExitStack() as stack:
+        events = None
+        with folder.guarded():
+            events = stack.enter_context(EventWriter(folder.path / EVENTS, folder.comm, configuration, resumed_at))
+
+        def write(row: Mapping[str, Any]) -> None:
+            if events is not None:
+                with folder.guarded():
+                    events.write(row)
+
+        try:
+            yield write
+        finally:
+            with folder.guarded():
+                stack.close()
+
+
+def write_events(record: str | os.PathLike | Sequence[Mapping[str, Any]], folder: str | os.PathLike) -> int:
+    """Write a whole record, a `metrics.jsonl` or rows like its own, as event files; the number of rows written.
+
+    Raises
+    ------
+    ValueError
+        If TensorBoard is not installed, or the file is no record.
+    OSError
+        If the record cannot be read or the files cannot be written.
+    """
+    require_tensorboard()
+    if isinstance(record, str | os.PathLike):
+        record = read(record)
+    header = next((row for row in record if row.get("kind") == "header"), {})
+    rows = [row for row in record if row.get("kind") not in ("header", "resume")]
+    with EventWriter(folder, configuration=header.get("configuration"), resumed_at=0) as events:
+        for row in rows:
+            events.write(row)
+    return len(rows)

@@ -1,9 +1,14 @@
-"""The record of a run: `metrics.jsonl`, a header object and then one JSON object per weight update."""
+"""The record of a run, `metrics.jsonl`: a header and one JSON object per weight update; and how files are replaced.
+
+Whoever looks at a file, and a crash, find the old one or the new one, but of a record that is appended to.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
+import importlib.metadata
 import json
 import math
 import os
@@ -13,8 +18,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from xbraid_py.run.store.files import library_versions, replacing
-
 if TYPE_CHECKING:
     from xbraid_py.comm import Communicator
 
@@ -22,8 +25,8 @@ if TYPE_CHECKING:
 class MetricsWriter:
     """Writes the record on rank 0; on other ranks it does nothing, and it never sends a message.
 
-    A context manager. Each line goes to the operating system whole and at once, so that a killed run leaves at most
-    one incomplete line. Numbers that JSON lacks (NaN, infinities) become null.
+    A context manager. Each line goes to the operating system whole and at once, so that a killed run leaves at most one
+    incomplete line. Numbers that JSON lacks (NaN, infinities) become null.
 
     The first line is a header: `{"kind": "header", "driver": ..., "configuration": ..., "versions": ..., "ranks": ...,
     "host": ..., "date": ...}`. Where lines are appended to a record that has one, a line of the same content and the
@@ -45,10 +48,8 @@ class MetricsWriter:
 
     Raises
     ------
-    TypeError
-        On rank 0, if a value is none that JSON has.
-    OSError
-        On rank 0, if the file cannot be written.
+    TypeError, OSError
+        On rank 0, if a value is none that JSON has, or the file cannot be written.
     """
 
     def __init__(
@@ -135,18 +136,12 @@ def _plain(value: Any) -> Any:
 class RecordReader:
     """Reads a record again and again, of it what is new; a resumed run may replace it by a shorter one.
 
-    Parameters
-    ----------
-    path : path-like
-
     Attributes
     ----------
     header : dict
         The header; empty if there is none.
-    resumes : list of dict
-        What the record says of continuations.
-    rows : list of dict
-        All other objects.
+    resumes, rows : list of dict
+        What the record says of continuations, and all other objects.
     columns : dict of str to dict of str to dict of float to float
         The numbers of the rows by their names (`scalars`); for each of the runs in the record ("" where rows name none)
         the values by updates. Rows without a number of an update count from 0. Of several values for one update the
@@ -170,10 +165,7 @@ class RecordReader:
     def read(self) -> None:
         """Take in what is new; a line that breaks off may yet be completed, and is left for the next time.
 
-        Raises
-        ------
-        OSError
-            If the file cannot be read; of one that is gone nothing is known any more.
+        Raises `OSError` if the file cannot be read; of one that is gone nothing is known any more.
         """
         try:
             with open(self.path, "rb") as stream:
@@ -244,28 +236,18 @@ def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
 
 
 def truncate_after(path: str | os.PathLike, update: int, run: str | None = None) -> int:
-    """Drop the rows that a run resumed at `update` writes again; one rank calls this, before it appends.
+    """Drop the rows that a run resumed at `update` writes again, and an incomplete last line; the number of rows
+    dropped.
 
-    Parameters
-    ----------
-    path : path-like
-        The record; a missing one is left missing.
-    update : int
-        Rows whose "update" is this or more are dropped, and so is an incomplete last line.
-    run : str, optional
-        Drop rows of this "run" only; those of other runs in the same record stay.
-
-    Returns
-    -------
-    int
-        Number of rows dropped.
+    One rank calls this, before it appends. Rows whose "update" is this or more go, of `run` only if it is given; a
+    missing record is left missing. The file is replaced at once, never left half written.
 
     Raises
     ------
     ValueError
         If the file is no record, or a line before the last is damaged.
     OSError
-        If the file cannot be replaced; it is replaced at once, never left half written.
+        If the file cannot be replaced.
     """
     path = Path(path)
     if not path.exists():
@@ -298,18 +280,10 @@ def number(value: Any) -> float | None:
 
 
 def scalars(row: Mapping[str, Any]) -> dict[str, float]:
-    """The quantities of a row of a record that are finite numbers.
+    """The quantities of a row of a record that are finite numbers, but for "update", which says where the row belongs.
 
-    Parameters
-    ----------
-    row : mapping
-        With groups of quantities in it, or lists of groups: `{"stacks": [{"residual": 0.1}]}` holds
-        "stacks.0.residual".
-
-    Returns
-    -------
-    dict of str to float
-        Without "update", which says where the row belongs.
+    Groups of quantities, and lists of groups, give longer names: `{"stacks": [{"residual": 0.1}]}` holds
+    "stacks.0.residual".
     """
     return dict(_scalars(row, "", 0))
 
@@ -324,3 +298,52 @@ def _scalars(row: Mapping[str, Any], prefix: str, depth: int) -> Iterator[tuple[
                 yield from _scalars(item, f"{prefix}{key}.", depth + 1)
             elif (prefix or name not in _PLACES) and (found := number(item)) is not None:
                 yield f"{prefix}{key}", found
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a complete temporary file its final name in the same folder, durably.
+
+    A crash at any moment leaves either the previous file or the new one, never a part of one. Raises `OSError` if the
+    disk refuses; the previous file is then intact unless only the last sync of the folder failed.
+    """
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
+    """A name beside `path` to write a file under, which takes the place of `path` at once when the block is left.
+
+    If the block raises, `path` is as it was, and nothing is left. With `durable` it waits for the disk, see `publish`.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        if durable:
+            publish(temporary, path)
+        else:
+            os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def library_versions() -> dict[str, str | None]:
+    """Versions of python and of the libraries a result depends on; None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in ("xbraid_py", "torch", "numpy", "h5py", "mpi4py"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found

@@ -13,8 +13,7 @@ from studies.rows import SECONDS, WORK, Row, accuracy_at, table, where, work_uni
 from studies.statistics import Summary
 from studies.study import PAGE
 from xbraid_py.recipes.pictures.curves import depth_colors
-from xbraid_py.recipes.pictures.maps import scene_map
-from xbraid_py.recipes.pictures.style import RED, clean, save
+from xbraid_py.recipes.pictures.style import RED, clean, save, scene_map
 
 _UNITS = (10, 25, 50, 75, 100, 150, 200, 250, 300, 350)
 

@@ -23,8 +23,8 @@ from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.layers.image_resnet import ImageResNet, residual_norms, with_blocks
 from xbraid_py.multilevel.resnet.training import ResNetTraining
 from xbraid_py.recipes.images import KIND, ImageRunOptions
+from xbraid_py.run.engine import state_of
 from xbraid_py.run.options import from_dict
-from xbraid_py.run.resume import state_of
 from xbraid_py.run.signals import Stopped, stop_agreed
 from xbraid_py.run.store.read import CheckpointError, load, no_state, restoring, verify
 

@@ -12,8 +12,7 @@ from studies.study import Parts, Result, Settings, StudyOptions, key
 from studies.width.case import changed, options_of, runs
 from studies.width.rows import merit
 from xbraid_py.multilevel.width.transfer import WidthOptions
-from xbraid_py.recipes.width import PROBLEMS, WidthRunOptions
-from xbraid_py.recipes.width_networks import WidthNetwork
+from xbraid_py.recipes.width import PROBLEMS, WidthNetwork, WidthRunOptions
 
 TUNING = 100  # the first seed that learning rates are tuned on
 # "Stability tuning" of the paper's section 8.3; section 8.2.1 is without it, which we read as no damping at all.

@@ -161,16 +161,12 @@ class Check:
     ----------
     name : str
         Of which propagator, and what was looked at: "adjoint: transposed Jacobian".
-    measured : float
-        A relative error, or how often something was wrong.
-    bound : float
-        What it may be at most.
+    measured, bound : float
+        A relative error, or how often something was wrong, and what it may be at most.
     passed : bool
         Whether it is; not-a-number is not.
-    note : str
-        What was seen, where a number does not say it.
-    meaning : str
-        What a failure means, and where to look.
+    note, meaning : str
+        What was seen, where a number does not say it; what a failure means, and where to look.
     """
 
     name: str
@@ -272,15 +268,9 @@ def faults(found: list[str]) -> Found:
 class Rule:
     """A check that can be made.
 
-    Attributes
-    ----------
-    name : str
-    measure : callable
-        Of what is checked; gives what is `Found`, or the reason why there is nothing to measure.
-    meaning : str
-        Of a failure, in plain words.
-    needs : tuple of str
-        Rules that have to hold first: what follows from a failure would tell nothing new.
+    `measure(what is checked)` gives what is `Found`, or the reason why there is nothing to measure; `meaning` is that
+    of a failure, in plain words. `needs` are rules that have to hold first: what follows from a failure would tell
+    nothing new.
     """
 
     name: str

@@ -13,12 +13,10 @@ from torch import Tensor
 
 from xbraid_py.comm.agreement import RunError
 from xbraid_py.comm.partition import require_multiple
-from xbraid_py.multilevel.cycle.schedule import CYCLES, Schedule
-from xbraid_py.multilevel.cycle.vcycle import Damping, Transfer, VCycle
 from xbraid_py.multilevel.depth.state import shards, vectors_of
 from xbraid_py.multilevel.depth.transfer import INTERPOLATIONS, RESTRICTIONS, DepthTransfer, refuse_splines
-from xbraid_py.multilevel.width.matching import SCALINGS
-from xbraid_py.multilevel.width.state_width import ComposedTransfer, StateWidthTransfer
+from xbraid_py.multilevel.vcycle import CYCLES, ComposedTransfer, Damping, Schedule, Transfer, VCycle
+from xbraid_py.multilevel.width.matching import SCALINGS, StateWidthTransfer
 from xbraid_py.optim import Armijo, FixedStep, QuasiNewton
 from xbraid_py.optim.levels import GradientDescent, LevelOptimizer, Point, QuasiNewtonOptimizer, TorchOptimizer
 from xbraid_py.optim.objective import Evaluation, Objective

@@ -18,8 +18,7 @@ from xbraid_py.comm.agreement import RunError
 from xbraid_py.comm.partition import Partition
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.layers.image_resnet import ImageResNet
-from xbraid_py.multilevel.resnet.cycles import CosineCycles, Discretization
-from xbraid_py.multilevel.resnet.refinement import refine, refined_tensors
+from xbraid_py.multilevel.resnet.refinement import CosineCycles, Discretization, refine, refined_tensors
 from xbraid_py.run.store.read import Checkpoint, no_state
 from xbraid_py.run.store.write import Shard
 
@@ -45,13 +44,8 @@ class LabeledImages(Protocol):
 class Pipeline:
     """What becomes of images before the network sees them.
 
-    Attributes
-    ----------
-    augment : callable
-        `augment(pixels, indices, epoch)`, from uint8 to uint8, of training images by their numbers
-        in the set, which are on the CPU.
-    standardize : callable
-        `standardize(pixels, dtype)`, from uint8 to floating point.
+    `augment(pixels, indices, epoch)`, from uint8 to uint8, is for training images by their numbers in the set, which
+    are on the CPU; `standardize(pixels, dtype)` goes from uint8 to floating point.
     """
 
     augment: Callable[[Tensor, Tensor, int], Tensor]
@@ -213,10 +207,7 @@ class ResNetTraining:
     def run(self) -> Iterator[EpochRecord]:
         """Train to the end, from where it is; yields a record after each epoch, when `network` is the one it is of.
 
-        Raises
-        ------
-        RunError
-            On all ranks, if the loss is not finite.
+        Raises `RunError` on all ranks if the loss is not finite.
         """
         cycles, steps = self.options.cycles, self.steps_per_epoch
         while self.epoch < cycles.total:
@@ -281,10 +272,8 @@ class ResNetTraining:
     def load(self, checkpoint: Checkpoint) -> None:
         """Go on from what `state` of the same run gave; sends no message.
 
-        Raises
-        ------
-        CheckpointError, LookupError, RuntimeError, TypeError, ValueError
-            If it is of another network, or something is missing.
+        Raises `CheckpointError`, `LookupError`, `RuntimeError`, `TypeError` or `ValueError` if it is of another
+        network, or something is missing.
         """
         numbers = checkpoint.meta["state"]
         epoch = numbers["epoch"]
@@ -388,10 +377,7 @@ class ResNetTraining:
 def load_network(checkpoint: Checkpoint, network: ImageResNet) -> None:
     """Take weights and statistics from a checkpoint of training.
 
-    Raises
-    ------
-    CheckpointError, RuntimeError
-        If they are those of another network.
+    Raises `CheckpointError` or `RuntimeError` if they are those of another network.
     """
     own, prefix = network.state_dict(), "network/"
     held = {name.removeprefix(prefix) for name in checkpoint.names() if name.startswith(prefix)}

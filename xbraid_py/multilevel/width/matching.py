@@ -1,4 +1,4 @@
-"""Which two neurons of a layer become one of the next coarser network, and pi and P of what the layer puts out.
+"""Which two neurons become one of the next coarser network, pi and P of a layer, and of the state of all layers.
 
 Heavy-edge matching is that of paper 002, section 5.5. Greedy matching visits neurons in their order and gives each the
 nearest one that is still free. All neurons before the visited one are taken by then, so it reads the similarities with
@@ -18,18 +18,29 @@ phi(S z) = S phi(z), as for ReLU, S cancels between the rows of a layer and the 
 functions are the same. Gradients restricted by R = P^T are not, so a step of the same rate is another one. Other
 activations allow "mean" alone: under the other scalings they would change even single neurons.
 
-Shape letters: `n` neurons, `m` aggregates, `d` numbers of a neuron's row.
+All residual layers of a network act on the same state, so one matching holds for all of them. Neurons of the state are
+alike if their rows are alike in the opening layer and in every residual layer: u_{n+1} = u_n + h s(W_n u_n + b_n) then
+keeps them alike. With pi and P of the state the coarse weights are
+
+    opening pi W, pi b;   layers pi W_n P, pi b_n;   classification W P, b,
+
+and those of paper 002 (eq. 25 to 28) for a network whose layers have the same pi and P on both sides.
+
+Shape letters: `n` neurons, or residual layers owned here, `m` aggregates, `d` numbers of a neuron's row, `C` width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from xbraid_py.multilevel.depth.transfer import refuse_splines
+from xbraid_py.problem.network import DenseResNet
 
 METHODS = ("greedy", "mutual")
 SCALINGS = ("mean", "norms", "sums")
@@ -60,13 +71,7 @@ class Matching:
 
     @classmethod
     def of(cls, partner: Tensor) -> Self:
-        """The matching of these partners (n,).
-
-        Raises
-        ------
-        ValueError
-            If the partner of a neuron's partner is another neuron.
-        """
+        """The matching of these partners (n,); `ValueError` if the partner of a neuron's partner is another neuron."""
         here = torch.arange(len(partner), device=partner.device)
         inside = bool(((partner >= 0) & (partner < len(partner))).all())
         if not (inside and torch.equal(partner[partner], here)):
@@ -94,22 +99,17 @@ class Matching:
 
 
 def match(similarity: Tensor, threshold: float = 0.0, method: str = "greedy") -> Matching:
-    """Match neurons by a matrix of similarities.
+    """Match neurons by a matrix (n, n) of similarities, symmetric; only what is above the diagonal is read, -inf is no
+    edge.
 
     Parameters
     ----------
     similarity : Tensor
-        (n, n), symmetric; only what is above the diagonal is read. -inf is no edge.
     threshold : float
         theta, between -1 and 1: a pair must be more similar than this.
     method : {"greedy", "mutual"}
         Algorithm 1, or rounds: all free neurons that are each other's nearest become pairs, until there are none.
         Equal similarities: the neuron of the lowest number.
-
-    Returns
-    -------
-    Matching
-        On the device of `similarity`.
 
     Raises
     ------
@@ -132,25 +132,10 @@ def match(similarity: Tensor, threshold: float = 0.0, method: str = "greedy") ->
 
 
 def match_rows(rows: Tensor, threshold: float = 0.0, method: str = "greedy") -> Matching:
-    """Match neurons by the cosines between their rows, computed where the rows are.
+    """Match neurons by the cosines between their rows (n, d) of float32 or float64, computed where the rows are.
 
-    Parameters
-    ----------
-    rows : Tensor
-        (n, d) of float32 or float64: weights and bias of each neuron. A row of zeros has no direction and remains
-        single.
-    threshold, method
-        As in `match`.
-
-    Returns
-    -------
-    Matching
-        On the device of `rows`.
-
-    Raises
-    ------
-    ValueError
-        If a row has NaN or inf, or an option is none of those allowed.
+    A row is weights and bias of a neuron; one of zeros has no direction and remains single. Options are those of
+    `match`. Raises `ValueError` if a row has NaN or inf, or an option is none of those allowed.
     """
     _check(threshold, method)
     if method == "mutual":
@@ -167,10 +152,7 @@ def match_rows(rows: Tensor, threshold: float = 0.0, method: str = "greedy") -> 
 def cosines(rows: Tensor) -> Tensor:
     """The cosines (n, n) between rows (n, d), rounded to 2^-20 (float32) or 2^-40; -inf where a row is zero.
 
-    Raises
-    ------
-    ValueError
-        If a row has NaN or inf.
+    Raises `ValueError` if a row has NaN or inf.
     """
     unit, zero = _directions(rows)
     return _products(unit, zero, len(unit))
@@ -274,14 +256,9 @@ def _mutual(weights: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class LayerMatrices:
-    """pi (m, n) and P (n, m) of a layer.
+    """pi (m, n) and P (n, m) of a layer: `matching` says which entries are not zero.
 
-    Attributes
-    ----------
-    matching : Matching
-        Which entries are not zero.
-    pi, P : Tensor
-        (n,): the entry that a neuron has in its aggregate's row of pi, and in its own row of P.
+    `pi` and `P` (n,) are the entry that a neuron has in its aggregate's row of pi, and in its own row of P.
     """
 
     matching: Matching
@@ -313,3 +290,127 @@ class LayerMatrices:
 
 def _along(entries: Tensor, values: Tensor, dim: int) -> Tensor:
     return entries.view(-1, *[1] * (values.ndim - dim - 1))
+
+
+_HOMOGENEOUS = ("relu", "identity")  # s(a z) = a s(z) for a > 0
+
+
+def gram(network: DenseResNet, x: Tensor) -> Tensor:
+    """Products (C, C) of the neurons' rows over all layers, on all ranks alike; collective."""
+    named = network.layout.named(x)
+    width = network.block.outputs
+    found = torch.zeros(1, width * width, dtype=torch.float64)
+    for stack in ("opening", "layers"):
+        for kind in ("weight", "bias"):
+            values = named.get(f"{stack}.{kind}")  # (n, C, columns), (n, C)
+            if values is not None and len(values):
+                rows = values.double().reshape(len(values), width, -1)
+                found += torch.einsum("nik,njk->ij", rows, rows).reshape(1, -1)
+    return network.comm.ordered_sum(found, [1] * network.comm.size).view(width, width)
+
+
+def match_state(network: DenseResNet, x: Tensor) -> tuple[Matching, Tensor]:
+    """Pair the neurons of the state; returns the lengths (C,) of their rows too. Collective.
+
+    Greedy heavy-edge matching on cosines (paper 002, algorithm 1) without a threshold, so that the number of coarse
+    neurons is that of half the width, rounded up, whatever the weights are. Raises `ValueError` if these are not
+    finite.
+    """
+    products = gram(network, x)
+    if not bool(products.isfinite().all()):
+        raise ValueError("the weights have NaN or inf in them, must be finite to be matched; use finite weights")
+    norms = products.diagonal().sqrt()
+    unit = norms.masked_fill(norms == 0, 1)
+    # Multiples of 2^-40: rounding is not to decide where neurons are equally near.
+    cosines = (products / unit / unit[:, None] * 2.0**40).round() / 2.0**40
+    return match(cosines.clamp(-1, 1) + 2, threshold=-1.0), norms  # above any threshold: all are paired
+
+
+@dataclass(frozen=True, eq=False)
+class StateWidthTransfer:
+    """Pi, P and R = P^T between networks of width C and (C + 1) // 2 at the same depth.
+
+    Every rank carries the layers that it owns over; only the matching is collective.
+
+    Parameters
+    ----------
+    coarse, fine : DenseResNet
+        Of the same depth and partition, over the same communicator.
+    scaling : {"mean", "norms", "sums"}
+        See `LayerMatrices`; other than mean for the activations relu and identity.
+    matrices : LayerMatrices, optional
+        Of the state; `renewed` gives a transfer that has them.
+
+    Raises
+    ------
+    ValueError
+        If the networks do not fit each other, the scaling does not go with the activation, or the weights are splines.
+    """
+
+    coarse: DenseResNet
+    fine: DenseResNet
+    scaling: str = "mean"
+    matrices: LayerMatrices | None = None
+
+    def __post_init__(self):
+        wanted = (self.fine.block.outputs + 1) // 2
+        if self.coarse.block.outputs != wanted:
+            raise ValueError(
+                f"coarse width={self.coarse.block.outputs} must be {wanted}, half of the fine one, rounded up"
+            )
+        refuse_splines(self.coarse.splines or self.fine.splines)
+        if self.coarse.partition != self.fine.partition:
+            raise ValueError("coarse and fine network must have the same layers on the same ranks; use one partition")
+        for network in (self.coarse, self.fine):
+            if getattr(network.block, "bias", "vector") != "vector":
+                raise ValueError("bias=scalar belongs to no neuron, must be vector for a narrower network; use vector")
+        if self.scaling not in SCALINGS:
+            raise ValueError(f"scaling={self.scaling!r} must be {' or '.join(SCALINGS)}; use mean")
+        if self.scaling != "mean" and self.fine.block.activation not in _HOMOGENEOUS:
+            raise ValueError(
+                f"scaling={self.scaling!r} needs an activation with s(a z) = a s(z) for a > 0, not "
+                f"{self.fine.block.activation}; use mean"
+            )
+
+    def renewed(self, x: Tensor) -> StateWidthTransfer:
+        """The transfer with the neurons matched by the weights x; collective."""
+        matching, norms = match_state(self.fine, x)
+        # Over all layers the norms are large. Only their ratios matter, and gradients are to keep their size.
+        norms = norms / norms.mean().clamp_min(torch.finfo(norms.dtype).tiny)
+        return replace(self, matrices=LayerMatrices.of(matching, self.scaling, norms, self.fine.dtype))
+
+    def restrict(self, x: Tensor) -> Tensor:
+        """Pi x: weights of the coarse network."""
+        return self._joined(x, self._state.pi, self._state.P)
+
+    def restrict_gradient(self, gradient: Tensor) -> Tensor:
+        """R g with R = P^T."""
+        return self._joined(gradient, self._state.P, self._state.pi)
+
+    def prolong(self, x: Tensor) -> Tensor:
+        """P x: weights, or a correction, of the fine network."""
+        return self._carried(x, self.coarse, self.fine, self._state.spread, self._state.P, self._state.pi)
+
+    def _joined(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        return self._carried(x, self.fine, self.coarse, self._state.joined, rows, columns)
+
+    @staticmethod
+    def _carried(x: Tensor, source: DenseResNet, target: DenseResNet, move, rows: Tensor, columns: Tensor) -> Tensor:
+        """Weights of one network as those of the other: `move`, joined or spread, along rows and along columns."""
+        out = target.layout.zeros()
+        views = target.layout.named(out)
+        for name, values in source.layout.named(x).items():
+            stack, _, kind = name.partition(".")
+            if len(values):
+                if stack != "classification":
+                    values = move(values, 1, rows)
+                if kind == "weight" and stack != "opening":
+                    values = move(values, 2, columns)
+                views[name].copy_(values)
+        return out
+
+    @property
+    def _state(self) -> LayerMatrices:
+        if self.matrices is None:
+            raise ValueError("matrices=None: the neurons are not matched yet; use the transfer that renewed(x) returns")
+        return self.matrices

@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from xbraid_py.comm.agreement import RunError
 from xbraid_py.comm.replicas import ProcessGrid
-from xbraid_py.multilevel.cycle.stochastic import TAU, Loss, Minibatches, ModuleObjective, StochasticCycle
-from xbraid_py.multilevel.cycle.vcycle import Damping
+from xbraid_py.multilevel.stochastic import TAU, Loss, Minibatches, ModuleObjective, StochasticCycle
+from xbraid_py.multilevel.vcycle import Damping
 from xbraid_py.multilevel.width.matching import Matching
 from xbraid_py.multilevel.width.transfer import WidthLayout, WidthOptions, WidthTransfer, match_layers, renewed
 from xbraid_py.optim.levels import Point, TorchOptimizer
@@ -304,15 +304,8 @@ class WidthTraining:
     def load(self, checkpoint: Checkpoint) -> None:
         """Let `run` go on from a state, bitwise as if nothing had happened; sends no message.
 
-        Parameters
-        ----------
-        checkpoint : Checkpoint
-            Of `state`, its numbers under the meta data "state"; written on any number of ranks.
-
-        Raises
-        ------
-        CheckpointError, LookupError, TypeError, ValueError
-            If it is the state of something else.
+        Its numbers are the meta data "state"; it was written on any number of ranks. Raises `CheckpointError`,
+        `LookupError`, `TypeError` or `ValueError` if it is the state of something else.
         """
         numbers = checkpoint.meta["state"]
         done = {each.name: numbers[each.name] for each in fields(WidthRecord)}
@@ -342,19 +335,10 @@ class WidthTraining:
         return [each.optimizer for each in self._cycle.smoothers] if self._cycle else [self.optimizer]
 
     def run(self, max_cycles: int) -> Iterator[WidthRecord]:
-        """Make cycles; yields a record after each, when `x` are the weights that it is of.
+        """Make cycles, so many in all; yields a record after each, when `x` are the weights that it is of.
 
-        Goes on from what `load` has read: the next record is that of the cycle after it.
-
-        Parameters
-        ----------
-        max_cycles : int
-            Cycles in all.
-
-        Raises
-        ------
-        RunError
-            On all ranks, if the loss is not finite.
+        Goes on from what `load` has read: the next record is that of the cycle after it. Raises `RunError` on all ranks
+        if the loss is not finite.
         """
         unit, unit_without = self.options.work()
         for cycle in range(self._last.cycle, max_cycles):

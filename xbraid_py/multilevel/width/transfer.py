@@ -62,12 +62,7 @@ class WidthOptions:
 class WidthTransfer:
     """Pi, P and R = P^T between the flat vectors of a network and of a narrower one; see `Transfer`.
 
-    Attributes
-    ----------
-    fine, coarse : WidthLayout
-    matrices : tuple of LayerMatrices or None
-        For each hidden layer; None leaves it as it is.
-    options : WidthOptions
+    `matrices` are for each hidden layer; None leaves it as it is.
     """
 
     fine: WidthLayout
@@ -81,10 +76,7 @@ class WidthTransfer:
     ) -> Self:
         """The transfer with given matchings, one for each hidden layer, and the norms of the weights x.
 
-        Raises
-        ------
-        ValueError
-            If x or a matching is not of this network, or the scaling does not go with an activation.
+        Raises `ValueError` if x or a matching is not of this network, or the scaling does not go with an activation.
         """
         options = options or WidthOptions()
         fine.check(x)
@@ -158,10 +150,7 @@ class WidthTransfer:
 def match_layers(layout: WidthLayout, x: Tensor, options: WidthOptions | None = None) -> list[Matching | None]:
     """Match the neurons of every hidden layer by their rows in the weights x; None for layers that opt out.
 
-    Raises
-    ------
-    ValueError
-        If `coarsen` has not one entry for each hidden layer, or the weights are not finite.
+    Raises `ValueError` if `coarsen` has not one entry for each hidden layer, or the weights are not finite.
     """
     options = options or WidthOptions()
     layout.check(x)
@@ -178,26 +167,11 @@ def match_layers(layout: WidthLayout, x: Tensor, options: WidthOptions | None = 
 
 
 def coarsen(layout: WidthLayout, x: Tensor, options: WidthOptions | None = None) -> tuple[WidthTransfer, WidthLayout]:
-    """Make a network narrower by one level.
+    """Make a network narrower by one level; the flat weights x decide on pairs and norms. A layer without a pair keeps
+    its width.
 
-    A layer without a pair, such as one of one neuron, keeps its width.
-
-    Parameters
-    ----------
-    layout : WidthLayout
-    x : Tensor
-        Flat weights, which decide on pairs and norms.
-    options : WidthOptions, optional
-
-    Returns
-    -------
-    WidthTransfer, WidthLayout
-        The coarse weights are `transfer.restrict(x)`.
-
-    Raises
-    ------
-    ValueError
-        If no layer has a pair, the weights are not finite, or the options do not go with the network.
+    The coarse weights are `transfer.restrict(x)`. Raises `ValueError` if no layer has a pair, the weights are not
+    finite, or the options do not go with the network.
     """
     transfer = hierarchy(layout, x, 2, options)[0]
     return transfer, transfer.coarse
@@ -206,10 +180,7 @@ def coarsen(layout: WidthLayout, x: Tensor, options: WidthOptions | None = None)
 def hierarchy(layout: WidthLayout, x: Tensor, levels: int, options: WidthOptions | None = None) -> list[WidthTransfer]:
     """Transfers between `levels` networks, the finest first; each is matched by the weights restricted to it.
 
-    Raises
-    ------
-    ValueError
-        If `levels` is below 1, a level has no two neurons to be paired, or as `coarsen`.
+    Raises `ValueError` if `levels` is below 1, a level has no two neurons to be paired, or as `coarsen`.
     """
     options = options or WidthOptions()
     if levels < 1:
@@ -307,16 +278,10 @@ class WeightLayer:
 
 @dataclass(frozen=True)
 class WidthLayout:
-    """The layers of a network, in the order of `network.parameters()`.
+    """The layers of a network, in the order of `network.parameters()`; all but the last are hidden: they can be made
+    narrower.
 
-    Attributes
-    ----------
-    layers : tuple of WeightLayer
-        All but the last one are hidden: their outputs can be made fewer.
-    names : tuple of str
-        Of the modules.
-    parts : tuple of nn.Module
-        The modules, those with weights without their numbers.
+    `names` are those of the modules, `parts` the modules, those with weights without their numbers.
     """
 
     layers: tuple[WeightLayer, ...]
@@ -327,10 +292,8 @@ class WidthLayout:
     def of(cls, network: nn.Sequential) -> WidthLayout:
         """The layout of a network of dense and convolutional layers, activations, pooling and `Flatten`.
 
-        Raises
-        ------
-        ValueError
-            If a module is of another kind, mixes channels, or does not fit the one before it; it names the module.
+        Raises `ValueError` if a module is of another kind, mixes channels, or does not fit the one before it; it names
+        the module.
         """
         if type(network) is not nn.Sequential:
             raise ValueError(f"network={type(network).__name__} must be a torch.nn.Sequential; use nn.Sequential(...)")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,22 +18,17 @@ from xbraid_py.recipes.pictures.style import ADJOINT, GRAY, RED, STATE, clean, l
 def accuracy_over_work(rows: Sequence[dict], path: str | os.PathLike, unit: float | None = None) -> None:
     """Picture of the validation accuracy over work units (the paper's figure 4).
 
-    One line for every level of the nesting, colored by depth, and a red one for the non-nested run, if
-    there is one: on the left over measured work units (`wall_work_units`), on the right over counted ones.
+    One line for every level of the nesting, colored by depth, and a red one for the non-nested run, if there is one: on
+    the left over measured work units (`wall_work_units`), on the right over counted ones.
 
     Parameters
     ----------
     rows : sequence of dict
-        Records of a run, or of a nested and a non-nested one.
+        Records of a run, or of a nested and a non-nested one; `ValueError` if there is no update among them.
     path : path-like
         The PNG to write, its folder included.
     unit : float, optional
         Seconds of a measured work unit, for rows that are not all updates of a run.
-
-    Raises
-    ------
-    ValueError
-        If there is no update among the rows.
     """
     updates = updates_of(rows)
     works = [("work units, counted", [row["work"] for row in updates])]
@@ -69,19 +63,8 @@ def _draw_accuracy(axes: Axes, run: str, entries: list[dict]) -> None:
 def convergence(rows: Sequence[dict], path: str | os.PathLike) -> None:
     """Picture of the objective, and of the residuals of states and adjoints, over the updates.
 
-    One column of panels for every run, with a thin line where the network was refined.
-
-    Parameters
-    ----------
-    rows : sequence of dict
-        Records of a run, or of a nested and a non-nested one.
-    path : path-like
-        The PNG to write, its folder included.
-
-    Raises
-    ------
-    ValueError
-        If there is no update among the rows.
+    One column of panels for every run, with a thin line where the network was refined; arguments as of
+    `accuracy_over_work`.
     """
     runs = list(runs_of(rows))
     figure = Figure(figsize=((8.0, 10.0)[len(runs) - 1], 5.2), layout="constrained")
@@ -131,26 +114,11 @@ def depth_colors(count: int) -> np.ndarray:
 
 
 def wall_work_units(rows: Sequence[dict]) -> list[float] | None:
-    """Measured work after every update, in the paper's unit (paper 001, section 3).
+    """Measured work after every update, in the order of the rows, in the paper's unit (paper 001, section 3).
 
-    The unit is the average wall-clock time of an update of the non-nested run; without such a run, that of
-    an update on the finest level (0) of the nested one.
-
-    Parameters
-    ----------
-    rows : sequence of dict
-        Records; those that are no updates are left out. `seconds` counts the training time of its own
-        run, from its start to the end of the update.
-
-    Returns
-    -------
-    list of float or None
-        One number for every update, in the order of the rows; None if no update can serve as the unit.
-
-    Raises
-    ------
-    ValueError
-        If there is no update among the rows.
+    The unit is the average wall-clock time of an update of the non-nested run; without such a run, that of an update on
+    the finest level (0) of the nested one. `seconds` of a row counts the training time of its own run, from its start
+    to the end of the update. None if no update can serve as the unit; `ValueError` if there is none.
     """
     runs = dict(runs_of(rows))
     if "non-nested" in runs:
@@ -196,16 +164,11 @@ def over_cycles(runs: Mapping[str, Sequence[dict]], path: str | os.PathLike, ove
     Parameters
     ----------
     runs : mapping of str to sequence of dict
-        Rows of each run by its name for the legend, with `loss`, `val_accuracy` and what `over` names.
+        Rows of each run (at least one) by its name for the legend, with `loss`, `val_accuracy` and what `over` names.
     path : path-like
         The PNG to write, its folder included.
     over : {"cycle", "work", "seconds"}
-        The horizontal axis.
-
-    Raises
-    ------
-    ValueError
-        If there is no run, or `over` is no such word.
+        The horizontal axis; `ValueError` for another word.
     """
     if not runs:
         raise ValueError("runs holds no run; pictures need at least one")
@@ -231,25 +194,15 @@ def over_cycles(runs: Mapping[str, Sequence[dict]], path: str | os.PathLike, ove
     save(figure, path)
 
 
-def picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Loss and validations over the updates, and below them the estimated error of the gradients, as a PNG.
-
-    Parameters
-    ----------
-    rows : sequence of mapping
-        A record, as `xbraid_py.run.record.read` gives it.
-    path : Path
-        The file; its folder is made if there is none.
-    """
-    from matplotlib.figure import Figure  # takes its time to load: on one rank only
-
+def picture(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
+    """Loss and validations over the updates of a record, and below them the estimated error of gradients, as a PNG."""
     updates = [row for row in rows if row["kind"] == "update"]
     at = [row["update"] for row in updates]
     figure = Figure(figsize=(7.0, 5.4), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    upper.plot(at, [row["loss"] for row in updates], color="#0072b2", linewidth=0.9, label="loss of a minibatch")
+    upper.plot(at, [row["loss"] for row in updates], color=STATE, linewidth=0.9, label="loss of a minibatch")
     upper.set(ylabel="loss", yscale="log")
-    for name, title, color in (("val_accuracy", "accuracy", "#c1272d"), ("val_loss", "loss", "#009e73")):
+    for name, title, color in (("val_accuracy", "accuracy", RED), ("val_loss", "loss", "#009e73")):
         points = [(row["update"], row[name]) for row in updates if row.get(name) is not None]
         if not points:
             continue
@@ -264,7 +217,7 @@ def picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     for measured, marker, label in ((False, ".", "estimated"), (True, "o", "measured")):
         points = [(n, s["gradient_error"]) for n, s in solved if s["measured"] is measured and s["gradient_error"]]
         if points:
-            lower.plot(*zip(*points, strict=True), marker, color="#e69f00" if measured else "0.5", label=label)
+            lower.plot(*zip(*points, strict=True), marker, color=ADJOINT if measured else "0.5", label=label)
             lower.set_yscale("log")
     if lower.lines:
         lower.legend(loc="upper right", frameon=False)
@@ -272,8 +225,7 @@ def picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     for axes in (upper, lower):
         axes.grid(color="0.9", linewidth=0.7)
         axes.spines["top"].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, format="png")
+    save(figure, path)
 
 
 _CURVES = (
@@ -287,20 +239,9 @@ _CURVES = (
 def over_epochs(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
     """Picture of losses (solid lines, left axis) and shares of wrong answers (dotted lines, right axis) over epochs.
 
-    Vertical lines are where cycles begin, with the blocks of their networks.
-
-    Parameters
-    ----------
-    rows : sequence of mapping
-        Updates of a run, with "epoch", "cycle", "blocks", and as far as they have them the numbers of the curves:
-        "loss", "train_error", "val_loss", "val_error".
-    path : path-like
-        The PNG to write, its folder included.
-
-    Raises
-    ------
-    ValueError
-        If there is no row.
+    Vertical lines are where cycles begin, with the blocks of their networks. Rows are updates of a run, at least one,
+    with "epoch", "cycle", "blocks", and as far as they have them "loss", "train_error", "val_loss", "val_error"; the
+    PNG `path` is written, its folder included.
     """
     if not rows:
         raise ValueError("rows holds no epoch; a picture needs at least one")
@@ -390,19 +331,9 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
 
 
 def fields(exact, learned, path: str | os.PathLike) -> None:
-    """Picture of a solution on a square, of what a network makes of it, and of the difference.
+    """Picture of a solution on a square, (n, n) with rows y, of what a network makes of it, and of the difference.
 
-    Parameters
-    ----------
-    exact, learned : array_like, shape (n, n)
-        Rows are y, columns x.
-    path : path-like
-        The PNG to write, its folder included.
-
-    Raises
-    ------
-    ValueError
-        If they are not square and of one shape.
+    The PNG `path` is written, its folder included. Raises `ValueError` if they are not square and of one shape.
     """
     exact, learned = np.asarray(exact, dtype=float), np.asarray(learned, dtype=float)
     if exact.ndim != 2 or exact.shape[0] != exact.shape[1] or exact.shape != learned.shape:

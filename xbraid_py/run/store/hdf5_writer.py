@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 
 from xbraid_py.comm import Communicator
-from xbraid_py.run.store.files import publish
+from xbraid_py.run.record import publish
 from xbraid_py.run.store.read import FORMAT, FORMAT_NUMBER, META
 
 CHUNK_BYTES = 2**18  # the unit of a checksum, and of reading

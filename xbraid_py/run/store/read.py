@@ -157,17 +157,10 @@ class Checkpoint:
         return self.shape(name)[0]
 
     def rows(self, name: str, first: int = 0, count: int | None = None) -> torch.Tensor:
-        """Rows `first` to `first + count` of a global array, by default all from `first` on.
+        """Rows `first` to `first + count` of a global array, by default all from `first` on, on the CPU, as they were
+        saved.
 
-        Returns
-        -------
-        torch.Tensor
-            `(count, ...)`, on the CPU, in the dtype that was saved.
-
-        Raises
-        ------
-        CheckpointError
-            If there is no such array, it has no such rows, or their checksums fail.
+        Raises `CheckpointError` if there is no such array, it has no such rows, or their checksums fail.
         """
         dataset = self._dataset(name)
         count = len(dataset) - first if count is None else count
@@ -185,10 +178,7 @@ class Checkpoint:
 def load(path: str | os.PathLike) -> Checkpoint:
     """Open a checkpoint for reading; `with load(path) as checkpoint: ...`.
 
-    Raises
-    ------
-    CheckpointError
-        If the file is missing, truncated, damaged, of another kind, or of a newer format.
+    Raises `CheckpointError` if it is missing, truncated, damaged, of another kind, or of a newer format.
     """
     path = Path(path)
     with _reading(path, "truncated, damaged or no HDF5 file"), contextlib.ExitStack() as stack:

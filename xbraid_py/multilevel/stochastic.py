@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from xbraid_py.comm.replicas import ProcessGrid
-from xbraid_py.multilevel.cycle.vcycle import UNDAMPED, Damping, Transfer, VCycle
+from xbraid_py.multilevel.vcycle import UNDAMPED, Damping, Transfer, VCycle
 from xbraid_py.optim.levels import LevelOptimizer, Point
 from xbraid_py.optim.objective import Evaluation, Objective, ShiftedObjective
 from xbraid_py.problem.objective import Samples
@@ -33,19 +33,10 @@ class SampledObjective(Objective, Protocol):
 
 
 class Minibatches:
-    """An endless stream of minibatches of equal size, in another order in every epoch.
+    """An endless stream of minibatches of equal size of (N, ...) samples, in another order in every epoch.
 
-    Parameters
-    ----------
-    inputs, targets : (N, ...) tensor
-    batch_size : int
-        A batch may begin in one epoch and end in the next.
-    seed : int
-
-    Raises
-    ------
-    ValueError
-        If the numbers of samples differ, or there are fewer than `batch_size`.
+    A batch may begin in one epoch and end in the next. Raises `ValueError` if the numbers of samples differ, or there
+    are fewer than `batch_size`.
     """
 
     def __init__(self, inputs: Tensor, targets: Tensor, batch_size: int, seed: int = 0):
@@ -84,13 +75,7 @@ class Minibatches:
 
 
 class MinibatchSmoother:
-    """The optimizer of a level with another minibatch for every step.
-
-    Parameters
-    ----------
-    optimizer : LevelOptimizer
-    batches : iterator of Samples
-    """
+    """The optimizer of a level with another minibatch for every step."""
 
     def __init__(self, optimizer: LevelOptimizer, batches: Iterator[Samples]):
         self.optimizer, self.batches = optimizer, batches

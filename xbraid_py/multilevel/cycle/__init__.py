@@ -1,1 +1,0 @@
-"""The V-cycle of minimization over levels, whatever these are."""
