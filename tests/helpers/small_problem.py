@@ -35,7 +35,7 @@ def data(batch: int = BATCH) -> tuple[torch.Tensor, torch.Tensor]:
 
 def problem(comm, regularization=TERMS["all, sum"], forward=CONVERGED, adjoint=None, **options) -> Problem:
     features, labels = data(options.pop("batch", BATCH))
-    shape = {key: options.pop(key) for key in ("bias", "activation") if key in options}
+    shape = {key: options.pop(key) for key in ("bias", "activation", "splines") if key in options}
     return Problem(
         features=features,
         labels=labels,

@@ -216,7 +216,7 @@ def test_layers_come_where_the_weights_change(kind):
         network.layout.rows(x)["layers"].copy_(0.2 * rows[0] + 4 * rows[1] * torch.exp(-(((begins - 1.3) / 0.05) ** 2)))
         objective = made.objective(grid)
         objective.evaluate(x)
-        return x, objective, objective._end
+        return x, objective, objective._portions[0].end
 
     exact = at(LayerGrid(8192, 2.0))[2]
     grid = LayerGrid(16, 2.0)

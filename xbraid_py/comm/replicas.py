@@ -8,7 +8,7 @@ import pickle
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -24,8 +24,7 @@ _NO_COUNT, _BAD_COUNT = -1, -2
 class ProcessGrid:
     """`replicas` copies of a network, each on as many ranks, its layers shared out among them.
 
-    The ranks of a replica are neighbors: with 6 ranks and 2 replicas, ranks 0 to 2 are the first. All ranks of
-    `comm` make the grid together.
+    All ranks of `comm` make the grid together.
 
     Parameters
     ----------
@@ -33,6 +32,9 @@ class ProcessGrid:
         All ranks; None for a serial run.
     replicas : int
         Number of replicas; divides the number of ranks.
+    neighbors : {"layers", "replicas"}
+        Which ranks have numbers that follow each other: those of a replica, which share its layers (with 6 ranks and 2
+        replicas, ranks 0 to 2 are the first), or those of all replicas that hold the same layers.
 
     Attributes
     ----------
@@ -51,7 +53,7 @@ class ProcessGrid:
         On all ranks, if `replicas` does not divide their number or is not the same on all.
     """
 
-    def __init__(self, comm: Any = None, replicas: int = 1):
+    def __init__(self, comm: Any = None, replicas: int = 1, neighbors: Literal["layers", "replicas"] = "layers"):
         comm = as_communicator(comm)
         comm.same(replicas, "replicas")
         if not isinstance(replicas, int) or replicas < 1 or comm.size % replicas:
@@ -60,9 +62,12 @@ class ProcessGrid:
             )
         per_replica = comm.size // replicas
         self.replicas = replicas
-        self.replica = comm.rank // per_replica
+        if neighbors == "layers":
+            self.replica, stage = divmod(comm.rank, per_replica)
+        else:
+            stage, self.replica = divmod(comm.rank, replicas)
         self.layers = comm.split(self.replica, comm.rank)
-        self.data = comm.split(comm.rank % per_replica, comm.rank)
+        self.data = comm.split(stage, comm.rank)
 
     def shard(self, batch: Any) -> Any:
         """This replica's share of a batch, without copying: a block of samples, longer ones first.

@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xbraid_py.comm import Communicator, as_communicator
+from xbraid_py.comm import Communicator, ProcessGrid, as_communicator
 from xbraid_py.comm.partition import Partition
+from xbraid_py.comm.tree import TreeSum, nodes_between
 from xbraid_py.layers.dense import DenseLayer, ResidualSteps
 from xbraid_py.layers.parameters import Layout, Stack
 from xbraid_py.layers.splines import SplineLayers, Splines
 from xbraid_py.mgrit.grid import LayerGrid
+from xbraid_py.mgrit.pipeline import follow
 
 PREDICT_CHUNK = 1024  # samples that travel through the ranks together
 
@@ -62,8 +64,8 @@ class DenseResNet:
     grid : LayerGrid
         The N layers.
     partition : Partition
-        Owners of the layers. The opening layer belongs to the owner of the first, the classification layer
-        to the owner of the last one.
+        Owners of the weights of the layers. The opening layer's belong to the owner of the first, the classification
+        layer's to the owner of the last one.
     comm : Communicator or mpi4py.MPI.Comm or None
         None for a serial run.
     dtype : torch.dtype
@@ -71,6 +73,11 @@ class DenseResNet:
     splines : Splines, optional
         The residual layers' weights are such functions of the depth, whose coefficients all belong to the owner of the
         first layer; free weights if not given.
+    replicas : ProcessGrid, optional
+        Replicas of `comm` that share the samples; those with the same layers are neighbors, and share these layers'
+        weights. Each rank propagates through all layers of its `stage`.
+    stages : Partition, optional
+        Which layers these are, on the ranks of a replica. Those of the weights, if there are no replicas.
     """
 
     opening: DenseLayer
@@ -81,9 +88,59 @@ class DenseResNet:
     comm: Communicator
     dtype: torch.dtype = torch.float64
     splines: Splines | None = None
+    replicas: ProcessGrid | None = None
+    stages: Partition | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "comm", as_communicator(self.comm))
+
+    @cached_property
+    def stage(self) -> DenseResNet:
+        """The free network of this replica, on its ranks: the layers that are propagated through here.
+
+        Itself, if there are neither replicas nor splines.
+        """
+        if self.replicas is None:
+            return self.free
+        own = {"comm": self.replicas.layers, "partition": self.stages, "replicas": None, "stages": None}
+        return replace(self.free, **own)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Flat vector of `stage` from those of the free network here and on the replicas; collective."""
+        return x if self.replicas is None else self.replicas.data.allgather(x, self._shares)
+
+    def reduce(self, sums: TreeSum) -> Tensor:
+        """The sum of flat vectors of `stage` over all replicas, the part of it that is owned here; collective.
+
+        Parameters
+        ----------
+        sums : TreeSum
+            Over all portions of the samples, those that are propagated here added.
+        """
+        if self.replicas is None:
+            return sums.result()
+        data, shares = self.replicas.data, self._shares
+        portions = Partition.balanced(sums.total, self.replicas.replicas)
+        nodes = torch.stack([value for _, _, value in sums.nodes()])
+        pieces = nodes.split(shares, 1)
+        sent = [data.isend(pieces[rank].contiguous(), rank) for rank in range(data.size) if rank != data.rank]
+        total = TreeSum(sums.total)
+        for rank in range(data.size):
+            places = nodes_between(sums.total, *portions.bounds[rank : rank + 2])
+            own = pieces[rank] if rank == data.rank else nodes.new_empty((len(places), shares[data.rank]))
+            found = own if rank == data.rank else data.recv(own, rank)
+            for (level, index), value in zip(places, found, strict=True):
+                total.add(index, value, level)
+        for wait in sent:
+            wait()
+        return total.result().clone()
+
+    @cached_property
+    def _shares(self) -> list[int]:
+        """Numbers of the stage's flat vector that each of its replicas owns."""
+        first = self.comm.rank - self.replicas.replica
+        ranks = range(first, first + self.replicas.replicas)
+        return [self.free.layout_of(rank).size for rank in ranks]
 
     @property
     def is_first(self) -> bool:
@@ -103,17 +160,22 @@ class DenseResNet:
     @cached_property
     def layout(self) -> Layout:
         """How the weights owned here, or the coefficients of those of the layers, lie in one flat vector."""
-        rank, total = self.comm.rank, self.grid.num_layers
+        return self.layout_of(self.comm.rank)
+
+    def layout_of(self, rank: int) -> Layout:
+        """The layout on a rank."""
+        total = self.grid.num_layers
+        is_first, is_last = rank == self.partition.owner(0), rank == self.last_rank
         first, count = self.partition.first(rank), self.partition.count(rank)
         if self.splines is not None:
             total = self.splines.num
-            first, count = (0, total) if self.is_first else (total, 0)
+            first, count = (0, total) if is_first else (total, 0)
         layers = Stack("layers", self.block.shapes, total, first, count)
         return Layout(
             (
-                Stack("opening", self.opening.shapes, 1, 0 if self.is_first else 1, int(self.is_first)),
+                Stack("opening", self.opening.shapes, 1, 0 if is_first else 1, int(is_first)),
                 layers,
-                Stack("classification", self.classification.shapes, 1, 0 if self.is_last else 1, int(self.is_last)),
+                Stack("classification", self.classification.shapes, 1, 0 if is_last else 1, int(is_last)),
             ),
             self.dtype,
             dealt=self.splines is None,
@@ -201,25 +263,24 @@ class DenseResNet:
     def predict(self, x: Tensor, features: Tensor) -> Tensor:
         """Classes (B,) of features (F, B), exactly propagated, on every rank.
 
-        The samples go through the ranks in portions, so that all ranks are busy once the first has passed.
+        The samples go through the ranks in portions, so that all ranks are busy once the first has passed; replicas
+        share them out.
         """
-        template = torch.empty((self.block.inputs, 0), dtype=self.dtype)
-        steps = self.steps(x)
-        rank, count = self.comm.rank, self.partition.count(self.comm.rank)
-        ahead = self.partition.neighbor(rank, +1) if count else None
-        behind = self.partition.neighbor(rank, -1) if count else None
-        classes, waits = [], []
-        for first in range(0, features.shape[1], PREDICT_CHUNK) if count else ():
-            portion = features[:, first : first + PREDICT_CHUNK]
-            if behind is None:
-                u = self.open(x, portion)[None]
-            else:
-                u = self.comm.recv(template.new_empty((1, self.block.inputs, portion.shape[1])), behind)
-            u = steps.relax(u, count, None, None)
-            if ahead is None:
-                classes.append(self.classify(x, u[0]).max(0).indices)
-            else:
-                waits.append(self.comm.isend(u, ahead))
-        for wait in waits:
-            wait()
+        if self.replicas is not None:
+            shares = Partition.balanced(features.shape[1], self.replicas.replicas)
+            first, stop = shares.bounds[self.replicas.replica :][:2]
+            own = self.stage.predict(self.gather(self.expand(x)), features[:, first:stop])
+            return self.replicas.data.allgather(own, shares.counts)
+        network, x, classes = self.free, self.expand(x), []
+        steps, count = network.steps(x), self.partition.count(self.comm.rank)
+        follow(
+            self.comm,
+            self.partition,
+            +1,
+            features.split(PREDICT_CHUNK, 1),
+            begin=lambda portion: network.open(x, portion)[None],
+            template=lambda portion: x.new_empty((1, self.block.inputs, portion.shape[1])),
+            through=lambda portion, u: steps.relax(u, count, None, None),
+            end=lambda portion, u: classes.append(network.classify(x, u[0]).max(0).indices),
+        )
         return self.comm.bcast(torch.cat(classes) if classes else None, self.last_rank)

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xbraid_py.comm import Communicator, as_communicator
+from xbraid_py.comm import Communicator, ProcessGrid, as_communicator
+from xbraid_py.comm.partition import Partition
+from xbraid_py.comm.replicas import divisors
 from xbraid_py.layers.dense import DenseLayer, LinearMap
 from xbraid_py.layers.splines import Splines
 from xbraid_py.mgrit import MGRIT, Hierarchy, Solver
@@ -69,6 +71,8 @@ class Problem:
     dtype : torch.dtype
     ranks : int, optional
         So many of them own layers, the first ones; all if not given.
+    replicas : int
+        So many copies of the network share the samples and the weights, each on as many ranks; divides their number.
     """
 
     features: Tensor
@@ -81,9 +85,34 @@ class Problem:
     comm: Communicator
     dtype: torch.dtype = torch.float64
     ranks: int | None = None
+    replicas: int = 1
 
     def __post_init__(self):
         object.__setattr__(self, "comm", as_communicator(self.comm))
+        if self.replicas != 1 and self.ranks is not None:
+            raise ValueError(f"replicas={self.replicas} with ranks={self.ranks}: replicas are made of all ranks; use 1")
+        if self.replicas < 1 or self.comm.size % self.replicas:
+            use = divisors(self.comm.size)
+            raise ValueError(f"replicas={self.replicas} does not divide the {self.comm.size} rank(s); use {use}")
+        portions = self.forward.portions_of(self.features.shape[1])
+        if self.replicas > portions:
+            raise ValueError(
+                f"replicas={self.replicas} are more than the portions={portions} of the {self.features.shape[1]} "
+                f"samples; use at most {portions} replicas, or portions={self.replicas}"
+            )
+
+    @property
+    def process_grid(self) -> ProcessGrid | None:
+        """The replicas, if there are any; collective at first."""
+        # Not a cached_property: threads that stand for ranks would wait for each other, as those of 3.11 have a lock.
+        if self.replicas > 1 and "_process_grid" not in self.__dict__:
+            object.__setattr__(self, "_process_grid", ProcessGrid(self.comm, self.replicas, "replicas"))
+        return self.__dict__.get("_process_grid")
+
+    @property
+    def stage_rank(self) -> int:
+        """This rank's number among those of its replica."""
+        return self.comm.rank // self.replicas
 
     def grid(self, depth: int | LayerGrid) -> LayerGrid:
         """The grid with so many equal layers; one that is given is taken as it is."""
@@ -93,7 +122,8 @@ class Problem:
         """Levels of the state and of the adjoint solves at a depth, a number of layers or a grid."""
         grid = self.grid(depth)
         forward, adjoint = (
-            Hierarchy.plan(each, grid, self.comm.size, self.ranks) for each in (self.forward, self.adjoint)
+            Hierarchy.plan(each, grid, self.comm.size // self.replicas, self.ranks)
+            for each in (self.forward, self.adjoint)
         )
         if forward.levels[0].cfactor != adjoint.levels[0].cfactor:
             raise ValueError(
@@ -104,28 +134,34 @@ class Problem:
 
     def network(self, depth: int | LayerGrid) -> DenseResNet:
         """The network with so many residual layers, or those of a grid."""
-        shape = self.architecture
+        shape, hierarchy = self.architecture, self.hierarchies(depth)[0]
+        owners = stages = hierarchy.partition
+        if self.replicas > 1:
+            owners = _shared(hierarchy.blocks, self.replicas).refine(hierarchy.block)
         return DenseResNet(
             DenseLayer(self.features.shape[0], shape.width, shape.activation, shape.bias),
             DenseLayer(shape.width, shape.width, shape.activation, shape.bias),
             DenseLayer(shape.width, self.num_classes, "identity"),
             self.grid(depth),
-            self.hierarchies(depth)[0].partition,
+            owners,
             self.comm,
             self.dtype,
             shape.splines,
+            self.process_grid,
+            None if self.replicas == 1 else stages,
         )
 
     def objective(self, depth: int | LayerGrid) -> NetworkObjective:
         """The objective of that network on the training data."""
         forward, adjoint = self.hierarchies(depth)
+        network = self.network(depth)
         return NetworkObjective(
-            self.network(depth),
+            network,
             self.features.to(self.dtype),
             self.labels,
             self.regularization,
-            Solver(self.forward, forward, self.comm),
-            Solver(self.adjoint, adjoint, self.comm),
+            Solver(self.forward, forward, network.stage.comm),
+            Solver(self.adjoint, adjoint, network.stage.comm),
         )
 
     def work_unit(self, depth: int | LayerGrid) -> float:
@@ -135,6 +171,14 @@ class Problem:
         """
         forward, adjoint = self.hierarchies(depth)
         return forward.solve_work(self.forward) + 2.0 * adjoint.solve_work(self.adjoint)
+
+
+def _shared(rows: Partition, replicas: int) -> Partition:
+    """What each rank owns if so many ranks that follow each other share what one owns in `rows`."""
+    bounds = [0]
+    for rank, count in enumerate(rows.counts):
+        bounds += [rows.first(rank) + end for end in Partition.balanced(count, replicas).bounds[1:]]
+    return Partition(tuple(bounds))
 
 
 @dataclass(frozen=True, kw_only=True)

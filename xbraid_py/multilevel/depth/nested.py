@@ -177,7 +177,8 @@ class NestedIteration:
         self.depths = options.depths(num_layers)
         shape = problem.architecture
         self._problems = [
-            replace(problem, architecture=replace(shape, splines=each)) for each in options.splines(shape.splines)
+            problem if each == shape.splines else replace(problem, architecture=replace(shape, splines=each))
+            for each in options.splines(shape.splines)
         ]
         for depth in self.depths:
             problem.hierarchies(depth)
