@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from xbraid_py.comm import Communicator
-from xbraid_py.comm.partition import Partition
 from xbraid_py.layer_parallel.accuracy import TIGHTER, Controller, SolveRecord
 from xbraid_py.layers.module_steps import Tape
 from xbraid_py.layers.pixels import PixelTransfer, SpatialCoarsening
@@ -25,8 +24,6 @@ from xbraid_py.mgrit.protocols import Steps
 
 # Makes the steps of the layers owned here, and what keeps the graphs of their layers, if True asks for it and they can.
 MakeSteps = Callable[[bool], tuple[Steps, Tape | None]]
-
-_PORTIONS = 4  # of a batch; the more, the fewer ranks wait, and the smaller the matrices
 
 
 class Solvers:
@@ -43,7 +40,8 @@ class Solvers:
     Raises
     ------
     ValueError
-        If the two directions have other intervals on the finest level, or the cycle cannot do with such pixels.
+        If the two directions have other intervals on the finest level, other portions, or only one of them portions at
+        all; or if the cycle cannot do with such pixels.
     """
 
     def __init__(
@@ -55,6 +53,7 @@ class Solvers:
         spatial: SpatialCoarsening | None = None,
     ):
         self.options, self.adjoint, self.grid, self.comm, self.spatial = options, adjoint, grid, comm, spatial
+        check_portions(options, adjoint)
         if spatial is not None:
             spatial.check(options)
             spatial.check(adjoint)
@@ -71,6 +70,11 @@ class Solvers:
         self._backwards = backwards if backwards.partition == self.partition else self.sequential.hierarchy
         self.forward_at = lru_cache(lambda level: self._made(options, self.hierarchy, level))
         self.adjoint_at = lru_cache(lambda level: self._made(adjoint, self._backwards, level))
+
+    @property
+    def are_pipelined(self) -> bool:
+        """Whether portions of the samples follow each other through the ranks."""
+        return self.options.cycle == "pipeline"
 
     @property
     def are_iterative(self) -> bool:
@@ -95,6 +99,24 @@ def for_adjoint(adjoint: MGRIT | None, options: MGRIT) -> MGRIT:
     given = {f.name: getattr(adjoint, f.name) for f in fields(MGRIT) if getattr(adjoint, f.name) != f.default}
     own = replace(options, **given)
     return own if "tol" in given else own.for_adjoint()
+
+
+def check_portions(options: MGRIT, adjoint: MGRIT) -> None:
+    """Raise `ValueError` unless both directions have the same portions, and these are those of a pipeline."""
+    if (options.cycle == "pipeline") != (adjoint.cycle == "pipeline"):
+        raise ValueError(
+            f"cycle={adjoint.cycle!r} of adjoint with cycle={options.cycle!r} of mgrit: portions that follow each "
+            f"other forwards do so backwards; leave adjoint out"
+        )
+    if options.portions != adjoint.portions:
+        raise ValueError(
+            f"portions={adjoint.portions} of adjoint must be those of mgrit, portions={options.portions}; leave it out"
+        )
+    if options.cycle != "pipeline" and (options.portions or 1) > 1:
+        raise ValueError(
+            f"portions={options.portions} with cycle={options.cycle!r}: a module solves for all samples at once; leave "
+            f"it out, or use cycle='pipeline'"
+        )
 
 
 @dataclass
@@ -158,15 +180,6 @@ class Propagation:
         end, self._end = self._end, None
         return end
 
-    def _kept_start(self) -> Tensor:
-        """The input, on the owner of the first layer."""
-        comm, owner = self.solvers.comm, self.solvers.partition.owner(0)
-        if self.keeper in (None, owner):
-            return self.start
-        if comm.rank == self.keeper:
-            comm.isend(self.start, owner)()
-        return comm.recv(self.start.new_empty(self.start.shape), self.keeper) if comm.rank == owner else self.start
-
     def _propagate(self, exact: bool, keep: bool, start: Tensor) -> States:
         steps, tape = self.make_steps(keep)
         # Kept graphs hold the states; only coarse adjoints read them from elsewhere.
@@ -203,7 +216,7 @@ class Propagation:
         keep : bool
             Whether this may be called again.
         """
-        start = self._kept_start()
+        start = kept_start(self.start, self.solvers, self.keeper)
         states = self.forward or self._propagate(self.exact, True, start)
         keep = keep and self.forward is not None
         gradient, solution = self._adjoint(states, self.exact, slope, keep)
@@ -251,45 +264,19 @@ class Propagation:
         return (difference / size) ** 0.5 if size > 0.0 else 0.0
 
 
+def kept_start(start: Tensor, solvers: Solvers, keeper: int | None) -> Tensor:
+    """The input of the first layer on its owner, from the rank that has kept it."""
+    comm, owner = solvers.comm, solvers.partition.owner(0)
+    if keeper in (None, owner):
+        return start
+    if comm.rank == keeper:
+        comm.isend(start, owner)()
+    return comm.recv(start.new_empty(start.shape), keeper) if comm.rank == owner else start
+
+
 def hollow(state: Tensor) -> Tensor:
     """A tensor of the shape and type of a state, without its memory."""
     return state.new_empty(()).expand(state.shape)
-
-
-def pipeline(
-    comm: Communicator,
-    partition: Partition,
-    batch: Tensor,
-    through: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor],
-) -> list[tuple[Tensor, Tensor]]:
-    """Portions of a batch (B, ...) through the layers of all ranks, one behind the other.
-
-    `through(portion, receive)` makes the state of a portion behind the layers owned here; `receive(state)` is the
-    state before them: what comes from the rank before, or on the first rank `state` itself.
-
-    Returns
-    -------
-    list of pair of Tensor
-        Each portion and its state behind the last layer, on the owner of that; empty elsewhere.
-    """
-    rank = comm.rank
-    if not partition.count(rank):
-        return []
-    ahead, behind = (partition.neighbor(rank, direction) for direction in (+1, -1))
-
-    def receive(state: Tensor) -> Tensor:
-        return state if behind is None else comm.recv(torch.empty_like(state), behind)
-
-    found, waits = [], []
-    for portion in batch.chunk(_PORTIONS):
-        state = through(portion, receive)
-        if ahead is None:
-            found.append((portion, state))
-        else:
-            waits.append(comm.isend(state, ahead))
-    for wait in waits:
-        wait()
-    return found
 
 
 def graph_is_kept() -> bool:

@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.agreement import agree
 from xbraid_py.layer_parallel.accuracy import Controller, GradientControl, SolveRecord
-from xbraid_py.layer_parallel.solves import Propagation, Solvers, graph_is_kept, hollow, pipeline
+from xbraid_py.layer_parallel.pipeline import Pipelined, PortionMoments, Portions, moments_of
+from xbraid_py.layer_parallel.solves import Propagation, Solvers, graph_is_kept, hollow
 from xbraid_py.layer_parallel.weights import StackedWeights
 from xbraid_py.layers.dense import DenseBlock, ResidualSteps
 from xbraid_py.layers.module_steps import ModuleSteps, Tape, has_batched_form
 from xbraid_py.layers.norm_dropout import Moments
 from xbraid_py.layers.splines import Splines
+from xbraid_py.mgrit import MGRIT
 from xbraid_py.mgrit.equations import Forward
+from xbraid_py.mgrit.pipeline import follow
 from xbraid_py.mgrit.protocols import Steps
 
 # Where one call for all intervals is faster (benchmarks/results/layer_parallel.md). Fewer intervals, on all ranks
@@ -28,6 +31,7 @@ from xbraid_py.mgrit.protocols import Steps
 LEAST_INTERVALS = 8
 MOST_NUMBERS = 1 << 16
 MOST_WEIGHTS = 1 << 14
+_PORTION = 1 << 40  # from the number of an update to that of its next portion, as masks of dropout have them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +149,7 @@ class Window(nn.Module):
 
         The same on any number of ranks, and in every run. Collective at the first call with such a shape.
         """
-        if self._is_dense or self.block.is_random:
+        if self._is_dense or self.block.is_random or self.solvers.are_pipelined:
             return False
         if self.settings.vmap is not None:
             return self.settings.vmap
@@ -274,36 +278,62 @@ class Window(nn.Module):
         """The output for the input u (*S), layer after layer, the samples in portions; collective."""
         theta = self._theta(self.layers.tensors())
         steps = self._steps(theta, self._draws, vmap)
-
-        def through(portion: Tensor, receive: Callable[[Tensor], Tensor]) -> Tensor:
-            return steps.relax(receive(self._state(portion))[None], len(theta), None, None)[0]
-
-        found = pipeline(self.comm, self.solvers.partition, u.detach(), through)
+        state = self._state(u)
+        options = MGRIT(cycle="pipeline", portions=self.solvers.options.portions)
+        portions = self._portions(u, options.portions_of(len(u)))
         own = self.comm.rank == self.last_rank
-        end = torch.cat([self._user_state(state, portion) for portion, state in found]) if own else None
-        if self.settings.output == "all" or not self.place.is_last:
-            return self.comm.broadcast(end if own else u.new_empty(u.shape), self.last_rank)
-        return end if own else torch.zeros_like(u)
+        end = torch.empty_like(state) if own else None
+        follow(
+            self.comm,
+            self.solvers.partition,
+            +1,
+            range(len(portions)),
+            begin=lambda number: portions.part(state, number),
+            template=lambda number: portions.empty(state, number),
+            through=lambda number, x: steps.relax(x[None], len(theta), None, None)[0],
+            end=lambda number, x: portions.put(end, number, x),
+        )
+        return self._spread(end, u, self.last_rank, self.place.is_last)
 
-    def propagation(self, vmap: bool, u: Tensor, tensors: tuple[Tensor, ...], keep: bool) -> Propagation:
+    def _portions(self, u: Tensor, count: int) -> Portions:
+        """So many portions of the samples of an input u (*S), in states as the steps take them."""
+        if self._is_dense:
+            return Portions.of(len(u), count, 1, u[:1].numel() // u.shape[-1] if len(u) else 1)
+        return Portions.of(len(u), count)
+
+    def propagation(self, vmap: bool, u: Tensor, tensors: tuple[Tensor, ...], keep: bool) -> Propagation | Pipelined:
         """The forward solve with the input u (*S) and the columns of the weights, kept for an adjoint one or not."""
         theta = self._theta(tensors)
         draw = self._draws  # an exact gradient may be asked for after further calls
-        moments = self.block.moments(len(theta))
-        solves = iter([moments])  # the first one; all others of this update see the same network, and move nothing
+        portions = self._portions(u, self._count(len(u)))
+        # Of the first solve; all others of this update see the same network, and move nothing.
+        norms = {part.number: part for part in self.block.moving.values()}
+        moments = {m: PortionMoments(norms, len(theta)) for m in range(len(portions) if norms else 0)}
+        found = list(moments.values())
 
-        def make_steps(kept: bool) -> tuple[Steps, Tape | None]:
+        def make_steps(kept: bool, portion: int = 0) -> tuple[Steps, Tape | None]:
             wanted = kept and not self._is_dense and self.settings.recompute in (False, "states")
             tape = Tape() if wanted else None
-            return self._steps(theta, draw, vmap, tape, next(solves, None)), tape
+            # Each portion has masks of its own.
+            return self._steps(theta, draw + portion * _PORTION, vmap, tape, moments.pop(portion, None)), tape
 
         keeper = None
         if keep and self.settings.recompute in ("states", "all"):
             keeper = self.first_rank if self.place.keeper is None else self.place.keeper
-        run = Propagation(self.solvers, self.controller, make_steps, len(theta), self._state(u), keep, keeper)
-        if moments is not None:
-            self.layers.move_statistics(moments)
+        solve = (self.solvers, self.controller, make_steps, len(theta), self._state(u))
+        if self.solvers.are_pipelined:
+            run = Pipelined(*solve, portions, keep, keeper)
+        else:
+            run = Propagation(*solve, keep, keeper)
+        if found and len(theta):
+            self.layers.move_statistics(moments_of(found))
         return run
+
+    def _count(self, samples: int) -> int:
+        """Portions of so many samples."""
+        count = self.solvers.options.portions_of(samples)
+        # The variance of a single value is none.
+        return max(1, min(count, samples // 2)) if self.block.moving else count
 
     def output_of(self, run: Propagation, like: Tensor) -> Tensor:
         """The output of a forward solve, in the shape of the input, wherever it is wanted; once."""
