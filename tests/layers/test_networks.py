@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import pytest
 import reference as ref
@@ -189,26 +190,26 @@ def test_dots_in_shares_of_the_layers(parts, ends):
     assert torch.allclose(found[0, 0], torch.stack(expected), rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("at_once", [1300, 4000, 1 << 17])
 @pytest.mark.parametrize(("dtype", "width", "parts"), [("float64", 5, 4), ("float32", 17, 8), ("float64", 8, 1)])
-def test_products_do_not_depend_on_how_many_are_made_at_once(monkeypatch, at_once, dtype, width, parts):
-    monkeypatch.setattr("xbraid_py.layers.parameters._AT_ONCE", at_once)
+def test_products_do_not_depend_on_how_many_are_made_at_once(dtype, width, parts):
     shapes = {"weight": (width, width), "bias": (width,)}
     stacks = [Stack(name, shapes, n, 0, n) for name, n in (("opening", 1), ("layers", 16), ("end", 1))]
     layout = Layout(tuple(stacks), getattr(torch, dtype))
-    vectors = ref.random(6, layout.size, seed=1).to(layout.dtype)
+    vectors = list(ref.random(6, layout.size, seed=1).to(layout.dtype))
     found = layout.dots(vectors[:2], vectors[1:], parts)
-    first, last = width * width + width, layout.size - width * width - width
+    row = width * width + width
+    ends = [0, *(row + 16 // parts * part * row for part in range(1, parts)), layout.size]
     for i, a in enumerate(vectors[:2]):
         for j, b in enumerate(vectors[1:]):
-            # One pair alone, share by share.
-            alone = [(x * y).sum() for x, y in zip(a[first:last].chunk(parts), b[first:last].chunk(parts), strict=True)]
-            alone[0] = alone[0] + (a[:first] * b[:first]).sum()
-            alone[-1] = alone[-1] + (a[last:] * b[last:]).sum()
-            assert torch.equal(found[i, j], torch.stack(alone))
-    # Shares that do not fit are summed in pieces.
-    monkeypatch.setattr("xbraid_py.layers.parameters._AT_ONCE", 70)
-    torch.testing.assert_close(layout.dots(vectors[:2], vectors[1:], parts), found)
+            assert torch.equal(found[i, j], layout.dots([a], [b], parts)[0, 0])
+            alone = torch.stack(
+                [(x * y).sum() for x, y in zip(a.split(_sizes(ends)), b.split(_sizes(ends)), strict=True)]
+            )
+            torch.testing.assert_close(found[i, j], alone)
+
+
+def _sizes(ends: list[int]) -> list[int]:
+    return [b - a for a, b in pairwise(ends)]
 
 
 def network_on(comm, num_layers=6) -> DenseResNet:

@@ -10,7 +10,7 @@ from mgopt_runs import EXACT, last, mgopt, points, problem
 
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.depth.mgopt import LevelOptions, MGOpt, MGOptOptions
-from xbraid_py.problem.objective import PortionedObjective
+from xbraid_py.problem.portions import PortionedObjective
 from xbraid_py.problem.problem import perceptron_weights
 from xbraid_py.run.store.read import load
 from xbraid_py.run.store.write import CheckpointStore

@@ -10,14 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
 from math import prod
 
 import torch
 from torch import Tensor
 
-# Numbers of the products that are summed next: 1 MB in double precision.
-_AT_ONCE = 1 << 17
+from xbraid_py import kernels
 
 
 @dataclass(frozen=True)
@@ -106,43 +104,7 @@ class Layout:
         order.
         """
         opening, layers, classification = self._sizes
-        found = a[0].new_empty((len(a), len(b), parts))
         if not parts:
-            return found
-        length = layers // parts
-        if not self.dealt:
-            found.zero_()
-            self._large_dots(a, b, layers, found[:, :, :1])
-        elif length > _AT_ONCE:
-            self._large_dots(a, b, length, found)
-        else:
-            # What is multiplied at once is to stay in the cache.
-            shares = _fitting(len(a) * len(b) * length, parts)
-            vectors = _fitting(len(a) * length * shares, len(b))
-            for first in range(0, parts, shares):
-                last = min(first + shares, parts)
-                here = slice(opening + first * length, opening + last * length)
-                left = torch.stack([x[here] for x in a]).unflatten(1, (-1, length))
-                for k in range(0, len(b), vectors):
-                    right = torch.stack([x[here] for x in b[k : k + vectors]]).unflatten(1, (-1, length))
-                    torch.sum(left[:, None] * right, 3, out=found[:, k : k + vectors, first:last])
-        for size, part, place in ((opening, slice(opening), 0), (classification, slice(opening + layers, None), -1)):
-            if size:
-                left, right = (torch.stack([x[part] for x in some]) for some in (a, b))
-                found[:, :, place] += (left[:, None] * right).sum(2)
-        return found
-
-    def _large_dots(self, a: Sequence[Tensor], b: Sequence[Tensor], length: int, found: Tensor) -> None:
-        """Those of the residual layers for shares that may not fit: piece by piece of each share."""
-        found.zero_()
-        for share, piece in product(range(found.shape[2]), range(0, length, _AT_ONCE)):
-            first = self._sizes[0] + share * length
-            here = slice(first + piece, first + min(piece + _AT_ONCE, length))
-            left = torch.stack([x[here] for x in a])
-            for k, y in enumerate(b):
-                found[:, k, share] += (left * y[here]).sum(1)
-
-
-def _fitting(size: int, count: int) -> int:
-    """How many of `count` things of `size` numbers, all multiplied at once, fit; at least one."""
-    return max(1, min(count, _AT_ONCE // max(1, size)))
+            return a[0].new_empty((len(a), len(b), 0))
+        ends = [opening + layers * (part + 1 if self.dealt else parts) // parts for part in range(parts)]
+        return kernels.products(a, b, [0, *ends[:-1], self.size])

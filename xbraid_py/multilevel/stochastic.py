@@ -16,7 +16,7 @@ from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.multilevel.vcycle import UNDAMPED, Damping, Transfer, VCycle
 from xbraid_py.optim.levels import LevelOptimizer, Point
 from xbraid_py.optim.objective import Evaluation, Objective, ShiftedObjective
-from xbraid_py.problem.objective import Samples
+from xbraid_py.problem.portions import Samples
 
 # A mean over samples, of the module's output and what should come out.
 Loss = Callable[[Tensor, Tensor], Tensor]

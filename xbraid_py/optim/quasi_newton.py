@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xbraid_py import kernels
+
 Dots = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
 
@@ -127,9 +129,7 @@ class QuasiNewton:
         for i in range(count):
             beta = rho[i] * (of_g * self._yg[i] + self._yy[i] @ of_y + of_s @ self._sy[:, i])
             of_s[i] += alphas[i] - beta
-        found = gradient * of_g
-        for part, coefficient in zip([*self.s, *self.y], [*of_s, *of_y], strict=True):
-            found.add_(part, alpha=float(coefficient))
+        found = kernels.combine([float(of_g), *of_s.tolist(), *of_y.tolist()], [gradient, *self.s, *self.y])
         return found, float(of_g * self._gg + self._sg @ of_s + self._yg @ of_y)
 
 

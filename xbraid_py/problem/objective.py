@@ -13,6 +13,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from xbraid_py import kernels
 from xbraid_py.comm.partition import Partition
 from xbraid_py.comm.tree import TreeSum
 from xbraid_py.mgrit import Solver, follow
@@ -38,13 +39,10 @@ class _Value:
         columns = self.terms.new_zeros((len(self.terms), 4))
         columns[:, 3] = self.terms
         if end is not None:
-            stage, portion = self.objective.network.stage, self.portion
-            portion.logits = stage.classify(self.x, end)
-            loss = self.objective.loss(portion)
+            loss, columns[-1, 1] = self.objective.loss(self.x, self.portion, end, self.portion.slope)
             columns[-1, 0] = loss
-            columns[-1, 1] = (portion.logits.max(0).indices == portion.labels).sum()
             if before is not None and self.error is not None:
-                columns[-1, 2] = (self.objective.loss(portion, stage.classify(self.x, before)) - loss).abs()
+                columns[-1, 2] = abs(self.objective.loss(self.x, self.portion, before)[0] - loss)
         return columns
 
     def suffices(self, sums: Tensor) -> bool:
@@ -65,12 +63,12 @@ class _Portion:
         Of all samples, b / B.
     states : (n, C, b) tensor
         Inputs of the layers that are propagated through here.
-    one_hot : (classes, b) tensor
-        The labels, on the owner of the last layer.
+    slope : (classes, b) tensor
+        Softmax less one-hot of the last state solve, on the owner of the last layer.
     warm, adjoint_warm : tuple of Tensor or None
         What the next solves start from.
-    end, logits : Tensor or None
-        Output (C, b) of the last layer, and (classes, b) of the network, on the owner of the last layer.
+    end : Tensor or None
+        Output (C, b) of the last layer, on its owner.
     """
 
     index: int
@@ -78,11 +76,10 @@ class _Portion:
     labels: Tensor
     share: float
     states: Tensor
-    one_hot: Tensor
+    slope: Tensor
     warm: tuple[Tensor, ...] | None = None
     adjoint_warm: tuple[Tensor, ...] | None = None
     end: Tensor | None = None
-    logits: Tensor | None = None
 
 
 class NetworkObjective:
@@ -177,15 +174,13 @@ class NetworkObjective:
             here, size = slice(bounds[index], bounds[index + 1]), bounds[index + 1] - bounds[index]
             old = kept[index - first] if index - first < len(kept) else None
             if old is not None and old.states.shape[2] == size:
-                states, one_hot = old.states, old.one_hot.zero_()
+                states, slope = old.states, old.slope
             else:
                 layers = stage.partition.count(stage.comm.rank)
                 states = torch.empty((layers, stage.block.inputs, size), dtype=network.dtype)
-                one_hot = torch.zeros((stage.classification.outputs, size), dtype=network.dtype)
-            if stage.is_last:
-                one_hot[labels[here], torch.arange(size)] = 1.0
+                slope = torch.empty((stage.classification.outputs, size), dtype=network.dtype)
             own = features[:, here] if self._count == 1 else features[:, here].contiguous()
-            self._portions.append(_Portion(index, own, labels[here], size / samples, states, one_hot))
+            self._portions.append(_Portion(index, own, labels[here], size / samples, states, slope))
 
     @property
     def states(self) -> Tensor:
@@ -249,13 +244,12 @@ class NetworkObjective:
         rows = self.network.layout.dots(a, b, self._blocks.count(self.network.comm.rank))
         return self.network.comm.ordered_sum(rows.permute(2, 0, 1).contiguous(), self._blocks.counts)
 
-    def loss(self, portion: _Portion, logits: Tensor | None = None) -> Tensor:
-        """What a portion adds to the mean cross entropy by its logits, or others; on the owner of the last layer.
-
-        The library's function takes several times as long with the classes first.
-        """
-        logits = portion.logits if logits is None else logits
-        return torch.log_softmax(logits, 0).flatten().dot(portion.one_hot.flatten()) / -len(self.labels)
+    def loss(self, x: Tensor, portion: _Portion, u: Tensor, slope: Tensor | None = None) -> tuple[float, int]:
+        """What a portion with the outputs u (C, b) adds to the mean cross entropy, and samples classified rightly."""
+        stage = self.network.stage
+        row = stage.layout.rows(x)["classification"]
+        total, right = kernels.cross_entropy(stage.classification, row, u[None], portion.labels, slope=slope)
+        return total / len(self.labels), right
 
     def evaluate(self, x: Tensor, max_iter: int | None = None, error: float | None = None) -> Evaluation:
         # From here on the weights are those of the layers; without splines x and the network themselves.
@@ -279,10 +273,9 @@ class NetworkObjective:
         numbers = terms.new_empty((len(portions) if stage.is_last else 0, 2), dtype=torch.float64)
 
         def end(portion: _Portion, u: Tensor) -> None:
-            portion.end, portion.logits = u[0], stage.classify(x, u[0])
-            row = numbers[portion.index - portions[0].index]
-            row[0] = self.loss(portion)
-            row[1] = (portion.logits.max(0).indices == portion.labels).sum()
+            portion.end = u[0]
+            found = self.loss(x, portion, u[0], portion.slope)
+            numbers[portion.index - portions[0].index] = torch.tensor(found, dtype=torch.float64)
 
         follow(
             stage.comm,
@@ -448,13 +441,10 @@ class NetworkObjective:
     def _at_end(self, portion: _Portion, rows: dict[str, Tensor], gradient: Tensor | None = None) -> Tensor:
         """d(loss)/d(u_N) (C, b) of a portion; the classification layer's gradient is written. On the last rank."""
         # d(mean cross entropy)/d(logits) = (softmax - one-hot) / B
-        slope = torch.softmax(portion.logits, 0).sub_(portion.one_hot).div_(len(self.labels))
-        with_gradient = gradient is not None
-        layer = self.network.classification
-        back, own = layer.vjp(rows["classification"], portion.end[None], slope[None], with_gradient)
-        if with_gradient:
-            self.network.stage.layout.rows(gradient)["classification"].copy_(own)
-        return back[0]
+        own = None if gradient is None else self.network.stage.layout.rows(gradient)["classification"]
+        how = {"h": 1.0 / len(self.labels), "residual": False, "gradient": own}
+        layer, slope = self.network.classification, portion.slope
+        return kernels.adjoint(layer, rows["classification"], portion.end[None], slope[None], **how)[0]
 
     def _at_start(self, portion: _Portion, rows: dict[str, Tensor], v: Tensor, gradient: Tensor) -> None:
         """Write the opening layer's gradient, from d(loss)/d(u_0) (C, b); on the first rank."""
@@ -469,73 +459,3 @@ def _bounds(samples: int, portions: int) -> tuple[int, ...]:
     if portions == 1 or vectors < portions:
         return Partition.balanced(samples, portions).bounds
     return tuple(min(bound, samples) for bound in Partition.balanced(vectors, portions).refine(_VECTOR).bounds)
-
-
-# Inputs and targets of some samples as a network takes them: of a dense one features (F, B) and labels (B,).
-Samples = tuple[Tensor, Tensor]
-
-
-class PortionedObjective:
-    """The mean over all samples of a network's objective, which holds the states of one portion at a time.
-
-    `evaluate` makes the gradient of a portion as well, while its states are there: right for methods that want a
-    gradient at every point, and dear for line searches with many trials.
-
-    Parameters
-    ----------
-    objective : NetworkObjective
-        Its samples are exchanged.
-    portions : sequence of Samples
-
-    Attributes
-    ----------
-    evaluations, gradients : int
-        Of all samples, so far.
-
-    Raises
-    ------
-    ValueError
-        If there is no portion.
-    """
-
-    def __init__(self, objective: NetworkObjective, portions: Sequence[Samples]):
-        if not portions:
-            raise ValueError("portions is empty; use at least one")
-        self.objective, self.portions = objective, tuple(portions)
-        samples = sum(len(labels) for _, labels in portions)
-        self._shares = [len(labels) / samples for _, labels in portions]
-        self._gradient: Tensor | None = None
-        self.evaluations = self.gradients = 0
-
-    @property
-    def network(self) -> DenseResNet:
-        """The network."""
-        return self.objective.network
-
-    @property
-    def work(self) -> float:
-        """Evaluations of a layer on all samples so far, on all ranks."""
-        return self.objective.work / len(self.portions)
-
-    def evaluate(self, x: Tensor, max_iter: int | None = None, error: float | None = None) -> Evaluation:
-        """The objective at x; see `Objective`."""
-        found, residual = torch.zeros(3, dtype=torch.float64), 0.0
-        total = self.network.layout.zeros()
-        for (features, labels), share in zip(self.portions, self._shares, strict=True):
-            self.objective.use(features, labels)
-            part = self.objective.evaluate(x, max_iter, error)
-            found += share * torch.tensor([part.value, part.loss, part.accuracy], dtype=torch.float64)
-            residual = max(residual, part.residual)
-            total.add_(self.objective.gradient(x, max_iter, error == 0.0), alpha=share)
-        self._gradient = total
-        self.evaluations += 1
-        return Evaluation(*found.tolist(), residual)
-
-    def gradient(self, x: Tensor, max_iter: int | None = None, exact: bool = False) -> Tensor:
-        """The gradient at x, as the last `evaluate` has found it."""
-        self.gradients += 1
-        return self._gradient.clone()
-
-    def dots(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-        """Dot products over all ranks; see `Objective`."""
-        return self.objective.dots(a, b)

@@ -21,7 +21,7 @@ from xbraid_py.optim import Armijo, FixedStep, QuasiNewton
 from xbraid_py.optim.levels import GradientDescent, LevelOptimizer, Point, QuasiNewtonOptimizer, TorchOptimizer
 from xbraid_py.optim.objective import Evaluation, Objective
 from xbraid_py.problem.network import DenseResNet
-from xbraid_py.problem.objective import PortionedObjective, Samples
+from xbraid_py.problem.portions import PortionedObjective, Samples
 from xbraid_py.problem.problem import Problem
 from xbraid_py.problem.regularization import Regularization
 from xbraid_py.run.store.read import Checkpoint, no_state
