@@ -29,32 +29,15 @@ from xbraid_py.run.store.read import load
 
 @dataclass(frozen=True)
 class Kind:
-    """A job that takes a second or less.
+    """A job that takes a second or less."""
 
-    Parameters
-    ----------
-    driver : str
-        Name of the program in `drivers`.
-    words : tuple of str
-        Its options, besides --smoke; there is a checkpoint at every update.
-    other : str
-        A further option that makes it another run.
-    folder : str
-        Name of the run's folder.
-    above : int
-        How many folders above that of the run the driver's option --out is.
-    exact_ranks : bool
-        Whether another number of ranks makes the same run, up to rounding.
-    data : callable, optional
-        Writes the files of its samples into a folder, the option data_dir, once in each process.
-    """
-
-    driver: str
-    words: tuple[str, ...]
-    other: str
-    folder: str = "run"
-    above: int = 0
-    exact_ranks: bool = True
+    driver: str  # name of the program in `drivers`
+    words: tuple[str, ...]  # its options besides those of `EVERY`
+    other: str  # a further option that makes it another run
+    folder: str = "run"  # name of the run's folder
+    above: int = 0  # how many folders above that of the run the driver's option --out is
+    exact_ranks: bool = True  # whether another number of ranks makes the same run, up to rounding
+    # Writes the files of its samples into a folder, the option data_dir, once in each process.
     data: Callable[[Path], object] | None = None
 
 

@@ -40,16 +40,7 @@ class Valleys:
     """Sum over rows (a, b) of (1 - a)^2 + steepness (b - a^2)^2: one Rosenbrock valley a row, minimum at (1, 1).
 
     Rows are dealt out to ranks, and all sums are over rows in their order.
-
-    Parameters
-    ----------
-    rows : int
-    comm : Communicator
-
-    Attributes
-    ----------
-    calls : list of (str, Tensor, int or None)
-        What was asked for, at which point, and with how many iterations.
+    `calls` says what was asked for, at which point, and with how many iterations.
     """
 
     def __init__(self, rows: int, comm: Communicator | None = None):

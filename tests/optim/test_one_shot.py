@@ -184,32 +184,23 @@ def message(bad, what, update):
     )
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("call", [0, 3])
-def test_a_gradient_that_is_not_finite_ends_the_run(bad, call):
-    one_shot = optimizer(Breaking("gradient", call, bad))
-    found = []
-    with pytest.raises(RunError) as caught:
-        found.extend(one_shot.run(9))
-    assert str(caught.value) == message(bad, "norm of the gradient", call)
-    assert len(found) == 0 or [update.number for update in found] == list(range(call))
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_an_objective_that_is_not_finite_ends_the_run_at_its_start(bad):
+@pytest.mark.parametrize(
+    ("kind", "call", "options", "update"),
+    [
+        ("gradient", 0, {}, 0),
+        ("gradient", 3, {}, 3),
+        ("evaluate", 0, {}, 0),
+        ("evaluate", 3, {"method": "steepest", "fixed_step": 1e-3}, 2),
+    ],
+)
+def test_what_is_not_finite_ends_the_run(bad, kind, call, options, update):
+    one_shot, found = optimizer(Breaking(kind, call, bad), **options), []
     with pytest.raises(RunError) as caught:
-        list(optimizer(Breaking("evaluate", 0, bad)).run(9))
-    assert str(caught.value) == message(bad, "objective", 0)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_fixed_step_to_where_the_objective_is_not_finite_ends_the_run(bad):
-    one_shot = optimizer(Breaking("evaluate", 3, bad), method="steepest", fixed_step=1e-3)
-    found = []
-    with pytest.raises(RunError, match=f"^the objective is {bad} at update 2: it must be finite"):
-        for update in one_shot.run(9):
-            found.append(update.number)
-    assert found == [0, 1, 2]
+        for made in one_shot.run(9):
+            found.append(made.number)
+    what = (abs(bad), "norm of the gradient") if kind == "gradient" else (bad, "objective")
+    assert str(caught.value) == message(*what, update) and found == list(range(call))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -30,27 +30,7 @@ from xbraid_py.run.options import OptionError, parse, to_yaml
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of all kinds.
-
-    Parameters
-    ----------
-    num_layers : int
-        An int.
-    rate : float
-        A float.
-    smoke : bool
-        A flag.
-    dtype : {"float64", "float32"}
-        A choice.
-    data_dir : Path, optional
-        A path or null.
-    resume : str, optional
-        A text or null.
-    tol : float, optional
-        A float or null.
-    nested, optim, mgrit : object
-        Groups.
-    """
+    """Options of all kinds."""
 
     num_layers: int = 8
     rate: float = 0.1

@@ -85,7 +85,6 @@ def test_the_driver_goes_on_where_it_was(run_job, tmp_path):
     ("changes", "message"),
     [
         ({"schedules": (1, 2)}, r"^schedules=\[1, 2\] must be updates on three levels; use 200,100,50$"),
-        ({"seeds": 0}, "^seeds=0 must be at least 1; use 2$"),
         ({"validate_every": 0}, "^validate_every=0 must be at least 1; use 5$"),
         ({"num_layers": 30}, "^num_layers=30 is not a multiple of"),
     ],

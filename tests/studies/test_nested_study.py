@@ -122,7 +122,6 @@ def test_the_driver_goes_on_where_it_was(run_job, tmp_path):
     ("changes", "message"),
     [
         ({"parts": ("figure4",)}, "^parts=figure4 is none of figure3, defaults, open"),
-        ({"workers": 0}, "^workers=0 must be at least 1; use 2$"),
         ({"num_val": 0}, "^num_val=0 must be at least 1; use 2$"),
         ({"num_layers": 30}, r"^num_layers=30 is not a multiple of 2\^refinements=4; use 28 or 32$"),
     ],
