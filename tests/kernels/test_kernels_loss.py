@@ -155,7 +155,7 @@ def test_slopes_of_a_sample_do_not_depend_on_its_batch(monkeypatch, name, dtype)
         layer, theta, u, labels = problem(10, 8, 400, dtype)
         slope = torch.empty(10, 400, dtype=dtype)
         public.cross_entropy(layer, theta, u, labels, slope=slope)
-        for cut in (slice(0, 16), slice(16, 128), slice(128, 400), slice(64, 320)):
+        for cut in (slice(0, 16), slice(16, 128), slice(128, 400), slice(63, 320), slice(5, 6)):
             own = torch.empty(10, len(labels[cut]), dtype=dtype)
             public.cross_entropy(layer, theta, u[:, :, cut].contiguous(), labels[cut], slope=own)
             assert equal(own, slope[:, cut])

@@ -18,21 +18,19 @@ inline void outer(const T* d, long d_stride, const T* x, long x_stride, long n, 
   V sum[R][C];
   XBRAID_UNROLL for (int r = 0; r < R; r++)
     XBRAID_UNROLL for (int c = 0; c < C; c++) sum[r][c] = load<V>(sums + r * sums_stride + c * L);
-  long at = 0;
-  for (; at + L <= n; at += L) {
+  const auto add = [&](long at, const auto& place) {
     V xs[C];
-    XBRAID_UNROLL for (int c = 0; c < C; c++) xs[c] = load<V>(x + c * x_stride + at);
+    XBRAID_UNROLL for (int c = 0; c < C; c++) xs[c] = place.from(x + c * x_stride + at, 0);
     XBRAID_UNROLL for (int r = 0; r < R; r++) {
-      const V left = load<V>(d + r * d_stride + at);
-      XBRAID_UNROLL for (int c = 0; c < C; c++) sum[r][c] += left * xs[c];
+      const V left = place.from(d + r * d_stride + at, 0);
+      XBRAID_UNROLL for (int c = 0; c < C; c++) sum[r][c] = fused(left, xs[c], sum[r][c]);
     }
-  }
+  };
+  long at = 0;
+  for (; at + L <= n; at += L) add(at, Whole<V, 1>());
+  if (at < n) add(at, Ending<V, 1>{n - at});
   XBRAID_UNROLL for (int r = 0; r < R; r++)
-    XBRAID_UNROLL for (int c = 0; c < C; c++) {
-      T* place = sums + r * sums_stride + c * L;
-      store(place, sum[r][c]);
-      for (long rest = at; rest < n; rest++) place[0] += d[r * d_stride + rest] * x[c * x_stride + rest];
-    }
+    XBRAID_UNROLL for (int c = 0; c < C; c++) store(sums + r * sums_stride + c * L, sum[r][c]);
 }
 
 template <int R, class T>
@@ -59,8 +57,8 @@ void add_gradient(const Layer& layer, const T* d, const T* x, long x_stride, lon
     V sum = load<V>(bias + o * L);
     long at = 0;
     for (; at + L <= n; at += L) sum += load<V>(d + o * BLOCK + at);
+    if (at < n) sum += load_some<V>(d + o * BLOCK + at, n - at);
     store(bias + o * L, sum);
-    for (; at < n; at++) bias[o * L] += d[o * BLOCK + at];
   }
 }
 

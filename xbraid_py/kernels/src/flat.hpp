@@ -30,8 +30,8 @@ void distance(long n, const T* a, const T* b, T* sums) {
   long at = 0;
   const auto add = [&](int c, V x, V y) {
     const V d = x - y;
-    difference[c] += d * d;
-    size[c] += x * x;
+    difference[c] = fused(d, d, difference[c]);
+    size[c] = fused(x, x, size[c]);
   };
   for (; at + CHAINS * L <= n; at += CHAINS * L)
     for (int c = 0; c < CHAINS; c++) add(c, load<V>(a + at + c * L), load<V>(b + at + c * L));
@@ -58,7 +58,7 @@ inline void product_tile(const T* const* a, const T* const* b, long from, long n
     XBRAID_UNROLL for (int r = 0; r < R; r++) x[r] = taken(as[r]);
     XBRAID_UNROLL for (int s = 0; s < S; s++) {
       const V y = taken(bs[s]);
-      XBRAID_UNROLL for (int r = 0; r < R; r++) sum[r][s] += x[r] * y;
+      XBRAID_UNROLL for (int r = 0; r < R; r++) sum[r][s] = fused(x[r], y, sum[r][s]);
     }
   };
   long at = 0;
@@ -107,7 +107,7 @@ inline void combine_tile(long count, const double* coefficients, const T* const*
   XBRAID_UNROLL for (int s = 0; s < S; s++) sum[s] = T(coefficients[0]) * taken(vectors[0], s);
   for (long k = 1; k < count; k++) {
     const V factor = broadcast<V>(T(coefficients[k]));
-    XBRAID_UNROLL for (int s = 0; s < S; s++) sum[s] += factor * taken(vectors[k], s);
+    XBRAID_UNROLL for (int s = 0; s < S; s++) sum[s] = fused(factor, taken(vectors[k], s), sum[s]);
   }
   XBRAID_UNROLL for (int s = 0; s < S; s++) put(sum[s], s);
 }

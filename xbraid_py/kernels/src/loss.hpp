@@ -9,7 +9,7 @@ template <class T, class V>
 inline V exponential(V y) {
   V power, p;
   split_exponential<T>(y, power, p);
-  return y < Exponential<T>::SMALLEST ? V{} : power * p + power;
+  return y < Exponential<T>::SMALLEST ? V{} : fused(power, p, power);
 }
 
 // found[0] = the sum over samples of log(sum_k exp(z_k)) - z_label with z = W u + b, found[1] = how many of them have
@@ -63,11 +63,7 @@ void cross_entropy(const Layer& layer, long B, const T* theta, const T* u, const
           for (int k = 0; k < K; k++) {
             const V share = load<V>(z + k * BLOCK + s) * part;
             const V d = label == Integer(k) + I{} ? V(share - T(1)) : share;
-            T* const to = slope + k * slope_stride + at + s;
-            if (n - s < L)
-              store_some(to, d, n - s);
-            else
-              store(to, d);
+            Ending<V, 1>{n - s < L ? n - s : L}.to(slope + k * slope_stride + at + s, 0, d);
           }
         }
         sums = inside != I{} ? V(sums * sum) : sums;

@@ -1,5 +1,5 @@
-// Products z = W x + b for all samples of a block, and what becomes of them. Included once by each instruction set: with
-// vectors of `XBRAID_BYTES` bytes and register tiles of `XBRAID_ROWS` rows by `XBRAID_VECTORS`.
+// Products z = W x + b for all samples of a block, and what becomes of them. Included once by each instruction set, with
+// vectors of `XBRAID_BYTES` bytes and register tiles of `XBRAID_ROWS` rows by 2.
 //
 // Shape letters: B samples of the batch, n of them in a block. A row is one feature of all samples.
 
@@ -14,7 +14,7 @@ using xbraid::BLOCK;
 using xbraid::Layer;
 
 // ---- What becomes of a tile of R rows by S vectors of products z = W x + b. `row` is its first row, `at` the place of
-// its first sample in a row.
+// its first sample in a row, `place` whether its last vector is a whole one.
 
 // out = base + add + h sigma(z), for z times the scale of the activation and moved by its shift
 template <class T, template <class> class A>
@@ -27,21 +27,20 @@ struct Value {
   T* out;
   long out_stride;
 
-  template <int R, int S, class V>
-  inline void operator()(int row, long at, V (&z)[R][S]) const {
-    constexpr int L = sizeof(V) / sizeof(T);
-    const T factor = h * A<T>::FACTOR;
+  template <int R, int S, class V, class Place>
+  inline void operator()(int row, long at, V (&z)[R][S], const Place& place) const {
+    const V factor = broadcast<V>(T(h * A<T>::FACTOR));
     if (base) {
       const T* from = base + row * base_stride + at;
       XBRAID_UNROLL for (int r = 0; r < R; r++)
         XBRAID_UNROLL for (int s = 0; s < S; s++)
-          z[r][s] = factor * A<T>::value(z[r][s]) + load<V>(from + r * base_stride + s * L);
+          z[r][s] = fused(factor, A<T>::value(z[r][s]), place.from(from + r * base_stride, s));
     } else {
       XBRAID_UNROLL for (int r = 0; r < R; r++)
         XBRAID_UNROLL for (int s = 0; s < S; s++) z[r][s] = factor * A<T>::value(z[r][s]);
     }
-    if (add) add_to(z, add + row * add_stride + at, add_stride);
-    store_tile(z, out + row * out_stride + at, out_stride);
+    if (add) add_to(z, add + row * add_stride + at, add_stride, place);
+    store_tile(z, out + row * out_stride + at, out_stride, place);
   }
 };
 
@@ -53,16 +52,15 @@ struct Slope {
   T* out;
   long out_stride;
 
-  template <int R, int S, class V>
-  inline void operator()(int row, long at, V (&z)[R][S]) const {
-    constexpr int L = sizeof(V) / sizeof(T);
+  template <int R, int S, class V, class Place>
+  inline void operator()(int row, long at, V (&z)[R][S], const Place& place) const {
     const T* from = v + row * v_stride + at;
     XBRAID_UNROLL for (int r = 0; r < R; r++)
       XBRAID_UNROLL for (int s = 0; s < S; s++) {
-        const V d = A<T>::slope(z[r][s]) * load<V>(from + r * v_stride + s * L);
+        const V d = A<T>::slope(z[r][s]) * place.from(from + r * v_stride, s);
         z[r][s] = HALF ? V(d * T(0.5)) : d;
       }
-    store_tile(z, out + row * out_stride + at, out_stride);
+    store_tile(z, out + row * out_stride + at, out_stride, place);
   }
 };
 
@@ -79,16 +77,15 @@ struct Sum {
   T* out;
   long out_stride;
 
-  template <int R, int S, class V>
-  inline void operator()(int row, long at, V (&z)[R][S]) const {
-    // All that is added first: one product and one sum are contracted alike wherever a sample is in its batch.
+  template <int R, int S, class V, class Place>
+  inline void operator()(int row, long at, V (&z)[R][S], const Place& place) const {
     V sum[R][S] = {};
-    if (more) add_to(sum, more + row * more_stride + at, more_stride);
-    if (base) add_to(sum, base + row * base_stride + at, base_stride);
-    if (add) add_to(sum, add + row * add_stride + at, add_stride);
+    if (more) add_to(sum, more + row * more_stride + at, more_stride, place);
+    if (base) add_to(sum, base + row * base_stride + at, base_stride, place);
+    if (add) add_to(sum, add + row * add_stride + at, add_stride, place);
     XBRAID_UNROLL for (int r = 0; r < R; r++)
-      XBRAID_UNROLL for (int s = 0; s < S; s++) z[r][s] = z[r][s] * h + sum[r][s];
-    store_tile(z, out + row * out_stride + at, out_stride);
+      XBRAID_UNROLL for (int s = 0; s < S; s++) z[r][s] = fused(z[r][s], broadcast<V>(h), sum[r][s]);
+    store_tile(z, out + row * out_stride + at, out_stride, place);
   }
 };
 
@@ -129,8 +126,9 @@ Packed<T> pack(const T* w, int rows, int columns, long row_stride, long column_s
 }
 
 // With FAR, x is also asked for from memory a block further on.
-template <bool FAR, int R, int S, class V, class T, class End>
-inline void tile(const T* weights, int columns, int row, const T* x, long stride, long at, const End& end) {
+template <bool FAR, int R, int S, class V, class T, class Place, class End>
+inline void tile(const T* weights, int columns, int row, const T* x, long stride, long at, const Place& place,
+                 const End& end) {
   constexpr int L = sizeof(V) / sizeof(T);
   V z[R][S];
   XBRAID_UNROLL for (int r = 0; r < R; r++)
@@ -139,17 +137,17 @@ inline void tile(const T* weights, int columns, int row, const T* x, long stride
   for (int i = 0; i < columns; i++) {
     V xs[S];
     XBRAID_UNROLL for (int s = 0; s < S; s++) {
-      xs[s] = load<V>(x + s * L);
+      xs[s] = place.from(x, s);
       if (FAR) __builtin_prefetch(x + s * L + BLOCK);
     }
     x += stride;
     weights += R;
     XBRAID_UNROLL for (int r = 0; r < R; r++) {
       const V weight = broadcast<V>(weights[r]);
-      XBRAID_UNROLL for (int s = 0; s < S; s++) z[r][s] += weight * xs[s];
+      XBRAID_UNROLL for (int s = 0; s < S; s++) z[r][s] = fused(weight, xs[s], z[r][s]);
     }
   }
-  end(row, at, z);
+  end(row, at, z, place);
 }
 
 template <bool FAR = false, class T, class End>
@@ -160,10 +158,13 @@ void product(const Packed<T>& w, const T* x, long stride, long n, const End& end
     constexpr int R = decltype(rows)::count;
     const T* weights = w.data + long(row) * (w.columns + 1);
     long at = 0;
-    for (; at + XBRAID_VECTORS * L <= n; at += XBRAID_VECTORS * L)
-      tile<FAR, R, XBRAID_VECTORS, V>(weights, w.columns, row, x, stride, at, end);
-    for (; at + L <= n; at += L) tile<FAR, R, 1, V>(weights, w.columns, row, x, stride, at, end);
-    for (; at < n; at++) tile<false, R, 1, T>(weights, w.columns, row, x, stride, at, end);
+    for (; at + 2 * L <= n; at += 2 * L)
+      tile<FAR, R, 2, V>(weights, w.columns, row, x, stride, at, Whole<V, 2>(), end);
+    const long rest = n - at;
+    if (rest > L)
+      tile<FAR, R, 2, V>(weights, w.columns, row, x, stride, at, Ending<V, 2>{rest - L}, end);
+    else if (rest > 0)
+      tile<FAR, R, 1, V>(weights, w.columns, row, x, stride, at, Ending<V, 1>{rest}, end);
   });
 }
 

@@ -12,14 +12,10 @@
 
 namespace {
 
-// L numbers of type T; a plain number for L = 1, which serves the last samples of a batch.
+// L numbers of type T.
 template <class T, int L>
 struct VectorOf {
   typedef T type __attribute__((vector_size(sizeof(T) * L)));
-};
-template <class T>
-struct VectorOf<T, 1> {
-  typedef T type;
 };
 
 template <class V, class T>
@@ -34,7 +30,7 @@ inline void store(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
 }
 
-// The first n numbers of a vector, 0 < n < L, the others zero; nothing behind them is touched.
+// The first n numbers of a vector, 0 < n <= L, the others zero; nothing behind them is touched.
 template <class V, class T>
 inline V load_some(const T* p, long n) {
   constexpr int L = sizeof(V) / sizeof(T);
@@ -78,25 +74,57 @@ inline __m256i mask_of(float, long n) {
   }                                                                            \
   template <>                                                                  \
   inline void store_some(T* p, VectorOf<T, 32 / sizeof(T)>::type v, long n) {  \
+    if (n == 32 / sizeof(T)) return store(p, v);                               \
     STORE(p, mask_of(T(), n), v);                                              \
   }
 XBRAID_SOME(double, _mm256_maskload_pd, _mm256_maskstore_pd)
 XBRAID_SOME(float, _mm256_maskload_ps, _mm256_maskstore_ps)
 #endif
 
+// S vectors one after the other in memory: s says which of them.
+template <class V, int S>
+struct Whole {
+  template <class T>
+  inline V from(const T* p, int s) const {
+    return load<V>(p + s * int(sizeof(V) / sizeof(T)));
+  }
+  template <class T>
+  inline void to(T* p, int s, V v) const {
+    store(p + s * int(sizeof(V) / sizeof(T)), v);
+  }
+};
+
+// The same where the last one has only so many numbers.
+template <class V, int S>
+struct Ending {
+  long last;
+
+  template <class T>
+  inline V from(const T* p, int s) const {
+    p += s * int(sizeof(V) / sizeof(T));
+    return s < S - 1 ? load<V>(p) : load_some<V>(p, last);
+  }
+  template <class T>
+  inline void to(T* p, int s, V v) const {
+    p += s * int(sizeof(V) / sizeof(T));
+    if (s < S - 1)
+      store(p, v);
+    else
+      store_some(p, v, last);
+  }
+};
+
 // z += what is in memory, in rows
-template <int R, int S, class V, class T>
-inline void add_to(V (&z)[R][S], const T* from, long stride) {
-  constexpr int L = sizeof(V) / sizeof(T);
+template <int R, int S, class V, class T, class Place>
+inline void add_to(V (&z)[R][S], const T* from, long stride, const Place& place) {
   XBRAID_UNROLL for (int r = 0; r < R; r++)
-    XBRAID_UNROLL for (int s = 0; s < S; s++) z[r][s] += load<V>(from + r * stride + s * L);
+    XBRAID_UNROLL for (int s = 0; s < S; s++) z[r][s] += place.from(from + r * stride, s);
 }
 
-template <int R, int S, class V, class T>
-inline void store_tile(const V (&z)[R][S], T* to, long stride) {
-  constexpr int L = sizeof(V) / sizeof(T);
+template <int R, int S, class V, class T, class Place>
+inline void store_tile(const V (&z)[R][S], T* to, long stride, const Place& place) {
   XBRAID_UNROLL for (int r = 0; r < R; r++)
-    XBRAID_UNROLL for (int s = 0; s < S; s++) store(to + r * stride + s * L, z[r][s]);
+    XBRAID_UNROLL for (int s = 0; s < S; s++) place.to(to + r * stride, s, z[r][s]);
 }
 
 // Subtracting zero keeps every number, minus zero included, and the compiler knows it.
@@ -115,7 +143,13 @@ template <class V>
 inline V smaller(V a, V b) {
   return a < b ? a : b;
 }
-#define XBRAID_EXTREMES(T, BYTES, MAX, MIN)                                                        \
+// a b + c, rounded once where the processor does so. Written out: whether the compiler finds it depends on what stands
+// around it, and a sample must have the same bits wherever it is in its batch.
+template <class V>
+inline V fused(V a, V b, V c) {
+  return a * b + c;
+}
+#define XBRAID_VECTOR(T, BYTES, MAX, MIN, FMA)                                                      \
   inline VectorOf<T, BYTES / sizeof(T)>::type greater(VectorOf<T, BYTES / sizeof(T)>::type a,      \
                                                       VectorOf<T, BYTES / sizeof(T)>::type b) {    \
     return MAX(a, b);                                                                              \
@@ -123,16 +157,22 @@ inline V smaller(V a, V b) {
   inline VectorOf<T, BYTES / sizeof(T)>::type smaller(VectorOf<T, BYTES / sizeof(T)>::type a,      \
                                                       VectorOf<T, BYTES / sizeof(T)>::type b) {    \
     return MIN(a, b);                                                                              \
+  }                                                                                                \
+  inline VectorOf<T, BYTES / sizeof(T)>::type fused(VectorOf<T, BYTES / sizeof(T)>::type a,        \
+                                                    VectorOf<T, BYTES / sizeof(T)>::type b,        \
+                                                    VectorOf<T, BYTES / sizeof(T)>::type c) {      \
+    return FMA(a, b, c);                                                                           \
   }
+#define XBRAID_NOT_FUSED(a, b, c) ((a) * (b) + (c))
 #if defined(__AVX512F__)
-XBRAID_EXTREMES(double, 64, _mm512_max_pd, _mm512_min_pd)
-XBRAID_EXTREMES(float, 64, _mm512_max_ps, _mm512_min_ps)
-#elif defined(__AVX__)
-XBRAID_EXTREMES(double, 32, _mm256_max_pd, _mm256_min_pd)
-XBRAID_EXTREMES(float, 32, _mm256_max_ps, _mm256_min_ps)
+XBRAID_VECTOR(double, 64, _mm512_max_pd, _mm512_min_pd, _mm512_fmadd_pd)
+XBRAID_VECTOR(float, 64, _mm512_max_ps, _mm512_min_ps, _mm512_fmadd_ps)
+#elif defined(__AVX2__)
+XBRAID_VECTOR(double, 32, _mm256_max_pd, _mm256_min_pd, _mm256_fmadd_pd)
+XBRAID_VECTOR(float, 32, _mm256_max_ps, _mm256_min_ps, _mm256_fmadd_ps)
 #elif defined(__SSE2__)
-XBRAID_EXTREMES(double, 16, _mm_max_pd, _mm_min_pd)
-XBRAID_EXTREMES(float, 16, _mm_max_ps, _mm_min_ps)
+XBRAID_VECTOR(double, 16, _mm_max_pd, _mm_min_pd, XBRAID_NOT_FUSED)
+XBRAID_VECTOR(float, 16, _mm_max_ps, _mm_min_ps, XBRAID_NOT_FUSED)
 #endif
 
 // A number of rows, as a type.
@@ -227,12 +267,12 @@ inline void split_exponential(V y, V& power, V& p) {
   typedef Exponential<T> E;
   constexpr int L = sizeof(V) / sizeof(T);
   typedef typename VectorOf<typename E::Integer, L>::type I;
-  V rounded = y * E::LOG2E + E::ROUND;
-  V k = rounded - E::ROUND;
-  V r = y - k * E::LN2_HIGH;
-  r = r - k * E::LN2_LOW;
-  p = broadcast<V>(T(1));
-  for (int n = E::DEGREE; n > 1; n--) p = p * r * (T(1) / n) + 1;
+  const V one = broadcast<V>(T(1)), rounded = fused(y, broadcast<V>(E::LOG2E), broadcast<V>(E::ROUND));
+  const V k = rounded - E::ROUND;
+  V r = fused(k, broadcast<V>(-E::LN2_HIGH), y);
+  r = fused(k, broadcast<V>(-E::LN2_LOW), r);
+  p = one;
+  for (int n = E::DEGREE; n > 1; n--) p = fused(V(p * r), broadcast<V>(T(1) / n), one);
   p = p * r;
   // The last bits of `rounded` are k.
   I bits;
@@ -249,14 +289,14 @@ struct Tanh : Plain<T> {
     V y = 2 * (x < 0 ? -x : x), power, p;
     y = y > Exponential<T>::SATURATED ? broadcast<V>(Exponential<T>::SATURATED) : y;
     split_exponential<T>(y, power, p);
-    V e = power * p + (power - 1);
+    V e = fused(power, p, V(power - 1));
     V t = e / (e + 2);
     return x < 0 ? -t : t;
   }
   template <class V>
   static inline V slope(V z) {
     V t = value(z);
-    return 1 - t * t;
+    return fused(t, V(-t), broadcast<V>(T(1)));
   }
 };
 
