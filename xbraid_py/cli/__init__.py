@@ -25,7 +25,7 @@ COMMANDS = {
     "plan": "how long a weight update takes on how many ranks, and which cycle is best",
 }
 # Each is main(words) of the module of its name, or of its own name beside another; it returns the exit status.
-_BESIDE = {"watch": "status", "events": "export"}
+_BESIDE = {"watch": "status", "events": "export", "resume": "export"}
 BAD_INPUT, INTERRUPTED, READER_GONE = 2, 130, 1
 
 

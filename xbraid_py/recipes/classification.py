@@ -92,8 +92,7 @@ class ClassificationOptions(RunOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.validate_every < 1:
-            raise ValueError(f"validate_every={self.validate_every} must be at least 1; use 5")
+        self.require_least(5, validate_every=1)
         for name, good in (("adjoint_iter", "1"), ("adjoint_tol", "1e-6, or 0 for a fixed number of iterations")):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0; use {good}")

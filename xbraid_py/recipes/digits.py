@@ -64,7 +64,7 @@ class DigitOptions(MinibatchOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        self.require_least(epochs=1, max_updates=1, num_train=1, num_test=1)
+        self.require_least(10, epochs=1, max_updates=1, num_train=1, num_test=1)
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class MnistOptions(DigitOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        self.require_least(width=1)
+        self.require_least(10, width=1)
 
 
 def network(checkpoint: Checkpoint) -> nn.Module:

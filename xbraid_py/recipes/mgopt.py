@@ -22,7 +22,7 @@ from xbraid_py.data.mnist import SCALINGS, columns
 from xbraid_py.layer_parallel.export import to_sequential
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.depth.mgopt import CycleRecord, LevelOptions, MGOpt, MGOptOptions
-from xbraid_py.problem.objective import Samples
+from xbraid_py.problem.portions import Samples
 from xbraid_py.problem.problem import DenseResNetOptions, PerceptronProblem, perceptron_weights
 from xbraid_py.problem.regularization import Regularization
 from xbraid_py.run.engine import Row, RunOptions, State, Training, free
@@ -80,9 +80,7 @@ class MGOptRunOptions(RunOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("max_cycles", "validate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1; use 100")
+        self.require_least(100, max_cycles=1, validate_every=1)
         if self.max_work is not None and not 0.0 < self.max_work < float("inf"):
             raise ValueError(f"max_work={self.max_work} must be positive and finite; use 400")
         if not 0.0 < self.goal <= 1.0:
@@ -180,8 +178,7 @@ class MnistColumnsOptions(MGOptRunOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.portion < 1:
-            raise ValueError(f"portion={self.portion} must be at least 1; use 2000")
+        self.require_least(2000, portion=1)
         if self.batch_size < 0:
             raise ValueError(f"batch_size={self.batch_size} must be at least 0; use 1000, or 0 for all images")
         if self.scaling not in SCALINGS:

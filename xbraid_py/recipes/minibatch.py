@@ -62,19 +62,13 @@ class MinibatchOptions(RunOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        self.require_least(batch_size=1, replicas=1, validate_every=1)
+        self.require_least(10, batch_size=1, replicas=1, validate_every=1)
         for name in ("learning_rate", "clip"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
                 good = getattr(type(self), name) or 1.0
                 raise ValueError(f"{name}={getattr(self, name)} must be positive and finite; use {good}")
         if self.batch_size < self.replicas:
             raise ValueError(f"batch_size={self.batch_size} is less than replicas={self.replicas}; use {self.replicas}")
-
-    def require_least(self, **least: int) -> None:
-        """Raise `ValueError` for an option, if it is given, that is less than this."""
-        for name, bound in least.items():
-            if getattr(self, name) is not None and getattr(self, name) < bound:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {bound}; use 10")
 
     @property
     def solvers(self) -> dict[str, MGRIT]:

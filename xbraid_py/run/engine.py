@@ -62,9 +62,13 @@ class RunOptions:
     tensorboard: bool = free(False)
 
     def __post_init__(self):
-        for name in ("record_every", "checkpoint_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1; use 5")
+        self.require_least(5, record_every=1, checkpoint_every=1, keep=1)
+
+    def require_least(self, good: int, **least: int) -> None:
+        """Raise `ValueError` for an option, if it is given, that is less than this; `good` is a value that works."""
+        for name, bound in least.items():
+            if getattr(self, name) is not None and getattr(self, name) < bound:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {bound}; use {good}")
 
     @property
     def free(self) -> set[str]:
