@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -124,6 +125,9 @@ def launch(
     try:
         if signals.stop_agreed(comm):
             raise signals.Stopped("stopped before the run has begun; start again")
+        # What is here now stays: full collections would look through all of it, again and again, in the run.
+        gc.collect()
+        gc.freeze()
         run()
         # Here a lost reader is still met by the hook; at the exit of the interpreter it no longer is.
         sys.stdout.flush()
