@@ -52,6 +52,7 @@ _HOMES = {
         *(
             "GradientControl",
             "LayerParallel",
+            "PipelineParallel",
             "SolveRecord",
             "clip_grad_norm_",
             "parallel_stages",

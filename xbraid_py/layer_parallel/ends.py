@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator, as_communicator
+from xbraid_py.layer_parallel.modules import PipelineParallel
 from xbraid_py.layer_parallel.stack import LayerParallel
 from xbraid_py.layer_parallel.weights import StackedWeights
 
@@ -60,7 +61,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> float:
     square = 0.0
     inside: set[int] = set()
     parts = list(model.modules())
-    if any(isinstance(part, LayerParallel) and part.output == "last" for part in parts):
+    if any(isinstance(part, LayerParallel | PipelineParallel) and part.output == "last" for part in parts):
         raise ValueError('output="last" leaves the gradients around a stack on some ranks alone; use output="all"')
     for weights in (part for part in parts if isinstance(part, StackedWeights)):
         if weights.splines is not None:
@@ -71,6 +72,15 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> float:
             # A summand for each layer, whoever owns it.
             rows = torch.stack([g[:, None].flatten(1).square().sum(1) for g in gradients], 1).sum(1, keepdim=True)
             square += float(weights.comm.ordered_sum(rows, weights.partition.counts))
+    for pipeline in (part for part in parts if isinstance(part, PipelineParallel)):
+        inside.update(id(p) for p in pipeline.parameters())
+        # A summand for each module, whoever owns it.
+        rows = [
+            [sum(float(p.grad.square().sum()) for p in module.parameters() if p.grad is not None)]
+            for module in pipeline.layers.values()
+        ]
+        rows = torch.tensor(rows, dtype=torch.float64).reshape(-1, 1)
+        square += float(pipeline.comm.ordered_sum(rows, pipeline.partition.counts))
     others = [p.grad for p in model.parameters() if p.grad is not None and id(p) not in inside]
     square += sum(float(gradient.square().sum()) for gradient in others)
     norm = square**0.5
