@@ -128,7 +128,10 @@ def launch(
         # What is here now stays: full collections would look through all of it, again and again, in the run.
         gc.collect()
         gc.freeze()
-        run()
+        try:
+            run()
+        finally:
+            gc.unfreeze()
         # Here a lost reader is still met by the hook; at the exit of the interpreter it no longer is.
         sys.stdout.flush()
     except RunError as error:
