@@ -61,6 +61,7 @@ def problem(
     seed: int = 0,
     width: int = 8,
     regularization: Regularization | None = None,
+    replicas: int = 1,
 ) -> Problem:
     """The peaks job's problem (T=5, float64) with states and adjoints by the given solver."""
     train, _ = peaks.generate(samples, peaks.NUM_CLASSES, seed)
@@ -73,6 +74,7 @@ def problem(
         forward=options,
         adjoint=options.for_adjoint(),
         comm=comm,
+        replicas=replicas,
     )
 
 
