@@ -38,6 +38,14 @@ class LayerParallel(nn.Module):
     samples following each other through the ranks in portions (the first axis of the state is the samples').
     Dropout and batch normalization are those of this package: all evaluations of an update meet the same network.
 
+    With `MGRIT(cycle="pipeline")` the samples follow each other through the ranks in training too, forwards and back:
+    gradients are exact, and the same bits on any number of ranks. Layers must not mix samples then; masks of dropout
+    depend on the portion, and statistics of a batch are put together from those of its portions (of two samples at
+    least). Graphs of all portions are kept until the backward pass: the loss is computed from all of the output, so no
+    portion can go back before the last one has gone forwards. With recompute="states", or in windows, only the input is
+    kept; in the backward pass each portion goes forwards again and back as soon as it can, and a rank has the graphs of
+    at most as many portions as there are ranks from it to the last one.
+
     A stack too deep for the memory is propagated window by window: the layers of each window are shared among all
     ranks, the forward pass keeps the input of each window, the ranks in turns, and nothing else; the backward pass
     solves for the states of a window again, and then for its adjoints. So states and graphs of N / W layers are in
@@ -60,7 +68,7 @@ class LayerParallel(nn.Module):
         W. Where it does not divide the number of layers, the first windows have one layer more, or one interval more
         where a coarsening factor is given.
     mgrit : MGRIT, optional
-        Of the states. The default solves until the relative change is below 1e-2.
+        Of the states. The default solves until the relative change is below 1e-2; `MGRIT(cycle="pipeline")` is exact.
     adjoint : MGRIT, optional
         Of the adjoints; what it leaves at its default is taken from `mgrit`.
     accuracy : GradientControl, optional

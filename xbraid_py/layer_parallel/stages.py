@@ -132,7 +132,9 @@ def parallel_stages(
         A serial run without.
     mgrit : MGRIT, optional
         Of the states, in all stages. `MGRIT(max_levels=1)` propagates exactly, rank after rank; so does a stage that is
-        too short for a coarse level. The default is that of `LayerParallel`.
+        too short for a coarse level. `MGRIT(cycle="pipeline")` is exact too, in portions of the images; each stage
+        waits for all portions of the one before, which `PipelineParallel` of all blocks does not. The default is that
+        of `LayerParallel`.
     adjoint, accuracy, vmap, recompute
         As of `LayerParallel`.
 

@@ -218,7 +218,26 @@ class Window(nn.Module):
                         f"spatial: the block cannot be evaluated for states {tuple(coarse)} of a coarse level "
                         f"({error}); use blocks that take any number of pixels, and dims for their axes"
                     ) from error
+        if self.solvers.are_pipelined:
+            self._check_portions(u)
         self._checked.add(key)
+
+    @torch.no_grad()
+    def _check_portions(self, u: Tensor) -> None:
+        """Raise `ValueError`, on all ranks, if the block makes something else of a portion than of the batch."""
+        portions = self._portions(u, self._count(len(u)))
+        if len(portions) == 1 or self._is_dense or self.block.is_random:
+            return
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(u.shape, generator=generator, dtype=u.dtype).to(u.device)
+        tensors = self.block.tensors_of(self.block.module)
+        whole, part = (self.block(tensors, each) for each in (x, portions.part(x, 1)))
+        # Up to rounding, which sums of other lengths have.
+        if (portions.part(whole, 1) - part).norm() > 1e-2 * part.norm():
+            raise ValueError(
+                f"block={type(self.block.module).__name__} makes something else of some of the samples than of all: "
+                f"they must be on the first axis, and not be mixed; use MGRIT(cycle='pipeline', portions=1)"
+            )
 
     @torch.no_grad()
     def _start_statistics(self, u: Tensor) -> None:

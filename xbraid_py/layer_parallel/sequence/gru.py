@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from xbraid_py.comm import Communicator, as_communicator
 from xbraid_py.comm.agreement import agree, together
 from xbraid_py.layer_parallel.sequence.window import LayerWeights, SequencePlan, SequenceWindow
-from xbraid_py.layer_parallel.solves import for_adjoint, graph_is_kept
+from xbraid_py.layer_parallel.solves import check_portions, for_adjoint, graph_is_kept
 from xbraid_py.layers.gru import COARSE, KINDS, GruCell
 from xbraid_py.layers.module_block import own_random_numbers
 from xbraid_py.mgrit.levels import Solution
@@ -58,7 +58,7 @@ class ParallelGRU(nn.Module):
     alike. The length of the sequence may differ from call to call, and no number of ranks need divide it.
 
     In training mode, and with gradients, propagation is by MGRIT; in evaluation mode without gradients it is exact, one
-    step after the other, rank after rank.
+    step after the other, rank after rank (with `MGRIT(cycle="pipeline")` always, in portions of the samples).
 
     Parameters
     ----------
@@ -71,7 +71,8 @@ class ParallelGRU(nn.Module):
         A serial run without.
     mgrit : MGRIT, optional
         Of the states. The default, `MGRIT(tol=0.1)`, solves until the relative change is below 0.1, which leaves errors
-        of some percent in the gradient; 1e-2 leaves some thousandths.
+        of some percent in the gradient; 1e-2 leaves some thousandths. `MGRIT(cycle="pipeline")` is exact: portions of
+        the samples follow each other through the steps of the ranks, in all layers at once.
     adjoint : MGRIT, optional
         Of the adjoints; what it leaves at its default is taken from `mgrit`.
     kind : {"plain", "implicit"}
@@ -144,6 +145,7 @@ class ParallelGRU(nn.Module):
             for name, given in (("mgrit", options), ("adjoint", backwards)):
                 if given.coarse_step == "midpoint":
                     raise ValueError(f"coarse_step='midpoint' of {name}: a gated unit has no such step; leave it out")
+            check_portions(options, backwards)
             with own_random_numbers(seed):
                 made = nn.GRU(input_size, hidden_size, num_layers, bias, device=device, dtype=dtype)
         arguments = (input_size, hidden_size, num_layers, bias, batch_first, options, backwards)

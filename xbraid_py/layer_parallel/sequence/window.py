@@ -6,7 +6,7 @@ layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,12 +15,14 @@ from torch import Tensor
 
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.partition import Partition
+from xbraid_py.layer_parallel.pipeline import Portions
 from xbraid_py.layer_parallel.solves import Solvers
 from xbraid_py.layers.gru import GruCell, GruSteps, affine
 from xbraid_py.mgrit.equations import Adjoint, Forward
 from xbraid_py.mgrit.grid import LayerGrid
 from xbraid_py.mgrit.levels import Solution
 from xbraid_py.mgrit.options import MGRIT
+from xbraid_py.mgrit.pipeline import follow
 
 
 def padded(options: MGRIT, length: int) -> tuple[int, int]:
@@ -76,8 +78,9 @@ class SequencePlan:
 
     @cached_property
     def intervals(self) -> Partition:
-        """Owners of the intervals of a window."""
-        return self.solvers.hierarchy.intervals
+        """Owners of the intervals of a window, or of the blocks of steps where there are none."""
+        hierarchy = self.solvers.hierarchy
+        return hierarchy.blocks if self.solvers.are_pipelined else hierarchy.intervals
 
     @property
     def num_windows(self) -> int:
@@ -115,6 +118,10 @@ class _Layer:
     x: Tensor
     steps: GruSteps
     states: Tensor
+
+
+# What is told of a solve that is none: one step after the other.
+_SWEPT = Solution((), None, [], [], 0.0, 1, torch.empty(0))
 
 
 class _Adjoint(Adjoint):
@@ -181,16 +188,139 @@ class SequenceWindow:
         self.layers: list[_Layer] = []
         self.ends: list[Tensor] = []
         self.solutions: list[Solution] = []
-        for layer, start in zip(weights, starts, strict=True):
+
+        def layer_of(x: Tensor, layer: LayerWeights) -> tuple[GruSteps, Tensor]:
+            """Its steps for inputs (n, B, F), and room for the states they start from."""
             a = affine(x, layer.of_input, layer.input_bias)
             steps = GruSteps(cell, a, layer.of_state, layer.state_bias, h, coarse)
-            states = x.new_empty((*x.shape[:2], cell.hidden_size))
+            return steps, x.new_empty((*x.shape[:2], cell.hidden_size))
+
+        if plan.solvers.are_pipelined:
+            self._follow(x, starts, layer_of)
+            return
+        for layer, start in zip(weights, starts, strict=True):
+            steps, states = layer_of(x, layer)
             solution = solver.solve(Forward(steps, states, start), start)
             self.layers.append(_Layer(x, steps, states))
             self.solutions.append(replace(solution, warm=()))
             self.ends.append(self._from_owner(solution.end, start, plan.window - 1))
             x = self._outputs(states, self.ends[-1])
         self.outputs = x
+
+    # ---- Portions of the samples
+
+    def _portions(self, samples: int) -> Portions:
+        """Of the second axis, which is the samples' in all that is handed on."""
+        return Portions.of(samples, self.plan.solvers.options.portions_of(samples), 1)
+
+    def _follow(
+        self, x: Tensor, starts: Sequence[Tensor], layer_of: Callable[[Tensor, LayerWeights], tuple[GruSteps, Tensor]]
+    ) -> None:
+        """The forward solves, exactly: each portion through the steps of a rank, in all layers, and on to the next."""
+        portions, first = self._portions(x.shape[1]), torch.stack(list(starts))
+        self.parts: list[list[_Layer]] = [[] for _ in range(len(portions))]
+        self.outputs = x.new_empty((*x.shape[:2], first.shape[-1]))
+        # The steps from the last one of the sequence on have one output; see `_outputs`.
+        tail = max(0, self.count - 1 - self.first)
+
+        def through(number: int, states: Tensor) -> Tensor:
+            rows, ends = portions.part(x, number), torch.empty_like(states)
+            for layer, start, end in zip(self.weights, states, ends, strict=True):
+                steps, kept = layer_of(rows, layer)
+                end.copy_(steps.relax(start[None], len(x), None, kept)[0])
+                self.parts[number].append(_Layer(rows, steps, kept))
+                rows = torch.empty_like(kept)
+                rows[:-1], rows[-1] = kept[1:], end
+                rows[tail:] = end
+            portions.put(self.outputs, number, rows)
+            return ends
+
+        last = torch.empty_like(first)
+        self._hand_on(+1, portions, first, last, through)
+        root = self.plan.partition.owner(self.plan.window - 1)
+        self.ends = list(self.comm.broadcast(last, root).unbind(0))
+        self.solutions = [_SWEPT] * len(self.weights)
+
+    def _hand_on(self, direction: int, portions: Portions, first: Tensor, last: Tensor, through) -> None:
+        """All portions one way, from the states (D, B, H) `first` to `last`."""
+        follow(
+            self.comm,
+            self.plan.partition,
+            direction,
+            range(len(portions)),
+            begin=lambda number: portions.part(first, number),
+            template=lambda number: portions.empty(first, number),
+            through=through,
+            end=lambda number, states: portions.put(last, number, states),
+        )
+
+    def _follow_back(
+        self, slopes: Tensor | None, carry: list[Tensor], with_input: bool
+    ) -> tuple[list[tuple[Tensor, ...]], Tensor | None, list[Solution]]:
+        """As `backward`."""
+        x = self.outputs
+        portions, first = self._portions(x.shape[1]), torch.stack(carry)
+        depth, wide = len(self.weights), 3 * x.shape[-1]
+        # Gradients of the two affine maps of all samples: products with them are made of all portions together, so
+        # that the sum over samples is that of one call. The last ranks make them while the first still propagate.
+        of_input, of_state = ([x.new_empty((*x.shape[:2], wide)) for _ in range(depth)] for _ in range(2))
+        width = self.weights[0].of_input.shape[1]
+        of_x = x.new_empty((*x.shape[:2], width)) if with_input else None
+
+        def through(number: int, after: Tensor) -> Tensor:
+            above = None if slopes is None else portions.part(slopes, number)
+            before = torch.empty_like(after)
+            for d in reversed(range(depth)):
+                layer = self.parts[number][d]
+                steps, v = layer.steps, after[d]
+                gradient = torch.empty_like(steps.theta)
+                if above is not None:
+                    # Of the output of the last step owned here, the state behind it; of those before, see `_sources`.
+                    # The end of the window is what all steps from the last one of the sequence on give.
+                    v = v + self._of_last(above)
+                    steps = replace(steps, sources=self._sources_here(above))
+                before[d] = steps.relax_adjoint(layer.states, v[None], len(x), None, None, gradient)[0]
+                portions.put(of_input[d], number, gradient)
+                portions.put(of_state[d], number, steps.weight_slopes(layer.states, gradient))
+                steps.forget()
+                if d or with_input:
+                    above = affine(gradient, self.weights[d].of_input.t(), None)
+            if with_input:
+                portions.put(of_x, number, above)
+            return before
+
+        last = torch.empty_like(first)
+        self._hand_on(-1, portions, first, last, through)
+        found = []
+        for number in range(depth):
+            whole = [
+                torch.cat([getattr(part[number], name) for part in self.parts], 1)
+                if self.parts[0]
+                else x.new_empty((0, x.shape[1], size))
+                for name, size in (("x", self.weights[number].of_input.shape[1]), ("states", x.shape[-1]))
+            ]
+            pairs = zip((of_input[number], of_state[number]), whole, strict=True)
+            by_x, by_h = (weight_gradient(g, values, self.plan.intervals, self.comm) for g, values in pairs)
+            found.append((by_x[0], by_h[0], by_x[1], by_h[1]))
+        root = self.plan.partition.owner(0)
+        carry[:] = self.comm.broadcast(last, root).unbind(0)
+        return found, of_x, [_SWEPT] * depth
+
+    def _of_last(self, slopes: Tensor) -> Tensor | float:
+        """Gradient of the state behind the steps owned here, by the outputs that are that state."""
+        row = self.count - 1 - self.first
+        if row < 0:
+            return 0.0  # all steps here pad the sequence
+        return slopes[min(row, len(slopes) - 1)]
+
+    def _sources_here(self, slopes: Tensor) -> Tensor:
+        """As `_sources`, but that the slope of what another rank hands over is that rank's own (`_of_last`)."""
+        found = torch.zeros_like(slopes)
+        found[1:] = slopes[:-1]
+        found[max(0, self.count - self.first) :] = 0
+        return found
+
+    # ---- All samples at once
 
     def _from_owner(self, state: Tensor | None, like: Tensor, row: int) -> Tensor:
         """A state of the owner of a step, on every rank."""
@@ -223,6 +353,8 @@ class SequenceWindow:
             Gradients of the ends of the layers, the same on every rank; replaced by those of the starts.
         with_input : bool
         """
+        if self.plan.solvers.are_pipelined:
+            return self._follow_back(slopes, carry, with_input)
         plan, comm = self.plan, self.comm
         solver = plan.solvers.sequential if self.exact else plan.solvers.adjoint_at(0)
         found: list[tuple[Tensor, ...]] = []
