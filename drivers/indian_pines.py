@@ -23,6 +23,7 @@ import torch
 from xbraid_py.comm import Communicator
 from xbraid_py.data import indian_pines
 from xbraid_py.data.dataset import Dataset
+from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.depth.nested import NestedOptions
 from xbraid_py.problem.network import InitialScales
 from xbraid_py.problem.problem import DenseResNetOptions
@@ -39,6 +40,7 @@ PRESETS = {
         "validate_every": 5,
         "network": DenseResNetOptions(width=20),
         "nested": NestedOptions(refinements=1, updates=(12, 8)),
+        "mgrit": MGRIT(),  # a small job is to pass through the solver too; the plan for one rank has no coarse level
     }
 }
 

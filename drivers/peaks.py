@@ -19,6 +19,7 @@ from pathlib import Path
 from xbraid_py.comm import Communicator
 from xbraid_py.data import peaks
 from xbraid_py.data.dataset import Dataset
+from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.depth.nested import NestedOptions
 from xbraid_py.recipes.classification import ClassificationOptions, NestedTraining, curves, prepare_job
 from xbraid_py.run.engine import free
@@ -33,6 +34,7 @@ PRESETS = {
         "checkpoint_every": 5,
         "validate_every": 1,
         "nested": NestedOptions(refinements=1, updates=(12, 8)),
+        "mgrit": MGRIT(),  # a small job is to pass through the solver too; the plan for one rank has no coarse level
     }
 }
 

@@ -14,20 +14,20 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from xbraid_py.comm import Communicator
+from xbraid_py.comm import Communicator, SerialCommunicator
 from xbraid_py.data.dataset import Dataset
 from xbraid_py.kernels import BACKEND
 from xbraid_py.layer_parallel.export import to_sequential
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions, Record
+from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions, Record, check_ranks
 from xbraid_py.optim import OneShotOptions
-from xbraid_py.planner import Workload, recommend
+from xbraid_py.planner import Workload
 from xbraid_py.problem.network import InitialScales
 from xbraid_py.problem.problem import DenseResNetOptions, Problem
 from xbraid_py.problem.regularization import Regularization
-from xbraid_py.run.engine import Row, RunOptions, State, Training, free, resumed_configuration, train
-from xbraid_py.run.folder import METRICS, claim
-from xbraid_py.run.options import from_dict
+from xbraid_py.recipes.planned import by_plan
+from xbraid_py.run.engine import Row, RunOptions, State, Training, free, train
+from xbraid_py.run.folder import METRICS
 from xbraid_py.run.record import read
 from xbraid_py.run.store.read import Checkpoint
 
@@ -65,13 +65,16 @@ class ClassificationOptions(RunOptions):
     optim
         The one-shot optimizer.
     mgrit
-        Solver of the states.
+        Solver of the states; that of the plan if nothing of it is given.
     adjoint_iter
         Iterations of the adjoint solves; as mgrit.max_iter if not given.
     adjoint_tol
         Tolerance of the adjoint solves; as mgrit.tol, or the cycle's, if not given.
+    replicas
+        Copies of the network that share the samples, each on as many ranks; those of the plan if not given.
     plan
-        Measure this machine first, and take the solver that is predicted to be fastest (auto) instead of mgrit's.
+        Choose the solver and the replicas by rule, from the sizes of the problem and the number of ranks, so that the
+        same command gives the same numbers on any machine; or measure this machine first (measured).
     """
 
     num_layers: int = 64
@@ -85,14 +88,16 @@ class ClassificationOptions(RunOptions):
     regularization: Regularization = Regularization()
     nested: NestedOptions = NestedOptions()
     optim: OneShotOptions = OneShotOptions()
-    mgrit: MGRIT = MGRIT()
+    mgrit: MGRIT | None = None
     adjoint_iter: int | None = None
     adjoint_tol: float | None = None
-    plan: Literal["auto"] | None = free(None)
+    replicas: int | None = free(None)
+    plan: Literal["rule", "measured"] = free("rule")
 
     def __post_init__(self):
         super().__post_init__()
         self.require_least(5, validate_every=1)
+        self.require_least(1, replicas=1)
         for name, good in (("adjoint_iter", "1"), ("adjoint_tol", "1e-6, or 0 for a fixed number of iterations")):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0; use {good}")
@@ -105,9 +110,14 @@ class ClassificationOptions(RunOptions):
         return super().free | ({"dtype"} if self.convert_dtype else set())
 
     @property
+    def solver(self) -> MGRIT:
+        """Options of the state solves; the lagged cycle where there is neither an option nor a plan."""
+        return self.mgrit or MGRIT()
+
+    @property
     def adjoint(self) -> MGRIT:
         """Options of the adjoint solves."""
-        return self.mgrit.for_adjoint(self.adjoint_iter, self.adjoint_tol)
+        return self.solver.for_adjoint(self.adjoint_iter, self.adjoint_tol)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -122,10 +132,11 @@ class ClassificationOptions(RunOptions):
             num_classes=train.num_classes,
             architecture=self.network,
             regularization=self.regularization,
-            forward=self.mgrit,
+            forward=self.solver,
             adjoint=self.adjoint,
             comm=comm,
             dtype=self.torch_dtype,
+            replicas=self.replicas or 1,
         )
 
     def run_of(self, problem: Problem, nested: NestedOptions) -> NestedIteration:
@@ -148,8 +159,9 @@ class NestedTraining(Training):
         validation: Dataset,
         finish: Finish | None = None,
         nested: NestedOptions | None = None,
+        plan: str = "",
     ):
-        self.options, self.validation, self.finish = options, validation, finish
+        self.options, self.validation, self.finish, self.plan = options, validation, finish, plan
         self.method = options.run_of(problem, nested or options.nested)
         self.total = sum(self.method.options.updates)
 
@@ -177,7 +189,7 @@ class NestedTraining(Training):
     def describe(self) -> str:
         solver = self.method.objective.forward
         table = solver.hierarchy.table(solver.options)
-        return f"{self.method.depth} layers, kernels: {BACKEND}\n{table}"
+        return "\n".join(filter(None, [self.plan, f"{self.method.depth} layers, kernels: {BACKEND}", table]))
 
     def draw(self, rows: list[Row], figures: Path) -> Row | None:
         return self.finish(self, rows, figures) if self.finish else None
@@ -213,15 +225,24 @@ def prepare_job(
     """
     samples, validation = load()
 
-    def prepared(options: ClassificationOptions, **claimed) -> Callable[[], Row]:
-        training = NestedTraining(options, options.problem(samples, comm), validation, finish)
-        nested = train("nested", training, options, comm, recipe=recipe, **claimed)
+    def prepared(options: ClassificationOptions, plan: str = "", **claimed) -> Callable[[], Row]:
+        def train_by(options: ClassificationOptions, kind: str, finish: Finish, nested: NestedOptions | None = None):
+            def on(comm: Communicator, options: ClassificationOptions = options) -> NestedTraining:
+                return NestedTraining(options, options.problem(samples, comm), validation, finish, nested, plan)
+
+            if options.replicas in (None, 1):
+                return train(kind, on(comm), options, comm, recipe=recipe, **claimed)
+            # Groups of ranks are made when the run begins; what is wrong is said now.
+            check_ranks(options.problem(samples, comm), options.num_layers, options.nested)
+            alone = on(SerialCommunicator(), replace(options, replicas=1))
+            return train(kind, lambda: on(comm), options, comm, recipe=recipe, check=alone.load, **claimed)
+
+        nested = train_by(options, "nested", finish)
         if not options.compare:
             return nested
+        claimed.clear()
         alone = replace(options, out=options.out / "non-nested", resume=options.resume and "auto")
-        schedule = options.nested.non_nested()
-        other = NestedTraining(alone, options.problem(samples, comm), validation, _beside(options.out), schedule)
-        non_nested = train("non-nested", other, alone, comm, recipe=recipe)
+        non_nested = train_by(alone, "non-nested", _beside(options.out), options.nested.non_nested())
 
         def both() -> Row:
             row = nested()
@@ -230,19 +251,16 @@ def prepare_job(
 
         return both
 
-    if options.plan is None:
-        return prepared(options)
-    written = resumed_configuration(options)
-    if written is not None:
-        # A job goes on as it was planned.
-        return prepared(replace(options, mgrit=from_dict(MGRIT, written["mgrit"])))
-    NestedTraining(options, options.problem(samples, comm), validation)  # what is wrong is said before measuring
-    folder = claim(options.out, comm)
-
-    def planned() -> Row:
-        return prepared(replace(options, mgrit=_plan(options, samples, comm)), folder=folder)()
-
-    return planned
+    workload = Workload(
+        num_layers=options.num_layers,
+        batch=samples.num_samples,
+        architecture=options.network,
+        dtype=options.torch_dtype,
+        num_features=samples.num_features,
+        num_classes=samples.num_classes,
+        optim=options.optim,
+    )
+    return by_plan(options, workload, comm, prepared, most=1 if options.nested.adaptive else None)
 
 
 def _beside(out: Path) -> Finish:
@@ -266,20 +284,6 @@ def curves(rows: list[Row], figures: Path) -> None:
 def network(checkpoint: Checkpoint) -> nn.Module:
     """The trained network of a checkpoint as a plain module, from features (B, F) to logits (B, classes)."""
     return to_sequential(checkpoint.path)
-
-
-def _plan(options: ClassificationOptions, train: Dataset, comm: Communicator) -> MGRIT:
-    """The solver that is predicted to be fastest on this machine."""
-    workload = Workload(
-        num_layers=options.num_layers,
-        batch=train.num_samples,
-        architecture=options.network,
-        dtype=options.torch_dtype,
-        num_features=train.num_features,
-        num_classes=train.num_classes,
-        optim=options.optim,
-    )
-    return recommend(workload, comm)
 
 
 def row_of(record: Record) -> Row:

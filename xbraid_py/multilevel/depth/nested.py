@@ -182,10 +182,7 @@ class NestedIteration:
         ]
         for depth in self.depths:
             problem.hierarchies(depth)
-        if problem.comm.size > num_layers:
-            raise ValueError(
-                f"{problem.comm.size} ranks are more than num_layers={num_layers}; use at most {num_layers} ranks"
-            )
+        check_ranks(problem, num_layers, options)
         self.problem, self.options, self.one_shot_options = problem, options, one_shot
         self.scales, self.seed = scales or InitialScales(), seed
         self._unit = problem.work_unit(num_layers)
@@ -322,8 +319,9 @@ class NestedIteration:
 
     def state(self) -> tuple[dict[str, Shard], dict[str, Any]]:
         """The snapshot as global arrays and numbers, for checkpoints."""
-        snapshot, comm = self.snapshot(), self.problem.comm
-        arrays = arrays_of(snapshot, self.network.layout, self.problem.hierarchies(self.grid), comm.rank)
+        snapshot, problem = self.snapshot(), self.problem
+        ranks = problem.comm.rank, problem.replicas
+        arrays = arrays_of(snapshot, self.network.layout, problem.hierarchies(self.grid), *ranks)
         return arrays, snapshot.numbers
 
     def load(self, checkpoint: Checkpoint, convert_dtype: bool = False) -> None:
@@ -344,8 +342,8 @@ class NestedIteration:
         numbers = checkpoint.meta["state"]
         check_numbers(checkpoint.path, numbers, self.depths, self.options.adaptive is not None)
         layout, hierarchies = self.network_of(numbers).layout, self.problem.hierarchies(self.grid_of(numbers))
-        rank = self.problem.comm.rank
-        self._restore(read_snapshot(checkpoint, numbers, layout, hierarchies, rank, convert_dtype))
+        stage = self.problem.stage_rank
+        self._restore(read_snapshot(checkpoint, numbers, layout, hierarchies, stage, convert_dtype))
 
     def grid_of(self, numbers: Mapping) -> LayerGrid:
         """The layers of a snapshot with these numbers."""
@@ -374,3 +372,13 @@ class NestedIteration:
         self._before, self._is_over, self._is_recorded = dict(numbers["before"]), numbers["is_final"], True
         if self._is_over:
             self._before["records"] -= 1  # the end is recorded again
+
+
+def check_ranks(problem: Problem, num_layers: int, options: NestedOptions) -> None:
+    """Raise `ValueError` unless a nested iteration can be made on these ranks, with these replicas; no message."""
+    stages = problem.comm.size // problem.replicas
+    if stages > num_layers:
+        more = f" in each of {problem.replicas} replicas" if problem.replicas > 1 else ""
+        raise ValueError(f"{stages} ranks{more} are more than num_layers={num_layers}; use at most {num_layers} ranks")
+    if options.adaptive is not None and problem.replicas > 1:
+        raise ValueError(f"replicas={problem.replicas}: a replica sees a part of the samples; use 1 with adaptive")

@@ -46,7 +46,9 @@ class Snapshot:
     warm: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
 
-def arrays_of(snapshot: Snapshot, layout: Layout, hierarchies: Sequence[Hierarchy], rank: int) -> dict[str, Shard]:
+def arrays_of(
+    snapshot: Snapshot, layout: Layout, hierarchies: Sequence[Hierarchy], rank: int, replicas: int = 1
+) -> dict[str, Shard]:
     """The vectors of a snapshot, what solves start from, and the state of torch's random numbers.
 
     Parameters
@@ -57,14 +59,19 @@ def arrays_of(snapshot: Snapshot, layout: Layout, hierarchies: Sequence[Hierarch
     hierarchies : sequence of Hierarchy
         Of the state and the adjoint solves.
     rank : int
+    replicas : int
+        Ranks that follow each other have the same layers, and the same start of their solves: the first writes it.
     """
+    stage, replica = divmod(rank, replicas)
     found: dict[str, Shard] = {}
     for key, vectors in snapshot.vectors.items():
         found |= shards(layout, _GROUPS[key], vectors, key in _SEVERAL)
     for (key, levels), hierarchy in zip(snapshot.warm.items(), hierarchies, strict=True):
         for index, rows in enumerate(levels):
             intervals = hierarchy.intervals_of(index)
-            found[f"warm/{key}_{index}"] = Shard(rows, intervals.first(rank), intervals.num_rows)
+            found[f"warm/{key}_{index}"] = Shard(
+                rows if replica == 0 else rows[:0], intervals.first(stage), intervals.num_rows
+            )
     random = torch.get_rng_state()
     found["random_state"] = Shard(random if rank == 0 else random[:0], 0, len(random))
     return found
@@ -75,7 +82,7 @@ def read_snapshot(
     numbers: dict[str, Any],
     layout: Layout,
     hierarchies: Sequence[Hierarchy],
-    rank: int,
+    stage: int,
     convert_dtype: bool = False,
 ) -> Snapshot:
     """A rank's part of a snapshot. The state of torch's random numbers is taken over as well.
@@ -85,8 +92,10 @@ def read_snapshot(
     checkpoint : Checkpoint
     numbers : dict
         Of the snapshot, checked.
-    layout, hierarchies, rank
+    layout, hierarchies
         Of the run that is to go on, as in `arrays_of`.
+    stage : int
+        Number of this rank among those of its replica.
     convert_dtype : bool
         Take over numbers of the other floating-point type, converted.
 
@@ -112,7 +121,7 @@ def read_snapshot(
         for index in range(count):
             name, intervals = f"warm/{key}_{index}", hierarchy.intervals_of(index)
             check_total(path, checkpoint.total(name), intervals.num_rows)
-            rows = convert(checkpoint.rows(name, intervals.first(rank), intervals.count(rank)))
+            rows = convert(checkpoint.rows(name, intervals.first(stage), intervals.count(stage)))
             warm[key] = (*warm.get(key, ()), rows)
     torch.set_rng_state(checkpoint.rows("random_state"))
     return Snapshot(numbers, vectors, warm)

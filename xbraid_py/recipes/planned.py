@@ -1,0 +1,74 @@
+"""Which plan a job goes by: what its options give, what the run began with, or the planner's choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from xbraid_py.comm import Communicator
+from xbraid_py.mgrit import MGRIT
+from xbraid_py.planner import Workload
+from xbraid_py.run.engine import Row, resumed_configuration
+from xbraid_py.run.folder import claim
+from xbraid_py.run.options import from_dict
+
+Prepare = Callable[..., Callable[[], Row]]
+
+
+def by_plan(
+    options: Any, workload: Workload, comm: Communicator, prepared: Prepare, most: int | None = None
+) -> Callable[[], Row]:
+    """Prepare a run with the solver and the replicas of a plan, where the options do not give them.
+
+    Parameters
+    ----------
+    options : RunOptions
+        With `mgrit`, `replicas` and `plan`; the first two None where the plan is to say.
+    workload : Workload
+        What is trained.
+    comm : Communicator
+    prepared : callable
+        `prepared(options, text, **claimed)` checks everything without a message and returns the run; `text` is for its
+        header, and `claimed` for `run.engine.train`.
+    most : int, optional
+        Replicas at most.
+
+    Raises
+    ------
+    ValueError, OSError
+        What `prepared` finds wrong.
+    """
+    if options.mgrit is not None:
+        return prepared(options, f"plan: as given, {_replicas(options.replicas or 1)}")
+    written = resumed_configuration(options)
+    if written is not None:
+        # A run goes on as it was planned, on any number of ranks.
+        mgrit = MGRIT() if written["mgrit"] is None else from_dict(MGRIT, written["mgrit"])
+        replicas = options.replicas or replicas_of(mgrit, workload.batch, comm.size, most)
+        return prepared(replace(options, mgrit=mgrit, replicas=replicas), f"plan: as begun, {_replicas(replicas)}")
+    if options.replicas is not None:
+        mgrit = MGRIT(cycle="pipeline")
+        if options.replicas > mgrit.portions_of(workload.batch):
+            mgrit = replace(mgrit, portions=options.replicas)
+        return prepared(replace(options, mgrit=mgrit), f"plan: {_replicas(options.replicas)}, as given")
+    if options.plan == "rule":
+        mgrit = MGRIT(cycle="pipeline")
+        replicas = replicas_of(mgrit, workload.batch, comm.size, most)
+        return prepared(replace(options, mgrit=mgrit, replicas=replicas), "plan: rule")
+    # What is wrong is said before measuring.
+    prepared(replace(options, mgrit=MGRIT(), out=options.out))
+    folder = claim(options.out, comm)
+    from xbraid_py.planner import recommend
+
+    return lambda: prepared(replace(options, mgrit=recommend(workload, comm)), folder=folder)()
+
+
+def replicas_of(mgrit: MGRIT, samples: int, ranks: int, most: int | None = None) -> int:
+    """The greatest number of replicas that divides the ranks and leaves each a portion of the samples."""
+    limit = min(ranks, mgrit.portions_of(samples), most or ranks)
+    return max(each for each in range(1, limit + 1) if ranks % each == 0)
+
+
+def _replicas(count: int) -> str:
+    return "1 replica" if count == 1 else f"{count} replicas"
