@@ -8,7 +8,7 @@ classified rightly. Try
 
     python drivers/circles.py
     python drivers/circles.py --mgopt.schedule="[{1}]"
-    mpirun -n 2 python drivers/circles.py --mgrit.max_levels=2 --mgrit.intervals=16 --resume auto
+    mpirun -n 2 python drivers/circles.py --resume auto
     python drivers/circles.py --smoke --out /tmp/circles
 """
 
@@ -17,19 +17,27 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from xbraid_py.comm import Communicator
+from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.depth.mgopt import MGOptOptions
 from xbraid_py.recipes.mgopt import CirclesOptions as Options
-from xbraid_py.run.engine import train
+from xbraid_py.recipes.mgopt import prepare
 from xbraid_py.run.launch import launch
 
 PRESETS = {
-    "smoke": {"num_layers": 64, "num_train": 200, "num_val": 100, "max_cycles": 20, "mgopt": MGOptOptions(levels=4)}
+    "smoke": {
+        "num_layers": 64,
+        "num_train": 200,
+        "num_val": 100,
+        "max_cycles": 20,
+        "mgrit": MGRIT(max_levels=1),
+        "mgopt": MGOptOptions(levels=4),
+    }
 }
 
 
 def setup(options: Options, comm: Communicator) -> Callable[[], object]:
     """Read and check everything, without a message; returns the run."""
-    return train("mgopt", options.training(comm), options, comm, recipe="circles")
+    return prepare(options, comm, "circles")
 
 
 if __name__ == "__main__":

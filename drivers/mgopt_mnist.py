@@ -11,7 +11,7 @@ read the paper's numbers as epochs, and look for no hidden scaling of data, loss
 
     python drivers/mgopt_mnist.py
     python drivers/mgopt_mnist.py --mgopt.schedule="[{1}]"
-    mpirun -n 2 python drivers/mgopt_mnist.py --mgrit.max_levels=2 --mgrit.intervals=16 --resume auto
+    mpirun -n 2 python drivers/mgopt_mnist.py --resume auto
     python drivers/mgopt_mnist.py --smoke --out /tmp/mgopt_mnist
 """
 
@@ -20,9 +20,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from xbraid_py.comm import Communicator
+from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.depth.mgopt import LevelOptions, MGOptOptions
 from xbraid_py.recipes.mgopt import MnistColumnsOptions as Options
-from xbraid_py.run.engine import train
+from xbraid_py.recipes.mgopt import prepare
 from xbraid_py.run.launch import launch
 
 PRESETS = {
@@ -35,6 +36,7 @@ PRESETS = {
         "max_cycles": 12,
         "validate_every": 2,
         "checkpoint_every": 4,
+        "mgrit": MGRIT(max_levels=1),
         "mgopt": MGOptOptions(levels=4, optim=LevelOptions(learning_rate=(0.05,))),
     }
 }
@@ -42,7 +44,7 @@ PRESETS = {
 
 def setup(options: Options, comm: Communicator) -> Callable[[], object]:
     """Read and check everything, without a message; returns the run."""
-    return train("mgopt", options.training(comm), options, comm, recipe="mgopt_mnist")
+    return prepare(options, comm, "mgopt_mnist")
 
 
 if __name__ == "__main__":

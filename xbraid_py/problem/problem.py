@@ -104,10 +104,13 @@ class Problem:
     @property
     def process_grid(self) -> ProcessGrid | None:
         """The replicas, if there are any; collective at first."""
-        # Not a cached_property: threads that stand for ranks would wait for each other, as those of 3.11 have a lock.
-        if self.replicas > 1 and "_process_grid" not in self.__dict__:
-            object.__setattr__(self, "_process_grid", ProcessGrid(self.comm, self.replicas, "replicas"))
-        return self.__dict__.get("_process_grid")
+        if self.replicas == 1:
+            return None
+        # Kept with the communicator: problems of several depths have the same.
+        kept = self.comm.__dict__.setdefault("_process_grids", {})
+        if self.replicas not in kept:
+            kept[self.replicas] = ProcessGrid(self.comm, self.replicas, "replicas")
+        return kept[self.replicas]
 
     @property
     def stage_rank(self) -> int:

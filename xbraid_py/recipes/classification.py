@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from xbraid_py.comm import Communicator, SerialCommunicator
+from xbraid_py.comm import Communicator
 from xbraid_py.data.dataset import Dataset
 from xbraid_py.kernels import BACKEND
 from xbraid_py.layer_parallel.export import to_sequential
@@ -25,8 +25,8 @@ from xbraid_py.planner import Workload
 from xbraid_py.problem.network import InitialScales
 from xbraid_py.problem.problem import DenseResNetOptions, Problem
 from xbraid_py.problem.regularization import Regularization
-from xbraid_py.recipes.planned import by_plan
-from xbraid_py.run.engine import Row, RunOptions, State, Training, free, train
+from xbraid_py.recipes.planned import by_plan, train_by_plan
+from xbraid_py.run.engine import Row, RunOptions, State, Training, free
 from xbraid_py.run.folder import METRICS
 from xbraid_py.run.record import read
 from xbraid_py.run.store.read import Checkpoint
@@ -227,15 +227,13 @@ def prepare_job(
 
     def prepared(options: ClassificationOptions, plan: str = "", **claimed) -> Callable[[], Row]:
         def train_by(options: ClassificationOptions, kind: str, finish: Finish, nested: NestedOptions | None = None):
-            def on(comm: Communicator, options: ClassificationOptions = options) -> NestedTraining:
+            def training(comm: Communicator, options: ClassificationOptions) -> NestedTraining:
                 return NestedTraining(options, options.problem(samples, comm), validation, finish, nested, plan)
 
-            if options.replicas in (None, 1):
-                return train(kind, on(comm), options, comm, recipe=recipe, **claimed)
-            # Groups of ranks are made when the run begins; what is wrong is said now.
-            check_ranks(options.problem(samples, comm), options.num_layers, options.nested)
-            alone = on(SerialCommunicator(), replace(options, replicas=1))
-            return train(kind, lambda: on(comm), options, comm, recipe=recipe, check=alone.load, **claimed)
+            def check() -> None:
+                check_ranks(options.problem(samples, comm), options.num_layers, options.nested)
+
+            return train_by_plan(kind, training, options, comm, check=check, recipe=recipe, **claimed)
 
         nested = train_by(options, "nested", finish)
         if not options.compare:

@@ -22,9 +22,11 @@ from xbraid_py.data.mnist import SCALINGS, columns
 from xbraid_py.layer_parallel.export import to_sequential
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.depth.mgopt import CycleRecord, LevelOptions, MGOpt, MGOptOptions
+from xbraid_py.planner import Workload
 from xbraid_py.problem.portions import Samples
 from xbraid_py.problem.problem import DenseResNetOptions, PerceptronProblem, perceptron_weights
 from xbraid_py.problem.regularization import Regularization
+from xbraid_py.recipes.planned import by_plan, train_by_plan
 from xbraid_py.run.engine import Row, RunOptions, State, Training, free
 from xbraid_py.run.store.read import Checkpoint
 
@@ -62,7 +64,11 @@ class MGOptRunOptions(RunOptions):
     mgopt
         Levels, transfers and optimizers.
     mgrit
-        Solver of the states; the default propagates layer after layer, which is the best on one rank.
+        Solver of the states; that of the plan if nothing of it is given.
+    replicas
+        Copies of the network that share the samples, each on as many ranks; those of the plan if not given.
+    plan
+        Choose solver and replicas by rule, or measure this machine first (measured).
     """
 
     num_layers: int = 2048
@@ -76,7 +82,9 @@ class MGOptRunOptions(RunOptions):
     data_dir: Path | None = free(None)
     network: DenseResNetOptions = DenseResNetOptions(width=3, T=1.0, activation="relu")
     mgopt: MGOptOptions = MGOptOptions()
-    mgrit: MGRIT = MGRIT(max_levels=1)
+    mgrit: MGRIT | None = None
+    replicas: int | None = free(None)
+    plan: Literal["rule", "measured"] = free("rule")
 
     def __post_init__(self):
         super().__post_init__()
@@ -107,11 +115,22 @@ class MGOptRunOptions(RunOptions):
             architecture=self.network,
             # beta |.|^2 is gamma/2 |.|^2 with gamma = 2 beta.
             regularization=Regularization(2 * self.beta, 0.0, 2 * self.beta, "sum"),
-            forward=self.mgrit,
-            adjoint=self.mgrit.for_adjoint(),
+            forward=self.solver,
+            adjoint=self.solver.for_adjoint(),
             comm=comm,
             dtype=features.dtype,
+            replicas=self.replicas or 1,
         )
+
+    @property
+    def solver(self) -> MGRIT:
+        """Options of the solves; layer after layer where there is neither an option nor a plan."""
+        return self.mgrit or MGRIT(max_levels=1)
+
+    @property
+    @abstractmethod
+    def batch(self) -> int:
+        """Samples that are propagated together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +151,11 @@ class CirclesOptions(MGOptRunOptions):
     num_val: int = 1000
     sampling: Literal["balanced", "square"] = "balanced"
     out: Path = free(Path("runs/circles"))
+
+    @property
+    def batch(self) -> int:
+        """See `MGOptRunOptions`."""
+        return self.num_train
 
     def training(self, comm: Communicator) -> DepthTraining:
         """The training, at its beginning; sends no message."""
@@ -175,6 +199,11 @@ class MnistColumnsOptions(MGOptRunOptions):
     out: Path = free(Path("runs/mgopt_mnist"))
     network: DenseResNetOptions = DenseResNetOptions(width=10, T=1.0, activation="relu")
     mgopt: MGOptOptions = MGOptOptions(optim=LevelOptions(learning_rate=(0.01,)))
+
+    @property
+    def batch(self) -> int:
+        """See `MGOptRunOptions`."""
+        return self.batch_size or self.portion
 
     def __post_init__(self):
         super().__post_init__()
@@ -279,7 +308,7 @@ class DepthTraining(Training):
         return row.get("val_accuracy") is not None and row["val_accuracy"] >= self.options.goal
 
     def describe(self) -> str:
-        return f"{self.method.schedule}, {self.unit:.2f} work units a cycle"
+        return "\n".join(filter(None, [self.plan, f"{self.method.schedule}, {self.unit:.2f} work units a cycle"]))
 
     def draw(self, rows: list[Row], figures: Path) -> None:
         classes = mesh = None
@@ -309,3 +338,27 @@ class DepthTraining(Training):
 def network(checkpoint: Checkpoint) -> nn.Module:
     """The trained network of a checkpoint as a plain module, from features (B, F) to logits (B, classes)."""
     return to_sequential(checkpoint.path)
+
+
+def prepare(options: MGOptRunOptions, comm: Communicator, recipe: str) -> Callable[[], Row]:
+    """Read and check everything, without a message; returns the run.
+
+    Parameters
+    ----------
+    options : MGOptRunOptions
+    comm : Communicator
+    recipe : str
+        See `run.engine.train`.
+    """
+
+    def prepared(options: MGOptRunOptions, plan: str = "", **claimed) -> Callable[[], Row]:
+        def training(comm: Communicator, options: MGOptRunOptions) -> DepthTraining:
+            made = options.training(comm)
+            made.plan = plan
+            return made
+
+        return train_by_plan("mgopt", training, options, comm, recipe=recipe, **claimed)
+
+    shape = {"architecture": options.network, "dtype": options.torch_dtype}
+    workload = Workload(num_layers=options.num_layers, batch=options.batch, **shape)
+    return by_plan(options, workload, comm, prepared)

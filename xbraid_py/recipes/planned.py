@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from xbraid_py.comm import Communicator
+from xbraid_py.comm import Communicator, SerialCommunicator
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.planner import Workload
-from xbraid_py.run.engine import Row, resumed_configuration
+from xbraid_py.run.engine import Row, Training, resumed_configuration, train
 from xbraid_py.run.folder import claim
 from xbraid_py.run.options import from_dict
 
@@ -68,6 +68,36 @@ def replicas_of(mgrit: MGRIT, samples: int, ranks: int, most: int | None = None)
     """The greatest number of replicas that divides the ranks and leaves each a portion of the samples."""
     limit = min(ranks, mgrit.portions_of(samples), most or ranks)
     return max(each for each in range(1, limit + 1) if ranks % each == 0)
+
+
+def train_by_plan(
+    kind: str,
+    training: Callable[[Communicator, Any], Training],
+    options: Any,
+    comm: Communicator,
+    *,
+    check: Callable[[], object] = lambda: None,
+    **more: Any,
+) -> Callable[[], Row]:
+    """`run.engine.train` for a training whose replicas are groups of ranks, made when the run begins.
+
+    Parameters
+    ----------
+    kind, more
+        As there.
+    training : callable
+        `training(comm, options)` makes it; on one rank without a message.
+    options : RunOptions
+        With `replicas`.
+    comm : Communicator
+    check : callable
+        Raises what is wrong with the replicas, without a message.
+    """
+    if options.replicas in (None, 1):
+        return train(kind, training(comm, options), options, comm, **more)
+    check()
+    alone = training(SerialCommunicator(), replace(options, replicas=1))
+    return train(kind, lambda: training(comm, options), options, comm, check=alone.load, **more)
 
 
 def _replicas(count: int) -> str:

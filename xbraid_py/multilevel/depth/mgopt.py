@@ -312,7 +312,9 @@ class MGOpt:
 
     def _problem_of(self, problem: Problem, level: int, num_layers: int, width_level: int | None = None) -> Problem:
         """The problem of a level: regularization by its depth, width, and perhaps fewer ranks."""
-        ranks = self.options.ranks(num_layers >> level, problem.comm.size) if level else problem.ranks
+        ranks = problem.ranks
+        if level and problem.replicas == 1:
+            ranks = self.options.ranks(num_layers >> level, problem.comm.size)
         width, halvings = problem.architecture.width, level if width_level is None else width_level
         for _ in range(min(halvings, self.options.narrow)):
             width = (width + 1) // 2
