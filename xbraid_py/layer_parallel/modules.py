@@ -104,7 +104,7 @@ class PipelineParallel(nn.Module):
             costs = None if costs is None else [float(cost) for cost in costs]
             _check(modules, costs, output)
             self._options = MGRIT(cycle="pipeline", portions=portions)
-            self.partition = _dealt_out(len(modules), costs, self.comm.size)
+            self.partition = dealt_out(len(modules), costs, self.comm.size)
             first, count = self.partition.first(self.comm.rank), self.partition.count(self.comm.rank)
             made = {str(number): _made(modules[number], seed, number) for number in range(first, first + count)}
         self.comm.same((len(modules), costs, portions, output, recompute, seed), "arguments")
@@ -259,7 +259,7 @@ def _made(module: nn.Module | Callable[[], nn.Module], seed: int, number: int) -
     return found
 
 
-def _dealt_out(count: int, costs: list[float] | None, num_ranks: int) -> Partition:
+def dealt_out(count: int, costs: list[float] | None, num_ranks: int) -> Partition:
     """Owners of consecutive modules: equal numbers, or the greatest sum of costs as small as it can be."""
     if costs is None or num_ranks >= count:
         return Partition.balanced(count, num_ranks)
