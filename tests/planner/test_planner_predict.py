@@ -134,8 +134,8 @@ def test_memory_is_one_copy_of_the_states_and_little_more():
 
 def test_bad_arguments():
     for make, message in (
-        (lambda: Plan(cycle="W"), "cycle='W' must be serial, lagged, V or F; use lagged"),
-        (lambda: Plan(cycle="V"), "serial propagation has none"),
+        (lambda: Plan(cycle="W"), "cycle='W' must be serial, pipeline, lagged, V or F; use lagged"),
+        (lambda: Plan(cycle="V"), "exact propagation has none"),
         (lambda: Plan(cfactors=(4,), iterations=0), "iterations=0"),
         (lambda: Machine(0, 1, CLUSTER), "cores=0 must be at least 1; use 1"),
         (lambda: Machine(1, 1, CLUSTER, contention=0.5), "contention=0.5"),

@@ -1,17 +1,23 @@
 """The planner: measures a machine, simulates the critical path of an update, predicts and recommends."""
 
-from xbraid_py.planner.cycles import Plan
 from xbraid_py.planner.machine import CLUSTER, SHARED_MEMORY, Costs, Link, Machine, SolveCosts, StepCost
 from xbraid_py.planner.measure import Workload, measure_costs
 from xbraid_py.planner.messages import assumed_machine, measure_machine, probe_machine
-from xbraid_py.planner.predict import SERIAL, Planner, Prediction, candidates
+from xbraid_py.planner.plan import SERIAL, Plan
+from xbraid_py.planner.predict import Planner, Prediction, candidates
 from xbraid_py.planner.recommend import advice, measured_planner, recommend
+from xbraid_py.planner.rule import CONVOLUTION, TRANSFORMER, Choice, Constants, Layer, choose
 
 __all__ = [
     "CLUSTER",
+    "CONVOLUTION",
     "SERIAL",
     "SHARED_MEMORY",
+    "TRANSFORMER",
+    "Choice",
+    "Constants",
     "Costs",
+    "Layer",
     "Link",
     "Machine",
     "Plan",
@@ -23,6 +29,7 @@ __all__ = [
     "advice",
     "assumed_machine",
     "candidates",
+    "choose",
     "measure_costs",
     "measure_machine",
     "measured_planner",

@@ -4,7 +4,10 @@ A rank that sends is busy for as long as the bytes take; the message is there on
 rank has a programme of work, messages and collectives. At any time the ranks of a node that work share its cores
 evenly; those that wait take none.
 
-Shape letters: `P` ranks.
+All replicas of a network do the same at the same time: a clock is told what one does. Rank p of replica r of R is rank
+p R + r of the job.
+
+Shape letters: `P` ranks of a replica.
 """
 
 from __future__ import annotations
@@ -30,11 +33,17 @@ class Clock(Protocol):
     def sweep(self, ranks: np.ndarray, seconds: np.ndarray, num_bytes: float) -> None:
         """These ranks compute one after the other, (P,) seconds; each passes a message on to the next."""
 
+    def pipeline(self, ranks: np.ndarray, seconds: np.ndarray, num_bytes: float, portions: int) -> None:
+        """So many sweeps that follow each other; a rank takes the next as soon as it is there."""
+
     def messages(self, source: np.ndarray, dest: np.ndarray, num_bytes: np.ndarray) -> None:
         """Messages, all sent before any is received; those of a rank in the order of the arrays."""
 
     def collective(self, num_bytes: float) -> None:
-        """All ranks wait for each other; then each gets so many bytes."""
+        """All ranks of all replicas wait for each other; then each gets so many bytes."""
+
+    def share(self, seconds: np.ndarray) -> None:
+        """Those with the same layers in all replicas wait for each other, and go on (P,) seconds later."""
 
     def finish(self) -> float:
         """The time at which the last rank is through."""
@@ -47,22 +56,41 @@ class Clocks:
     ----------
     machine : Machine
     num_ranks : int
+        Of all replicas.
+    replicas : int
 
     Attributes
     ----------
     time : (P,) array
-        What the clock of every rank shows, in seconds.
+        What the clocks of the ranks of a replica show, in seconds.
     """
 
-    def __init__(self, machine: Machine, num_ranks: int):
-        self.machine = machine
-        self.time = np.zeros(num_ranks)
-        self._node = np.arange(num_ranks) // machine.ranks_per_node
+    def __init__(self, machine: Machine, num_ranks: int, replicas: int = 1):
+        self.machine, self.num_ranks, self.replicas = machine, num_ranks, replicas
+        self.time = np.zeros(num_ranks // replicas)
+        self._node = np.arange(num_ranks // replicas) * replicas // machine.ranks_per_node
+        self._slowdowns: dict[int, float] = {}
 
     def work(self, seconds):
-        working = np.bincount(self._node, seconds > 0).astype(int)
-        slowdown = {count: self.machine.slowdown(count) for count in set(working.tolist())}
-        self.time += seconds * np.array([slowdown[count] for count in working.tolist()])[self._node]
+        self.time += seconds * self._pace(seconds > 0)
+
+    def _pace(self, working: np.ndarray) -> np.ndarray:
+        """How much longer work takes on each rank (P,), where these are at work."""
+        found = [self._slowdown(count) for count in np.bincount(self._node, working).astype(int).tolist()]
+        return np.array(found)[self._node]
+
+    def _slowdown(self, stages: int) -> float:
+        """Where so many ranks of each replica work on a node."""
+        if stages not in self._slowdowns:
+            working = min(stages * self.replicas, max(stages, self.machine.ranks_per_node))
+            self._slowdowns[stages] = self.machine.slowdown(working)
+        return self._slowdowns[stages]
+
+    def pipeline(self, ranks, seconds, num_bytes, portions):
+        if portions > 1:
+            seconds = seconds * self._pace(seconds > 0) / self._slowdown(1)
+        for _ in range(portions):
+            self.sweep(ranks, seconds, num_bytes)
 
     def sweep(self, ranks, seconds, num_bytes):
         if not len(ranks):
@@ -70,7 +98,7 @@ class Clocks:
         latency, transfer = self._link(ranks[:-1], ranks[1:], num_bytes)
         # e_i = max(t_i, e_{i-1} + latency_{i-1}) + g_i, g_i = work and sending: with the sums S_i of all g and
         # latencies up to i, e_i - S_i = max(t_i + g_i - S_i, e_{i-1} - S_{i-1}).
-        busy = seconds[ranks]
+        busy = seconds[ranks] * self._slowdown(1)
         busy[:-1] += transfer
         sums = np.cumsum(busy)
         sums[1:] += np.cumsum(latency)
@@ -90,7 +118,10 @@ class Clocks:
         np.maximum.at(self.time, dest, arrival)
 
     def collective(self, num_bytes):
-        self.time[:] = self.time.max() + self.machine.collective(len(self.time), num_bytes)
+        self.time[:] = self.time.max() + self.machine.collective(self.num_ranks, num_bytes)
+
+    def share(self, seconds):
+        self.time += seconds
 
     def finish(self) -> float:
         return float(self.time.max())
@@ -109,41 +140,63 @@ class SharedCores:
     ----------
     machine : Machine
     num_ranks : int
+        Of all replicas.
+    replicas : int
     """
 
-    def __init__(self, machine: Machine, num_ranks: int):
-        self.machine = machine
+    def __init__(self, machine: Machine, num_ranks: int, replicas: int = 1):
+        self.machine, self.replicas = machine, replicas
         self._programmes: list[list[tuple]] = [[] for _ in range(num_ranks)]
-        self._meetings: list[float] = []
+        self._meetings: list[tuple[float, int]] = []  # seconds, and how many meet
 
     def work(self, seconds):
-        for programme, amount in zip(self._programmes, seconds.tolist(), strict=True):
+        for stage, amount in enumerate(seconds.tolist()):
             if amount:
-                programme.append((_WORK, amount))
+                for rank in self._ranks(stage):
+                    self._programmes[rank].append((_WORK, amount))
+
+    def pipeline(self, ranks, seconds, num_bytes, portions):
+        for _ in range(portions):
+            self.sweep(ranks, seconds, num_bytes)
 
     def sweep(self, ranks, seconds, num_bytes):
-        ranks = ranks.tolist()
-        for i, rank in enumerate(ranks):
-            if i:
-                self._programmes[rank].append((_RECEIVE, ranks[i - 1]))
-            self._programmes[rank].append((_WORK, float(seconds[rank])))
-            if i + 1 < len(ranks):
-                self._send(rank, ranks[i + 1], num_bytes)
+        stages = ranks.tolist()
+        for i, stage in enumerate(stages):
+            for replica, rank in enumerate(self._ranks(stage)):
+                if i:
+                    self._programmes[rank].append((_RECEIVE, self._ranks(stages[i - 1])[replica]))
+                self._programmes[rank].append((_WORK, float(seconds[stage])))
+                if i + 1 < len(stages):
+                    self._send(rank, self._ranks(stages[i + 1])[replica], num_bytes)
 
     def messages(self, source, dest, num_bytes):
         messages = list(zip(source.tolist(), dest.tolist(), num_bytes.tolist(), strict=True))
-        for sender, receiver, size in messages:
-            self._send(sender, receiver, size)
-        for sender, receiver, _ in messages:
-            self._programmes[receiver].append((_RECEIVE, sender))
+        for replica in range(self.replicas):
+            for sender, receiver, size in messages:
+                self._send(self._ranks(sender)[replica], self._ranks(receiver)[replica], size)
+            for sender, receiver, _ in messages:
+                self._programmes[self._ranks(receiver)[replica]].append((_RECEIVE, self._ranks(sender)[replica]))
 
     def collective(self, num_bytes):
-        for programme in self._programmes:
-            programme.append((_MEET, len(self._meetings)))
-        self._meetings.append(self.machine.collective(len(self._programmes), num_bytes))
+        size = len(self._programmes)
+        self._meet(range(size), self.machine.collective(size, num_bytes))
+
+    def share(self, seconds):
+        if self.replicas > 1:
+            for stage, amount in enumerate(seconds.tolist()):
+                self._meet(self._ranks(stage), amount)
 
     def finish(self) -> float:
         return _Play(self.machine, self._programmes, self._meetings).run()
+
+    def _ranks(self, stage: int) -> range:
+        """Those of all replicas."""
+        return range(stage * self.replicas, (stage + 1) * self.replicas)
+
+    def _meet(self, ranks: range, seconds: float) -> None:
+        for rank in ranks:
+            self._programmes[rank].append((_MEET, len(self._meetings)))
+        self._meetings.append((seconds, len(ranks)))
 
     def _send(self, source: int, dest: int, num_bytes: float) -> None:
         near = source // self.machine.ranks_per_node == dest // self.machine.ranks_per_node
@@ -154,7 +207,7 @@ class SharedCores:
 class _Play:
     """One play of the programmes of all ranks."""
 
-    def __init__(self, machine: Machine, programmes: list[list[tuple]], meetings: list[float]):
+    def __init__(self, machine: Machine, programmes: list[list[tuple]], meetings: list[tuple[float, int]]):
         self.machine, self.programmes, self.meetings = machine, programmes, meetings
         size = len(programmes)
         self.node = np.arange(size) // machine.ranks_per_node
@@ -217,12 +270,13 @@ class _Play:
         return inf
 
     def _meet(self, rank: int, meeting: int) -> float:
-        """End of a collective, where this rank has arrived; infinite until all have."""
+        """End of a meeting, where this rank has arrived; infinite until all have."""
         present = self.present[meeting]
         if meeting not in self.over and rank not in present:
             present.append(rank)
-            if len(present) == len(self.programmes):
-                self.over[meeting] = self.now + self.meetings[meeting]
+            seconds, size = self.meetings[meeting]
+            if len(present) == size:
+                self.over[meeting] = self.now + seconds
                 for other in present:
                     self.wake[other] = self.over[meeting]
         return self.over.get(meeting, inf)

@@ -5,7 +5,7 @@ Nothing here is measured; `measure.py` and `messages.py` make these objects.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from math import ceil, inf, log2
 
 import numpy as np
@@ -32,15 +32,18 @@ class Link:
         Seconds of one of the log2(ranks) stages of a collective of a few bytes.
     source : str
         Where the numbers come from: "measured", or the assumption in words.
+    overhead : float
+        Seconds that a rank is busy with each of many messages between many ranks, whatever their size.
     """
 
     latency: float
     bandwidth: float
     stage: float
     source: str
+    overhead: float = 0.0
 
     def __post_init__(self):
-        _require_times(self, ("latency", "stage"))
+        _require_times(self, ("latency", "stage", "overhead"))
         if not self.bandwidth > 0.0:
             raise ValueError(f"bandwidth={self.bandwidth} must be positive, in bytes/s; use 1e10")
 
@@ -100,6 +103,16 @@ class Machine:
         seconds = self.shared.stage * log2(on_node) + self.network.stage * log2(nodes)
         return seconds + num_bytes / (self.network if nodes > 1 else self.shared).bandwidth
 
+    def exchange(self, num_ranks: int, num_bytes: float) -> float:
+        """Seconds for each of so many ranks that follow each other to hand all others a share of `num_bytes`."""
+        if num_ranks == 1:
+            return 0.0
+        near = min(num_ranks, self.ranks_per_node) - 1
+        far = num_ranks - 1 - near
+        link = self.network if far else self.shared
+        busy = near * self.shared.overhead + far * self.network.overhead
+        return busy + link.latency + num_bytes * (num_ranks - 1) / num_ranks / link.bandwidth
+
 
 @dataclass(frozen=True)
 class StepCost:
@@ -139,6 +152,10 @@ class SolveCosts:
         Opening, classification and loss, and whatever else does not grow with the depth; or their adjoints.
     check : float
         Second loss by which the lagged cycle estimates its error.
+    opening, closing : float
+        What each portion of a pipeline adds on the first rank and on the last one.
+    once : float
+        What a pipeline adds for all portions together.
     """
 
     sweep: StepCost
@@ -150,9 +167,12 @@ class SolveCosts:
     layer: float
     ends: float
     check: float
+    opening: float = 0.0
+    closing: float = 0.0
+    once: float = 0.0
 
     def __post_init__(self):
-        _require_times(self, ("layer", "ends", "check"))
+        _require_times(self, ("layer", "ends", "check", "opening", "closing", "once"))
 
     @property
     def euler(self) -> SolveCosts:
@@ -179,6 +199,17 @@ class Costs:
         Making the weights of the next coarser level, for each layer.
     optimizer, optimizer_layer : float
         Direction of the optimizer and its dot products: for an update, and in addition for each layer.
+    add : float
+        Adding the gradients of a layer of one portion to those of another.
+    samples : int
+        Of a state; all of them, if nothing is said of `others`.
+    others : tuple of Costs
+        The same for other numbers of samples.
+    at_once : int
+        Samples that the kernels take together: portions are made of so many, where there are enough.
+    is_module : bool
+        Whether the layers are those of a torch module: replicas have all weights of their layers each, and average
+        gradients; there are no sums over all ranks, and every rank of a replica gets the last state.
     """
 
     state_bytes: int
@@ -189,6 +220,42 @@ class Costs:
     coarsen: float
     optimizer: float
     optimizer_layer: float
+    add: float = 0.0
+    samples: int = 1
+    others: tuple[Costs, ...] = ()
+    at_once: int = 1
+    is_module: bool = False
 
     def __post_init__(self):
-        _require_times(self, ("vector", "coarsen", "optimizer", "optimizer_layer"))
+        _require_times(self, ("vector", "coarsen", "optimizer", "optimizer_layer", "add"))
+
+    def at(self, samples: int) -> Costs:
+        """The costs for so many samples: on the line between the next smaller and the next larger number known.
+
+        Below the smallest number they are those of that number.
+        """
+        if samples == self.samples:
+            return self
+        known = sorted((self, *self.others), key=lambda each: each.samples)
+        above = next((i for i, each in enumerate(known) if each.samples >= samples), len(known) - 1)
+        low, high = known[max(0, above - 1)], known[above]
+        if low is high:
+            return replace(low, samples=samples, others=self.others)
+        weight = (samples - low.samples) / (high.samples - low.samples)
+        return replace(_between(low, high, weight), samples=samples, others=self.others)
+
+    def portion(self, portions: int) -> int:
+        """Samples in the largest of so many portions."""
+        vectors = -(-self.samples // self.at_once)
+        if portions == 1 or vectors < portions:
+            return -(-self.samples // portions)
+        return min(self.samples, self.at_once * -(-vectors // portions))
+
+
+def _between(low, high, weight: float):
+    """A number, or a dataclass of numbers, on the line between two others; never below 0."""
+    if is_dataclass(low):
+        names = [each.name for each in fields(low) if each.name not in ("others", "is_module")]
+        return replace(low, **{name: _between(getattr(low, name), getattr(high, name), weight) for name in names})
+    found = max(0.0, low + (high - low) * weight)
+    return round(found) if isinstance(low, int) else found

@@ -16,6 +16,7 @@ from statistics import median
 
 import torch
 
+from xbraid_py import kernels
 from xbraid_py.comm import Communicator, SerialCommunicator
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.mgrit.equations import Adjoint, Forward
@@ -141,7 +142,10 @@ class Probe:
                 tau.add_(state, alpha=sign)
 
     def _loss(self) -> None:
-        self.runs[self.num_layers].objective.loss(self.network.classify(self.x, self.states[0]))
+        objective = self.runs[self.num_layers].objective
+        row = self.network.layout.rows(self.x)["classification"]
+        slope = self.states.new_empty((self.network.classification.outputs, len(objective.labels)))
+        kernels.cross_entropy(self.network.classification, row, self.states[:1], objective.labels, slope=slope)
 
     def _call(self, kind: str, part: str, n: int) -> float:
         """Seconds of one call of the solver: n steps, in intervals of `_INTERVAL`, or in one interval for a sweep."""

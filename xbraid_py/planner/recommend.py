@@ -15,7 +15,8 @@ from xbraid_py.mgrit import MGRIT
 from xbraid_py.planner.machine import CLUSTER, Link, Machine
 from xbraid_py.planner.measure import Slowdowns, Workload, measure_costs
 from xbraid_py.planner.messages import measure_machine, probe_machine
-from xbraid_py.planner.predict import SERIAL, Planner, Prediction
+from xbraid_py.planner.plan import SERIAL
+from xbraid_py.planner.predict import Planner, Prediction
 
 _log = logging.getLogger(__name__)
 # Fewer ranks are as good as more of them within this.
