@@ -5,7 +5,7 @@ from xbraid_py.planner.measure import Workload, measure_costs
 from xbraid_py.planner.messages import assumed_machine, measure_machine, probe_machine
 from xbraid_py.planner.plan import SERIAL, Plan
 from xbraid_py.planner.predict import Planner, Prediction, candidates
-from xbraid_py.planner.recommend import advice, measured_planner, recommend
+from xbraid_py.planner.recommend import advice, measured, measured_planner, recommend
 from xbraid_py.planner.rule import CONVOLUTION, TRANSFORMER, Choice, Constants, Layer, choose
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "choose",
     "measure_costs",
     "measure_machine",
+    "measured",
     "measured_planner",
     "probe_machine",
     "recommend",

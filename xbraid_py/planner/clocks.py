@@ -70,14 +70,17 @@ class Clocks:
         self.time = np.zeros(num_ranks // replicas)
         self._node = np.arange(num_ranks // replicas) * replicas // machine.ranks_per_node
         self._slowdowns: dict[int, float] = {}
+        self._is_even = machine.contention == 1.0 and machine.ranks_per_node <= machine.cores
 
     def work(self, seconds):
         self.time += seconds * self._pace(seconds > 0)
 
-    def _pace(self, working: np.ndarray) -> np.ndarray:
+    def _pace(self, working: np.ndarray) -> np.ndarray | float:
         """How much longer work takes on each rank (P,), where these are at work."""
-        found = [self._slowdown(count) for count in np.bincount(self._node, working).astype(int).tolist()]
-        return np.array(found)[self._node]
+        if self._is_even:
+            return 1.0
+        found, node = np.unique(np.bincount(self._node, working).astype(int), return_inverse=True)
+        return np.array([self._slowdown(stages) for stages in found.tolist()])[node[self._node]]
 
     def _slowdown(self, stages: int) -> float:
         """Where so many ranks of each replica work on a node."""

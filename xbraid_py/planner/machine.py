@@ -236,6 +236,14 @@ class Costs:
         """
         if samples == self.samples:
             return self
+        found = self.__dict__.get("_at")
+        if found is None:
+            object.__setattr__(self, "_at", found := {})
+        if samples not in found:
+            found[samples] = self._interpolated(samples)
+        return found[samples]
+
+    def _interpolated(self, samples: int) -> Costs:
         known = sorted((self, *self.others), key=lambda each: each.samples)
         above = next((i for i, each in enumerate(known) if each.samples >= samples), len(known) - 1)
         low, high = known[max(0, above - 1)], known[above]

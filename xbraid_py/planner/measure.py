@@ -30,6 +30,8 @@ from xbraid_py.problem.regularization import Regularization
 _PROBE_BYTES, _PROBE_SECONDS, _WHOLE = 96 << 20, 0.06, 8
 _LEAST_ROUNDS, _MOST_ROUNDS, _CROWD_ROUNDS = 5, 25, 9
 _INTERVAL, _COARSENING, _COARSE_LAYERS = 8, 4, 16
+# Samples of a portion that are timed besides all of them: by the rule of `MGRIT.portions`, and by far fewer.
+_SHARES, _AT_ONCE = (8, 64), 8
 # The calls of `SolveCosts`.
 COARSE = ("coarse_sweep", "coarse", "correct")
 PARTS = ("sweep", "record", "relax", *COARSE)
@@ -62,6 +64,7 @@ class Workload:
     num_features: int = 2
     num_classes: int = 5
     optim: OneShotOptions = OneShotOptions()
+    is_module = False
 
     def __post_init__(self):
         for name in ("num_layers", "batch", "num_features", "num_classes"):
@@ -106,6 +109,12 @@ class Probe:
         self.runs = {n: _run(problem, n, workload.optim) for n in (1, num_layers)}
         objective, x = self.runs[num_layers].objective, self.runs[num_layers].x
         self.network, self.x = objective.network, x
+        # A portion of a pipeline, and two of them: what a portion costs, and what is done once for all.
+        self.portions = {}
+        for number, key in ((1, "portion"), (2, "portions")):
+            pipeline = MGRIT(cycle="pipeline", portions=number)
+            own = replace(workload, batch=number * workload.batch).problem(SerialCommunicator(), pipeline)
+            self.portions[key] = _run(own, 1, workload.optim)
         shape = (workload.architecture.width, workload.batch)
         self.states = torch.randn(num_layers, *shape, dtype=workload.dtype)
         self.tau = torch.zeros(_COARSE_LAYERS, *shape, dtype=workload.dtype)
@@ -124,6 +133,12 @@ class Probe:
             found[f"evaluate_{key}"] = timed(lambda run=run: run.objective.evaluate(run.x))
             found[f"gradient_{key}"] = timed(lambda run=run: run.objective.gradient(run.x))
             found[f"optimize_{key}"] = timed(lambda run=run: _optimize(run))
+        for key, run in self.portions.items():
+            found[f"evaluate_{key}"] = timed(lambda run=run: run.objective.evaluate(run.x))
+            found[f"gradient_{key}"] = timed(lambda run=run: run.objective.gradient(run.x))
+        features = self.runs[1].objective.features
+        found["open"] = timed(lambda: self.network.open(self.x, features))
+        found["add"] = timed(lambda: self.x.add_(self.x, alpha=0.0)) / self.num_layers
         for kind in ("state", "adjoint"):
             for part in PARTS:
                 many = coarse_layers(self.num_layers) if part in COARSE else self.num_layers
@@ -215,28 +230,43 @@ def measure_costs(workload: Workload, comm: Communicator, seconds: float = 1.5) 
         The network that is timed has its layers, or fewer where that takes too long or too much memory.
     comm : Communicator
     seconds : float
-        About how long to measure the costs; five rounds at least are made.
+        About how long to measure the costs; five rounds at least are made, for up to three numbers of samples.
 
     Returns
     -------
     costs : Costs
+        For all samples, and for portions of them.
     slowdowns : Slowdowns
     """
     cores, on_node = cores_and_ranks(comm)
-    probe = medians = None
+    sizes = portion_sizes(workload.batch)
+    found, layers = None, 0
     if comm.rank == 0:
-        layers = _affordable(workload)
-        probe = Probe(workload, layers)
-        first = timed(probe.round)
+        depths = [_affordable(replace(workload, batch=size)) for size in sizes]
+        probes = [Probe(replace(workload, batch=size), depth) for size, depth in zip(sizes, depths, strict=True)]
+        first = timed(lambda: [probe.round() for probe in probes])
         number = min(_MOST_ROUNDS, max(_LEAST_ROUNDS, int(seconds / first)))
-        comm.bcast((layers, number * first))
-        rounds = [probe.round() for _ in range(number)]
-        medians = {name: median(each[name] for each in rounds) for name in rounds[0]}
+        comm.bcast((depths[0], number * first))
+        rounds = [[probe.round() for probe in probes] for _ in range(number)]
+        medians = [{name: median(each[i][name] for each in rounds) for name in rounds[0][i]} for i in range(len(sizes))]
+        found = [
+            _costs(replace(workload, batch=size), depth, own)
+            for size, depth, own in zip(sizes, depths, medians, strict=True)
+        ]
+        found = replace(found[0], others=tuple(found[1:]))
+        layers = depths[0]
+        del probes
     else:
         layers, wait = comm.bcast(None)
         time.sleep(wait)  # a rank that waits in MPI may burn a core that the first one needs
     slowdowns = _slowdowns(workload, comm, layers, cores, on_node)
-    return comm.bcast((_costs(workload, layers, medians), slowdowns) if comm.rank == 0 else None)
+    return comm.bcast((found, slowdowns) if comm.rank == 0 else None)
+
+
+def portion_sizes(batch: int, at_once: int = _AT_ONCE) -> list[int]:
+    """Numbers of samples that are timed: all of them first, and one or two portions, where these are smaller."""
+    sizes = {batch, *(min(batch, max(at_once, batch // share)) for share in _SHARES)}
+    return sorted(sizes, reverse=True)
 
 
 def _slowdowns(workload: Workload, comm: Communicator, layers: int, cores: int, on_node: int) -> Slowdowns:
@@ -293,6 +323,9 @@ def _costs(workload: Workload, layers: int, seconds: dict[str, float]) -> Costs:
         return StepCost(max(0.0, one - each), each)
 
     def solve(kind: str, whole: str) -> SolveCosts:
+        # Two portions of one layer less one portion of it: what each adds, and what is done once.
+        portion = max(0.0, seconds[f"{whole}_portions"] - seconds[f"{whole}_portion"])
+        once = max(0.0, seconds[f"{whole}_portion"] - portion)
         coarse = coarse_layers(layers)
         steps = {part: line(f"{kind}_{part}", coarse if part in COARSE else layers) for part in PARTS}
         total, sweep = line(whole), steps["sweep"]
@@ -301,6 +334,9 @@ def _costs(workload: Workload, layers: int, seconds: dict[str, float]) -> Costs:
             layer=max(0.0, total.each - sweep.each),
             ends=max(0.0, total.call - sweep.call),
             check=seconds["check"] if kind == "state" else 0.0,
+            opening=min(seconds["open"], portion),
+            closing=max(0.0, portion - min(seconds["open"], portion) - sweep.call - sweep.each),
+            once=once,
         )
 
     parameters = workload.architecture.width * (workload.architecture.width + 1)
@@ -314,4 +350,7 @@ def _costs(workload: Workload, layers: int, seconds: dict[str, float]) -> Costs:
         coarsen=seconds["coarsen"],
         optimizer=optimizer.call,
         optimizer_layer=optimizer.each,
+        add=seconds["add"],
+        samples=workload.batch,
+        at_once=_AT_ONCE,
     )

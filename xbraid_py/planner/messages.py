@@ -20,7 +20,7 @@ from xbraid_py.planner.machine import CLUSTER, SHARED_MEMORY, Link, Machine
 from xbraid_py.planner.measure import Slowdowns, Workload, cores_and_ranks, measure_costs, timed
 from xbraid_py.problem.problem import DenseResNetOptions
 
-_REPEATS, _LAPS = 7, 10
+_REPEATS, _LAPS, _BURST = 7, 10, 50
 _LARGE = 1 << 16  # bytes: less than this says nothing of the bandwidth
 # What a launcher leaves in the environment; the small job must not see it.
 _LAUNCHERS = ("PMI_", "PMI2_", "PMIX_", "OMPI_", "PRTE_", "PRRTE_", "SLURM_", "HYDI_", "HYDRA_", "MPI_LOCAL")
@@ -56,10 +56,12 @@ def measure_link(comm: Communicator, ranks: Sequence[int], num_bytes: int, num_r
     for _ in range(_REPEATS):
         hops = [timed(lambda t=t: _laps(comm, ranks, t)) / (_LAPS * len(ranks)) for t in (small, large)]
         comm.barrier()
-        found.append((*hops, timed(collective) / _LAPS / log2(comm.size)))
-    latency, hop, stage = (median(column) for column in zip(*found, strict=True))
+        burst = timed(lambda: _burst(comm, ranks, small)) / _BURST
+        comm.barrier()
+        found.append((*hops, timed(collective) / _LAPS / log2(comm.size), burst))
+    latency, hop, stage, burst = (median(column) for column in zip(*found, strict=True))
     # Where latencies scatter, the difference may vanish: ranks that take turns on a core.
-    link = Link(latency, large.nbytes / max(hop - latency, 0.1 * hop), stage, "measured")
+    link = Link(latency, large.nbytes / max(hop - latency, 0.1 * hop), stage, "measured", burst)
     return comm.bcast(link, ranks[0])
 
 
@@ -76,6 +78,16 @@ def _laps(comm: Communicator, ranks: Sequence[int], tensor: torch.Tensor) -> Non
             wait()
         else:
             comm.isend(comm.recv(tensor.new_empty(tensor.shape), behind), ahead)()
+
+
+def _burst(comm: Communicator, ranks: Sequence[int], tensor: torch.Tensor) -> None:
+    """Many messages from the first of some ranks to the second, as fast as they go."""
+    if comm.rank == ranks[0]:
+        for wait in [comm.isend(tensor, ranks[1]) for _ in range(_BURST)]:
+            wait()
+    elif comm.rank == ranks[1]:
+        for _ in range(_BURST):
+            comm.recv(tensor.new_empty(tensor.shape), ranks[0])
 
 
 def measure_machine(workload: Workload, comm: Communicator, slowdowns: Slowdowns, network: Link = CLUSTER) -> Machine:

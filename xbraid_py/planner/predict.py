@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -212,7 +212,7 @@ class Planner:
             if direction > 0 and not costs.is_module:
                 self._regularize(clock, hierarchy.partition)
                 if replicas > 1:
-                    clock.share(np.array([self.machine.collective(replicas, rows * costs.row_bytes) for rows in own]))
+                    clock.share(_of_rows(lambda rows: self.machine.collective(replicas, rows * costs.row_bytes), own))
             SolveWalk(clock, plan, hierarchy, costs, direction).run()
             if direction < 0 and replicas > 1:
                 self._sum_gradients(clock, plan, costs, own)
@@ -237,12 +237,12 @@ class Planner:
         machine, replicas = self.machine, plan.replicas
         if costs.is_module:
             # All gradients go to all replicas, which add them up in one order.
-            clock.share(np.array([machine.collective(replicas, replicas * rows * costs.row_bytes) for rows in own]))
+            clock.share(_of_rows(lambda rows: machine.collective(replicas, replicas * rows * costs.row_bytes), own))
             clock.work(own * (replicas * costs.add))
             return
         # Of portions whose sums are no single subtree there are several pieces.
         pieces = len(nodes_between(plan.portions, 0, plan.portions_each))
-        clock.share(np.array([machine.exchange(replicas, pieces * rows * costs.row_bytes) for rows in own]))
+        clock.share(_of_rows(lambda rows: machine.exchange(replicas, pieces * rows * costs.row_bytes), own))
         clock.work(own * (pieces * costs.add))
 
     def _optimize(self, clock: Clock, plan: Plan, hierarchy: Hierarchy) -> None:
@@ -258,6 +258,12 @@ class Planner:
             clock.work(seconds)
             if piece < self.collectives:
                 clock.collective(8 * blocks * (2 * self.pairs + 2))
+
+
+def _of_rows(seconds: Callable[[int], float], own: np.ndarray) -> np.ndarray:
+    """Seconds on each rank, of its number of rows."""
+    numbers, at = np.unique(own, return_inverse=True)
+    return np.array([seconds(rows) for rows in numbers.tolist()])[at]
 
 
 def simplest(predictions: Sequence[Prediction]) -> Prediction:

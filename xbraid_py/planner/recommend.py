@@ -15,8 +15,9 @@ from xbraid_py.mgrit import MGRIT
 from xbraid_py.planner.machine import CLUSTER, Link, Machine
 from xbraid_py.planner.measure import Slowdowns, Workload, measure_costs
 from xbraid_py.planner.messages import measure_machine, probe_machine
-from xbraid_py.planner.plan import SERIAL
+from xbraid_py.planner.plan import count
 from xbraid_py.planner.predict import Planner, Prediction
+from xbraid_py.planner.rule import Choice, decide
 
 _log = logging.getLogger(__name__)
 # Fewer ranks are as good as more of them within this.
@@ -49,8 +50,8 @@ def _alone(workload: Workload, comm: Communicator, slowdowns: Slowdowns, network
     return probe_machine(workload, network)
 
 
-def recommend(workload: Workload, comm: Communicator, cycles: Sequence[str] = ("lagged",)) -> MGRIT:
-    """The fastest solver for this job, with its number of ranks: serial propagation where nothing is faster.
+def measured(workload: Workload, comm: Communicator, cycles: Sequence[str] = ("lagged",)) -> Choice:
+    """The plan for this job by what is measured here; beside `choose`, which measures nothing.
 
     Every rank must call it; it measures for some seconds, and rank 0 decides for all. What it found is in the log.
 
@@ -59,23 +60,37 @@ def recommend(workload: Workload, comm: Communicator, cycles: Sequence[str] = ("
     workload : Workload
     comm : Communicator
     cycles : sequence of str
-        Cycles to choose from: lagged, V, F. Serial propagation is always among them.
+        Cycles to choose from besides exact propagation: lagged, V, F.
 
     Returns
     -------
-    MGRIT
-        Options of the state solves, the same on every rank; those of the adjoints follow from them.
+    Choice
+        The same on every rank; its `options` are those of the state solves, its `plan.replicas` those of the problem.
     """
+    return _decided(workload, comm, cycles, None)
+
+
+def recommend(workload: Workload, comm: Communicator, cycles: Sequence[str] = ("lagged",)) -> MGRIT:
+    """The options of `measured` where there are to be no replicas: serial propagation where nothing is faster."""
+    return _decided(workload, comm, cycles, 1).options
+
+
+def _decided(workload: Workload, comm: Communicator, cycles: Sequence[str], replicas: int | None) -> Choice:
     planner = measured_planner(workload, comm)
-    best = comm.bcast(planner.best(workload.num_layers, comm.size, cycles) if comm.rank == 0 else None)
+    choice = None
     if comm.rank == 0:
-        serial = planner.predict(SERIAL, workload.num_layers, comm.size)
+        num_layers, batch = workload.num_layers, workload.batch
+        plans = [
+            plan for plan in planner.candidates(num_layers, comm.size, cycles) if replicas in (None, plan.replicas)
+        ]
+        found = planner.of_each_kind(num_layers, comm.size, plans=plans)
+        choice = decide(found, num_layers, batch, MGRIT(cycle="pipeline").portions_of(batch))
         _log.info(
-            "plan for %d rank%s: %s; an update is predicted to take %.1f ms, with serial propagation %.1f ms",
-            *(comm.size, "s" * (comm.size > 1), best.plan.text(workload.num_layers)),
-            *(1e3 * best.seconds, 1e3 * serial.seconds),
+            "plan for %s: %s (%s); an update is predicted to take %.1f ms, with serial propagation %.1f ms",
+            *(count(comm.size, "rank"), choice.text, choice.reason),
+            *(1e3 * choice.prediction.seconds, 1e3 * choice.prediction.serial),
         )
-    return best.plan.options(workload.num_layers)
+    return comm.bcast(choice)
 
 
 def advice(predictions: Sequence[Prediction], num_layers: int) -> str:
@@ -90,7 +105,7 @@ def advice(predictions: Sequence[Prediction], num_layers: int) -> str:
     """
     limit = min(each.seconds for each in predictions) * (1 + _MARGIN)
     fastest = min((each for each in predictions if each.seconds <= limit), key=lambda each: each.num_ranks)
-    if fastest.plan.cycle == "serial":
+    if fastest.kind == "serial":
         return (
             f"Serial propagation on one rank is fastest here: {1e3 * fastest.seconds:.3g} ms an update. "
             f"More layers or more samples would be needed for more ranks to pay."

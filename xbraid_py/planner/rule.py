@@ -256,7 +256,8 @@ class Choice:
     @property
     def text(self) -> str:
         """The plan for the header of a run, in a line."""
-        found = f"plan: {in_words(self.prediction, self.num_layers)}; predicted {self.prediction.speedup:.2g} times one rank"
+        words = in_words(self.prediction, self.num_layers)
+        found = f"plan: {words}; predicted {self.prediction.speedup:.2g} times one rank"
         if self.runner_up is not None:
             found += f"; next: {in_words(self.runner_up, self.num_layers, short=True)}, {self.runner_up.speedup:.2g}"
         return found
@@ -336,7 +337,7 @@ def choose(
     layer = layer or constants.dense(width, itemsize)
     planner = constants.planner(layer, batch, pairs, cores)
     portions = MGRIT(cycle="pipeline").portions_of(batch)
-    exact = planner.of_each_kind(num_layers, ranks, plans=list(_exact(batch, ranks, portions)))
+    exact = planner.of_each_kind(num_layers, ranks, plans=list(_exact(num_layers, batch, ranks, portions)))
     found = list(exact)
     if "lagged" in cycles and ranks > 1:
         # What is slower by far is no runner-up either.
@@ -391,11 +392,11 @@ def decide(found: Sequence[Prediction], num_layers: int, samples: int, portions:
     return Choice(plan, "; ".join((reason, *notes)), best, others[0] if others else None, num_layers, samples)
 
 
-def _exact(batch: int, ranks: int, portions: int) -> Iterator[Plan]:
+def _exact(num_layers: int, batch: int, ranks: int, portions: int) -> Iterator[Plan]:
     """Exact plans, with as many portions as the rule says wherever that is enough for the replicas."""
     if portions == 1:
         yield SERIAL
-    for replicas in _divisors(ranks, batch):
+    for replicas in _wide_enough(_divisors(ranks, batch), ranks, num_layers):
         if replicas <= portions > 1:
             yield Plan(cycle="pipeline", replicas=replicas, portions=portions)
         elif replicas > portions:
@@ -408,7 +409,7 @@ def _lagged(planner: Planner, num_layers: int, batch: int, ranks: int) -> Iterat
     """Plans by the lagged cycle that are worth a look: about one, two or four intervals for each rank."""
     counts = [number for number in range(MIN_COARSE, num_layers // 2 + 1) if num_layers % number == 0]
     common = {"iterations": planner.sweeps, "adjoint_iterations": planner.adjoint_sweeps}
-    for replicas in _divisors(ranks, batch):
+    for replicas in _wide_enough(_divisors(ranks, batch), ranks, num_layers // 2):
         stages = ranks // replicas
         if stages == 1 or not counts:
             continue
@@ -423,3 +424,8 @@ def _lagged(planner: Planner, num_layers: int, batch: int, ranks: int) -> Iterat
 
 def _divisors(number: int, most: int) -> list[int]:
     return [each for each in range(1, min(number, most) + 1) if number % each == 0]
+
+
+def _wide_enough(replicas: list[int], ranks: int, most: int) -> list[int]:
+    """Those with at most so many ranks each, or the largest number of replicas alone."""
+    return [each for each in replicas if ranks // each <= most] or replicas[-1:]
