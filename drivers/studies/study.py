@@ -220,11 +220,11 @@ def key(settings: Settings) -> str:
 
 
 def settings_of(options: RunOptions) -> Settings:
-    """The settings of a run from the options of its recipe, without what `RunOptions` says of folders and checkpoints.
+    """The settings of a run from the options of its recipe, without folders, checkpoints and ranks.
 
     `from_dict` makes the options of them again.
     """
-    without = {each.name for each in fields(RunOptions)}
+    without = {each.name for each in fields(RunOptions)} | {"plan", "replicas"}
     return {name: value for name, value in to_dict(options).items() if name not in without}
 
 

@@ -12,7 +12,7 @@ from xbraid_py.run.record import read
 PLAN, PEAKS = ["-m", "xbraid_py", "plan"], PROJECT / "drivers" / "peaks.py"
 TINY = [
     *("--num_layers=16", "--num_train=50", "--num_val=40", "--network.width=3", "--nested.refinements=1"),
-    *("--nested.updates=3,4", "--checkpoint_every=2", "--plan=auto"),
+    *("--nested.updates=3,4", "--checkpoint_every=2", "--plan=measured"),
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from bad_input import BAD, make_inputs
@@ -11,8 +12,8 @@ from kinds import KINDS, Kind, draw_nothing, run, updates_of
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.agreement import RunError
-from xbraid_py.mgrit import MGRIT
-from xbraid_py.recipes import classification
+from xbraid_py.planner import Plan, choose
+from xbraid_py.recipes import planned
 from xbraid_py.run.options import OptionError
 from xbraid_py.run.store.read import load, numbered
 
@@ -74,20 +75,60 @@ def test_a_run_is_compared_later(compared, tmp_path, monkeypatch):
     assert updates_of(tmp_path / "non-nested") == updates_of(compared / "non-nested")
 
 
+PLANNED = Kind("peaks", tuple(word for word in TINY.words if not word.startswith("--mgrit")), "")
+
+
 def test_a_planned_job_goes_on_as_it_was_planned(tmp_path, monkeypatch):
     draw_nothing(monkeypatch)
-    solver = MGRIT(cycle="V", cfactor=4, max_levels=2, max_iter=3)
-    monkeypatch.setattr(classification, "recommend", lambda workload, comm: solver)
-    run(TINY, SERIAL, tmp_path, "--plan=auto")
+    choice = choose(16, 50, 4, cycles=())
+    lagged = replace(choice, plan=Plan(cfactors=(4,)))
+    monkeypatch.setattr(planned, "measured", lambda workload, comm: lagged)
+    run(PLANNED, SERIAL, tmp_path, "--plan=measured")
     with load(numbered(tmp_path / "checkpoints")[0][1]) as checkpoint:
-        assert checkpoint.meta["configuration"]["mgrit"]["max_iter"] == 3
+        assert checkpoint.meta["configuration"]["mgrit"]["cycle"] == "lagged"
     expected = updates_of(tmp_path)
     for number, path in numbered(tmp_path / "checkpoints"):
         if number > 3:
             path.unlink()
-    monkeypatch.setattr(classification, "recommend", lambda *_: pytest.fail("planned again"))
-    run(TINY, SERIAL, tmp_path, "--plan=auto", "--resume=auto")
+    monkeypatch.setattr(planned, "measured", lambda *_: pytest.fail("planned again"))
+    run(PLANNED, SERIAL, tmp_path, "--plan=measured", "--resume=auto")
     assert updates_of(tmp_path) == expected
+
+
+@pytest.mark.ranks(1, 2, 3, 4)
+def test_the_plan_by_rule_gives_the_same_numbers_on_any_number_of_ranks(spmd, shared_tmp_path, monkeypatch):
+    draw_nothing(monkeypatch)
+    spmd(lambda comm: run(PLANNED, comm, shared_tmp_path / "many", "--num_train=65") and None)
+    run(PLANNED, SERIAL, shared_tmp_path / "one", "--num_train=65")
+    assert updates_of(shared_tmp_path / "many") == updates_of(shared_tmp_path / "one")
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("solver", [("--mgrit.cycle=pipeline",), ("--mgrit.portions=4", "--mgrit.intervals=4")])
+def test_a_run_goes_on_with_other_replicas(spmd, shared_tmp_path, monkeypatch, solver):
+    """With 4 replicas of a rank, then cut and gone on with 1 and 2 replicas of 4 and 2 ranks: the same run."""
+    draw_nothing(monkeypatch)
+    whole, cut = shared_tmp_path / "whole", shared_tmp_path / "cut"
+
+    def made(out, *more):
+        words = ("--num_train=65", *solver, *more)
+        spmd(lambda comm: run(PLANNED, comm, out, *words) and None)
+
+    for out in (whole, cut):
+        made(out, "--replicas=4")
+    for replicas in ("--replicas=1", "--replicas=2"):
+        spmd(lambda comm: keep_until(cut, 3) if comm.rank == 0 else None)
+        made(cut, replicas, "--resume=auto")
+        for ours, theirs in zip(updates_of(cut), updates_of(whole), strict=True):
+            assert ours["loss"] == theirs["loss"] and ours["grad_norm"] == theirs["grad_norm"]
+
+
+def keep_until(out, last: int) -> None:
+    """Leave no checkpoint behind that update."""
+    for number, path in numbered(out / "checkpoints"):
+        if number > last:
+            path.unlink()
+    (out / "checkpoints" / "best.h5").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("dtypes", [("float64", "float32"), ("float32", "float64")])

@@ -8,7 +8,7 @@ from typing import Any
 
 from xbraid_py.comm import Communicator, SerialCommunicator
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.planner import Workload
+from xbraid_py.planner import Choice, Workload, choose, measured
 from xbraid_py.run.engine import Row, Training, resumed_configuration, train
 from xbraid_py.run.folder import claim
 from xbraid_py.run.options import from_dict
@@ -32,7 +32,7 @@ def by_plan(
         `prepared(options, text, **claimed)` checks everything without a message and returns the run; `text` is for its
         header, and `claimed` for `run.engine.train`.
     most : int, optional
-        Replicas at most.
+        Replicas at most: 1 where a replica would have to see all samples.
 
     Raises
     ------
@@ -52,16 +52,22 @@ def by_plan(
         if options.replicas > mgrit.portions_of(workload.batch):
             mgrit = replace(mgrit, portions=options.replicas)
         return prepared(replace(options, mgrit=mgrit), f"plan: {_replicas(options.replicas)}, as given")
-    if options.plan == "rule":
+    if most == 1:
         mgrit = MGRIT(cycle="pipeline")
-        replicas = replicas_of(mgrit, workload.batch, comm.size, most)
-        return prepared(replace(options, mgrit=mgrit, replicas=replicas), "plan: rule")
+        return prepared(replace(options, mgrit=mgrit, replicas=1), "plan: a pipeline of the ranks (exact)")
+    if options.plan == "rule":
+        optim = {"pairs": workload.optim.memory, "itemsize": workload.dtype.itemsize}
+        size = workload.num_layers, workload.batch, comm.size
+        return prepared(*_chosen(options, choose(*size, width=workload.architecture.width, **optim)))
     # What is wrong is said before measuring.
-    prepared(replace(options, mgrit=MGRIT(), out=options.out))
+    prepared(replace(options, mgrit=MGRIT(cycle="pipeline"), replicas=1))
     folder = claim(options.out, comm)
-    from xbraid_py.planner import recommend
+    return lambda: prepared(*_chosen(options, measured(workload, comm)), folder=folder)()
 
-    return lambda: prepared(replace(options, mgrit=recommend(workload, comm)), folder=folder)()
+
+def _chosen(options: Any, choice: Choice) -> tuple[Any, str]:
+    """The options with the plan of a choice in them, and its text and reason."""
+    return replace(options, mgrit=choice.options, replicas=choice.plan.replicas), f"{choice.text} ({choice.reason})"
 
 
 def replicas_of(mgrit: MGRIT, samples: int, ranks: int, most: int | None = None) -> int:

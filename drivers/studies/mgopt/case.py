@@ -67,7 +67,8 @@ def runs(cases: Iterable[MGOptRunOptions], seeds: Iterable[int]) -> list[Setting
 
     On MNIST a validation costs more than a cycle: there is one every fifth work unit, if not after every cycle.
     """
-    cases = list(cases)
+    # A study is of one rank, and says of its runs how they are solved.
+    cases = [replace(case, mgrit=case.solver) for case in cases]
     (problem,) = (name for name, each in PROBLEMS.items() if type(cases[0]) is each)
     if problem == "mnist":
         cases = [replace(case, validate_every=max(1, round(5.0 / case.mgopt.steps().work()))) for case in cases]
