@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -259,7 +260,8 @@ def measure_costs(workload: Workload, comm: Communicator, seconds: float = 1.5) 
     else:
         layers, wait = comm.bcast(None)
         time.sleep(wait)  # a rank that waits in MPI may burn a core that the first one needs
-    slowdowns = _slowdowns(workload, comm, layers, cores, on_node)
+    # Together the ranks hold as much as one alone, as in a run.
+    slowdowns = measure_slowdowns(lambda busy: Probe(workload, -(-layers // busy)), comm, cores, on_node)
     return comm.bcast((found, slowdowns) if comm.rank == 0 else None)
 
 
@@ -269,13 +271,21 @@ def portion_sizes(batch: int, at_once: int = _AT_ONCE) -> list[int]:
     return sorted(sizes, reverse=True)
 
 
-def _slowdowns(workload: Workload, comm: Communicator, layers: int, cores: int, on_node: int) -> Slowdowns:
-    """How much slower layers are on rank 0 while all cores are busy, and what waiting ranks take."""
+def measure_slowdowns(make: Callable[[int], Any], comm: Communicator, cores: int, on_node: int) -> Slowdowns:
+    """How much slower layers are on rank 0 while all cores are busy, and what waiting ranks take.
+
+    Parameters
+    ----------
+    make : callable
+        For the number of ranks at work what one of them times: `layer()` gives the seconds of one of `num_layers`.
+    comm : Communicator
+    cores, on_node : int
+        Cores and ranks of the first node.
+    """
     busy = min(cores, on_node)
     if on_node == 1:
         return Slowdowns()
-    # Together the ranks hold as much as one alone, as in a run.
-    probe = Probe(workload, -(-layers // busy)) if comm.rank < busy else None
+    probe = make(busy) if comm.rank < busy else None
     rest = comm.bcast(probe.layer() * probe.num_layers if comm.rank == 0 else None)
     alone, together, waited = [], [], []
     for _ in range(_CROWD_ROUNDS):

@@ -15,6 +15,7 @@ from xbraid_py.mgrit import MGRIT
 from xbraid_py.planner.machine import CLUSTER, Link, Machine
 from xbraid_py.planner.measure import Slowdowns, Workload, measure_costs
 from xbraid_py.planner.messages import measure_machine, probe_machine
+from xbraid_py.planner.modules import ModuleWorkload, measure_module
 from xbraid_py.planner.plan import count
 from xbraid_py.planner.predict import Planner, Prediction
 from xbraid_py.planner.rule import Choice, decide
@@ -25,12 +26,12 @@ _MARGIN = 0.05
 _TITLES = ("ranks", "nodes", "plan", "states", "adjoints", "optim.", "update ms", "speedup", "effic.", "memory MB")
 
 
-def measured_planner(workload: Workload, comm: Communicator, network: Link = CLUSTER) -> Planner:
+def measured_planner(workload: Workload | ModuleWorkload, comm: Communicator, network: Link = CLUSTER) -> Planner:
     """A planner for the machine that this job runs on. Every rank must call it; it takes some seconds.
 
     Parameters
     ----------
-    workload : Workload
+    workload : Workload or ModuleWorkload
     comm : Communicator
         One rank starts a small job of its own for what messages cost, see `probe_machine`; several measure it.
     network : Link
@@ -41,8 +42,13 @@ def measured_planner(workload: Workload, comm: Communicator, network: Link = CLU
     Planner
         The same on every rank.
     """
-    costs, slowdowns = measure_costs(workload, comm)
     measure = measure_machine if comm.size > 1 else _alone
+    if workload.is_module:
+        costs, slowdowns = measure_module(workload, comm)
+        machine = measure(workload.like_dense(), comm, slowdowns, network)
+        sweeps = {"sweeps": workload.sweeps, "adjoint_sweeps": workload.adjoint_sweeps}
+        return Planner(machine, costs, pairs=0, collectives=0, **sweeps)
+    costs, slowdowns = measure_costs(workload, comm)
     return Planner(measure(workload, comm, slowdowns, network), costs, workload.optim.memory)
 
 
@@ -50,14 +56,14 @@ def _alone(workload: Workload, comm: Communicator, slowdowns: Slowdowns, network
     return probe_machine(workload, network)
 
 
-def measured(workload: Workload, comm: Communicator, cycles: Sequence[str] = ("lagged",)) -> Choice:
+def measured(workload: Workload | ModuleWorkload, comm: Communicator, cycles: Sequence[str] = ("lagged",)) -> Choice:
     """The plan for this job by what is measured here; beside `choose`, which measures nothing.
 
     Every rank must call it; it measures for some seconds, and rank 0 decides for all. What it found is in the log.
 
     Parameters
     ----------
-    workload : Workload
+    workload : Workload or ModuleWorkload
     comm : Communicator
     cycles : sequence of str
         Cycles to choose from besides exact propagation: lagged, V, F.
@@ -70,12 +76,14 @@ def measured(workload: Workload, comm: Communicator, cycles: Sequence[str] = ("l
     return _decided(workload, comm, cycles, None)
 
 
-def recommend(workload: Workload, comm: Communicator, cycles: Sequence[str] = ("lagged",)) -> MGRIT:
+def recommend(workload: Workload | ModuleWorkload, comm: Communicator, cycles: Sequence[str] = ("lagged",)) -> MGRIT:
     """The options of `measured` where there are to be no replicas: serial propagation where nothing is faster."""
     return _decided(workload, comm, cycles, 1).options
 
 
-def _decided(workload: Workload, comm: Communicator, cycles: Sequence[str], replicas: int | None) -> Choice:
+def _decided(
+    workload: Workload | ModuleWorkload, comm: Communicator, cycles: Sequence[str], replicas: int | None
+) -> Choice:
     planner = measured_planner(workload, comm)
     choice = None
     if comm.rank == 0:
