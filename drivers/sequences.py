@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from xbraid_py.comm import Communicator
+from xbraid_py.mgrit import MGRIT
 from xbraid_py.recipes.digits import prepare_digits
 from xbraid_py.recipes.sequences import SequenceOptions as Options
 from xbraid_py.recipes.sequences import SequenceTraining, build
@@ -29,6 +30,7 @@ PRESETS = {
         "num_test": 100,
         "record_every": 1,
         "checkpoint_every": 4,
+        "mgrit": MGRIT(tol=0.1),
     }
 }
 

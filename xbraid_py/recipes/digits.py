@@ -26,6 +26,7 @@ from xbraid_py.layer_parallel.minibatch.updates import Batch, evaluate
 from xbraid_py.layer_parallel.stack import LayerParallel
 from xbraid_py.layers.dense import DenseBlock
 from xbraid_py.layers.module_block import own_random_numbers
+from xbraid_py.planner import CONVOLUTION, Constants, Layer
 from xbraid_py.recipes.minibatch import MinibatchOptions, MinibatchTraining, network_of, prepare
 from xbraid_py.run.engine import Row, free
 from xbraid_py.run.store.read import Checkpoint
@@ -143,11 +144,12 @@ def prepare_digits(
     how it is validated. For the rest see `xbraid_py.run.engine.train`.
     """
     digits = Digits.load(options)
+    options, plan = options.planned(comm.size)
 
     def make(model: nn.Module, grid: ProcessGrid) -> DigitTraining:
         return training(options, digits, model, grid, comm)
 
-    return prepare(kind, recipe, options, comm, partial(build, options), make)
+    return prepare(kind, recipe, options, comm, partial(build, options), make, plan=plan)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +176,14 @@ class MnistOptions(DigitOptions):
     width: int = 16
     out: Path = free(Path("runs/mnist"))
     accuracy: GradientControl = GradientControl()
+
+    @property
+    def depth(self) -> int:
+        return self.num_layers
+
+    @property
+    def layer(self) -> Layer:
+        return CONVOLUTION if self.variant == "conv" else Constants().dense(self.width, 4)
 
     def __post_init__(self):
         super().__post_init__()

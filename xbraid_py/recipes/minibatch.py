@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Self
 
 from torch import Tensor, nn
 
@@ -15,6 +16,8 @@ from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.layer_parallel.minibatch.state import MinibatchState, check_weights, load_weights
 from xbraid_py.layer_parallel.minibatch.updates import Batch, check_alike, train
 from xbraid_py.mgrit import MGRIT
+from xbraid_py.planner import Layer
+from xbraid_py.recipes.planned import of_modules
 from xbraid_py.run import engine
 from xbraid_py.run.engine import Row, RunOptions, State, Training, free, state_of
 from xbraid_py.run.options import from_dict
@@ -37,13 +40,14 @@ class MinibatchOptions(RunOptions):
     seed
         Of initial weights and of the order of the samples.
     replicas
-        Copies of the network, each on as many ranks, that share out every batch; divides the number of ranks.
+        Copies of the network, each on as many ranks, that share out every batch; divides the number of ranks. Those of
+        the plan if not given, which is made by rule from the sizes of the network and the number of ranks.
     exact
         Propagate layer after layer, or step after step of a sequence, instead of by MGRIT.
     validate_every
         Updates between two validations; the last update has one in any case.
     mgrit
-        Solver of the states.
+        Solver of the states; that of the plan if nothing of it is given.
     adjoint
         Solver of the adjoints; what is left at its default is taken from mgrit.
     """
@@ -52,12 +56,12 @@ class MinibatchOptions(RunOptions):
     learning_rate: float = 5e-3
     clip: float | None = None
     seed: int = 0
-    replicas: int = free(1)
+    replicas: int | None = free(None)
     exact: bool = False
     validate_every: int = free(300)
     checkpoint_every: int = free(100)
     checkpoint_best: bool = free(True)
-    mgrit: MGRIT = MGRIT()
+    mgrit: MGRIT | None = None
     adjoint: MGRIT = MGRIT()
 
     def __post_init__(self):
@@ -67,18 +71,46 @@ class MinibatchOptions(RunOptions):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
                 good = getattr(type(self), name) or 1.0
                 raise ValueError(f"{name}={getattr(self, name)} must be positive and finite; use {good}")
-        if self.batch_size < self.replicas:
+        if self.batch_size < (self.replicas or 1):
             raise ValueError(f"batch_size={self.batch_size} is less than replicas={self.replicas}; use {self.replicas}")
+
+    @property
+    @abstractmethod
+    def depth(self) -> int:
+        """Layers, or steps, that are propagated through."""
+
+    @property
+    @abstractmethod
+    def layer(self) -> Layer:
+        """What one of them costs, for the plan by rule."""
+
+    @property
+    def lagged(self) -> MGRIT:
+        """Solver where the lagged cycle is chosen: what the members of `mgrit` are by default."""
+        field = next(each for each in fields(self) if each.name == "mgrit")
+        return field.metadata.get("members", MGRIT())
+
+    def planned(self, ranks: int) -> tuple[Self, str]:
+        """These options with solver and replicas, by rule where they are not given, and the plan in words."""
+        return of_modules(self, self.depth, self.layer, self.lagged, ranks)
 
     @property
     def solvers(self) -> dict[str, MGRIT]:
         """The arguments `mgrit` and `adjoint` of what is solved for: without coarse levels if it is to be exact."""
-        both = {"mgrit": self.mgrit, "adjoint": self.adjoint}
+        both = {"mgrit": self.mgrit or MGRIT(), "adjoint": self.adjoint}
         return {name: replace(each, max_levels=1) for name, each in both.items()} if self.exact else both
 
 
 class MinibatchTraining(Training):
-    """Updates on minibatches, so many in all, with validations in between; `trained` is at the beginning."""
+    """Updates on minibatches, so many in all, with validations in between; `trained` is at the beginning.
+
+    Attributes
+    ----------
+    plan : str
+        What solver and replicas were chosen, and why.
+    """
+
+    plan = ""
 
     def __init__(self, options: MinibatchOptions, trained: MinibatchState, total: int):
         self.options, self.trained, self.total = options, trained, total
@@ -125,7 +157,8 @@ class MinibatchTraining(Training):
         self.trained.load(checkpoint)
 
     def describe(self) -> str:
-        return "\n".join(f"levels of a stack\n{stack.table()}" for stack in self.trained.stacks)
+        stacks = [f"levels of a stack\n{stack.table()}" for stack in self.trained.stacks]
+        return "\n".join(filter(None, [self.plan, *stacks]))
 
     def draw(self, rows: list[Row], figures: Path) -> None:
         if rows:
@@ -155,6 +188,7 @@ def prepare(
     build: Callable[[Communicator | None], nn.Module],
     make: Callable[[nn.Module, ProcessGrid], MinibatchTraining],
     sizes: Mapping[str, int] | None = None,
+    plan: str = "",
 ) -> Callable[[], Row]:
     """Check everything, without a message; returns the run.
 
@@ -169,6 +203,8 @@ def prepare(
         `build(comm)` makes the network on ranks, or without any for None.
     make : callable
         `make(model, grid)` makes the training.
+    plan : str
+        For the header.
 
     Raises
     ------
@@ -183,7 +219,9 @@ def prepare(
         grid = ProcessGrid(comm, options.replicas)
         model = build(grid.layers)
         check_alike(model, comm)
-        return make(model, grid)
+        training = make(model, grid)
+        training.plan = plan
+        return training
 
     def check(checkpoint: Checkpoint) -> None:
         check_weights(checkpoint, alone)

@@ -8,7 +8,7 @@ from typing import Any
 
 from xbraid_py.comm import Communicator, SerialCommunicator
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.planner import Choice, Workload, choose, measured
+from xbraid_py.planner import Choice, Layer, Workload, choose, measured
 from xbraid_py.run.engine import Row, Training, resumed_configuration, train
 from xbraid_py.run.folder import claim
 from xbraid_py.run.options import from_dict
@@ -68,6 +68,38 @@ def by_plan(
 def _chosen(options: Any, choice: Choice) -> tuple[Any, str]:
     """The options with the plan of a choice in them, and its text and reason."""
     return replace(options, mgrit=choice.options, replicas=choice.plan.replicas), f"{choice.text} ({choice.reason})"
+
+
+def of_modules(options: Any, num_layers: int, layer: Layer, lagged: MGRIT, ranks: int) -> tuple[Any, str]:
+    """Options of a minibatch job with the solver and the replicas of the plan by rule in them, and its text.
+
+    Parameters
+    ----------
+    options : MinibatchOptions
+    num_layers : int
+    layer : Layer
+        What a layer costs.
+    lagged : MGRIT
+        Options where the lagged cycle is chosen.
+    ranks : int
+    """
+    if options.mgrit is not None or options.exact:
+        replicas = options.replicas or 1
+        return replace(options, replicas=replicas), f"plan: as given, {_replicas(replicas)}"
+    written = resumed_configuration(options)
+    if written is not None and written["mgrit"] is not None:
+        wanted = options.replicas or written["replicas"] or 1
+        replicas = wanted if ranks % wanted == 0 else 1
+        mgrit = from_dict(MGRIT, written["mgrit"])
+        return replace(options, mgrit=mgrit, replicas=replicas), f"plan: as begun, {_replicas(replicas)}"
+    choice = choose(num_layers, options.batch_size, ranks, layer=layer)
+    plan = choice.plan
+    if options.replicas not in (None, plan.replicas):
+        mgrit = MGRIT(cycle="pipeline")
+        return replace(options, mgrit=mgrit), f"plan: {_replicas(options.replicas)}, as given (exact)"
+    # Each replica makes portions of its own share of a batch.
+    mgrit = MGRIT(cycle="pipeline") if plan.is_exact else replace(lagged, intervals=num_layers // plan.cfactors[0])
+    return replace(options, mgrit=mgrit, replicas=plan.replicas), f"{choice.text} ({choice.reason})"
 
 
 def replicas_of(mgrit: MGRIT, samples: int, ranks: int, most: int | None = None) -> int:

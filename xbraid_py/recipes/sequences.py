@@ -5,7 +5,7 @@ Shape letters: `B` images, `L` steps of a sequence, `F` numbers of a step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +17,7 @@ from xbraid_py.data.mnist import ORDERS, sequences
 from xbraid_py.layer_parallel.sequence.gru import ParallelGRU
 from xbraid_py.layers.module_block import own_random_numbers
 from xbraid_py.mgrit import MGRIT
+from xbraid_py.planner import Constants, Layer
 from xbraid_py.recipes.digits import DigitOptions, DigitTraining
 from xbraid_py.recipes.minibatch import network_of
 from xbraid_py.run.engine import Row, free
@@ -63,7 +64,17 @@ class SequenceOptions(DigitOptions):
     learning_rate: float = 3e-3
     clip: float | None = 1.0
     out: Path = free(Path("runs/sequences"))
-    mgrit: MGRIT = MGRIT(tol=0.1)
+    mgrit: MGRIT | None = field(default=None, metadata={"members": MGRIT(tol=0.1)})
+
+    @property
+    def depth(self) -> int:
+        return self.length or {"rows": 28, "columns": 28, "pixels": 784}[self.order]
+
+    @property
+    def layer(self) -> Layer:
+        # Three gates, each with the matrix of a dense layer.
+        dense = Constants().dense(self.hidden_size, 4)
+        return replace(dense, state=3 * dense.state, adjoint=3 * dense.adjoint, is_module=True, sweeps=3)
 
     def __post_init__(self):
         super().__post_init__()

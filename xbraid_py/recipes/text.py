@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from xbraid_py.layer_parallel.stack import LayerParallel
 from xbraid_py.layers.module_block import own_random_numbers
 from xbraid_py.layers.transformer import DecoderBlock, TokenEmbedding, TokenHead, generate
 from xbraid_py.mgrit import MGRIT
+from xbraid_py.planner import TRANSFORMER, Layer
 from xbraid_py.recipes.minibatch import MinibatchOptions, MinibatchTraining, network_of, prepare
 from xbraid_py.run.engine import Row, free
 from xbraid_py.run.store.read import Checkpoint
@@ -92,8 +93,16 @@ class TextOptions(MinibatchOptions):
     sample: int = free(300)
     checkpoint_every: int = free(50)
     out: Path = free(Path("runs/transformer"))
-    mgrit: MGRIT = MGRIT(coarse_parts=1)
+    mgrit: MGRIT | None = field(default=None, metadata={"members": MGRIT(coarse_parts=1)})
     accuracy: GradientControl = GradientControl()
+
+    @property
+    def depth(self) -> int:
+        return self.num_layers
+
+    @property
+    def layer(self) -> Layer:
+        return TRANSFORMER
 
     def __post_init__(self):
         super().__post_init__()
@@ -107,11 +116,12 @@ def prepare_text(options: TextOptions, comm: Communicator) -> Callable[[], Row]:
     corpus = text.load(options.source, options.num_characters, options.seed)
     stretches(corpus.split()[1], options, 1, 0)  # too short a text is refused here
     sizes = {"num_tokens": len(corpus.characters)}
+    options, plan = options.planned(comm.size)
 
     def make(model: nn.Module, grid: ProcessGrid) -> TextTraining:
         return TextTraining(options, corpus, model, grid, comm)
 
-    return prepare("text", "transformer", options, comm, partial(build, options, **sizes), make, sizes)
+    return prepare("text", "transformer", options, comm, partial(build, options, **sizes), make, sizes, plan)
 
 
 def network(checkpoint: Checkpoint) -> nn.Module:

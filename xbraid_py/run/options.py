@@ -197,7 +197,8 @@ def _options(cls: type, default: Any = dataclasses.MISSING, prefix: str = "") ->
         group = next((member for member in _members(hint) if dataclasses.is_dataclass(member)), None)
         yield prefix + field.name, _Option(hint, value, group, described.get(field.name, ""))
         if group:
-            yield from _options(group, value, f"{prefix}{field.name}.")
+            # Of a group that is not there by default, what its members are if one of them is given.
+            yield from _options(group, field.metadata.get("members", value), f"{prefix}{field.name}.")
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
