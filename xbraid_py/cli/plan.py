@@ -17,9 +17,23 @@ import torch
 
 from xbraid_py.comm import Communicator
 from xbraid_py.mgrit.grid import LayerGrid
-from xbraid_py.planner.machine import CLUSTER, Link
-from xbraid_py.planner.measure import Workload
-from xbraid_py.planner.recommend import advice, headings, lines, measured_planner, show
+from xbraid_py.planner import (
+    CLUSTER,
+    CONVOLUTION,
+    TRANSFORMER,
+    Constants,
+    Link,
+    Planner,
+    Workload,
+    draw,
+    in_sentences,
+    make_map,
+    measured_planner,
+    named_workload,
+)
+from xbraid_py.planner.maps import powers_of_two
+from xbraid_py.planner.predict import Prediction, simplest
+from xbraid_py.planner.recommend import advice, headings, lines, show
 from xbraid_py.problem.problem import DenseResNetOptions
 from xbraid_py.run.launch import launch
 
@@ -40,16 +54,24 @@ class Options:
     ----------
     num_layers
         Residual layers.
+    block
+        Dense layers with their native kernels, trained on all samples at once; or torch blocks, trained on minibatches:
+        a convolution of 8 channels on 28x28 pixels, or a decoder layer of width 64 with 64 tokens.
     width
-        Channels of a layer.
+        Channels of a dense layer.
     batch
-        Training samples.
+        Training samples; of blocks, those of a minibatch.
     dtype
-        Of weights and states.
+        Of weights and states of dense layers; those of blocks are float32.
+    costs
+        Measured here, or those by which `choose` makes a plan, written down and the same on any machine.
     ranks
         Numbers of ranks to predict for.
     cycles
-        Cycles to choose from, besides serial propagation: lagged, V, F.
+        Cycles to choose from, besides exact propagation: lagged, V, F.
+    sweeps, adjoint_sweeps
+        Fine sweeps of a solve by the lagged cycle. If not given 1 and 1 for dense layers, which start from the last
+        solve; for blocks, which start cold, 4 and 3 with convolutions, 7 and 5 with transformers.
     ranks_per_node
         Ranks on a node; as many as it has cores if not given. With more of them they take turns.
     latency
@@ -58,56 +80,116 @@ class Options:
         Between nodes, in bytes/s.
     stage
         Of one of the log2(nodes) stages of a collective between nodes, in seconds.
+    map
+        Picture of who wins where, from 1 to `batch` samples and from 2 to 4,096 ranks, with some sentences.
     json
         File for the predictions and the measured constants.
     """
 
     num_layers: int = 1024
+    block: Literal["dense", "conv", "transformer"] = "dense"
     width: int = 8
     batch: int = 5000
     dtype: Literal["float64", "float32"] = "float64"
+    costs: Literal["measured", "rule"] = "measured"
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 64, 256, 1024)
     cycles: tuple[Literal["lagged", "V", "F"], ...] = ("lagged",)
+    sweeps: int | None = None
+    adjoint_sweeps: int | None = None
     ranks_per_node: int | None = None
     latency: float = CLUSTER.latency
     bandwidth: float = CLUSTER.bandwidth
     stage: float = CLUSTER.stage
+    map: Path | None = None
     json: Path | None = None
 
     def __post_init__(self):
         LayerGrid(self.num_layers, 1.0)
         if not self.ranks or min(self.ranks) < 1:
             raise ValueError(f"ranks={','.join(map(str, self.ranks))} must be at least 1, all of them; use 1,2,4")
-        if self.ranks_per_node is not None and self.ranks_per_node < 1:
-            raise ValueError(f"ranks_per_node={self.ranks_per_node} must be at least 1; use 2")
+        for name in ("ranks_per_node", "sweeps", "adjoint_sweeps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1; use 2")
 
 
 def setup(options: Options, comm: Communicator) -> Callable[[], None]:
     """Validate; the plan is made by the function returned."""
-    workload = Workload(
-        num_layers=options.num_layers,
-        batch=options.batch,
-        architecture=DenseResNetOptions(width=options.width),
-        dtype=getattr(torch, options.dtype),
-    )
+    if options.block == "dense":
+        workload = Workload(
+            num_layers=options.num_layers,
+            batch=options.batch,
+            architecture=DenseResNetOptions(width=options.width),
+            dtype=getattr(torch, options.dtype),
+        )
+    else:
+        workload = named_workload(options.block, options.num_layers, options.batch)
     source = CLUSTER.source if options.latency == CLUSTER.latency else "given"
     network = Link(options.latency, options.bandwidth, options.stage, source)
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
+    for path in (options.json, options.map):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
 
     def run() -> None:
-        planner = measured_planner(workload, comm, network)
+        if options.costs == "rule":
+            planner = _by_rule(options, options.batch)
+        else:
+            planner = measured_planner(workload, comm, network)
         if comm.rank > 0:
             return
+        planner = _with_sweeps(planner, options)
         on_node = options.ranks_per_node or planner.machine.cores
         planner = replace(planner, machine=replace(planner.machine, ranks_per_node=on_node))
-        found = [planner.best(options.num_layers, ranks, options.cycles) for ranks in sorted(set(options.ranks))]
-        print(headings(workload, planner))
+        found = [_best(planner, options, ranks) for ranks in sorted(set(options.ranks))]
+        print(headings(options.num_layers, _what(options), planner))
         show(lines(found, options.num_layers, on_node))
-        print(advice(found, options.num_layers), flush=True)
+        best = [row[0] for row in found]
+        print(advice(best, options.num_layers), flush=True)
+        if options.map is not None:
+            _map(planner, options)
         if options.json is not None:
-            rows = [asdict(each) | {"seconds": each.seconds, "speedup": each.speedup} for each in found]
+            rows = [asdict(each) | {"seconds": each.seconds, "speedup": each.speedup} for each in best]
             constants = {"machine": asdict(planner.machine), "costs": asdict(planner.costs)}
             options.json.write_text(json.dumps({"predictions": rows, **constants}, indent=1) + "\n")
 
     return run
+
+
+def _what(options: Options) -> str:
+    """The layers in words."""
+    return f"dense, width {options.width}, {options.dtype}" if options.block == "dense" else options.block
+
+
+def _by_rule(options: Options, samples: int) -> Planner:
+    """The planner of `choose`."""
+    constants = Constants()
+    layers = {"conv": CONVOLUTION, "transformer": TRANSFORMER}
+    itemsize = getattr(torch, options.dtype).itemsize
+    layer = layers.get(options.block) or constants.dense(options.width, itemsize)
+    return constants.planner(layer, samples)
+
+
+def _with_sweeps(planner: Planner, options: Options) -> Planner:
+    """With the numbers of sweeps that are given."""
+    given = {name: getattr(options, name) for name in ("sweeps", "adjoint_sweeps") if getattr(options, name)}
+    return replace(planner, **given)
+
+
+def _best(planner: Planner, options: Options, ranks: int) -> list[Prediction]:
+    """The best plan, and the best one of another kind."""
+    found = planner.of_each_kind(options.num_layers, ranks, options.cycles)
+    best = simplest(found)
+    return [best, *[each for each in found if each.kind != best.kind][:1]]
+
+
+def _map(planner: Planner, options: Options) -> None:
+    """Draw who wins where, and say it."""
+    samples = powers_of_two(1, options.batch)
+
+    def planner_of(number: int) -> Planner:
+        return replace(planner, costs=planner.costs.at(number), events_up_to=0)
+
+    found = make_map(planner_of, options.num_layers, samples, powers_of_two(2, 4096), options.cycles)
+    draw(found, f"{options.num_layers:,} layers, {_what(options)}", options.map)
+    for sentence in in_sentences(found):
+        print(sentence, flush=True)

@@ -21,9 +21,11 @@ from xbraid_py.mgrit import MGRIT
 from xbraid_py.planner.machine import Costs, SolveCosts, StepCost
 from xbraid_py.planner.measure import Slowdowns, Workload, cores_and_ranks, measure_slowdowns, portion_sizes, timed
 
-_FEW, _MANY, _COARSENING = 2, 10, 4
+# What a layer takes depends on how the memory of graphs comes and goes, so the deeper stack is as deep as may be.
+_FEW, _MANY, _COARSENING = 2, 32, 4
 _CYCLED = 16  # layers of the lagged cycle that is timed
 _LEAST_ROUNDS, _MOST_ROUNDS = 3, 15
+_MOST_SAMPLES = 32  # of larger batches the costs are those on the same line
 _PIPELINE = MGRIT(cycle="pipeline", portions=1)
 
 
@@ -100,8 +102,8 @@ def named_workload(name: str, num_layers: int, batch: int) -> ModuleWorkload:
 class ModuleProbe:
     """Stacks on one rank, and the calls that are timed on them."""
 
-    def __init__(self, workload: ModuleWorkload, num_layers: int = _MANY):
-        alone = SerialCommunicator()
+    def __init__(self, workload: ModuleWorkload):
+        alone, num_layers = SerialCommunicator(), min(_MANY, max(workload.num_layers, 2 * _FEW))
         self.num_layers, self.input = num_layers, workload.input()
         self.few, self.many = (workload.stack(alone, n, _PIPELINE) for n in (_FEW, num_layers))
         self.twice = workload.stack(alone, _FEW, MGRIT(cycle="pipeline", portions=2))
@@ -157,7 +159,8 @@ class ModuleProbe:
 def measure_module(workload: ModuleWorkload, comm: Communicator, seconds: float = 3.0) -> tuple[Costs, Slowdowns]:
     """What layers cost on one rank alone, and how ranks slow each other down; see `measure_costs`."""
     cores, on_node = cores_and_ranks(comm)
-    found = None
+    batch, found = workload.batch, None
+    workload = replace(workload, batch=min(batch, _MOST_SAMPLES))
     if comm.rank == 0:
         sizes = portion_sizes(workload.batch, 1)
         probes = [ModuleProbe(replace(workload, batch=size)) for size in sizes]
@@ -171,7 +174,7 @@ def measure_module(workload: ModuleWorkload, comm: Communicator, seconds: float 
         for size, probe, own in zip(sizes, probes, zip(*rounds, strict=True), strict=True):
             medians = {name: median(each[name] for each in own) for name in own[0]}
             costs.append(_costs(replace(workload, batch=size), probe, medians))
-        found = replace(costs[0], others=tuple(costs[1:]))
+        found = replace(costs[0], others=tuple(costs)).at(batch)
     else:
         time.sleep(comm.bcast(None))
     slowdowns = measure_slowdowns(lambda busy: ModuleProbe(workload), comm, cores, on_node)

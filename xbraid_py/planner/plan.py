@@ -168,3 +168,8 @@ SERIAL = Plan(cycle="serial")
 def count(number: int, what: str) -> str:
     """`1 rank`, `2 ranks`."""
     return f"{number} {what}{'s' * (number != 1)}"
+
+
+def figure(number: float) -> str:
+    """Two digits, or whole numbers above ten: `0.95`, `2.1`, `31`, `1,204`."""
+    return f"{number:,.0f}" if number >= 9.95 else f"{number:.2g}"

@@ -11,19 +11,31 @@ from rich.console import Console
 from rich.table import Table
 
 from xbraid_py.comm import Communicator
-from xbraid_py.mgrit import MGRIT
 from xbraid_py.planner.machine import CLUSTER, Link, Machine
 from xbraid_py.planner.measure import Slowdowns, Workload, measure_costs
 from xbraid_py.planner.messages import measure_machine, probe_machine
 from xbraid_py.planner.modules import ModuleWorkload, measure_module
 from xbraid_py.planner.plan import count
 from xbraid_py.planner.predict import Planner, Prediction
-from xbraid_py.planner.rule import Choice, decide
+from xbraid_py.planner.rule import Choice, decide, in_words
 
 _log = logging.getLogger(__name__)
 # Fewer ranks are as good as more of them within this.
 _MARGIN = 0.05
-_TITLES = ("ranks", "nodes", "plan", "states", "adjoints", "optim.", "update ms", "speedup", "effic.", "memory MB")
+_TITLES = (
+    "ranks",
+    "nodes",
+    "plan",
+    "states",
+    "adjoints",
+    "optim.",
+    "update ms",
+    "speedup",
+    "effic.",
+    "memory MB",
+    "next",
+)
+_WORDS = ("plan", "next")
 
 
 def measured_planner(workload: Workload | ModuleWorkload, comm: Communicator, network: Link = CLUSTER) -> Planner:
@@ -73,29 +85,14 @@ def measured(workload: Workload | ModuleWorkload, comm: Communicator, cycles: Se
     Choice
         The same on every rank; its `options` are those of the state solves, its `plan.replicas` those of the problem.
     """
-    return _decided(workload, comm, cycles, None)
-
-
-def recommend(workload: Workload | ModuleWorkload, comm: Communicator, cycles: Sequence[str] = ("lagged",)) -> MGRIT:
-    """The options of `measured` where there are to be no replicas: serial propagation where nothing is faster."""
-    return _decided(workload, comm, cycles, 1).options
-
-
-def _decided(
-    workload: Workload | ModuleWorkload, comm: Communicator, cycles: Sequence[str], replicas: int | None
-) -> Choice:
     planner = measured_planner(workload, comm)
     choice = None
     if comm.rank == 0:
-        num_layers, batch = workload.num_layers, workload.batch
-        plans = [
-            plan for plan in planner.candidates(num_layers, comm.size, cycles) if replicas in (None, plan.replicas)
-        ]
-        found = planner.of_each_kind(num_layers, comm.size, plans=plans)
-        choice = decide(found, num_layers, batch, MGRIT(cycle="pipeline").portions_of(batch))
+        found = planner.of_each_kind(workload.num_layers, comm.size, cycles)
+        choice = decide(found, workload.num_layers, workload.batch)
         _log.info(
             "plan for %s: %s (%s); an update is predicted to take %.1f ms, with serial propagation %.1f ms",
-            *(count(comm.size, "rank"), choice.text, choice.reason),
+            *(count(comm.size, "rank"), choice.text.removeprefix("plan: "), choice.reason),
             *(1e3 * choice.prediction.seconds, 1e3 * choice.prediction.serial),
         )
     return comm.bcast(choice)
@@ -128,15 +125,22 @@ def advice(predictions: Sequence[Prediction], num_layers: int) -> str:
     return found
 
 
-def headings(workload: Workload, planner: Planner) -> str:
-    """What was measured, and what was assumed, in a few lines."""
+def headings(num_layers: int, what: str, planner: Planner) -> str:
+    """What was measured, and what was assumed, in a few lines.
+
+    Parameters
+    ----------
+    num_layers : int
+    what : str
+        The layers in words.
+    planner : Planner
+    """
     costs, machine = planner.costs, planner.machine
     us = 1e6
     return "\n".join(
         (
-            f"{workload.num_layers} layers of width {workload.architecture.width}, {workload.batch} samples, "
-            f"{str(workload.dtype).removeprefix('torch.')}; milliseconds of an update by its parts",
-            f"layer here: state {us * costs.states.record.each:.3g} us, adjoint with gradient "
+            f"{num_layers} layers: {what}, {costs.samples} samples; milliseconds of an update by its parts",
+            f"layer: state {us * costs.states.record.each:.3g} us, adjoint with gradient "
             f"{us * costs.adjoints.record.each:.3g} us; coarse {us * costs.states.coarse.each:.3g} and "
             f"{us * costs.adjoints.coarse.each:.3g} us; with all {machine.cores} cores of a node busy "
             f"{machine.contention:.2f} times that",
@@ -150,10 +154,17 @@ def _link(link: Link) -> str:
     return f"latency {1e6 * link.latency:.3g} us, {1e-9 * link.bandwidth:.3g} GB/s ({link.source})"
 
 
-def lines(predictions: Sequence[Prediction], num_layers: int, ranks_per_node: int) -> list[tuple[str, ...]]:
-    """A line of texts for every prediction, under a line of titles."""
+def lines(rows: Sequence[Sequence[Prediction]], num_layers: int, ranks_per_node: int) -> list[tuple[str, ...]]:
+    """A line of texts for every number of ranks, under a line of titles.
+
+    Parameters
+    ----------
+    rows : sequence of sequences of Prediction
+        For each number of ranks the best plan, and the best one of another kind, if there is any.
+    num_layers, ranks_per_node : int
+    """
     found = [_TITLES]
-    for each in predictions:
+    for each, *others in rows:
         milliseconds = (each.states, each.adjoints, each.optimizer, each.seconds)
         found.append(
             (
@@ -164,17 +175,19 @@ def lines(predictions: Sequence[Prediction], num_layers: int, ranks_per_node: in
                 f"{each.speedup:.2f}",
                 f"{100 * each.efficiency:.1f}%",
                 f"{each.memory / 1e6:.0f}",
+                f"{in_words(others[0], num_layers, short=True)}: {others[0].speedup:.2f}" if others else "",
             )
         )
     return found
 
 
 def show(rows: Sequence[tuple[str, ...]]) -> None:
-    """Print lines of texts: the first are titles, the third column is words, the others numbers."""
+    """Print lines of texts: the first are titles, of plans in words and of numbers."""
+    is_word = [title in _WORDS for title in rows[0]]
     if sys.stdout.isatty():
         table = Table()
         for number, title in enumerate(rows[0]):
-            table.add_column(title, justify="left" if number == 2 else "right")
+            table.add_column(title, justify="left" if is_word[number] else "right")
         for row in rows[1:]:
             table.add_row(*row)
         Console().print(table)
@@ -183,7 +196,7 @@ def show(rows: Sequence[tuple[str, ...]]) -> None:
     for row in rows:
         print(
             "  ".join(
-                f"{text:<{w}}" if i == 2 else f"{text:>{w}}"
+                f"{text:<{w}}" if is_word[i] else f"{text:>{w}}"
                 for i, (text, w) in enumerate(zip(row, widths, strict=True))
             )
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.planner.machine import Costs, Link, Machine, SolveCosts, StepCost
-from xbraid_py.planner.plan import SERIAL, Plan, count
+from xbraid_py.planner.plan import SERIAL, Plan, count, figure
 from xbraid_py.planner.predict import MIN_COARSE, Planner, Prediction, rounded
 
 # An exact plan is taken unless an inexact one is faster by more than this.
@@ -257,9 +257,11 @@ class Choice:
     def text(self) -> str:
         """The plan for the header of a run, in a line."""
         words = in_words(self.prediction, self.num_layers)
-        found = f"plan: {words}; predicted {self.prediction.speedup:.2g} times one rank"
+        found = f"plan: {words}; predicted {figure(self.prediction.speedup)} times one rank"
         if self.runner_up is not None:
-            found += f"; next: {in_words(self.runner_up, self.num_layers, short=True)}, {self.runner_up.speedup:.2g}"
+            found += (
+                f"; next: {in_words(self.runner_up, self.num_layers, short=True)}, {figure(self.runner_up.speedup)}"
+            )
         return found
 
 
@@ -336,19 +338,30 @@ def choose(
     constants = constants or Constants()
     layer = layer or constants.dense(width, itemsize)
     planner = constants.planner(layer, batch, pairs, cores)
-    portions = MGRIT(cycle="pipeline").portions_of(batch)
-    exact = planner.of_each_kind(num_layers, ranks, plans=list(_exact(num_layers, batch, ranks, portions)))
-    found = list(exact)
+    return search(planner, num_layers, ranks, cycles)
+
+
+def search(planner: Planner, num_layers: int, ranks: int, cycles: Sequence[str] = ("lagged",)) -> Choice:
+    """The choice by the rule's own search, which looks at fewer plans than `Planner.best`, with any constants."""
+    return decide(few_of_each_kind(planner, num_layers, ranks, cycles), num_layers, planner.costs.samples)
+
+
+def few_of_each_kind(
+    planner: Planner, num_layers: int, ranks: int, cycles: Sequence[str] = ("lagged",)
+) -> list[Prediction]:
+    """The best plans of all kinds that the rule looks at."""
+    batch = planner.costs.samples
+    portions = _portions(batch)
+    found = planner.of_each_kind(num_layers, ranks, plans=list(_exact(num_layers, batch, ranks, portions)))
     if "lagged" in cycles and ranks > 1:
         # What is slower by far is no runner-up either.
-        limit = 2.0 * exact[0].seconds
-        found += planner.of_each_kind(
-            num_layers, ranks, plans=list(_lagged(planner, num_layers, batch, ranks)), limit=limit
-        )
-    return decide(found, num_layers, batch, portions)
+        limit = 2.0 * found[0].seconds
+        plans = list(_lagged(planner, num_layers, batch, ranks))
+        found = found + planner.of_each_kind(num_layers, ranks, plans=plans, limit=limit)
+    return found
 
 
-def decide(found: Sequence[Prediction], num_layers: int, samples: int, portions: int) -> Choice:
+def decide(found: Sequence[Prediction], num_layers: int, samples: int) -> Choice:
     """The choice among the best plans of all kinds.
 
     Parameters
@@ -356,9 +369,8 @@ def decide(found: Sequence[Prediction], num_layers: int, samples: int, portions:
     found : sequence of Prediction
         At least one of them exact.
     num_layers, samples : int
-    portions : int
-        By rule, for so many samples.
     """
+    portions = _portions(samples)
     found = sorted(found, key=lambda each: (rounded(each.seconds), each.plan.simplicity(each.num_ranks)))
     exact = next(each for each in found if each.plan.is_exact)
     best, notes = found[0], []
@@ -380,7 +392,7 @@ def decide(found: Sequence[Prediction], num_layers: int, samples: int, portions:
     elif best.kind == "replicas":
         reason = f"{ranks} ranks share {samples} samples, and need no messages between layers"
     elif plan.replicas == 1:
-        reason = f"{count(samples, 'sample')} are shared less well than {num_layers} layers"
+        reason = f"{num_layers} layers are shared better than {count(samples, 'sample')}"
     else:
         reason = f"{plan.replicas} replicas share {samples} samples, and {stages} ranks of each the {num_layers} layers"
     if plan.portions > portions and plan.replicas > portions:
@@ -390,6 +402,11 @@ def decide(found: Sequence[Prediction], num_layers: int, samples: int, portions:
         )
     others = [each for each in found if each.kind != best.kind]
     return Choice(plan, "; ".join((reason, *notes)), best, others[0] if others else None, num_layers, samples)
+
+
+def _portions(samples: int) -> int:
+    """By the rule of a pipeline."""
+    return MGRIT(cycle="pipeline").portions_of(samples)
 
 
 def _exact(num_layers: int, batch: int, ranks: int, portions: int) -> Iterator[Plan]:
