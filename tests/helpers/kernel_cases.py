@@ -14,6 +14,7 @@ import reference as ref
 import torch
 from torch import Tensor
 
+from xbraid_py import kernels
 from xbraid_py.kernels import fallback
 from xbraid_py.layers.dense import DenseLayer
 
@@ -44,6 +45,17 @@ def kernels_of(name: str):
         yield native
     finally:
         native.use(before)
+
+
+@contextmanager
+def public_on(name: str):
+    """The public functions on that implementation, for a while."""
+    before = kernels.implementation
+    with kernels_of(name) as kernels.implementation:
+        try:
+            yield kernels
+        finally:
+            kernels.implementation = before
 
 
 class NoFallback:

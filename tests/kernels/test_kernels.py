@@ -18,7 +18,6 @@ from kernel_cases import (
     Recorder,
     around,
     cases,
-    kernels_of,
     literal_relax,
     literal_relax_adjoint,
     literal_step,
@@ -27,6 +26,7 @@ from kernel_cases import (
     needs_native,
     normal,
     placed,
+    public_on,
     weights,
 )
 
@@ -56,7 +56,7 @@ def test_step(case, layout, row_layout, with_add, target):
         else:
             out = None if target is None else placed(torch.zeros_like(add), target)
         options = {"h": case.given_h(case.m, row_layout), "scheme": case.scheme, "residual": case.residual}
-        with kernels_of(name) as kernels:
+        with public_on(name) as kernels:
             found = kernels.step(layer, placed(theta, row_layout), given_u, **options, add=given_add, out=out)
         case.close(found, expected, TERMS, u)
         assert out is None or (found is out and around(out) == 0)
@@ -84,7 +84,7 @@ def test_adjoint(case, layout, row_layout, with_add, with_gradient, target):
         options = {"h": case.given_h(m, row_layout), "scheme": case.scheme, "residual": case.residual}
         options |= {"add": arrays["add"], "out": out}
         places = placed(theta, row_layout), arrays["u"], arrays["v"]
-        with kernels_of(name) as kernels:
+        with public_on(name) as kernels:
             found = kernels.adjoint(layer, *places, **options, gradient=gradient, back=target != "no")
         if target == "no":
             assert found is None
@@ -123,7 +123,7 @@ def test_relax(case, interval, layout, row_layout, with_tau, target):
         given_tau = placed(tau, layout) if with_tau else None
         options = {"h": case.given_h(len(theta), row_layout), "scheme": case.scheme, "parts": parts}
         options |= {"tau": given_tau, "inputs": inputs, "ends": ends}
-        with kernels_of(name) as kernels:
+        with public_on(name) as kernels:
             found = kernels.relax(case.layer, placed(theta, row_layout), given_points, cfactor, **options)
         case.close(found, expected, TERMS * cfactor * parts, points)
         assert ends is None or found is ends
@@ -167,7 +167,7 @@ def test_relax_adjoint(case, interval, layout, row_layout, with_tau, with_gradie
         options = {"h": case.given_h(len(theta), row_layout), "scheme": case.scheme, "parts": parts}
         options |= {"tau": given_tau, "inputs": inputs, "ends": ends}
         arrays = placed(theta, row_layout), placed(states, layout), given_points
-        with kernels_of(name) as kernels:
+        with public_on(name) as kernels:
             found = kernels.relax_adjoint(case.layer, *arrays, cfactor, **options, gradient=gradient)
         case.close(found, expected, TERMS * steps, points)
         assert ends is None or found is ends
@@ -189,7 +189,7 @@ def test_distances(m, shape, layout, dtype):
     expected = torch.tensor(sums, dtype=torch.float64).reshape(m, 2)
     for name in NAMES:
         layout = layout if shape else "plain"
-        with kernels_of(name) as kernels:
+        with public_on(name) as kernels:
             found = kernels.distances(placed(a, layout), placed(b, layout))
         assert found.shape == (m, 2) and found.dtype == dtype
         bound = 4 * torch.finfo(dtype).eps * a[:1].numel()
@@ -201,9 +201,10 @@ def test_distances(m, shape, layout, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_native_code_does_it_all(monkeypatch, name, dtype):
     """Up to the width from which on torch is faster, whole features in rows at any distance never go to torch."""
-    with kernels_of(name) as kernels:
-        monkeypatch.setattr(kernels, "fallback", NoFallback())
-        for width in (1, 7, kernels.max_width()):
+    with public_on(name) as kernels:
+        native = kernels.implementation
+        monkeypatch.setattr(native, "fallback", NoFallback())
+        for width in (1, 7, native.max_width()):
             layer, m, c = DenseLayer(width, width), 2, 3
             theta = placed(weights(layer, m * c, 1, dtype), "rows")
             states = placed(normal(m * c, width, 5, seed=2, dtype=dtype), "rows")
@@ -220,8 +221,9 @@ def test_native_code_does_it_all(monkeypatch, name, dtype):
 @pytest.mark.parametrize("kind", ["wide", "outputs", "half", "slope", "features", "samples"])
 def test_torch_does_the_rest(monkeypatch, kind):
     """Wide layers, other types, arrays that need a slope, and arrays in another order."""
-    with kernels_of(SETS[0]) as kernels:
-        wide = kernels.max_width() + 1
+    with public_on(SETS[0]) as kernels:
+        native = kernels.implementation
+        wide = native.max_width() + 1
         inputs, outputs = {"wide": (wide, wide), "outputs": (3, wide)}.get(kind, (3, 3))
         layer, residual = DenseLayer(inputs, outputs, "tanh"), inputs == outputs
         theta, u = weights(layer, 2, 1), normal(2, inputs, 4, seed=2)
@@ -233,7 +235,7 @@ def test_torch_does_the_rest(monkeypatch, kind):
             u = u[:, :, ::2]
         theta.requires_grad_(kind == "slope")
         asked = []
-        monkeypatch.setattr(kernels, "fallback", Recorder(asked))
+        monkeypatch.setattr(native, "fallback", Recorder(asked))
         found = kernels.step(layer, theta, u, residual=residual)
         kernels.adjoint(layer, theta.detach(), u, found.detach(), residual=residual)
         assert asked[0] == "step" and found.dtype == theta.dtype

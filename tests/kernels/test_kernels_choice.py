@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from kernel_cases import SETS, kernels_of, needs_native, normal, weights
+from kernel_cases import SETS, kernels_of, needs_native, normal, public_on, weights
 
 from xbraid_py import kernels
 from xbraid_py.kernels import fallback
@@ -130,11 +130,10 @@ def arguments(function: str) -> dict:
 
 
 @pytest.fixture(params=["torch", *SETS[:1]])
-def chosen(request, monkeypatch):
+def chosen(request):
     """The public functions on both kinds of kernels."""
-    with kernels_of(request.param) as module:
-        monkeypatch.setattr(kernels, "implementation", module)
-        yield kernels
+    with public_on(request.param) as public:
+        yield public
 
 
 FUNCTIONS = ("step", "adjoint", "relax", "relax_adjoint")

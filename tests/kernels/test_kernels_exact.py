@@ -18,14 +18,13 @@ from kernel_cases import (
     SCHEMES,
     SETS,
     equal,
-    kernels_of,
     needs_native,
     normal,
     placed,
     problem,
+    public_on,
 )
 
-from xbraid_py.kernels import fallback
 from xbraid_py.layers.dense import DenseLayer
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -33,16 +32,16 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 @pytest.fixture(params=NAMES)
 def kernels(request):
-    """The module of each implementation."""
-    with kernels_of(request.param) as module:
-        yield module
+    """The public functions on each implementation."""
+    with public_on(request.param) as public:
+        yield public
 
 
 @pytest.fixture(params=[pytest.param(name, marks=needs_native) for name in SETS or ["native"]])
 def native(request):
-    """The native module with each instruction set."""
-    with kernels_of(request.param) as module:
-        yield module
+    """The public functions on native code with each instruction set."""
+    with public_on(request.param) as public:
+        yield public
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -134,6 +133,37 @@ def test_many_layers_in_one_call_or_in_many(native, width, dtype):
     assert equal(native.distances(places[1], places[2]), native.distances(u, v))
 
 
+@pytest.mark.parametrize("width", [3, 8, 16, 33])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_of_layers_cut_anywhere(native, width, dtype):
+    """All layers in one interval, in two calls, in intervals of any length: states, adjoints, gradients bit for bit."""
+    num, batch = 48, 601
+    layer, theta, u, v, tau = problem(width, batch, 1, num, dtype)
+    how, record, behind, slopes = {"h": 0.1}, torch.empty_like(u), torch.empty_like(u), torch.empty_like(theta)
+    end = native.relax(layer, theta, u[:1], num, tau=tau, inputs=record, **how)
+    start = native.relax_adjoint(layer, theta, record, v[:1], num, tau=tau, inputs=behind, gradient=slopes, **how)
+    one = torch.empty_like(theta)
+    assert equal(native.relax_adjoint(layer, theta, record, v[:1], num, tau=tau, gradient=one, **how), start)
+    assert equal(one, slopes)
+
+    for length in (1, 4, 16, 24):
+        inputs, back, found = torch.empty_like(u), torch.empty_like(u), torch.empty_like(theta)
+        ends = native.relax(layer, theta, record[::length], length, tau=tau, inputs=inputs, **how)
+        assert equal(inputs, record) and equal(ends, torch.cat([record[length::length], end]))
+        points = behind[length - 1 :: length]
+        ends = native.relax_adjoint(layer, theta, record, points, length, tau=tau, inputs=back, gradient=found, **how)
+        assert equal(ends, torch.cat([start, behind[length - 1 : -1 : length]]))
+        assert equal(back, behind) and equal(found, slopes)
+
+    x, y, found = u[:1], v[:1], torch.empty_like(theta)
+    for half in (slice(0, 24), slice(24, 48)):
+        x = native.relax(layer, theta[half], x, 24, tau=tau[half], **how)
+    for half in (slice(24, 48), slice(0, 24)):
+        options = {"tau": tau[half], "gradient": found[half], **how}
+        y = native.relax_adjoint(layer, theta[half], record[half], y, 24, **options)
+    assert equal(x, end) and equal(y, start) and equal(found, slopes)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_sample_does_not_depend_on_its_batch(native, activation, dtype):
@@ -160,7 +190,7 @@ def test_calls_in_several_threads():
         ends = module.relax(layer, theta, u[::20], 20, h=0.1, tau=tau)
         return ends, module.relax_adjoint(layer, theta, u, v[::20], 20, h=0.1, gradient=slopes), slopes
 
-    with kernels_of(SETS[0]) as module:
+    with public_on(SETS[0]) as module:
         alone = [run(case) for case in problems]
         with ThreadPoolExecutor(8) as pool:
             together = list(pool.map(run, problems * 4))
@@ -208,15 +238,14 @@ def test_nonfinite_numbers_as_in_torch(native, activation, dtype):
             where = torch.rand(array.shape, generator=chosen) < share
             array[where] = special[torch.randint(len(special), (int(where.sum()),), generator=chosen)]
         slopes, expected_slopes = torch.empty_like(theta), torch.empty_like(theta)
-        pairs = [
-            (native.step(layer, theta, u, h=0.3), fallback.step(layer, theta, u, h=0.3)),
-            (native.step(layer, theta, u, residual=False), fallback.step(layer, theta, u, residual=False)),
-            (
-                native.adjoint(layer, theta, u, v, h=0.3, gradient=slopes),
-                fallback.adjoint(layer, theta, u, v, h=0.3, gradient=expected_slopes),
-            ),
-            (slopes, expected_slopes),
-        ]
+
+        def found_by(public, slopes, given=(layer, theta, u), v=v):
+            step = public.step(*given, h=0.3), public.step(*given, residual=False)
+            return (*step, public.adjoint(*given, v, h=0.3, gradient=slopes), slopes)
+
+        own = found_by(native, slopes)
+        with public_on("torch") as public:
+            pairs = zip(own, found_by(public, expected_slopes), strict=True)
         eps = torch.finfo(dtype).eps
         for found, expected in pairs:
             torch.testing.assert_close(found, expected, rtol=300 * eps, atol=300 * eps, equal_nan=True)

@@ -9,9 +9,8 @@ from math import exp, inf, isnan, log, nan
 
 import pytest
 import torch
-from kernel_cases import DTYPES, NAMES, SETS, NoFallback, equal, kernels_of, needs_native, normal, placed, weights
+from kernel_cases import DTYPES, NAMES, SETS, NoFallback, equal, needs_native, normal, placed, public_on, weights
 
-from xbraid_py import kernels as public
 from xbraid_py.kernels import fallback
 from xbraid_py.layers.dense import DenseLayer
 
@@ -20,10 +19,9 @@ BATCHES = [0, 1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 63, 64, 65, 255, 256, 257, 300, 5
 
 
 @pytest.fixture(params=NAMES)
-def kernels(request, monkeypatch):
+def kernels(request):
     """The public functions on each implementation."""
-    with kernels_of(request.param) as module:
-        monkeypatch.setattr(public, "implementation", module)
+    with public_on(request.param) as public:
         yield public
 
 
@@ -149,9 +147,8 @@ def test_many_equal_outputs_fit_in_one_logarithm(kernels, dtype):
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_slopes_of_a_sample_do_not_depend_on_its_batch(monkeypatch, name, dtype):
-    with kernels_of(name) as native:
-        monkeypatch.setattr(native, "fallback", NoFallback())
-        monkeypatch.setattr(public, "implementation", native)
+    with public_on(name) as public:
+        monkeypatch.setattr(public.implementation, "fallback", NoFallback())
         layer, theta, u, labels = problem(10, 8, 400, dtype)
         slope = torch.empty(10, 400, dtype=dtype)
         public.cross_entropy(layer, theta, u, labels, slope=slope)
@@ -196,8 +193,8 @@ def test_arguments_that_do_not_fit(kernels):
 @needs_native
 @pytest.mark.parametrize("kind", ["wide", "slope", "labels", "half"])
 def test_torch_does_what_native_code_does_not(monkeypatch, kind):
-    with kernels_of(SETS[0]) as native:
-        monkeypatch.setattr(public, "implementation", native)
+    with public_on(SETS[0]) as public:
+        native = public.implementation
         layer, theta, u, labels = problem(65 if kind == "wide" else 3, 5, 8, torch.float64)
         slope = torch.empty(layer.outputs, 8, dtype=torch.float64)
         if kind == "half":

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import ACTIVATIONS, DTYPES, NAMES, SCHEMES, SETS, equal, kernels_of, needs_native, placed, problem
+from kernel_cases import ACTIVATIONS, DTYPES, NAMES, SCHEMES, SETS, equal, needs_native, placed, problem, public_on
 
 
 @pytest.fixture(params=NAMES)
 def kernels(request):
-    """The module of each implementation."""
-    with kernels_of(request.param) as module:
-        yield module
+    """The public functions on each implementation."""
+    with public_on(request.param) as public:
+        yield public
 
 
 @pytest.fixture(params=[pytest.param(name, marks=needs_native) for name in SETS or ["native"]])
 def native(request):
-    """The native module with each instruction set."""
-    with kernels_of(request.param) as module:
-        yield module
+    """The public functions on native code with each instruction set."""
+    with public_on(request.param) as public:
+        yield public
 
 
 def all_four(kernels, arrays, c: int, h, scheme: str, parts: int = 1) -> list[torch.Tensor]:

@@ -2,7 +2,7 @@
 
 `XBRAID_KERNELS` in the environment chooses: native (the default where they are built), torch, or one of the
 instruction sets of this processor (avx512, avx2, baseline). `BACKEND` says what is in use, `implementation` is its
-module.
+module. The signatures stand here alone: `checks` and both implementations take all arguments in one order.
 
 Shape letters: `m` intervals or layers, `c` steps of an interval, `I` inputs, `O` outputs, `B` samples, `p` parameters
 of a layer. All functions take rows of weights theta (m, p) and states (m, I, B); a layer has `inputs`, `outputs`,
@@ -99,8 +99,9 @@ def step(
     ValueError
         If an array has not the shape or the type that fits; it is named.
     """
-    checks.step(layer, theta, u, h, scheme, residual, add, out)
-    return implementation.step(layer, theta, u, h=h, scheme=scheme, residual=residual, add=add, out=out)
+    given = layer, theta, u, h, scheme, residual, add, out
+    checks.step(*given)
+    return implementation.step(*given)
 
 
 def adjoint(
@@ -140,9 +141,9 @@ def adjoint(
     ValueError
         If an array has not the shape or the type that fits; it is named.
     """
-    checks.adjoint(layer, theta, u, v, h, scheme, residual, add, out, gradient)
-    options = {"h": h, "scheme": scheme, "residual": residual, "add": add}
-    return implementation.adjoint(layer, theta, u, v, **options, out=out, gradient=gradient, back=back)
+    given = layer, theta, u, v, h, scheme, residual, add, out, gradient, back
+    checks.adjoint(*given)
+    return implementation.adjoint(*given)
 
 
 def relax(
@@ -188,9 +189,9 @@ def relax(
     ValueError
         If an array has not the shape or the type that fits; it is named.
     """
-    checks.relax(layer, theta, points, cfactor, h, scheme, parts, tau, inputs, ends)
-    options = {"h": h, "scheme": scheme, "parts": parts, "tau": tau, "inputs": inputs, "ends": ends}
-    return implementation.relax(layer, theta, points, cfactor, **options)
+    given = layer, theta, points, cfactor, h, scheme, parts, tau, inputs, ends
+    checks.relax(*given)
+    return implementation.relax(*given)
 
 
 def relax_adjoint(
@@ -231,9 +232,9 @@ def relax_adjoint(
     ValueError
         If an array has not the shape or the type that fits; it is named.
     """
-    checks.relax(layer, theta, points, cfactor, h, scheme, parts, tau, inputs, ends, states, gradient)
-    options = {"h": h, "scheme": scheme, "parts": parts, "tau": tau, "inputs": inputs, "ends": ends}
-    return implementation.relax_adjoint(layer, theta, states, points, cfactor, **options, gradient=gradient)
+    given = layer, theta, points, cfactor, h, scheme, parts, tau, inputs, ends, states, gradient
+    checks.relax(*given)
+    return implementation.relax_adjoint(*given)
 
 
 def distances(a: Tensor, b: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def step(layer, theta, u, h, scheme, residual, add, out) -> None:
         _sizes_of_steps(h, theta)
 
 
-def adjoint(layer, theta, u, v, h, scheme, residual, add, out, gradient) -> None:
+def adjoint(layer, theta, u, v, h, scheme, residual, add, out, gradient, back) -> None:
     """Arguments of `kernels.adjoint`."""
     m, batch, p = _sizes(layer, "u", u, scheme, residual)
     weights, before = (m, p), (m, layer.inputs, batch)

@@ -1,4 +1,4 @@
-"""The kernels in torch: for machines without the native ones, other devices, and wide layers.
+"""The kernels in torch: for machines without the native ones, other devices, and wide layers. Arguments by position.
 
 Shape letters: `m` intervals, `c` steps of each, `n` layers, `I` inputs, `O` outputs, `B` samples, `p` parameters of
 a layer.
@@ -20,7 +20,7 @@ CHUNK_BYTES = 1 << 19
 PRODUCTS = 1 << 17
 
 
-def step(layer, theta, u, *, h=1.0, scheme="euler", residual=True, add=None, out=None) -> Tensor:
+def step(layer, theta, u, h, scheme, residual, add, out) -> Tensor:
     """See `xbraid_py.kernels.step`."""
     middle = u
     if scheme == "midpoint":
@@ -33,9 +33,7 @@ def step(layer, theta, u, *, h=1.0, scheme="euler", residual=True, add=None, out
     return found if out is None else out.copy_(found)
 
 
-def adjoint(
-    layer, theta, u, v, *, h=1.0, scheme="euler", residual=True, add=None, out=None, gradient=None, back=True
-) -> Tensor | None:
+def adjoint(layer, theta, u, v, h, scheme, residual, add, out, gradient, back) -> Tensor | None:
     """See `xbraid_py.kernels.adjoint`."""
     if scheme == "midpoint":
         middle = _scaled(_value(layer, theta, u), h / 2).add_(u)
@@ -58,7 +56,7 @@ def adjoint(
     return found if out is None else out.copy_(found)
 
 
-def relax(layer, theta, points, cfactor, *, h, scheme="euler", parts=1, tau=None, inputs=None, ends=None) -> Tensor:
+def relax(layer, theta, points, cfactor, h, scheme, parts, tau, inputs, ends) -> Tensor:
     """See `xbraid_py.kernels.relax`."""
     ends = torch.empty_like(points) if ends is None else ends
     for first, x in _chunks(points):
@@ -68,26 +66,12 @@ def relax(layer, theta, points, cfactor, *, h, scheme="euler", parts=1, tau=None
                 inputs[rows] = x
             add = tau[rows] if tau is not None and part == parts - 1 else None
             own = _rows(first, len(x), cfactor * parts, row * parts + part)
-            x = step(layer, theta[own], x, h=_of(h, own), scheme=scheme, add=add)
+            x = step(layer, theta[own], x, _of(h, own), scheme, True, add, None)
         ends[first : first + len(x)] = x
     return ends
 
 
-def relax_adjoint(
-    layer,
-    theta,
-    states,
-    points,
-    cfactor,
-    *,
-    h,
-    scheme="euler",
-    parts=1,
-    tau=None,
-    inputs=None,
-    ends=None,
-    gradient=None,
-) -> Tensor:
+def relax_adjoint(layer, theta, points, cfactor, h, scheme, parts, tau, inputs, ends, states, gradient) -> Tensor:
     """See `xbraid_py.kernels.relax_adjoint`."""
     ends = torch.empty_like(points) if ends is None else ends
     for first, v in _chunks(points):
@@ -98,8 +82,7 @@ def relax_adjoint(
             add = tau[rows] if tau is not None and part == 0 else None
             own = _rows(first, len(v), cfactor * parts, row * parts + part)
             kept = None if gradient is None else gradient[own]
-            how = {"h": _of(h, own), "scheme": scheme, "add": add}
-            v = adjoint(layer, theta[own], states[own], v, **how, gradient=kept)
+            v = adjoint(layer, theta[own], states[own], v, _of(h, own), scheme, True, add, None, kept, True)
         ends[first : first + len(v)] = v
     return ends
 

@@ -1,4 +1,4 @@
-"""The native kernels behind the signatures of `fallback`: they take addresses and strides; torch does the rest.
+"""The native kernels, called as those of `fallback` are: they take addresses and strides; torch does the rest.
 
 Shapes and types are checked by then. Little happens here: on coarse grids this file can take longer than the kernels.
 """
@@ -26,6 +26,7 @@ _STEP, _ADJOINT, _RELAX, _RELAX_ADJOINT, _DISTANCES, _CROSS_ENTROPY, _PRODUCTS, 
     for name in ("step", "adjoint", "relax", "relax_adjoint", "distances", "cross_entropy", "products", "combine")
 )
 _layers: dict[tuple, _native.Layer] = {}
+_widest = _native.max_width()
 
 
 def instruction_sets() -> list[str]:
@@ -35,8 +36,10 @@ def instruction_sets() -> list[str]:
 
 def use(name: str) -> None:
     """Choose one of `instruction_sets()`."""
+    global _widest
     if not _native.use(name):
         raise ValueError(f"kernels {name!r} are not to be had here; use one of {', '.join(instruction_sets())}")
+    _widest = _native.max_width()
 
 
 def active() -> str:
@@ -46,71 +49,55 @@ def active() -> str:
 
 def max_width() -> int:
     """The width of the layers up to which it is faster than torch."""
-    return _native.max_width()
+    return _widest
 
 
-def step(layer, theta, u, *, h=1.0, scheme="euler", residual=True, add=None, out=None) -> Tensor:
+def step(*given) -> Tensor:
     """See `xbraid_py.kernels.step`."""
+    layer, theta, u, h, scheme, residual, add, out = given
     m, _, batch = u.shape
     found = u.new_empty((m, layer.outputs, batch)) if out is None else out
-    numbers = _numbers(layer, h, (theta,), (u, add, found))
+    numbers = _numbers(layer, batch, h, (theta,), (u, add, found))
     if numbers is None:
-        return fallback.step(layer, theta, u, h=h, scheme=scheme, residual=residual, add=add, out=out)
+        return fallback.step(*given)
     _STEP[theta.dtype](_layer(layer, scheme, residual), m, batch, *numbers)
     return found
 
 
-def adjoint(
-    layer, theta, u, v, *, h=1.0, scheme="euler", residual=True, add=None, out=None, gradient=None, back=True
-) -> Tensor | None:
+def adjoint(*given) -> Tensor | None:
     """See `xbraid_py.kernels.adjoint`."""
+    layer, theta, u, v, h, scheme, residual, add, out, gradient, back = given
     m, _, batch = u.shape
     found = None
     if back:
         found = u.new_empty((m, layer.inputs, batch)) if out is None else out
-    numbers = _numbers(layer, h, (theta, gradient), (u, v, add, found))
+    numbers = _numbers(layer, batch, h, (theta, gradient), (u, v, add, found))
     if numbers is None:
-        options = {"h": h, "scheme": scheme, "residual": residual, "add": add}
-        return fallback.adjoint(layer, theta, u, v, **options, out=out, gradient=gradient, back=back)
+        return fallback.adjoint(*given)
     _ADJOINT[theta.dtype](_layer(layer, scheme, residual), m, batch, *numbers)
     return found
 
 
-def relax(layer, theta, points, cfactor, *, h, scheme="euler", parts=1, tau=None, inputs=None, ends=None) -> Tensor:
+def relax(*given) -> Tensor:
     """See `xbraid_py.kernels.relax`."""
+    layer, theta, points, cfactor, h, scheme, parts, tau, inputs, ends = given
     m, _, batch = points.shape
     found = points.new_empty((m, layer.inputs, batch)) if ends is None else ends
-    numbers = _numbers(layer, h, (theta,), (points, tau, inputs, found))
+    numbers = _numbers(layer, batch, h, (theta,), (points, tau, inputs, found))
     if numbers is None:
-        options = {"h": h, "scheme": scheme, "parts": parts, "tau": tau, "inputs": inputs, "ends": ends}
-        return fallback.relax(layer, theta, points, cfactor, **options)
+        return fallback.relax(*given)
     _RELAX[theta.dtype](_layer(layer, scheme, True), m, cfactor, parts, batch, *numbers)
     return found
 
 
-def relax_adjoint(
-    layer,
-    theta,
-    states,
-    points,
-    cfactor,
-    *,
-    h,
-    scheme="euler",
-    parts=1,
-    tau=None,
-    inputs=None,
-    ends=None,
-    gradient=None,
-) -> Tensor:
+def relax_adjoint(*given) -> Tensor:
     """See `xbraid_py.kernels.relax_adjoint`."""
+    layer, theta, points, cfactor, h, scheme, parts, tau, inputs, ends, states, gradient = given
     m, _, batch = points.shape
     found = points.new_empty((m, layer.inputs, batch)) if ends is None else ends
-    numbers = _numbers(layer, h, (theta, gradient), (states, points, tau, inputs, found))
+    numbers = _numbers(layer, batch, h, (theta, gradient), (states, points, tau, inputs, found))
     if numbers is None:
-        options = {"h": h, "scheme": scheme, "parts": parts, "tau": tau, "inputs": inputs}
-        options |= {"ends": ends, "gradient": gradient}
-        return fallback.relax_adjoint(layer, theta, states, points, cfactor, **options)
+        return fallback.relax_adjoint(*given)
     _RELAX_ADJOINT[theta.dtype](_layer(layer, scheme, True), m, cfactor, parts, batch, *numbers)
     return found
 
@@ -132,7 +119,7 @@ def distances(a: Tensor, b: Tensor) -> Tensor:
 
 def cross_entropy(layer, theta, u, labels, slope) -> tuple[float, int]:
     """See `xbraid_py.kernels.cross_entropy`."""
-    numbers = _numbers(layer, 0.0, (theta,), (u,))
+    numbers = _numbers(layer, len(labels), 0.0, (theta,), (u,))
     stride, unit = (0, 1) if slope is None else slope.stride()
     if numbers is None or unit != 1 or labels.stride(0) != 1 or not labels.is_cpu:
         return fallback.cross_entropy(layer, theta, u, labels, slope)
@@ -172,10 +159,10 @@ def _addresses(vectors) -> list[int] | None:
 
 
 def _numbers(
-    layer, h: float | Tensor, rows: tuple[Tensor | None, ...], states: tuple[Tensor | None, ...]
+    layer, batch: int, h: float | Tensor, rows: tuple[Tensor | None, ...], states: tuple[Tensor | None, ...]
 ) -> list[float] | None:
     """The step size, and addresses and distances of all arrays; None if one of them is not for native code."""
-    if rows[0].dtype not in _STEP or layer.inputs > _native.max_width() or layer.outputs > _native.max_width():
+    if rows[0].dtype not in _STEP or layer.inputs > _widest or layer.outputs > _widest:
         return None
     if type(h) is float or not isinstance(h, Tensor):
         numbers = [h, 0, 0]
@@ -188,16 +175,18 @@ def _numbers(
             numbers += (0, 0)
             continue
         row, number = tensor.stride()
-        if number != 1 or not _plain(tensor):
+        if number != 1 or not tensor.is_cpu or (tensor.requires_grad and torch.is_grad_enabled()):
             return None
         numbers += (tensor.data_ptr(), row)
     for tensor in states:
         if tensor is None:
             numbers += (0, 0)
             continue
-        # The samples of a feature one after the other, the features one after the other.
+        # The samples of a feature one after the other, the features, if there are several, one after the other.
         row, feature, sample = tensor.stride()
-        if sample != 1 or feature != tensor.shape[2] or not _plain(tensor):
+        if sample != 1 or (feature != batch and tensor.shape[1] > 1) or not tensor.is_cpu:
+            return None
+        if tensor.requires_grad and torch.is_grad_enabled():
             return None
         numbers += (tensor.data_ptr(), row)
     return numbers
