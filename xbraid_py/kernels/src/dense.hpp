@@ -23,17 +23,31 @@ struct Layer {
 // Samples that go through a step together: their rows stay in the first cache.
 constexpr long BLOCK = 256;
 
+// One of several adjoints in a row, at the state u. `out` may be null: the result only goes on to the next one, and of
+// the last is not asked for.
+template <class T>
+struct Adjoint {
+  T h;
+  const T* theta;
+  const T* u;
+  const T* add;
+  T* out;
+  T* gradient;
+};
+
 // The functions for one type of numbers. `theta` holds W (outputs x inputs) and then b. `add` may be null; `out` may be
-// any of `u`, `v` and `add`, but must not overlap them in another way. `scratch` has `scratch_size(layer)` numbers.
+// any of `u`, `v` and `add`, but must not overlap them in another way. `scratch` has `scratch_size` numbers.
 template <class T>
 struct Functions {
   // out = [u +] h sigma(W u + b) [+ add], or one midpoint step.
   void (*step)(const Layer& layer, long batch, T h, const T* theta, const T* u, const T* add, T* out, T* scratch);
-  // The transposed Jacobian of the same: out = [v +] h W^T (sigma'(W u + b) v) [+ add]; not computed if `out` is null.
-  // `gradient`, laid out as theta, gets the derivative with respect to W and b, if it is not null.
-  void (*adjoint)(const Layer& layer, long batch, T h, const T* theta, const T* u, const T* v, const T* add, T* out,
-                  T* gradient, T* scratch);
-  long (*scratch_size)(const Layer& layer);
+  // The transposed Jacobians of `count` steps, out = [v +] h W^T (sigma'(W u + b) v) [+ add]: a block of samples goes
+  // through all of them while it is in the first cache. `gradient`, laid out as theta, gets the derivative with respect
+  // to W and b, if it is not null. `after` is the state that is asked for next, or null.
+  void (*adjoints)(const Layer& layer, long batch, long count, const Adjoint<T>* steps, const T* v, const T* after,
+                   T* scratch);
+  // For so many adjoints in a row, or a step.
+  long (*scratch_size)(const Layer& layer, long count);
   // sums[0] = |a - b|^2, sums[1] = |a|^2 for n numbers each.
   void (*distance)(long n, const T* a, const T* b, T* sums);
   // found[0] = the cross entropy of softmax(W u + b), summed over the samples, found[1] = how many of them have the label

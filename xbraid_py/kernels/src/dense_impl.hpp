@@ -9,6 +9,8 @@
 
 namespace {
 
+using xbraid::Adjoint;
+
 // ---- The gradient d x^T, summed over samples. Every entry is a vector of partial sums in memory, reduced at the end.
 
 template <int R, int C, class T>
@@ -104,47 +106,67 @@ void step_as(const Layer& layer, long B, T h, const T* theta, const T* u, const 
 }
 
 template <class T, template <class> class A>
-void adjoint_as(const Layer& layer, long B, T h, const T* theta, const T* u, const T* v, const T* add, T* out,
-                T* gradient, T* scratch) {
+void adjoints_as(const Layer& layer, long B, long count, const Adjoint<T>* steps, const T* v, const T* after,
+                 T* scratch) {
   constexpr int L = XBRAID_BYTES / sizeof(T);
   const int O = layer.outputs, I = layer.inputs;
-  T* d = scratch;
-  T* middle = d + O * BLOCK;
-  T* inner = middle + (layer.midpoint ? I * BLOCK : 0);
-  T* sums = inner + (layer.midpoint ? I * BLOCK : 0);
-  T* weights = sums + long(O) * (I + 1) * L;
-  const Packed<T> forward = forward_weights<T, A>(layer, theta, weights);
-  const Packed<T> transposed =
-      pack<T>(theta, I, O, 1, I, nullptr, 0, T(1), T(0), weights + long(O) * (I + 1));
-  if (gradient)
-    for (long i = 0; i < long(O) * (I + 1) * L; i++) sums[i] = 0;
+  const long size = long(O) * (I + 1), packed = size + long(I) * (O + 1);
+  T* const d = scratch;
+  T* const middle = d + O * BLOCK;
+  T* const inner = middle + I * BLOCK;
+  T* const way = inner + I * BLOCK;
+  T* const sums = way + I * BLOCK;
+  T* const weights = sums + count * size * L;
+  for (long i = 0; i < count; i++) {
+    T* const own = weights + i * packed;
+    forward_weights<T, A>(layer, steps[i].theta, own);
+    pack<T>(steps[i].theta, I, O, 1, I, nullptr, 0, T(1), T(0), own + size);
+    if (steps[i].gradient)
+      for (long k = i * size * L; k < (i + 1) * size * L; k++) sums[k] = 0;
+  }
   for (long at = 0; at < B; at += BLOCK) {
     const long n = B - at < BLOCK ? B - at : BLOCK;
-    const T* back = v + at;
-    const T* more = nullptr;
-    long back_stride = B;
-    if (layer.midpoint) {
-      product(forward, u + at, B, n, Value<T, A>{h / 2, u + at, B, nullptr, 0, middle, BLOCK});
-      product(forward, middle, BLOCK, n, Slope<T, A>{v + at, B, d, BLOCK});
-      if (gradient) add_gradient(layer, d, middle, BLOCK, n, sums);
-      product(transposed, d, BLOCK, n, Sum<T>{h, nullptr, 0, nullptr, 0, nullptr, 0, inner, BLOCK});
-      back = more = inner;
-      back_stride = BLOCK;
-    }
-    // The states of a deep network come from memory, in runs too short for the processor to foresee the next one. An
-    // address behind the last sample is only a hint gone astray.
-    // Of the step to the middle it is half of it, so that all of the gradient is a multiple of h.
-    if (layer.midpoint)
-      product<true>(forward, u + at, B, n, Slope<T, A, true>{back, back_stride, d, BLOCK});
-    else
-      product<true>(forward, u + at, B, n, Slope<T, A>{back, back_stride, d, BLOCK});
-    if (gradient) add_gradient(layer, d, u + at, B, n, sums);
-    if (out) {
-      const T* base = layer.residual ? v + at : nullptr;
-      product(transposed, d, BLOCK, n, Sum<T>{h, base, B, add ? add + at : nullptr, B, more, BLOCK, out + at, B});
+    const T* from = v + at;
+    long from_stride = B;
+    for (long i = 0; i < count; i++) {
+      const Adjoint<T>& step = steps[i];
+      const Packed<T> forward = {weights + i * packed, O, I}, transposed = {forward.data + size, I, O};
+      const T* const u = step.u + at;
+      T* const own = sums + i * size * L;
+      // The states of a deep network come from memory, in runs too short for the processor to foresee the next one. An
+      // address behind the last sample is only a hint gone astray.
+      const T* const next = i + 1 < count ? steps[i + 1].u + at : at + n < B ? steps[0].u + at + n : after ? after : u;
+      const long far = (reinterpret_cast<long long>(next) - reinterpret_cast<long long>(u)) / long(sizeof(T));
+      const T* back = from;
+      const T* more = nullptr;
+      long back_stride = from_stride;
+      if (layer.midpoint) {
+        product(forward, u, B, n, Value<T, A>{step.h / 2, u, B, nullptr, 0, middle, BLOCK});
+        product(forward, middle, BLOCK, n, Slope<T, A>{from, from_stride, d, BLOCK});
+        if (step.gradient) add_gradient(layer, d, middle, BLOCK, n, own);
+        product(transposed, d, BLOCK, n, Sum<T>{step.h, nullptr, 0, nullptr, 0, nullptr, 0, inner, BLOCK});
+        back = more = inner;
+        back_stride = BLOCK;
+        // Of the step to the middle it is half of it, so that all of the gradient is a multiple of h.
+        product<true>(forward, u, B, n, Slope<T, A, true>{back, back_stride, d, BLOCK}, far);
+      } else if (A<T>::LINEAR) {
+        for (int r = 0; r < O; r++) __builtin_memcpy(d + r * BLOCK, from + r * from_stride, n * sizeof(T));
+      } else {
+        product<true>(forward, u, B, n, Slope<T, A>{back, back_stride, d, BLOCK}, far);
+      }
+      if (step.gradient) add_gradient(layer, d, u, B, n, own);
+      T* const out = step.out ? step.out + at : way;
+      const long out_stride = step.out ? B : BLOCK;
+      if (step.out || i + 1 < count)
+        product(transposed, d, BLOCK, n,
+                Sum<T>{step.h, layer.residual ? from : nullptr, from_stride, step.add ? step.add + at : nullptr, B,
+                       more, BLOCK, out, out_stride});
+      from = out;
+      from_stride = out_stride;
     }
   }
-  if (gradient) write_gradient(layer, h, sums, gradient);
+  for (long i = 0; i < count; i++)
+    if (steps[i].gradient) write_gradient(layer, steps[i].h, sums + i * size * L, steps[i].gradient);
 }
 
 template <class T>
@@ -158,20 +180,19 @@ void step(const Layer& layer, long B, T h, const T* theta, const T* u, const T* 
 }
 
 template <class T>
-void adjoint(const Layer& layer, long B, T h, const T* theta, const T* u, const T* v, const T* add, T* out, T* gradient,
-             T* scratch) {
+void adjoints(const Layer& layer, long B, long count, const Adjoint<T>* each, const T* v, const T* after, T* scratch) {
   switch (layer.activation) {
-    case xbraid::SMOOTH_RELU: return adjoint_as<T, SmoothRelu>(layer, B, h, theta, u, v, add, out, gradient, scratch);
-    case xbraid::RELU: return adjoint_as<T, Relu>(layer, B, h, theta, u, v, add, out, gradient, scratch);
-    case xbraid::TANH: return adjoint_as<T, Tanh>(layer, B, h, theta, u, v, add, out, gradient, scratch);
-    default: return adjoint_as<T, Identity>(layer, B, h, theta, u, v, add, out, gradient, scratch);
+    case xbraid::SMOOTH_RELU: return adjoints_as<T, SmoothRelu>(layer, B, count, each, v, after, scratch);
+    case xbraid::RELU: return adjoints_as<T, Relu>(layer, B, count, each, v, after, scratch);
+    case xbraid::TANH: return adjoints_as<T, Tanh>(layer, B, count, each, v, after, scratch);
+    default: return adjoints_as<T, Identity>(layer, B, count, each, v, after, scratch);
   }
 }
 
 template <class T>
-long scratch_size(const Layer& layer) {
+long scratch_size(const Layer& layer, long count) {
   const long L = XBRAID_BYTES / sizeof(T), O = layer.outputs, I = layer.inputs;
-  return (O + 2 * I) * BLOCK + O * (I + 1) * (L + 1) + I * (O + 1);
+  return (O + 3 * I) * BLOCK + count * (O * (I + 1) * (L + 1) + I * (O + 1));
 }
 
 }  // namespace
@@ -180,9 +201,9 @@ namespace xbraid {
 const Instructions XBRAID_TABLE = {
     XBRAID_NAME,
     XBRAID_MAX_WIDTH,
-    {step<double>, adjoint<double>, scratch_size<double>, distance<double>, cross_entropy<double>, products<double>,
+    {step<double>, adjoints<double>, scratch_size<double>, distance<double>, cross_entropy<double>, products<double>,
      combine<double>},
-    {step<float>, adjoint<float>, scratch_size<float>, distance<float>, cross_entropy<float>, products<float>,
+    {step<float>, adjoints<float>, scratch_size<float>, distance<float>, cross_entropy<float>, products<float>,
      combine<float>},
 };
 }

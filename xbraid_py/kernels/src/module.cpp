@@ -8,6 +8,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
@@ -17,6 +18,7 @@
 #include "dense.hpp"
 
 namespace nb = nanobind;
+using xbraid::Adjoint;
 using xbraid::Functions;
 using xbraid::Instructions;
 using xbraid::Layer;
@@ -97,6 +99,15 @@ T* at(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// Through how many adjoints a block of samples goes at once: what is kept for them has to stay in the second cache.
+constexpr long KEPT_BYTES = 128 * 1024;
+
+template <class T>
+long at_once(const Functions<T>& table, const Layer& layer, long layers) {
+  const long each = (table.scratch_size(layer, 2) - table.scratch_size(layer, 1)) * sizeof(T);
+  return std::max(1L, std::min(layers, KEPT_BYTES / each));
+}
+
 // Step sizes of the layers: a number for each row, or where there is no address the same for all of them.
 template <class T>
 struct StepSizes {
@@ -114,7 +125,7 @@ void step(Layer layer, long m, long B, double h, std::uintptr_t hs, long hs_stri
           long out_stride) {
   const StepSizes<T> sizes(h, hs, hs_stride);
   const Functions<T>& table = functions<T>();
-  T* scratch = room<T>(table.scratch_size(layer));
+  T* scratch = room<T>(table.scratch_size(layer, 1));
   for (long k = 0; k < m; k++)
     table.step(layer, B, sizes[k], at<T>(theta) + k * theta_stride, at<T>(u) + k * u_stride,
                add ? at<T>(add) + k * add_stride : nullptr, at<T>(out) + k * out_stride, scratch);
@@ -127,12 +138,16 @@ void adjoint(Layer layer, long m, long B, double h, std::uintptr_t hs, long hs_s
              long out_stride) {
   const StepSizes<T> sizes(h, hs, hs_stride);
   const Functions<T>& table = functions<T>();
-  T* scratch = room<T>(table.scratch_size(layer));
-  for (long k = 0; k < m; k++)
-    table.adjoint(layer, B, sizes[k], at<T>(theta) + k * theta_stride, at<T>(u) + k * u_stride,
-                  at<T>(v) + k * v_stride, add ? at<T>(add) + k * add_stride : nullptr,
-                  out ? at<T>(out) + k * out_stride : nullptr,
-                  gradient ? at<T>(gradient) + k * gradient_stride : nullptr, scratch);
+  T* scratch = room<T>(table.scratch_size(layer, 1));
+  for (long k = 0; k < m; k++) {
+    const Adjoint<T> one = {sizes[k],
+                            at<T>(theta) + k * theta_stride,
+                            at<T>(u) + k * u_stride,
+                            add ? at<T>(add) + k * add_stride : nullptr,
+                            out ? at<T>(out) + k * out_stride : nullptr,
+                            gradient ? at<T>(gradient) + k * gradient_stride : nullptr};
+    table.adjoints(layer, B, 1, &one, at<T>(v) + k * v_stride, k + 1 < m ? one.u + u_stride : nullptr, scratch);
+  }
 }
 
 // c steps from the beginning of each interval to its end, each of `parts` steps with rows of weights of their own.
@@ -143,7 +158,7 @@ void relax(Layer layer, long m, long c, long parts, long B, double h, std::uintp
            long tau_stride, std::uintptr_t inputs, long inputs_stride, std::uintptr_t ends, long ends_stride) {
   const StepSizes<T> sizes(h, hs, hs_stride);
   const Functions<T>& table = functions<T>();
-  T* scratch = room<T>(table.scratch_size(layer));
+  T* scratch = room<T>(table.scratch_size(layer, 1));
   const std::size_t bytes = std::size_t(layer.inputs) * B * sizeof(T);
   for (long k = 0; k < m; k++) {
     T* const end = at<T>(ends) + k * ends_stride;
@@ -175,26 +190,38 @@ void relax_adjoint(Layer layer, long m, long c, long parts, long B, double h, st
                    long ends_stride) {
   const StepSizes<T> sizes(h, hs, hs_stride);
   const Functions<T>& table = functions<T>();
-  T* scratch = room<T>(table.scratch_size(layer));
+  const long layers = c * parts, most = at_once(table, layer, layers);
+  T* scratch = room<T>(table.scratch_size(layer, most));
   const std::size_t bytes = std::size_t(layer.inputs) * B * sizeof(T);
+  std::vector<Adjoint<T>> steps(layers);
   for (long k = 0; k < m; k++) {
     T* const end = at<T>(ends) + k * ends_stride;
     const T* v = at<T>(points) + k * points_stride;
-    for (long row = (k + 1) * c - 1; row >= k * c; row--) {
-      T* target = end;
-      if (inputs) {
-        T* input = at<T>(inputs) + row * inputs_stride;
-        if (input != v) std::memcpy(input, v, bytes);
-        v = input;
-        if (row > k * c) target = input - inputs_stride;
-      }
-      for (long part = (row + 1) * parts - 1; part >= row * parts; part--) {
-        table.adjoint(layer, B, sizes[part], at<T>(theta) + part * theta_stride,
-                      at<T>(states) + part * states_stride, v,
-                      tau && part == row * parts ? at<T>(tau) + row * tau_stride : nullptr, target,
-                      gradient ? at<T>(gradient) + part * gradient_stride : nullptr, scratch);
-        v = target;
-      }
+    T* const input = inputs ? at<T>(inputs) + ((k + 1) * c - 1) * inputs_stride : nullptr;
+    if (input && input != v) {
+      std::memcpy(input, v, bytes);
+      v = input;
+    }
+    for (long i = 0; i < layers; i++) {
+      const long part = (k + 1) * layers - 1 - i, row = i / parts;
+      const bool last = (i + 1) % parts == 0;
+      T* const next = input && last ? input - (row + 1) * inputs_stride : nullptr;
+      steps[i] = {sizes[part],
+                  at<T>(theta) + part * theta_stride,
+                  at<T>(states) + part * states_stride,
+                  tau && last ? at<T>(tau) + ((k + 1) * c - 1 - row) * tau_stride : nullptr,
+                  i + 1 == layers ? end : next,
+                  gradient ? at<T>(gradient) + part * gradient_stride : nullptr};
+    }
+    for (long first = 0; first < layers; first += most) {
+      const long count = std::min(most, layers - first);
+      Adjoint<T>& last = steps[first + count - 1];
+      if (!last.out) last.out = end;
+      const T* const after = first + count < layers ? last.u - states_stride
+                             : k + 1 < m            ? at<T>(states) + ((k + 2) * layers - 1) * states_stride
+                                                    : nullptr;
+      table.adjoints(layer, B, count, &steps[first], v, after, scratch);
+      v = last.out;
     }
   }
 }
@@ -217,7 +244,7 @@ std::pair<double, long> cross_entropy(Layer layer, long B, std::uintptr_t theta,
   const Functions<T>& table = functions<T>();
   double found[2];
   table.cross_entropy(layer, B, at<T>(theta), at<T>(u), label, at<T>(slope), slope_stride, found,
-                      room<T>(table.scratch_size(layer)));
+                      room<T>(table.scratch_size(layer, 1)));
   return {found[0], long(found[1])};
 }
 

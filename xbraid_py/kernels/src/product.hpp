@@ -125,10 +125,10 @@ Packed<T> pack(const T* w, int rows, int columns, long row_stride, long column_s
   return {data, rows, columns};
 }
 
-// With FAR, x is also asked for from memory a block further on.
+// With FAR, what lies `far` numbers from x is also asked for from memory.
 template <bool FAR, int R, int S, class V, class T, class Place, class End>
 inline void tile(const T* weights, int columns, int row, const T* x, long stride, long at, const Place& place,
-                 const End& end) {
+                 const End& end, long far) {
   constexpr int L = sizeof(V) / sizeof(T);
   V z[R][S];
   XBRAID_UNROLL for (int r = 0; r < R; r++)
@@ -138,7 +138,7 @@ inline void tile(const T* weights, int columns, int row, const T* x, long stride
     V xs[S];
     XBRAID_UNROLL for (int s = 0; s < S; s++) {
       xs[s] = place.from(x, s);
-      if (FAR) __builtin_prefetch(x + s * L + BLOCK);
+      if (FAR) __builtin_prefetch(x + s * L + far);
     }
     x += stride;
     weights += R;
@@ -151,7 +151,7 @@ inline void tile(const T* weights, int columns, int row, const T* x, long stride
 }
 
 template <bool FAR = false, class T, class End>
-void product(const Packed<T>& w, const T* x, long stride, long n, const End& end) {
+void product(const Packed<T>& w, const T* x, long stride, long n, const End& end, long far = 0) {
   constexpr int L = XBRAID_BYTES / sizeof(T);
   typedef typename VectorOf<T, L>::type V;
   for_tiles(w.rows, [&](auto rows, int row) {
@@ -159,12 +159,12 @@ void product(const Packed<T>& w, const T* x, long stride, long n, const End& end
     const T* weights = w.data + long(row) * (w.columns + 1);
     long at = 0;
     for (; at + 2 * L <= n; at += 2 * L)
-      tile<FAR, R, 2, V>(weights, w.columns, row, x, stride, at, Whole<V, 2>(), end);
+      tile<FAR, R, 2, V>(weights, w.columns, row, x, stride, at, Whole<V, 2>(), end, far);
     const long rest = n - at;
     if (rest > L)
-      tile<FAR, R, 2, V>(weights, w.columns, row, x, stride, at, Ending<V, 2>{rest - L}, end);
+      tile<FAR, R, 2, V>(weights, w.columns, row, x, stride, at, Ending<V, 2>{rest - L}, end, far);
     else if (rest > 0)
-      tile<FAR, R, 1, V>(weights, w.columns, row, x, stride, at, Ending<V, 1>{rest}, end);
+      tile<FAR, R, 1, V>(weights, w.columns, row, x, stride, at, Ending<V, 1>{rest}, end, far);
   });
 }
 

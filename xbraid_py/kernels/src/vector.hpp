@@ -191,12 +191,14 @@ inline V at_least_zero(V x) {
 template <class T>
 struct Plain {
   static constexpr T SCALE = 1, SHIFT = 0, FACTOR = 1;
+  static constexpr bool LINEAR = false;
 };
 
 // With q = max(z / (2 eta) + 1/2, 0) and p = min(q, 1), the slope, it is eta (p^2 + 2 (q - p)) on all of its three
 // pieces. Where p is not q it is 1: p^2 + 2 (q - p) = p (2 q - p).
 template <class T>
 struct SmoothRelu {
+  static constexpr bool LINEAR = false;
   static constexpr T FACTOR = T(0.1), SCALE = T(0.5) / FACTOR, SHIFT = T(0.5);
 
   template <class V>
@@ -225,6 +227,8 @@ struct Relu : Plain<T> {
 
 template <class T>
 struct Identity : Plain<T> {
+  static constexpr bool LINEAR = true;
+
   template <class V>
   static inline V value(V z) {
     return z;
