@@ -133,7 +133,7 @@ class DenseResNet:
                 total.add(index, value, level)
         for wait in sent:
             wait()
-        return total.result().clone()
+        return total.result()
 
     @cached_property
     def _shares(self) -> list[int]:

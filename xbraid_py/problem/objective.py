@@ -16,9 +16,10 @@ from torch import Tensor
 from xbraid_py import kernels
 from xbraid_py.comm.partition import Partition
 from xbraid_py.comm.tree import TreeSum
-from xbraid_py.mgrit import Solver, follow
+from xbraid_py.mgrit import Solver
 from xbraid_py.mgrit.equations import Adjoint, AdjointTrajectory, Forward
 from xbraid_py.optim.objective import Evaluation
+from xbraid_py.problem.exact import ExactPropagation
 from xbraid_py.problem.network import DenseResNet
 from xbraid_py.problem.regularization import Regularization
 
@@ -138,6 +139,7 @@ class NetworkObjective:
         self.adjoint_residuals: list[float] = []
         self.evaluations = self.gradients = self.sweeps = self.adjoint_sweeps = 0
         self.is_exact = forward.options.cycle == "pipeline"
+        self._exact: ExactPropagation | None = None
         # Blocks of layers, in which sums over layers are made: the same on any number of ranks.
         self._blocks = network.partition.coarsen(forward.hierarchy.block)
         self._portions: list[_Portion] = []
@@ -181,6 +183,11 @@ class NetworkObjective:
                 slope = torch.empty((stage.classification.outputs, size), dtype=network.dtype)
             own = features[:, here] if self._count == 1 else features[:, here].contiguous()
             self._portions.append(_Portion(index, own, labels[here], size / samples, states, slope))
+        if self.is_exact:
+            if self._exact is None or self._exact.samples != samples:
+                self._exact = ExactPropagation(stage, samples)
+            each = [(p.index, p.features, p.labels, p.states, p.slope) for p in self._portions]
+            self._exact.use(each)
 
     @property
     def states(self) -> Tensor:
@@ -260,34 +267,12 @@ class NetworkObjective:
         self._x = network.gather(x)
         self.evaluations += 1
         if self.is_exact:
-            loss, right, regularization, residual = *self._propagate(terms), 0.0
+            total, right, regularization = self._sums(terms, self._exact.forward(self._x))
+            loss, residual = total / len(self.labels), 0.0
             self.work += network.grid.num_layers
         else:
             loss, right, regularization, residual = self._solve(terms, max_iter, error)
         return Evaluation(loss + regularization, loss, right / len(self.labels), residual)
-
-    def _propagate(self, terms: Tensor) -> list[float]:
-        """Loss, samples classified rightly and regularization: the portions through the layers, exactly."""
-        stage, x, portions = self.network.stage, self._x, self._portions
-        steps, count = stage.steps(x), stage.partition.count(stage.comm.rank)
-        numbers = terms.new_empty((len(portions) if stage.is_last else 0, 2), dtype=torch.float64)
-
-        def end(portion: _Portion, u: Tensor) -> None:
-            portion.end = u[0]
-            found = self.loss(x, portion, u[0], portion.slope)
-            numbers[portion.index - portions[0].index] = torch.tensor(found, dtype=torch.float64)
-
-        follow(
-            stage.comm,
-            stage.partition,
-            +1,
-            portions,
-            begin=lambda portion: stage.open(x, portion.features)[None],
-            template=self._template,
-            through=lambda portion, u: steps.relax(u, count, None, portion.states, True),
-            end=end,
-        )
-        return self._sums(terms, numbers)
 
     def _sums(self, terms: Tensor, numbers: Tensor) -> list[float]:
         """Sums over all portions of two numbers each, and over the terms of all blocks; one message."""
@@ -361,45 +346,12 @@ class NetworkObjective:
         sums = TreeSum(self._count)
         self.gradients += 1
         if self.is_exact:
-            self._propagate_back(sums)
+            self._exact.backward(sums)
             self.work += 2.0 * self.network.grid.num_layers
         else:
             self._solve_back(sums, max_iter, exact)
-        found = self.network.free.reduce(sums)
-        return self.network.contract(found.add_(self._regularization_gradient))
-
-    def _propagate_back(self, sums: TreeSum) -> None:
-        """The gradients of the portions, exactly."""
-        stage, x = self.network.stage, self._x
-        steps, count, rows = stage.steps(x), stage.partition.count(stage.comm.rank), stage.layout.rows(x)
-        of_portion = {portion.index: stage.layout.zeros() for portion in self._portions}
-
-        def begin(portion: _Portion) -> Tensor:
-            return self._at_end(portion, rows, of_portion[portion.index])[None]
-
-        def through(portion: _Portion, v: Tensor) -> Tensor:
-            gradient = stage.layout.rows(of_portion[portion.index])["layers"]
-            v = steps.relax_adjoint(portion.states, v, count, None, None, gradient)
-            if not stage.is_first:
-                sums.add(portion.index, of_portion.pop(portion.index), take=True)
-            return v
-
-        def end(portion: _Portion, v: Tensor) -> None:
-            self._at_start(portion, rows, v[0], of_portion[portion.index])
-            sums.add(portion.index, of_portion.pop(portion.index), take=True)
-
-        follow(
-            stage.comm,
-            stage.partition,
-            -1,
-            self._portions,
-            begin=begin,
-            template=self._template,
-            through=through,
-            end=end,
-        )
-        for index, gradient in of_portion.items():
-            sums.add(index, gradient)  # of a rank without layers
+        found = self.network.free.reduce(sums) + self._regularization_gradient
+        return self.network.contract(found)
 
     def _solve_back(self, sums: TreeSum, max_iter: int | None, exact: bool) -> None:
         """The gradients of the portions, by MGRIT."""
@@ -429,6 +381,8 @@ class NetworkObjective:
         """
         stage, x, found = self.network.stage, self._x, []
         for portion in self._portions:
+            if self.is_exact:
+                portion.end = self._exact.portions[portion.index].end[0]
             start = self._at_end(portion, stage.layout.rows(x)) if stage.is_last else None
             propagator = AdjointTrajectory(stage.steps(x), portion.states, None, kept=torch.empty_like(portion.states))
             solution = self.adjoint.solve(propagator, start, portion.adjoint_warm)
