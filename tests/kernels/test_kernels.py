@@ -30,6 +30,7 @@ from kernel_cases import (
     weights,
 )
 
+from xbraid_py import kernels
 from xbraid_py.layers.dense import DenseLayer
 
 LAYOUT = st.sampled_from(LAYOUTS)
@@ -245,3 +246,51 @@ def test_torch_does_the_rest(monkeypatch, kind):
             with torch.no_grad():
                 assert torch.allclose(kernels.step(layer, theta, u), found, atol=1e-14)
             assert len(asked) == 1, "without slopes native code can do it"
+
+
+@pytest.mark.parametrize("implementation", ["native", "torch"])
+def test_a_prepared_call_sees_what_the_arrays_hold(monkeypatch, implementation):
+    if implementation == "torch":
+        monkeypatch.setattr(kernels, "implementation", kernels.fallback)
+    layer, count, batch = DenseLayer(3, 3, "tanh"), 4, 11
+    theta, states = torch.empty(count, layer.num_parameters), torch.empty(count, 3, batch)
+    end, back, gradient = torch.empty(1, 3, batch), torch.empty(1, 3, batch), torch.empty_like(theta)
+    labels, slope = torch.arange(batch) % 3, torch.empty(3, batch)
+    linear, row = DenseLayer(3, 3, "identity"), torch.empty(1, 12)
+    calls = [
+        kernels.prepared(kernels.step, layer, row, states[:1], residual=False, out=end),
+        kernels.prepared(kernels.relax, layer, theta, states[:1], count, h=0.1, inputs=states, ends=end),
+        kernels.prepared(kernels.cross_entropy, linear, row, end, labels, slope=slope),
+        kernels.prepared(kernels.adjoint, linear, row, end, slope[None], h=0.5, residual=False, out=back),
+        kernels.prepared(kernels.relax_adjoint, layer, theta, states, back, count, h=0.1, gradient=gradient, ends=back),
+    ]
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        for array in (theta, states, row):
+            array.normal_()
+        start = states[:1].clone()
+        calls[0]()
+        assert torch.equal(end, kernels.step(layer, row, start, residual=False))
+        calls[1]()
+        assert torch.equal(end, kernels.relax(layer, theta, start, count, h=0.1))
+        other = torch.empty_like(slope)
+        assert calls[2]() == kernels.cross_entropy(linear, row, end, labels, slope=other)
+        assert torch.equal(slope, other)
+        calls[3]()
+        expected = kernels.adjoint(linear, row, end, slope[None], h=0.5, residual=False)
+        assert torch.equal(back, expected)
+        found = torch.empty_like(gradient)
+        expected = kernels.relax_adjoint(layer, theta, states, expected, count, h=0.1, gradient=found)
+        calls[4]()
+        assert torch.equal(back, expected) and torch.equal(gradient, found)
+
+
+def test_a_prepared_call_is_checked_once():
+    layer, theta = DenseLayer(3, 3), torch.zeros(4, 12)
+    with pytest.raises(ValueError, match="points.shape"):
+        kernels.prepared(kernels.relax, layer, theta, torch.zeros(1, 5, 7), 4, h=0.1)
+    with pytest.raises(ValueError, match="label"):
+        wrong = torch.full((7,), 9)
+        kernels.prepared(
+            kernels.cross_entropy, DenseLayer(3, 3, "identity"), torch.zeros(1, 12), torch.zeros(1, 3, 7), wrong
+        )()

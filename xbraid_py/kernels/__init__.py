@@ -13,8 +13,11 @@ anything is written.
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -26,6 +29,7 @@ __all__ = [
     "combine",
     "cross_entropy",
     "distances",
+    "prepared",
     "products",
     "relax",
     "relax_adjoint",
@@ -338,3 +342,32 @@ def combine(coefficients: Sequence[float], vectors: Sequence[Tensor], out: Tenso
     """
     checks.combine(coefficients, vectors, out)
     return implementation.combine(coefficients, vectors, out)
+
+
+def prepared(kernel: Callable[..., Any], *arrays: Any, **options: Any) -> Callable[[], Any]:
+    """The call of `step`, `adjoint`, `relax`, `relax_adjoint` or `cross_entropy` with these arguments, made once.
+
+    On small layers it takes as long to make a call as to do what it asks for. The arrays stay where they are, what they
+    hold may change. All that is written has to be given.
+
+    Returns
+    -------
+    callable
+        Takes nothing; what it returns is that of `cross_entropy`, and of no meaning for the others.
+
+    Raises
+    ------
+    ValueError
+        As the kernel does.
+    """
+    bound = inspect.signature(kernel).bind(*arrays, **options)
+    bound.apply_defaults()
+    given, name = bound.arguments, kernel.__name__
+    if name == "relax_adjoint":
+        given["states"], given["gradient"] = given.pop("states"), given.pop("gradient")
+    values = tuple(given.values())
+    (checks.relax if name == "relax_adjoint" else getattr(checks, name))(*values)
+    call = None if implementation is fallback else implementation.prepared(name, values)
+    call = call or partial(getattr(fallback, name), *values)
+    call.arrays = values  # kept with the call: native code knows their addresses only
+    return call

@@ -5,6 +5,10 @@ Shapes and types are checked by then. Little happens here: on coarse grids this 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -52,19 +56,45 @@ def max_width() -> int:
     return _widest
 
 
-def step(*given) -> Tensor:
+# A native function, its arguments, and what the kernel returns.
+Call = tuple[Callable[..., Any], tuple, Any]
+
+
+def _kernel(call: Callable[..., Call | None]) -> Callable[..., Any]:
+    """The kernel that makes a call, or that of `fallback` where there is none to make."""
+
+    def kernel(*given):
+        made = call(*given)
+        if made is None:
+            return getattr(fallback, call.__name__)(*given)
+        function, arguments, found = made
+        function(*arguments)
+        return found
+
+    kernel.call = call
+    return kernel
+
+
+def prepared(name: str, given: tuple) -> Callable[[], Any] | None:
+    """The call of a kernel, made once; None where it has to be that of `fallback`."""
+    if name == "cross_entropy":
+        return _loss(*given)
+    made = globals()[name].call(*given)
+    return None if made is None else partial(made[0], *made[1])
+
+
+@_kernel
+def step(*given) -> Call | None:
     """See `xbraid_py.kernels.step`."""
     layer, theta, u, h, scheme, residual, add, out = given
     m, _, batch = u.shape
     found = u.new_empty((m, layer.outputs, batch)) if out is None else out
     numbers = _numbers(layer, batch, h, (theta,), (u, add, found))
-    if numbers is None:
-        return fallback.step(*given)
-    _STEP[theta.dtype](_layer(layer, scheme, residual), m, batch, *numbers)
-    return found
+    return numbers and (_STEP[theta.dtype], (_layer(layer, scheme, residual), m, batch, *numbers), found)
 
 
-def adjoint(*given) -> Tensor | None:
+@_kernel
+def adjoint(*given) -> Call | None:
     """See `xbraid_py.kernels.adjoint`."""
     layer, theta, u, v, h, scheme, residual, add, out, gradient, back = given
     m, _, batch = u.shape
@@ -72,34 +102,29 @@ def adjoint(*given) -> Tensor | None:
     if back:
         found = u.new_empty((m, layer.inputs, batch)) if out is None else out
     numbers = _numbers(layer, batch, h, (theta, gradient), (u, v, add, found))
-    if numbers is None:
-        return fallback.adjoint(*given)
-    _ADJOINT[theta.dtype](_layer(layer, scheme, residual), m, batch, *numbers)
-    return found
+    return numbers and (_ADJOINT[theta.dtype], (_layer(layer, scheme, residual), m, batch, *numbers), found)
 
 
-def relax(*given) -> Tensor:
+@_kernel
+def relax(*given) -> Call | None:
     """See `xbraid_py.kernels.relax`."""
     layer, theta, points, cfactor, h, scheme, parts, tau, inputs, ends = given
     m, _, batch = points.shape
     found = points.new_empty((m, layer.inputs, batch)) if ends is None else ends
     numbers = _numbers(layer, batch, h, (theta,), (points, tau, inputs, found))
-    if numbers is None:
-        return fallback.relax(*given)
-    _RELAX[theta.dtype](_layer(layer, scheme, True), m, cfactor, parts, batch, *numbers)
-    return found
+    sizes = m, cfactor, parts, batch
+    return numbers and (_RELAX[theta.dtype], (_layer(layer, scheme, True), *sizes, *numbers), found)
 
 
-def relax_adjoint(*given) -> Tensor:
+@_kernel
+def relax_adjoint(*given) -> Call | None:
     """See `xbraid_py.kernels.relax_adjoint`."""
     layer, theta, points, cfactor, h, scheme, parts, tau, inputs, ends, states, gradient = given
     m, _, batch = points.shape
     found = points.new_empty((m, layer.inputs, batch)) if ends is None else ends
     numbers = _numbers(layer, batch, h, (theta, gradient), (states, points, tau, inputs, found))
-    if numbers is None:
-        return fallback.relax_adjoint(*given)
-    _RELAX_ADJOINT[theta.dtype](_layer(layer, scheme, True), m, cfactor, parts, batch, *numbers)
-    return found
+    sizes = m, cfactor, parts, batch
+    return numbers and (_RELAX_ADJOINT[theta.dtype], (_layer(layer, scheme, True), *sizes, *numbers), found)
 
 
 def distances(a: Tensor, b: Tensor) -> Tensor:
@@ -117,17 +142,29 @@ def distances(a: Tensor, b: Tensor) -> Tensor:
     return sums
 
 
-def cross_entropy(layer, theta, u, labels, slope) -> tuple[float, int]:
+def cross_entropy(*given) -> tuple[float, int]:
     """See `xbraid_py.kernels.cross_entropy`."""
+    call = _loss(*given)
+    return fallback.cross_entropy(*given) if call is None else call()
+
+
+def _loss(layer, theta, u, labels, slope) -> Callable[[], tuple[float, int]] | None:
+    """The call of `cross_entropy`; None where it has to be that of `fallback`."""
     numbers = _numbers(layer, len(labels), 0.0, (theta,), (u,))
     stride, unit = (0, 1) if slope is None else slope.stride()
     if numbers is None or unit != 1 or labels.stride(0) != 1 or not labels.is_cpu:
-        return fallback.cross_entropy(layer, theta, u, labels, slope)
+        return None
     places = numbers[3], numbers[5], labels.data_ptr(), 0 if slope is None else slope.data_ptr()
-    loss, right = _CROSS_ENTROPY[theta.dtype](_layer(layer, "euler", False), len(labels), *places, stride)
-    if right < 0:
-        checks.classes(layer, labels)
-    return loss, right
+    function, native = _CROSS_ENTROPY[theta.dtype], _layer(layer, "euler", False)
+    batch = len(labels)
+
+    def call() -> tuple[float, int]:
+        loss, right = function(native, batch, *places, stride)
+        if right < 0:
+            checks.classes(layer, labels)
+        return loss, right
+
+    return call
 
 
 def products(a, b, bounds) -> Tensor:

@@ -6,7 +6,6 @@ Shape letters: `n` layers of the stage, `F` features, `C` width, `K` classes, `b
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -113,10 +112,10 @@ class _Portion:
         if not count:
             return
         first = states[:1]
-        self.relax = prepared(
+        self.relax = kernels.prepared(
             kernels.relax, stage.block, rows["layers"], first, count, inputs=states, ends=self.end, **how
         )
-        self.back_through = prepared(
+        self.back_through = kernels.prepared(
             *(kernels.relax_adjoint, stage.block, rows["layers"], states, self.back, count),
             **(how | {"ends": self.back, "gradient": out["layers"]}),
         )
@@ -124,10 +123,10 @@ class _Portion:
             self.open, self.at_start = _ends_of(stage.opening, rows, features, first, self.back, out["opening"])
         if stage.is_last:
             layer, row = stage.classification, rows["classification"]
-            self.loss = prepared(kernels.cross_entropy, layer, row, self.end, labels, slope=slope)
+            self.loss = kernels.prepared(kernels.cross_entropy, layer, row, self.end, labels, slope=slope)
             # d(mean cross entropy)/d(logits) = (softmax - one-hot) / B
             how = {"h": 1.0 / owner.samples, "residual": False, "gradient": out["classification"], "out": self.back}
-            self.at_end = prepared(kernels.adjoint, layer, row, self.end, slope[None], **how)
+            self.at_end = kernels.prepared(kernels.adjoint, layer, row, self.end, slope[None], **how)
 
     def first(self) -> Tensor:
         """Where its state before the first layer is to be."""
@@ -155,15 +154,15 @@ def _ends_of(
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """Calls of the opening layer: into the first state, and into its gradient from the adjoint there."""
     row, features = rows["opening"], features[None]
+    how = {"residual": False, "gradient": gradient, "back": False}
     if isinstance(opening, DenseLayer):
         return (
-            prepared(kernels.step, opening, row, features, residual=False, out=first),
-            prepared(kernels.adjoint, opening, row, features, back, residual=False, gradient=gradient, back=False),
+            kernels.prepared(kernels.step, opening, row, features, residual=False, out=first),
+            kernels.prepared(
+                kernels.adjoint, opening, row, features, back, residual=False, gradient=gradient, back=False
+            ),
         )
     return (
         lambda: first.copy_(opening.forward(row, features)),
         lambda: gradient.copy_(opening.vjp(row, features, back, True, back=False)[1]),
     )
-
-
-prepared = partial
