@@ -62,8 +62,8 @@ def relax(layer, theta, points, cfactor, h, scheme, parts, tau, inputs, ends) ->
     for first, x in _chunks(points):
         for row, part in _steps(cfactor, parts):
             rows = _rows(first, len(x), cfactor, row)
-            if inputs is not None and part == 0:
-                inputs[rows] = x
+            if inputs is not None and part == 0 and inputs[rows].data_ptr() != x.data_ptr():
+                inputs[rows] = x  # unless they are the points themselves
             add = tau[rows] if tau is not None and part == parts - 1 else None
             own = _rows(first, len(x), cfactor * parts, row * parts + part)
             x = step(layer, theta[own], x, _of(h, own), scheme, True, add, None)

@@ -158,9 +158,7 @@ def _ends_of(
     if isinstance(opening, DenseLayer):
         return (
             kernels.prepared(kernels.step, opening, row, features, residual=False, out=first),
-            kernels.prepared(
-                kernels.adjoint, opening, row, features, back, residual=False, gradient=gradient, back=False
-            ),
+            kernels.prepared(kernels.adjoint, opening, row, features, back, **how),
         )
     return (
         lambda: first.copy_(opening.forward(row, features)),
