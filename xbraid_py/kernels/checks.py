@@ -88,10 +88,10 @@ def products(a, b, bounds) -> None:
         raise ValueError(f"{name} is empty; use at least one")
     _flat("a", a, a[0])
     _flat("b", b, a[0])
-    last = 0
+    last, length = 0, a[0].shape[0]
     for i, bound in enumerate(bounds):
-        if not last <= bound <= len(a[0]):
-            raise ValueError(f"bounds[{i}]={bound} is not between {last} and the length; use {last} to {len(a[0])}")
+        if not last <= bound <= length:
+            raise ValueError(f"bounds[{i}]={bound} is not between {last} and the length; use {last} to {length}")
         last = bound
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 
 import torch
@@ -106,5 +106,11 @@ class Layout:
         opening, layers, classification = self._sizes
         if not parts:
             return a[0].new_empty((len(a), len(b), 0))
-        ends = [opening + layers * (part + 1 if self.dealt else parts) // parts for part in range(parts)]
-        return kernels.products(a, b, [0, *ends[:-1], self.size])
+        return kernels.products(a, b, _bounds(opening, layers, classification, parts, self.dealt))
+
+
+@lru_cache
+def _bounds(opening: int, layers: int, classification: int, parts: int, dealt: bool) -> list[int]:
+    """Where the summands of `Layout.dots` begin, and where the last one ends."""
+    ends = [opening + layers * (part + 1 if dealt else parts) // parts for part in range(parts)]
+    return [0, *ends[:-1], opening + layers + classification]
