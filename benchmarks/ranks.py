@@ -46,23 +46,23 @@ def plans(ranks: int) -> dict[str, tuple[MGRIT, int | None]]:
     }
 
 
-def training(comm: Communicator, options: MGRIT, replicas: int, num_layers: int, seed: int, share: int = 1) -> OneShot:
-    """A training at its start, with one of so many shares of the samples."""
-    problem = common.problem(comm, options, 5000 // share, seed=seed, replicas=replicas)
+def training(comm: Communicator, options: MGRIT, replicas: int, num_layers: int, samples: int, seed: int) -> OneShot:
+    """A training at its start."""
+    problem = common.problem(comm, options, samples, seed=seed, replicas=replicas)
     objective = problem.objective(num_layers)
     return OneShot(objective, OneShotOptions(), objective.network.initial(InitialScales(), seed))
 
 
-def take_turns(num_layers: int, updates: int, seed: int) -> None:
+def take_turns(num_layers: int, updates: int, samples: int, seed: int) -> None:
     """What the ranks of a job do: seconds of the updates of all plans, in turns."""
     comm = world()
     alone = SerialCommunicator()
-    steps = {"limit": training(alone, EXACT, 1, num_layers, seed, share=comm.size)}
+    steps = {"limit": training(alone, EXACT, 1, num_layers, samples // comm.size, seed)}
     for name, (options, replicas) in plans(comm.size).items():
         if replicas is not None:
-            steps[name] = training(comm, options, replicas, num_layers, seed)
+            steps[name] = training(comm, options, replicas, num_layers, samples, seed)
         elif comm.rank == 0:
-            steps[name] = training(alone, options, 1, num_layers, seed)
+            steps[name] = training(alone, options, 1, num_layers, samples, seed)
     names = ["limit", *plans(comm.size)]
     runs = {name: each.run(10 * updates) for name, each in steps.items()}
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -98,12 +98,13 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--updates", type=int)
+    parser.add_argument("--samples", type=int, default=5000)
     parser.add_argument("--job", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     updates = arguments.updates or (8 if arguments.quick else 40)
     depths = common.integers(arguments.depths)
     if arguments.job is not None:
-        take_turns(depths[0], updates, arguments.job)
+        take_turns(depths[0], updates, arguments.samples, arguments.job)
         return
 
     rounds, figures = arguments.rounds or (1 if arguments.quick else 3), {}
@@ -111,7 +112,8 @@ def main() -> None:
         ratios: dict[str, list[float]] = {}
         times: dict[str, list[float]] = {}
         for seed in range(rounds):
-            row = common.job(__file__, arguments.ranks, f"--job={seed}", f"--depths={depth}", f"--updates={updates}")
+            handed_on = f"--updates={updates}", f"--samples={arguments.samples}"
+            row = common.job(__file__, arguments.ranks, f"--job={seed}", f"--depths={depth}", *handed_on)
             for name, found in row["seconds"].items():
                 times[name] = times.get(name, []) + found
                 ratios[name] = ratios.get(name, []) + [

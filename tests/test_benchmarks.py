@@ -14,6 +14,7 @@ from processes import PROJECT
 LEVELS = ("", "_32", "_64", "_iterative")
 CYCLES = ("lagged", "V", "F", "published")
 SWEEPS = ("forward", "adjoint", "evaluations")
+PLANS = ("limit", "serial", "one portion", "replicas", "pipeline of 4", "pipeline of 8", "lagged", "V")
 
 # Options that make a script tiny, and its figures.
 SCRIPTS = {
@@ -61,6 +62,7 @@ SCRIPTS = {
         },
     ),
     "memory": (["--num_layers=64", "--samples=1000", "--updates=2"], {"ratio", "ratio_2"}),
+    "ranks": (["--depths=16", "--samples=80", "--updates=2"], {f"16 {name}" for name in PLANS}),
 }
 
 
@@ -70,7 +72,17 @@ def figures(run_job, name: str, *options: str) -> dict[str, float]:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found.keys() == {"benchmark", "figures"} and found["benchmark"] == name
-    return found["figures"]
+    return flat(found["figures"])
+
+
+def flat(found: dict) -> dict[str, float]:
+    """The figures of all cases, behind their names."""
+    cases = [(case, value if isinstance(value, dict) else None) for case, value in found.items()]
+    return {
+        name: value
+        for case, inner in cases
+        for name, value in ([(case, found[case])] if inner is None else [(f"{case} {k}", v) for k, v in inner.items()])
+    }
 
 
 @pytest.mark.job

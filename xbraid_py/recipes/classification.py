@@ -189,7 +189,8 @@ class NestedTraining(Training):
     def describe(self) -> str:
         solver = self.method.objective.forward
         table = solver.hierarchy.table(solver.options)
-        return "\n".join(filter(None, [self.plan, f"{self.method.depth} layers, kernels: {BACKEND}", table]))
+        plan, self.plan = self.plan, ""  # once, not on every level
+        return "\n".join(filter(None, [plan, f"{self.method.depth} layers, kernels: {BACKEND}", table]))
 
     def draw(self, rows: list[Row], figures: Path) -> Row | None:
         return self.finish(self, rows, figures) if self.finish else None
