@@ -112,8 +112,9 @@ def in_sentences(found: Map) -> list[str]:
         middle = median(left)
         same = ", that is to about as many ranks as samples" if 0.5 <= middle <= 2.0 else ""
         sentences.append(
-            f"Share the samples among replicas of one rank until each has about {figure(middle)} left ({figure(left[0])} to "
-            f"{figure(left[-1])}, by their number){same}; with more ranks spread the layers as well."
+            f"Share the samples among replicas of one rank until each has about {figure(middle)} left "
+            f"({figure(left[0])} to {figure(left[-1])}, by their number){same}; "
+            f"with more ranks spread the layers as well."
         )
     sentences.append(f"Layers are spread from so many ranks on: {where}.")
     if len(spread) < len(found.samples):
