@@ -148,7 +148,7 @@ class OneShot:
             self.gradient = None
             if self.number < num_updates:
                 self.gradient = self.objective.gradient(self.x, self._iterations)
-                self.quasi_newton.add(last, self.gradient - previous)
+                self.quasi_newton.add(last, self.gradient - previous, self.gradient)
 
     def _line_search(self) -> Trial | None:
         """A line search; where it fails, another one along an accurate gradient."""

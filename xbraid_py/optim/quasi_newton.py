@@ -66,35 +66,44 @@ class QuasiNewton:
         self._sy = self._yy = np.empty((0, 0))
         self._gradient: Tensor | None = None
 
-    def add(self, s: Tensor, y: Tensor) -> None:
-        """Take in the change s of the weights and y of the gradient of an update."""
+    def add(self, s: Tensor, y: Tensor, gradient: Tensor | None = None) -> None:
+        """Take in the change s of the weights and y of the gradient of an update.
+
+        With the gradient that the next direction is for, its products come in the same message; see `observe`.
+        """
         if self.method == "steepest":
             return
-        found = self._products(s, y)
         count = len(self.s)
-        ss, (sy, yy) = found[0, count], found[:, -1]
-        if self.curvature_check and not sy > 1e-10 * (ss * yy) ** 0.5:
-            return
-        if sy == 0.0 or yy == 0.0:
-            return
-        self._append(s, y, found)
+        own = [s, y] if gradient is None else [s, y, gradient]
+        found = _array(self.dots(own, [*self.s, s, *self.y, *own[1:]]))
+        products, of_gradient = found[:2, : 2 * count + 2], found[2:]
+        ss, (sy, yy) = products[0, count], products[:, -1]
+        is_good = not self.curvature_check or sy > 1e-10 * (ss * yy) ** 0.5
+        is_taken = is_good and sy != 0.0 and yy != 0.0
+        kept = slice(count + is_taken)
         self._gradient = None
+        if gradient is not None:
+            row = of_gradient[0]
+            self._gradient, self._gg = gradient, float(row[-1])
+            self._sg, self._yg = row[: count + 1][kept], row[count + 1 : 2 * count + 2][kept]
+        if not is_taken:
+            return
+        self._append(s, y, products)
         if self.method == "lbfgs" and len(self.s) > self.memory:
             del self.s[0], self.y[0]
             self._sy, self._yy = self._sy[1:, 1:], self._yy[1:, 1:]
+            if gradient is not None:
+                self._sg, self._yg = self._sg[1:], self._yg[1:]
 
     def restore(self, s: list[Tensor], y: list[Tensor]) -> None:
         """Take over the pairs of an earlier run, oldest first."""
         self.clear()
         # Pair by pair, as they came: many products at once may differ from these in their last bit.
         for pair in zip(s, y, strict=True):
-            self._append(*pair, self._products(*pair))
-
-    def _products(self, s: Tensor, y: Tensor) -> np.ndarray:
-        """Dot products (2, 2 k + 2) of a new pair with all s, its own, all y, its own."""
-        return _array(self.dots([s, y], [*self.s, s, *self.y, y]))
+            self._append(*pair, _array(self.dots([*pair], [*self.s, pair[0], *self.y, pair[1]])))
 
     def _append(self, s: Tensor, y: Tensor, products: np.ndarray) -> None:
+        """Keep a pair with its dot products (2, 2 k + 2) with all s, its own, all y, its own."""
         count = len(self.s)
         (sy, yy), with_y = products[:, -1], products[:, count + 1 : -1]
         self._sy = _bordered(self._sy, row=with_y[0], column=products[1, :count], corner=sy)

@@ -261,10 +261,11 @@ class NetworkObjective:
     def evaluate(self, x: Tensor, max_iter: int | None = None, error: float | None = None) -> Evaluation:
         # From here on the weights are those of the layers; without splines x and the network themselves.
         network, x = self.network.free, self.network.expand(x)
-        terms, self._regularization_gradient = self.regularization.terms(
-            network, x, self._blocks.count(network.comm.rank)
-        )
         self._x = network.gather(x)
+        whole = self._x if network.comm.size > 1 == network.stage.comm.size else None
+        terms, self._regularization_gradient = self.regularization.terms(
+            network, x, self._blocks.count(network.comm.rank), whole
+        )
         self.evaluations += 1
         if self.is_exact:
             total, right, regularization = self._sums(terms, self._exact.forward(self._x))

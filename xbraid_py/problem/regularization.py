@@ -49,10 +49,13 @@ class Regularization:
         if self.measure not in ("sum", "integral"):
             raise ValueError(f"measure={self.measure!r} must be sum or integral; use integral")
 
-    def terms(self, network: DenseResNet, x: Tensor, intervals: int) -> tuple[Tensor, Tensor]:
+    def terms(
+        self, network: DenseResNet, x: Tensor, intervals: int, stage: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """One summand for each of the `intervals` of layers owned here, and the gradient, a flat vector.
 
-        Opening and classification belong to the first and the last interval.
+        Opening and classification belong to the first and the last interval. `stage` is the flat vector of
+        `network.stage`, if all layers are in it: then the neighbors' weights take no message.
         """
         layout, comm, partition = network.layout, network.comm, network.partition
         rows, gradient = layout.rows(x), torch.empty_like(x)
@@ -60,7 +63,11 @@ class Regularization:
         theta = rows["layers"]
         smooth = bool(self.ddt) and len(theta) > 0
         # The neighbors' weights travel while the terms without them are summed.
-        if smooth:
+        if smooth and stage is not None:
+            every, (first, last) = network.stage.layout.rows(stage)["layers"], partition.bounds[comm.rank :][:2]
+            sides = every[first - 1 : first] if first else None, every[last : last + 1] if last < len(every) else None
+            edges = [lambda side=side: side for side in sides]
+        elif smooth:
             edges = [comm.begin_shift(edge, partition, to) for edge, to in ((theta[-1:], +1), (theta[:1], -1))]
         torch.mul(rows["opening"], self.tikhonov if self.opening is None else self.opening, out=out["opening"])
         torch.mul(rows["classification"], self.classification, out=out["classification"])
