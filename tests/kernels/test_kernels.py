@@ -5,6 +5,8 @@ Shape letters: `m` layers or intervals, `c` steps of an interval, `B` samples.
 
 from __future__ import annotations
 
+from itertools import product
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -197,6 +199,25 @@ def test_distances(m, shape, layout, dtype):
         assert ((found - expected).abs() <= bound * expected).all()
 
 
+@given(st.integers(0, 4), st.sampled_from([(), (3,), (4, 33), (5, 0), (2, 3, 70)]), LAYOUT, st.sampled_from(DTYPES))
+@settings(max_examples=100)
+def test_a_change_and_its_size(m, shape, layout, dtype):
+    layout = layout if shape else "plain"
+    a, b, c = (normal(m, *shape, seed=seed, dtype=dtype) for seed in (1, 2, 3))
+    bound = 4 * torch.finfo(dtype).eps * a[:1].numel()
+    for other, kept, name in product((None, c), (None, "b", "own"), NAMES):
+        x, y = placed(a.clone(), layout), placed(b.clone(), layout)
+        difference = {None: None, "b": y, "own": placed(torch.empty_like(b), layout)}[kept]
+        change = b if other is None else b - c
+        with public_on(name) as kernels:
+            found = kernels.move(x, y, None if other is None else placed(c, layout), difference=difference)
+        assert torch.equal(x, a + change) and (difference is None or torch.equal(difference, change))
+        sums = [[float((each.double() ** 2).sum()) for each in row] for row in zip(change, a + change, strict=True)]
+        expected = torch.tensor(sums, dtype=torch.float64).reshape(m, 2)
+        assert found.shape == (m, 2) and found.dtype == dtype
+        assert ((found - expected).abs() <= bound * expected).all()
+
+
 @needs_native
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -216,6 +237,7 @@ def test_native_code_does_it_all(monkeypatch, name, dtype):
                 kernels.relax(layer, theta, points, c, h=h, tau=states, inputs=states.clone())
                 kernels.relax_adjoint(layer, theta, states, points, c, h=h, tau=states, gradient=gradient)
             kernels.distances(points, points)
+            kernels.move(states.clone(), states, states, difference=torch.empty_like(states))
 
 
 @needs_native

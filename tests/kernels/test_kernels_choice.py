@@ -215,6 +215,10 @@ def test_distances_of_rows_that_do_not_match(chosen):
     for b in (a[:1], a[:, :2], a[0], a.float()):
         with pytest.raises(ValueError, match=r"b\.shape=.*not those of a; use b of shape \(2, 3, 5\) and type torch"):
             chosen.distances(a, b)
+        for given in ({"b": b}, {"b": a, "c": b}, {"b": a, "difference": b}):
+            (name,) = [name for name, each in given.items() if each is b]
+            with pytest.raises(ValueError, match=rf"{name}\.shape=.*not those of a; use {name} of shape \(2, 3, 5\)"):
+                chosen.move(a.clone(), **given)
 
 
 @pytest.mark.parametrize("activation", ["smooth_relu", "relu", "tanh", "identity"])

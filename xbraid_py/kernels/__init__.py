@@ -29,6 +29,7 @@ __all__ = [
     "combine",
     "cross_entropy",
     "distances",
+    "move",
     "prepared",
     "products",
     "relax",
@@ -259,6 +260,31 @@ def distances(a: Tensor, b: Tensor) -> Tensor:
     """
     checks.distances(a, b)
     return implementation.distances(a, b)
+
+
+def move(a: Tensor, b: Tensor, c: Tensor | None = None, *, difference: Tensor | None = None) -> Tensor:
+    """a += b, or a += b - c, in one pass: squared 2-norms of what is added and of what a becomes, for each of m rows.
+
+    Parameters
+    ----------
+    a : (m, *S) tensor
+        Written.
+    b : (m, *S) tensor
+    c : (m, *S) tensor, optional
+    difference : (m, *S) tensor, optional
+        Where to write b - c; may be b or c.
+
+    Returns
+    -------
+    (m, 2) tensor
+
+    Raises
+    ------
+    ValueError
+        If an array has not the shape or the type that fits; it is named.
+    """
+    checks.move(a, b, c, difference)
+    return implementation.move(a, b, c, difference)
 
 
 def cross_entropy(layer, theta: Tensor, u: Tensor, labels: Tensor, *, slope: Tensor | None = None) -> tuple[float, int]:

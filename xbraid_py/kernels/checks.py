@@ -60,6 +60,14 @@ def distances(a, b) -> None:
         raise ValueError(f"b.shape={tuple(b.shape)} and b.dtype={b.dtype} are not those of a; use {use}")
 
 
+def move(a, b, c, difference) -> None:
+    """Arguments of `kernels.move`."""
+    for name, tensor in (("b", b), ("c", c), ("difference", difference)):
+        if tensor is not None and (tensor.shape != a.shape or tensor.dtype is not a.dtype):
+            said = f"{name}.shape={tuple(tensor.shape)} and {name}.dtype={tensor.dtype}"
+            raise ValueError(f"{said} are not those of a; use {name} of shape {tuple(a.shape)} and type {a.dtype}")
+
+
 def cross_entropy(layer, theta, u, labels, slope) -> None:
     """Arguments of `kernels.cross_entropy`, but for the values of the labels."""
     m, batch, p = _sizes(layer, "u", u, "euler", False)

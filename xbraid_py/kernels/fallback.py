@@ -99,8 +99,20 @@ def _rows(first: int, count: int, length: int, row: int) -> slice:
 
 def distances(a: Tensor, b: Tensor) -> Tensor:
     """See `xbraid_py.kernels.distances`."""
-    squares = (a - b).square(), a.square()
-    return torch.stack([each.unsqueeze(-1).flatten(1).sum(1) for each in squares], 1)
+    return _squares(a - b, a)
+
+
+def move(a: Tensor, b: Tensor, c: Tensor | None, difference: Tensor | None) -> Tensor:
+    """See `xbraid_py.kernels.move`."""
+    change = b if c is None else b - c
+    a.add_(change)
+    if difference is not None:
+        difference.copy_(change)
+    return _squares(change, a)
+
+
+def _squares(*rows: Tensor) -> Tensor:
+    return torch.stack([each.square().unsqueeze(-1).flatten(1).sum(1) for each in rows], 1)
 
 
 def cross_entropy(layer, theta, u, labels, slope) -> tuple[float, int]:

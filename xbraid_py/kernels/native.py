@@ -18,16 +18,26 @@ from xbraid_py.kernels.activation import ACTIVATIONS
 _NUMBERS = {name: number for number, name in enumerate(("smooth_relu", "relu", "tanh", "identity"))}
 assert _NUMBERS.keys() == ACTIVATIONS.keys(), "dense.hpp has the activations of activation.py"
 
-INTERFACE = 3  # of the functions in module.cpp; those of an older build would take an address for another
+INTERFACE = 4  # of the functions in module.cpp; those of an older build would take an address for another
 if getattr(_native, "INTERFACE", 1) != INTERFACE:
     raise checks.OutdatedKernels(
         f"{_native.__file__} was built from other sources than those beside it (interface "
         f"{getattr(_native, 'INTERFACE', 1)}, not {INTERFACE}); install xbraid_py again, or use XBRAID_KERNELS=torch"
     )
 
-_STEP, _ADJOINT, _RELAX, _RELAX_ADJOINT, _DISTANCES, _CROSS_ENTROPY, _PRODUCTS, _COMBINE = (
+_STEP, _ADJOINT, _RELAX, _RELAX_ADJOINT, _DISTANCES, _MOVE, _CROSS_ENTROPY, _PRODUCTS, _COMBINE = (
     {torch.float64: getattr(_native, f"{name}_float64"), torch.float32: getattr(_native, f"{name}_float32")}
-    for name in ("step", "adjoint", "relax", "relax_adjoint", "distances", "cross_entropy", "products", "combine")
+    for name in (
+        "step",
+        "adjoint",
+        "relax",
+        "relax_adjoint",
+        "distances",
+        "move",
+        "cross_entropy",
+        "products",
+        "combine",
+    )
 )
 _layers: dict[tuple, _native.Layer] = {}
 _widest = _native.max_width()
@@ -129,16 +139,35 @@ def relax_adjoint(*given) -> Call | None:
 
 def distances(a: Tensor, b: Tensor) -> Tensor:
     """See `xbraid_py.kernels.distances`."""
-    m = a.shape[0]
-    numbers: list[int] = []
-    for tensor in (a, b):
-        # Rows at any distance, the numbers of each one after the other.
-        together = m > 0 and (tensor.is_contiguous() or tensor[0].is_contiguous())
-        if not together or not _plain(tensor) or a.dtype not in _DISTANCES:
-            return fallback.distances(a, b)
-        numbers += (tensor.data_ptr(), tensor.stride(0))
-    sums = a.new_empty((m, 2))
-    _DISTANCES[a.dtype](m, a.numel() // m, *numbers, sums.data_ptr())
+    return _of_rows(_DISTANCES, a, b) if _together(a, b) else fallback.distances(a, b)
+
+
+def move(a, b, c, difference) -> Tensor:
+    """See `xbraid_py.kernels.move`."""
+    if not _together(a, b, c, difference):
+        return fallback.move(a, b, c, difference)
+    return _of_rows(_MOVE, a, b, c, difference)
+
+
+def _together(*tensors: Tensor | None) -> bool:
+    """Whether rows, at any distance, have their numbers one after the other, and are for native code."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        together = len(tensor) > 0 and (tensor.is_contiguous() or tensor[0].is_contiguous())
+        if not together or not _plain(tensor) or tensor.dtype not in _DISTANCES:
+            return False
+    return True
+
+
+def _of_rows(functions: dict, *tensors: Tensor | None) -> Tensor:
+    """Two sums (m, 2) of each row of tensors."""
+    first, numbers = tensors[0], []
+    for tensor in tensors:
+        numbers += (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
+    m = first.shape[0]
+    sums = first.new_empty((m, 2))
+    functions[first.dtype](m, first.numel() // m, *numbers, sums.data_ptr())
     return sums
 
 

@@ -107,16 +107,31 @@ class Adjoint:
         return self.steps.relax_adjoint(self.states, points, cfactor, tau, inputs, self.gradient if record else None)
 
     def correct(self, before: Tensor, after: Tensor, coarse: Adjoint) -> None:
+        linear = self.linear(coarse)
+        linear.relax(after - before, 1, record=True)
+        self.correct_by(linear)
+
+    def linear(self, coarse: Adjoint) -> Adjoint | None:
+        """What takes changes of the C-points from one to the next; None if `coarse` does more with them.
+
+        Its recorded relaxation, of the changes behind all of its steps, keeps what `correct_by` asks for.
+        """
+        # Steps with sources are affine.
+        if getattr(coarse.steps, "sources", None) is not None:
+            return None
+        return replace(coarse, gradient=torch.empty_like(coarse.steps.theta))
+
+    def correct_by(self, linear: Adjoint) -> None:
+        """`correct`, from what a relaxation of changes has kept."""
         # The gradient is linear in the adjoints: what the change adds to it, by coarse steps, goes to the layers that a
         # part of a coarse step stands for, in proportion to their sizes.
-        added = torch.empty_like(coarse.steps.theta)
-        coarse.steps.relax_adjoint(coarse.states, after - before, 1, None, None, added)
+        added = linear.gradient
         if len(added):
             length = len(self.gradient) // len(added)
             target, h = self.gradient.unflatten(0, (-1, length)), self.steps.h
             if isinstance(h, Tensor):
                 # Steps that pad a sequence have size 0.
-                whole = coarse.steps.h[:, None].clamp_min(torch.finfo(h.dtype).tiny)
+                whole = linear.steps.h[:, None].clamp_min(torch.finfo(h.dtype).tiny)
                 share = (h.unflatten(0, (-1, length)) / whole).view(-1, length, *[1] * (added.dim() - 1))
                 target.add_(share * added[:, None])
             else:
@@ -161,4 +176,7 @@ class AdjointTrajectory(Adjoint):
 
     def correct(self, before: Tensor, after: Tensor, coarse: Adjoint) -> None:
         # As with the states: better ones would cost another relaxation.
+        pass
+
+    def correct_by(self, linear: Adjoint) -> None:
         pass

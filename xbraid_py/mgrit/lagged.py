@@ -8,6 +8,7 @@ from math import isnan
 import torch
 from torch import Tensor
 
+from xbraid_py import kernels
 from xbraid_py.mgrit.levels import Levels, Solution
 from xbraid_py.mgrit.norms import Size, Stop
 
@@ -48,12 +49,7 @@ class LaggedCycle(Levels):
         while True:
             # 2. One relaxation of the fine level from there, 3. the new tau and a second coarse sweep.
             ends = self.relax(0, coarse.points, None, record=True)
-            self.tau[0].add_(ends).sub_(coarse.outputs)
-            before, coarse = coarse, self._coarse(1)
-            # What was recorded belongs to the points before the correction.
-            self.own[0].correct(before.points, coarse.points, self.induced[1])
-            # How far the corrected points are from those that the fine states start from.
-            change = self.norm.of_intervals(before.points, coarse.points)
+            coarse, change = self._corrected(coarse, ends)
             end = fine_end = None
             if self.finishes(finest):
                 end, fine_end = coarse.outputs[self.last], ends[self.last]
@@ -65,6 +61,33 @@ class LaggedCycle(Levels):
             # With NaN nothing is gained by going on.
             if good or len(sizes) >= max_iter or isnan(sizes[-1].relative):
                 return self.solution(self.tau, end, sizes, measured)
+
+    def _corrected(self, coarse: _Points, ends: Tensor) -> tuple[_Points, Tensor]:
+        """The second coarse sweep, from the ends of the fine intervals; what was recorded is corrected.
+
+        Returns with it the shares of each interval in how far the corrected points are from those that the fine states
+        start from.
+        """
+        finest, linear = self.own[0], None
+        if self.levels[1].cfactor is None and hasattr(finest, "linear"):
+            linear = finest.linear(self.own[1])
+        if linear is None:
+            kernels.move(self.tau[0], ends, coarse.outputs)
+            before, coarse = coarse, self._coarse(1)
+            # What was recorded belongs to the points before the correction.
+            finest.correct(before.points, coarse.points, self.induced[1])
+            return coarse, self.norm.of_intervals(before.points, coarse.points)
+        # Of a linear equation the changes are swept: that gives at once what they add to what was recorded.
+        difference = torch.empty_like(ends)
+        kernels.move(self.tau[0], ends, coarse.outputs, difference=difference)
+        start = torch.zeros_like(self.start) if self.begins(self.levels[1]) else None
+        changes = _Points(*self.sweep(1, start, difference, linear=linear))
+        finest.correct_by(linear)
+        # Inputs and outputs share memory, but for the last output.
+        change = self.norm.moved(coarse.points, changes.points)
+        if len(ends):
+            coarse.outputs[self.last].add_(changes.outputs[self.last])
+        return coarse, change
 
     def _coarse(self, index: int) -> _Points:
         """Solve u_{k+1} = Phi_H(u_k) + tau_k on a coarse level: exactly on the coarsest, else by this very cycle."""
@@ -82,7 +105,7 @@ class LaggedCycle(Levels):
         for _ in range(COARSE_RELAXATIONS):
             coarse = self._coarse(index + 1)
             ends = self.relax(index, coarse.points, tau, inputs=inputs)
-            self.tau[index].add_(ends).sub_(coarse.outputs)
+            kernels.move(self.tau[index], ends, coarse.outputs)
         outputs = self._outputs(inputs, level.cfactor, ends)
         points, outputs = (self.comm.redistribute(rows, level.rows, level.induced) for rows in (inputs, outputs))
         return _Points(points, outputs)

@@ -131,13 +131,14 @@ class Levels:
         self.sweeps += index == 0
         return propagator.relax(points, level.cfactor, tau, record, inputs)
 
-    def sweep(self, index: int, start: Tensor | None, tau: Tensor | None, record: bool = False):
+    def sweep(self, index: int, start: Tensor | None, tau: Tensor | None, record: bool = False, linear=None):
         """Step through a level one row after the other, rank after rank.
 
         Returns the inputs and the outputs (n, *S) of the steps, which share memory. With `record`, on the finest level,
-        the propagator keeps the states, no input is returned, and of the outputs only the last.
+        the propagator keeps the states, no input is returned, and of the outputs only the last. With `linear` it is
+        changes of the states that are swept, by that propagator, which is recorded.
         """
-        level, propagator, rank = self.levels[index], self.own[index], self.comm.rank
+        level, propagator, rank = self.levels[index], linear or self.own[index], self.comm.rank
         count = level.rows.count(rank)
         self.work += level.num_steps * propagator.cost
         self.sweeps += index == 0
@@ -149,7 +150,7 @@ class Levels:
         # Each output but the last is the input of the next step.
         states = propagator.empty(0 if record else count + 1)
         inputs, outputs = (states[:-1], states[1:]) if self.direction > 0 else (states[1:], states[:-1])
-        end = propagator.relax(x, count, tau, record, None if record else inputs)
+        end = propagator.relax(x, count, tau, record or linear is not None, None if record else inputs)
         if ahead is not None:
             self.comm.isend(end, ahead)()
         if record:

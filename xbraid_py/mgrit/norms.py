@@ -73,7 +73,16 @@ class Norm:
         """
         if self.kind == 2:
             return kernels.distances(points, residual_of)
-        both = torch.stack([residual_of - points, points], 1).abs().flatten(2)
+        return self._shares(residual_of - points, points)
+
+    def moved(self, points: Tensor, change: Tensor) -> Tensor:
+        """Add a change to points, both (K, *S): shares (K, 2) in the norms of the change and of what they become."""
+        if self.kind == 2:
+            return kernels.move(points, change)
+        return self._shares(change, points.add_(change))
+
+    def _shares(self, residual: Tensor, points: Tensor) -> Tensor:
+        both = torch.stack([residual, points], 1).abs().flatten(2)
         if self.kind == 1:
             return both.sum(2)
         return both.amax(2) if both.shape[2] else both.new_zeros(both.shape[:2])

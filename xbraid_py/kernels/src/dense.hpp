@@ -50,6 +50,9 @@ struct Functions {
   long (*scratch_size)(const Layer& layer, long count);
   // sums[0] = |a - b|^2, sums[1] = |a|^2 for n numbers each.
   void (*distance)(long n, const T* a, const T* b, T* sums);
+  // d = b, or b - c if c is not null; a += d, and `difference`, if it is not null, gets d. sums[0] = |d|^2, sums[1] =
+  // |a|^2 of what a has become.
+  void (*move)(long n, T* a, const T* b, const T* c, T* difference, T* sums);
   // found[0] = the cross entropy of softmax(W u + b), summed over the samples, found[1] = how many of them have the label
   // as the first of their largest outputs; `slope`, if it is not null, gets softmax less one-hot.
   void (*cross_entropy)(const Layer& layer, long batch, const T* theta, const T* u, const long long* labels, T* slope,

@@ -201,9 +201,9 @@ namespace xbraid {
 const Instructions XBRAID_TABLE = {
     XBRAID_NAME,
     XBRAID_MAX_WIDTH,
-    {step<double>, adjoints<double>, scratch_size<double>, distance<double>, cross_entropy<double>, products<double>,
-     combine<double>},
-    {step<float>, adjoints<float>, scratch_size<float>, distance<float>, cross_entropy<float>, products<float>,
-     combine<float>},
+    {step<double>, adjoints<double>, scratch_size<double>, distance<double>, move<double>,
+     cross_entropy<double>, products<double>, combine<double>},
+    {step<float>, adjoints<float>, scratch_size<float>, distance<float>, move<float>,
+     cross_entropy<float>, products<float>, combine<float>},
 };
 }

@@ -1,4 +1,4 @@
-// Flat vectors of numbers: distances, products in parts, sums. Included once by each instruction set.
+// Flat vectors of numbers: distances, changes, products in parts, sums. Included once by each instruction set.
 //
 // Everything is summed in an order that depends on the length alone: not on where a vector begins, nor on how many
 // there are.
@@ -41,6 +41,38 @@ void distance(long n, const T* a, const T* b, T* sums) {
   store(lanes, V((difference[0] + difference[1]) + (difference[2] + difference[3])));
   sums[0] = reduced(lanes);
   store(lanes, V((size[0] + size[1]) + (size[2] + size[3])));
+  sums[1] = reduced(lanes);
+}
+
+// d = b, or b - c where c is not null; a += d; `difference`, if it is not null, gets d, and may be b or c.
+// sums[0] = |d|^2, sums[1] = |a|^2 of what a has become, for n numbers each.
+template <class T>
+void move(long n, T* a, const T* b, const T* c, T* difference, T* sums) {
+  constexpr int L = Flat<T>::L, CHAINS = 4;
+  typedef typename Flat<T>::V V;
+  V changes[CHAINS] = {}, sizes[CHAINS] = {};
+  long at = 0;
+  const auto add = [&](int k, long from, const auto& taken, const auto& put) {
+    V d = taken(b + from);
+    if (c) d = d - taken(c + from);
+    const V x = taken(a + from) + d;
+    put(a + from, x);
+    if (difference) put(difference + from, d);
+    changes[k] = fused(d, d, changes[k]);
+    sizes[k] = fused(x, x, sizes[k]);
+  };
+  const auto whole = [](const T* place) { return load<V>(place); };
+  const auto put_whole = [](T* place, V x) { store(place, x); };
+  for (; at + CHAINS * L <= n; at += CHAINS * L)
+    for (int k = 0; k < CHAINS; k++) add(k, at + k * L, whole, put_whole);
+  for (; at + L <= n; at += L) add(0, at, whole, put_whole);
+  if (at < n)
+    add(0, at, [&](const T* place) { return load_some<V>(place, n - at); },
+        [&](T* place, V x) { store_some(place, x, n - at); });
+  T lanes[L];
+  store(lanes, V((changes[0] + changes[1]) + (changes[2] + changes[3])));
+  sums[0] = reduced(lanes);
+  store(lanes, V((sizes[0] + sizes[1]) + (sizes[2] + sizes[3])));
   sums[1] = reduced(lanes);
 }
 

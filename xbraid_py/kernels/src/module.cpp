@@ -233,6 +233,15 @@ void distances(long m, long n, std::uintptr_t a, long a_stride, std::uintptr_t b
     table.distance(n, at<T>(a) + k * a_stride, at<T>(b) + k * b_stride, at<T>(sums) + 2 * k);
 }
 
+template <class T>
+void move(long m, long n, std::uintptr_t a, long a_stride, std::uintptr_t b, long b_stride, std::uintptr_t c,
+          long c_stride, std::uintptr_t difference, long difference_stride, std::uintptr_t sums) {
+  const Functions<T>& table = functions<T>();
+  for (long k = 0; k < m; k++)
+    table.move(n, at<T>(a) + k * a_stride, at<T>(b) + k * b_stride, c ? at<T>(c) + k * c_stride : nullptr,
+               difference ? at<T>(difference) + k * difference_stride : nullptr, at<T>(sums) + 2 * k);
+}
+
 // The sum of the losses, and how many samples are classified rightly: -1 if there is a label that is no class.
 template <class T>
 std::pair<double, long> cross_entropy(Layer layer, long B, std::uintptr_t theta, std::uintptr_t u,
@@ -276,6 +285,7 @@ void bind(nb::module_& m, const std::string& suffix) {
   m.def(("relax_" + suffix).c_str(), &relax<T>, unlocked);
   m.def(("relax_adjoint_" + suffix).c_str(), &relax_adjoint<T>, unlocked);
   m.def(("distances_" + suffix).c_str(), &distances<T>, unlocked);
+  m.def(("move_" + suffix).c_str(), &move<T>, unlocked);
   m.def(("cross_entropy_" + suffix).c_str(), &cross_entropy<T>, unlocked);
   m.def(("products_" + suffix).c_str(), &products<T>, unlocked);
   m.def(("combine_" + suffix).c_str(), &combine<T>, unlocked);
@@ -285,7 +295,7 @@ void bind(nb::module_& m, const std::string& suffix) {
 
 NB_MODULE(_native, m) {
   // What native.py asks for: the next number where the arguments of a function change.
-  m.attr("INTERFACE") = 3;
+  m.attr("INTERFACE") = 4;
   nb::class_<Layer>(m, "Layer")
       .def(nb::init<int, int, int, int, int, int>(), nb::arg("inputs"), nb::arg("outputs"), nb::arg("activation"),
            nb::arg("scalar_bias"), nb::arg("residual"), nb::arg("midpoint"));
