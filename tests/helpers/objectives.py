@@ -43,6 +43,8 @@ class Valleys:
     `calls` says what was asked for, at which point, and with how many iterations.
     """
 
+    shift = None
+
     def __init__(self, rows: int, comm: Communicator | None = None):
         self.rows, self.comm = rows, comm or SerialCommunicator()
         partition = Partition.balanced(rows, self.comm.size)

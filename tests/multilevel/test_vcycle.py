@@ -16,6 +16,8 @@ class Membrane:
     A nonlinear elliptic problem, for which multigrid is made.
     """
 
+    shift = None
+
     def __init__(self, n: int):
         self.h, self.n, self.gradients, self.evaluations = 1 / (n + 1), n, 0, 0
         self.f = torch.sin(torch.arange(1, n + 1).double() * self.h * 3) * 40

@@ -196,6 +196,8 @@ class ModuleObjective:
         The loss where it was evaluated last.
     """
 
+    shift = None
+
     def __init__(self, module: nn.Module, loss: Loss, grid: ProcessGrid | None = None):
         self.module, self.loss, self.grid = module, loss, grid
         self.samples = self.passes = 0

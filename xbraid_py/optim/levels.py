@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from xbraid_py.optim.line_search import Armijo, FixedStep
-from xbraid_py.optim.objective import Evaluation, Objective, ShiftedObjective
+from xbraid_py.optim.objective import Evaluation, Objective
 from xbraid_py.optim.quasi_newton import QuasiNewton
 
 
@@ -218,7 +218,7 @@ class QuasiNewtonOptimizer:
 
     def _observe(self, objective: Objective, point: Point) -> None:
         """Make a pair of the last point and this one."""
-        gradient = point.gradient - objective.shift if isinstance(objective, ShiftedObjective) else point.gradient
+        gradient = point.gradient if objective.shift is None else point.gradient - objective.shift
         if self._last is not None:
             s, y = point.x - self._last[0], gradient - self._last[1]
             if self._root is not None:

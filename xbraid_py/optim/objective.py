@@ -30,7 +30,15 @@ class Evaluation:
 
 
 class Objective(Protocol):
-    """What an optimizer knows of the problem."""
+    """What an optimizer knows of the problem.
+
+    Attributes
+    ----------
+    shift : Tensor or None
+        What the gradient has of a coupling term, on a coarse level.
+    """
+
+    shift: Tensor | None
 
     def evaluate(self, x: Tensor, max_iter: int | None = None, error: float | None = None) -> Evaluation:
         """The objective at the flat vector x.

@@ -121,6 +121,8 @@ class NetworkObjective:
         If the solvers are made for other layers, or there are fewer portions than replicas.
     """
 
+    shift = None
+
     def __init__(
         self,
         network: DenseResNet,

@@ -38,6 +38,8 @@ class PortionedObjective:
         If there is no portion.
     """
 
+    shift = None
+
     def __init__(self, objective: NetworkObjective, portions: Sequence[Samples]):
         if not portions:
             raise ValueError("portions is empty; use at least one")
