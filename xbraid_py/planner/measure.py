@@ -31,6 +31,7 @@ from xbraid_py.problem.regularization import Regularization
 _PROBE_BYTES, _PROBE_SECONDS, _WHOLE = 96 << 20, 0.06, 8
 _LEAST_ROUNDS, _MOST_ROUNDS, _CROWD_ROUNDS = 5, 25, 9
 _INTERVAL, _COARSENING, _COARSE_LAYERS = 8, 4, 16
+_CACHE = 64 << 20  # bytes: less than this may stay in the caches from one use to the next
 # Samples of a portion that are timed besides all of them: by the rule of `MGRIT.portions`, and by far fewer.
 _SHARES, _AT_ONCE = (8, 64), 8
 # The calls of `SolveCosts`.
@@ -103,8 +104,10 @@ def timed(function: Callable[[], object]) -> float:
 class Probe:
     """A network on one rank, and the calls that are timed on it."""
 
-    def __init__(self, workload: Workload, num_layers: int):
+    def __init__(self, workload: Workload, num_layers: int, is_cold: bool = False):
         self.num_layers = num_layers
+        # What is written to before states that do not fit into the caches are gone through.
+        self.rubbish = torch.empty(_CACHE if is_cold else 0, dtype=torch.uint8)
         problem = workload.problem(SerialCommunicator(), MGRIT(max_levels=1))
         # One layer, for what does not grow with the depth; and many.
         self.runs = {n: _run(problem, n, workload.optim) for n in (1, num_layers)}
@@ -175,6 +178,7 @@ class Probe:
             propagator = Adjoint(steps, states, torch.empty_like(steps.theta))
         c = _INTERVAL if n % _INTERVAL == 0 and not part.endswith("sweep") else n
         if part not in COARSE:
+            self.rubbish.zero_()
             return timed(lambda: propagator.relax(states[: n // c], c, None, part != "relax"))
         coarse = propagator.coarsen(fine // n, *_how(fine // n))
         if part == "correct":
@@ -244,7 +248,10 @@ def measure_costs(workload: Workload, comm: Communicator, seconds: float = 1.5) 
     found, layers = None, 0
     if comm.rank == 0:
         depths = [_affordable(replace(workload, batch=size)) for size in sizes]
-        probes = [Probe(replace(workload, batch=size), depth) for size, depth in zip(sizes, depths, strict=True)]
+        is_cold = workload.num_layers * workload.state_bytes > _CACHE
+        probes = [
+            Probe(replace(workload, batch=size), depth, is_cold) for size, depth in zip(sizes, depths, strict=True)
+        ]
         first = timed(lambda: [probe.round() for probe in probes])
         number = min(_MOST_ROUNDS, max(_LEAST_ROUNDS, int(seconds / first)))
         comm.bcast((depths[0], number * first))
