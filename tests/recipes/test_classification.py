@@ -75,7 +75,7 @@ def test_a_run_is_compared_later(compared, tmp_path, monkeypatch):
     assert updates_of(tmp_path / "non-nested") == updates_of(compared / "non-nested")
 
 
-PLANNED = Kind("peaks", tuple(word for word in TINY.words if not word.startswith("--mgrit")), "")
+PLANNED = Kind("peaks", (*(word for word in TINY.words if not word.startswith("--mgrit")), "--mgrit=null"), "")
 
 
 def test_a_planned_job_goes_on_as_it_was_planned(tmp_path, monkeypatch):
@@ -96,11 +96,14 @@ def test_a_planned_job_goes_on_as_it_was_planned(tmp_path, monkeypatch):
 
 
 @pytest.mark.ranks(1, 2, 3, 4)
-def test_the_plan_by_rule_gives_the_same_numbers_on_any_number_of_ranks(spmd, shared_tmp_path, monkeypatch):
+def test_the_plan_by_rule_gives_the_same_numbers_on_any_number_of_ranks(spmd, tmp_path, shared_tmp_path, monkeypatch):
     draw_nothing(monkeypatch)
     spmd(lambda comm: run(PLANNED, comm, shared_tmp_path / "many", "--num_train=65") and None)
-    run(PLANNED, SERIAL, shared_tmp_path / "one", "--num_train=65")
-    assert updates_of(shared_tmp_path / "many") == updates_of(shared_tmp_path / "one")
+    run(PLANNED, SERIAL, tmp_path / "one", "--num_train=65")
+    assert updates_of(shared_tmp_path / "many") == updates_of(tmp_path / "one")
+    assert "plan: " in (tmp_path / "one" / "log.txt").read_text()
+    with load(numbered(tmp_path / "one" / "checkpoints")[0][1]) as checkpoint:
+        assert checkpoint.meta["configuration"]["mgrit"]["cycle"] == "pipeline"
 
 
 @pytest.mark.ranks(4)
