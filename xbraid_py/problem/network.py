@@ -123,13 +123,14 @@ class DenseResNet:
         portions = Partition.balanced(sums.total, self.replicas.replicas)
         nodes = torch.stack([value for _, _, value in sums.nodes()])
         pieces = nodes.split(shares, 1)
-        sent = [data.isend(pieces[rank].contiguous(), rank) for rank in range(data.size) if rank != data.rank]
+        others = [rank for rank in range(data.size) if rank != data.rank]
+        places = [nodes_between(sums.total, *portions.bounds[rank : rank + 2]) for rank in range(data.size)]
+        arriving = {rank: data.irecv(nodes.new_empty((len(places[rank]), shares[data.rank])), rank) for rank in others}
+        sent = [data.isend(pieces[rank].contiguous(), rank) for rank in others]
         total = TreeSum(sums.total)
         for rank in range(data.size):
-            places = nodes_between(sums.total, *portions.bounds[rank : rank + 2])
-            own = pieces[rank] if rank == data.rank else nodes.new_empty((len(places), shares[data.rank]))
-            found = own if rank == data.rank else data.recv(own, rank)
-            for (level, index), value in zip(places, found, strict=True):
+            found = pieces[rank] if rank == data.rank else arriving[rank]()
+            for (level, index), value in zip(places[rank], found, strict=True):
                 total.add(index, value, level)
         for wait in sent:
             wait()
