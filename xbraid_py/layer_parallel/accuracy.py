@@ -3,7 +3,8 @@
 Minibatch training starts every solve anew, on other samples, so errors of the solver are a bias of the gradient. What
 the solver knows are its residuals; what counts is the gradient. Every so often the gradient of one update is computed
 exactly as well: the ratio of its error to the residuals then turns the residuals of the following updates
-into estimates of the gradient's error.
+into estimates of the gradient's error. An error far below the noise that the choice of the samples leaves in a gradient
+is worth nothing: tolerances can be loosened until it comes near to that.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import asdict, dataclass
 log = logging.getLogger(__name__)
 
 TIGHTER = 0.3  # tolerances after a tightening over those before
+LOOSEN = 0.3  # share of the bound below which an error lets tolerances be loosened
 _FLOOR = 1e-12  # residuals below this say nothing
 
 
@@ -32,12 +34,20 @@ class GradientControl:
         Do more when the error exceeds `gradient_error`; otherwise only say so.
     max_level
         Tightenings (one more iteration, tolerances times 0.3) before the stack propagates exactly, layer after layer.
+    noise
+        Share of the noise of a minibatch's gradient that its error may be, instead of `gradient_error`; 0.25 is a good
+        one, 0 asks for nothing. The noise, the standard deviation that other samples would bring about over the norm of
+        the gradient, is estimated where the error is measured, from the exact gradient of the first half of the samples
+        (of those that this stack gets: with R replicas take 1 / sqrt(R) of the share). The solver does less, too:
+        where the measured error is below 0.3 of the bound, a tightening is undone, or tolerances are divided by 0.3, up
+        to `max_level` times, with an iteration less at most.
     """
 
     gradient_error: float = 0.1
     check: int = 100
     adapt: bool = True
     max_level: int = 4
+    noise: float = 0.0
 
     def __post_init__(self):
         if not 0.0 < self.gradient_error < float("inf"):
@@ -45,6 +55,10 @@ class GradientControl:
         for name, least in (("check", 0), ("max_level", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}; use {least or 0}")
+        if not 0.0 <= self.noise < float("inf"):
+            raise ValueError(f"noise={self.noise} must be at least 0 and finite; use 0.25, or 0 for gradient_error")
+        if self.noise and not self.check:
+            raise ValueError(f"noise={self.noise} with check=0: nothing would ever be measured; use check=100")
 
 
 @dataclass(frozen=True)
@@ -58,7 +72,7 @@ class SolveRecord:
     mode : str
         "mgrit", or "exact": layer after layer.
     level : int
-        Tightenings in force.
+        Tightenings in force; where the noise of minibatches allows for less, minus the loosenings.
     iterations, adjoint_iterations : int
         Relaxations of the fine level, forwards and backwards.
     residual, adjoint_residual : float
@@ -72,6 +86,8 @@ class SolveRecord:
     residuals, adjoint_residuals : tuple of float
         What they were after each iteration, with V- and F-cycles before the first one, too; empty where the propagation
         was exact.
+    noise : float
+        Relative noise of the minibatch, where it was last estimated; 0 if nobody asked for it.
     """
 
     update: int
@@ -86,6 +102,7 @@ class SolveRecord:
     event: str
     residuals: tuple[float, ...] = ()
     adjoint_residuals: tuple[float, ...] = ()
+    noise: float = 0.0
 
     def as_dict(self) -> dict:
         """For a record of the run."""
@@ -110,6 +127,15 @@ class Controller:
         self._ratio = 1.0
         self._ratios: dict[tuple[int, int], float] = {}
         self._due = False
+        self.noise = 0.0
+        # After a tightening nothing is loosened until the next regular measurement: it would go to and fro.
+        self._tightened = False
+
+    @property
+    def bound(self) -> float:
+        """Error of the gradient above which the solver does more: by the noise where it is wanted and known."""
+        wanted = self.accuracy.noise * self.noise
+        return wanted if wanted > 0.0 else self.accuracy.gradient_error
 
     @property
     def checks_now(self) -> bool:
@@ -117,13 +143,23 @@ class Controller:
         check = self.accuracy.check
         return self._iterative and check > 0 and (self._due or self.update % check == 0)
 
-    def observe(self, residuals: float, measured: float | None, sweeps: tuple[int, int] = (0, 0)) -> tuple[float, str]:
+    def observe(
+        self,
+        residuals: float,
+        measured: float | None,
+        sweeps: tuple[int, int] = (0, 0),
+        noise: float | None = None,
+    ) -> tuple[float, str]:
         """Take in the residuals of an update and, where measured, the error of its gradient: estimate and event.
 
-        `sweeps` are those of the two solves.
+        `sweeps` are those of the two solves; `noise` is that of the minibatch, where it was estimated.
         """
+        is_regular = self.accuracy.check > 0 and self.update % self.accuracy.check == 0
         self.update += 1
         self._due = False
+        # NaN compares false.
+        if noise is not None and 0.0 < noise < float("inf"):
+            self.noise = noise
         if measured is not None:
             # NaN compares false: an error that is none changes nothing.
             if measured >= 0.0:
@@ -134,19 +170,21 @@ class Controller:
         else:
             estimate = self._ratios.get(sweeps, self._ratio) * residuals
             accuracy = self.accuracy
-            if accuracy.adapt and accuracy.check > 0 and estimate > accuracy.gradient_error:
+            if accuracy.adapt and accuracy.check > 0 and estimate > self.bound:
                 # An estimate raises the alarm; a measurement decides.
                 self._due = True
                 return estimate, ""
         level, exact = self.level, self.exact
-        event = self._decide(estimate, measured is not None)
+        if is_regular:
+            self._tightened = False
+        event = self._decide(estimate, measured is not None) or self._loosen(measured, sweeps)
         if level != self.level or (exact and not self.exact):
             self._due = True
         return estimate, event
 
     def _decide(self, estimate: float, measured: bool) -> str:
         accuracy = self.accuracy
-        bound = accuracy.gradient_error
+        bound = self.bound
         if self.exact:
             if self._iterative and accuracy.adapt and measured and estimate <= bound / 2:
                 self.exact = False
@@ -155,12 +193,27 @@ class Controller:
         if not estimate > bound:
             return ""
         if not accuracy.adapt:
-            return self._say(f"gradient error {estimate:.2g} above {bound:g}")
+            return self._say(f"gradient error {estimate:.2g} above {bound:.3g}")
         if self.level < accuracy.max_level:
             self.level += 1
-            return self._say(f"gradient error {estimate:.2g} above {bound:g}: {self.level} tightening(s)")
+            self._tightened = True
+            return self._say(f"gradient error {estimate:.2g} above {bound:.3g}: {self._level_in_words()}")
         self.exact = True
-        return self._say(f"gradient error {estimate:.2g} above {bound:g}: exact propagation")
+        return self._say(f"gradient error {estimate:.2g} above {bound:.3g}: exact propagation")
+
+    def _loosen(self, measured: float | None, sweeps: tuple[int, int]) -> str:
+        accuracy = self.accuracy
+        wanted = accuracy.noise > 0.0 and accuracy.adapt and self.noise > 0.0 and not self.exact
+        if not wanted or measured is None or self._tightened or not measured <= LOOSEN * self.bound:
+            return ""
+        if self.level <= -accuracy.max_level or max(sweeps) <= 1:
+            return ""
+        self.level -= 1
+        bound = f"{LOOSEN:g} of {self.bound:.2g}"
+        return self._say(f"gradient error {measured:.2g} below {bound}: {self._level_in_words()}")
+
+    def _level_in_words(self) -> str:
+        return f"{self.level} tightening(s)" if self.level >= 0 else f"{-self.level} loosening(s)"
 
     def _say(self, event: str) -> str:
         log.info("update %d: %s", self.update, event)
@@ -170,6 +223,7 @@ class Controller:
         """What a checkpoint keeps."""
         ratios = [[*sweeps, ratio] for sweeps, ratio in self._ratios.items()]
         kept = {"update": self.update, "level": self.level, "exact": self.exact, "due": self._due}
+        kept |= {"noise": self.noise, "tightened": self._tightened}
         return {**kept, "ratio": self._ratio, "ratios": ratios}
 
     def restore(self, state: dict) -> None:
@@ -178,3 +232,5 @@ class Controller:
         self.exact, self._ratio = bool(state["exact"]) or not self._iterative, float(state["ratio"])
         self._ratios = {(int(a), int(b)): float(ratio) for a, b, ratio in state["ratios"]}
         self._due = bool(state["due"])
+        # Checkpoints of earlier versions know nothing of noise.
+        self.noise, self._tightened = float(state.get("noise", 0.0)), bool(state.get("tightened", False))

@@ -88,7 +88,8 @@ class Solvers:
     def _made(self, options: MGRIT, hierarchy: Hierarchy, level: int) -> Solver:
         tighter = TIGHTER**level
         bounds = {"tol": options.tolerance * tighter, "atol": options.atol * tighter}
-        own = replace(options, max_iter=options.iterations + level, **bounds)
+        # Below 0 where the noise of minibatches allows for less.
+        own = replace(options, max_iter=max(options.iterations + level, min(options.iterations, 1)), **bounds)
         return Solver(own, hierarchy, self.comm)
 
 
@@ -146,6 +147,9 @@ class Propagation:
         Whether there will be an adjoint solve.
     keeper : int, optional
         The rank that keeps the input, and nothing else is kept: the adjoint solve begins by another forward one.
+    half : tuple of int, optional
+        The axis of the samples in a state, and how much of it the first half of the samples are; the noise of the
+        gradient is estimated from them.
 
     Attributes
     ----------
@@ -164,7 +168,9 @@ class Propagation:
         start: Tensor,
         keep: bool,
         keeper: int | None = None,
+        half: tuple[int, int] | None = None,
     ):
+        self.half = half
         self.solvers, self.controller, self.make_steps = solvers, controller, make_steps
         self.num_rows, self.keeper = num_rows, keeper
         self.exact, self.level = controller.exact, controller.level
@@ -223,7 +229,7 @@ class Propagation:
         forward = states.solution
         if self.forward is None:
             del states
-        measured = None
+        measured = noise = None
         if self.checks:
             # The same once more, the other way; the exact gradient is the one that is used.
             other = self._propagate(not self.exact, True, start)
@@ -231,6 +237,7 @@ class Propagation:
             mgrit, exact = (other_gradient, gradient) if self.exact else (gradient, other_gradient)
             measured = self._distance(mgrit, exact)
             gradient = exact
+            noise = self._noise(start, slope, exact)
             if self.exact:
                 forward, solution_of_mgrit = other.solution, other_solution
             else:
@@ -240,7 +247,7 @@ class Propagation:
         residuals = forward.residual + solution_of_mgrit.residual
         mode = "exact" if self.exact else "mgrit"
         sweeps = (forward.sweeps, solution_of_mgrit.sweeps)
-        error, event = self.controller.observe(residuals, measured, sweeps)
+        error, event = self.controller.observe(residuals, measured, sweeps, noise)
         record = SolveRecord(
             self.controller.update,
             mode,
@@ -253,8 +260,25 @@ class Propagation:
             event,
             tuple(forward.residuals),
             tuple(solution_of_mgrit.residuals),
+            self.controller.noise,
         )
         return gradient, solution.end, record
+
+    def _noise(self, start: Tensor, slope: Tensor | None, gradient: Tensor) -> float | None:
+        """Relative noise of an exact gradient; None where nobody asks for it, or there is a single sample.
+
+        With a share w of the samples in the first half, and g_1 and g_2 the mean gradients of both, the variance of
+        g = w g_1 + (1 - w) g_2 is estimated by w (1 - w) |g_1 - g_2|^2; and w g_1 is the gradient of the first half by
+        its part of the slope.
+        """
+        if self.half is None or not self.controller.accuracy.noise:
+            return None
+        axis, count = self.half
+        share = count / start.shape[axis]
+        part = None if slope is None else slope.narrow(axis, 0, count).contiguous()
+        states = self._propagate(True, True, start.narrow(axis, 0, count).contiguous())
+        half, _ = self._adjoint(states, True, part, False)
+        return self._distance(half / share, gradient) * (share / (1.0 - share)) ** 0.5
 
     def _distance(self, a: Tensor, b: Tensor) -> float:
         """|a - b| / |b| over all ranks."""

@@ -343,10 +343,17 @@ class Window(nn.Module):
         if self.solvers.are_pipelined:
             run = Pipelined(*solve, portions, keep, keeper)
         else:
-            run = Propagation(*solve, keep, keeper)
+            run = Propagation(*solve, keep, keeper, self._half(u))
         if found and len(theta):
             self.layers.move_statistics(moments_of(found))
         return run
+
+    def _half(self, u: Tensor) -> tuple[int, int] | None:
+        """The axis of the samples in a state, and how much of it the first half of them are; None of a single one."""
+        if len(u) < 2:
+            return None
+        halves = self._portions(u, 2)
+        return halves.axis, halves.rows.count(0)
 
     def _count(self, samples: int) -> int:
         """Portions of so many samples."""
