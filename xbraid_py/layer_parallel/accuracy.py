@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 log = logging.getLogger(__name__)
 
 TIGHTER = 0.3  # tolerances after a tightening over those before
-LOOSEN = 0.3  # share of the bound below which an error lets tolerances be loosened
+LOOSEN = 0.5  # share of the bound below which an error lets tolerances be loosened
 _FLOOR = 1e-12  # residuals below this say nothing
 
 
@@ -35,12 +35,12 @@ class GradientControl:
     max_level
         Tightenings (one more iteration, tolerances times 0.3) before the stack propagates exactly, layer after layer.
     noise
-        Share of the noise of a minibatch's gradient that its error may be, instead of `gradient_error`; 0.25 is a good
-        one, 0 asks for nothing. The noise, the standard deviation that other samples would bring about over the norm of
-        the gradient, is estimated where the error is measured, from the exact gradient of the first half of the samples
-        (of those that this stack gets: with R replicas take 1 / sqrt(R) of the share). The solver does less, too:
-        where the measured error is below 0.3 of the bound, a tightening is undone, or tolerances are divided by 0.3, up
-        to `max_level` times, with an iteration less at most.
+        Share of the noise of a minibatch's gradient that its error may be, where this is more than `gradient_error`;
+        0.25 is a good one. The noise, the standard deviation that other samples would bring about over the norm of the
+        gradient, is estimated where the error is measured, from the exact gradient of the first half of the samples (of
+        those that this stack gets: with R replicas take 1 / sqrt(R) of the share). The solver is told to do less, too:
+        where a measured error is at most half of what it may be, a tightening is undone, or there is an iteration less
+        and tolerances are divided by 0.3, up to `max_level` times. 0: tolerances are never loosened.
     """
 
     gradient_error: float = 0.1
@@ -133,9 +133,8 @@ class Controller:
 
     @property
     def bound(self) -> float:
-        """Error of the gradient above which the solver does more: by the noise where it is wanted and known."""
-        wanted = self.accuracy.noise * self.noise
-        return wanted if wanted > 0.0 else self.accuracy.gradient_error
+        """Error of the gradient above which the solver does more."""
+        return max(self.accuracy.gradient_error, self.accuracy.noise * self.noise)
 
     @property
     def checks_now(self) -> bool:
