@@ -173,6 +173,26 @@ def test_messages_hold_so_many_bytes(spmd):
         assert all(torch.allclose(torch.tensor(g), torch.arange(len(g)) + shift) for g in found)
 
 
+@pytest.mark.ranks(3, 4, 5)
+@pytest.mark.parametrize("length", [2, 5, 1000])
+def test_long_gradients_are_summed_in_shares(spmd, length):
+    """Bit by bit what every replica would sum by itself; also where some have no share."""
+
+    def body(comm):
+        parameter = torch.nn.Parameter(torch.zeros(length, dtype=torch.float64))
+        parameter.grad = torch.randn(length, generator=torch.Generator().manual_seed(comm.rank), dtype=torch.float64)
+        ProcessGrid(comm, comm.size).average_gradients([parameter])
+        return parameter.grad
+
+    def with_shares_from(start):
+        # The name of the module is one for all threads that stand for ranks.
+        with mock.patch.object(grid, "SHARED_FROM", start):
+            return spmd(body)
+
+    for shared, whole in zip(with_shares_from(0), with_shares_from(10**9), strict=True):
+        assert torch.equal(shared, whole)
+
+
 @pytest.mark.ranks(1, 2, 3)
 def test_types_and_layouts_are_kept(spmd):
     def body(comm):
@@ -338,3 +358,16 @@ def test_a_batch_on_the_gpu(spmd):
     results = spmd(body)
     mean = [number + (len(results) - 1) / 2 for number in range(4)]
     assert results == [("cuda", "cpu", [0.0, 1.0, 2.0, 3.0], mean)] * len(results)
+
+
+@pytest.mark.ranks(1, 2, 4, 6)
+def test_replicas_of_a_stage_may_be_neighbors(spmd):
+    def body(comm):
+        made = ProcessGrid(comm, 1 if comm.size % 2 else 2, "replicas")
+        return made.replica, made.layers.rank, made.data.rank, made.layers.size, made.data.size
+
+    results = spmd(body)
+    replicas = 1 if len(results) % 2 else 2
+    for rank, found in enumerate(results):
+        stage, replica = divmod(rank, replicas)
+        assert found == (replica, stage, replica, len(results) // replicas, replicas)

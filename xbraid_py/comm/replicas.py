@@ -17,6 +17,8 @@ from xbraid_py.comm.partition import Partition
 
 # A message of gradients holds at most so many bytes.
 MESSAGE_BYTES = 25_000_000
+# Of fewer numbers every replica gets the whole gradients of all, in one message.
+SHARED_FROM = 4096
 
 _NO_COUNT, _BAD_COUNT = -1, -2
 
@@ -131,12 +133,25 @@ class ProcessGrid:
             flats = self._flat_gradients(wanted)
             for pieces in _buckets([flat for _, flat in flats]):
                 mine = torch.cat(pieces).mul_(weight)
-                mean = self.data.ordered_sum(mine[None], [1] * self.replicas)
+                mean = self._sum(mine)
                 for piece, part in zip(pieces, mean.split([piece.numel() for piece in pieces]), strict=True):
                     piece.copy_(part)
             for parameter, flat in flats:
                 if not parameter.grad.is_contiguous():  # then `flat` is a copy of it
                     parameter.grad.copy_(flat.view_as(parameter.grad))
+
+    def _sum(self, mine: torch.Tensor) -> torch.Tensor:
+        """The sum of vectors of all replicas, in their order; each sums a share of it where they are long."""
+        if self.replicas == 2 or len(mine) < SHARED_FROM:
+            return self.data.ordered_sum(mine[None], [1] * self.replicas)
+        counts, own = Partition.balanced(len(mine), self.replicas).counts, self.replica
+        pieces, others = mine.split(counts), [each for each in range(self.replicas) if each != own]
+        arriving = {each: self.data.irecv(mine.new_empty(counts[own]), each) for each in others}
+        sent = [self.data.isend(pieces[each].contiguous(), each) for each in others]
+        rows = torch.stack([pieces[own] if each == own else arriving[each]() for each in range(self.replicas)])
+        for wait in sent:
+            wait()
+        return self.data.allgather(rows.cumsum(0)[-1], counts)
 
     def broadcast_parameters(self, module: torch.nn.Module) -> None:
         """Overwrite the parameters and buffers of all replicas by those of the first; all ranks take part.

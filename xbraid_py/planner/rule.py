@@ -257,6 +257,8 @@ class Choice:
     def text(self) -> str:
         """The plan for the header of a run, in a line."""
         words = in_words(self.prediction, self.num_layers)
+        if self.prediction.num_ranks == 1:
+            return f"plan: {words}"
         found = f"plan: {words}; predicted {figure(self.prediction.speedup)} times one rank"
         if self.runner_up is not None:
             found += (
