@@ -13,7 +13,7 @@ from chain_solves import ALL_RANKS, chain, deviation, joined, options_for, same_
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.layers.dense import DenseLayer, ResidualSteps
 from xbraid_py.mgrit import MGRIT, Hierarchy, Solver
-from xbraid_py.mgrit.equations import Adjoint, Forward
+from xbraid_py.mgrit.equations import Adjoint, AdjointTrajectory, Forward
 from xbraid_py.mgrit.grid import LayerGrid
 
 HIERARCHIES = [(32, 4, 2), (64, (8, 2), 3), (48, (4, 3), 3), (64, (2, 4, 2), 4)]
@@ -154,6 +154,46 @@ def test_the_tolerance_stops_where_it_should_and_errors_are_estimated(spmd):
         states = joined([part.states for part in parts])
         error = float((states - exact).norm() / exact.norm())
         assert 0.3 * history[stop] < error < 3.0 * history[stop]
+
+
+class Whole(Adjoint):
+    """Adjoints whose second coarse sweep is a whole one, with a correction behind it."""
+
+    def linear(self, coarse):
+        return None
+
+    def correct(self, before, after, coarse):
+        Adjoint(self.steps, self.states, self.gradient).correct(before, after, coarse)
+
+
+class WholeTrajectory(AdjointTrajectory):
+    linear = Whole.linear
+
+
+@pytest.mark.parametrize("norm", [1, 2, "max"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_sweep_of_changes_is_a_whole_sweep_and_a_correction(spmd, norm, parts):
+    case = chain(32, "smooth_relu", T=3.0)
+    options = one_shot(cfactor=4, max_levels=2, coarse_parts=parts, max_iter=2, tol=0.0, norm=norm)
+
+    def body(comm):
+        solved, found = solve(comm, options, case), []
+        solver = Solver(options, Hierarchy.plan(options, LayerGrid(32, 3.0), comm.size), comm)
+        steps = ResidualSteps(DenseLayer(3, 3, "smooth_relu"), case.theta[solved.rows], case.h)
+        start = case.vN if solved.rows.start < solved.rows.stop == 32 else None
+        for kinds in ((Adjoint, AdjointTrajectory), (Whole, WholeTrajectory)):
+            gradient, kept = torch.empty_like(solved.gradient), torch.empty_like(solved.states)
+            for kind, arrays in zip(kinds, ({"gradient": gradient}, {"gradient": None, "kept": kept}), strict=True):
+                propagator = kind(steps, solved.states, **arrays)
+                solution = solver.solve(propagator, start, max_iter=2, exact=True)
+                found.append((gradient, kept, *solution.warm, solution.end, torch.tensor(solution.residuals)))
+        return found
+
+    for one, trajectory, whole, whole_trajectory in spmd(body):
+        for ours, theirs in ((one, whole), (trajectory, whole_trajectory)):
+            for a, b in zip(ours, theirs, strict=True):
+                assert a is b is None or torch.allclose(a, b, rtol=1e-10, atol=1e-13)
+        assert float(one[-1][-1]) > 1e-6, "too close to the solution to tell anything"
 
 
 class Picky:

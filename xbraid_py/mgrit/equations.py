@@ -178,5 +178,9 @@ class AdjointTrajectory(Adjoint):
         # As with the states: better ones would cost another relaxation.
         pass
 
+    def linear(self, coarse: Adjoint) -> Adjoint | None:
+        found = super().linear(coarse)
+        return found and replace(found, gradient=None)
+
     def correct_by(self, linear: Adjoint) -> None:
         pass

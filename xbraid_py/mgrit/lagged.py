@@ -36,7 +36,6 @@ class LaggedCycle(Levels):
 
     def run(self, warm: tuple[Tensor, ...] | None, max_iter: int, stop: Stop) -> Solution:
         """Up to `max_iter` relaxations, with the tau in `warm` (which is overwritten), or from tau = 0."""
-        finest = self.levels[0]
         self.tau = warm or tuple(
             self.own[index].empty(level.rows.count(self.comm.rank) // level.cfactor).zero_()
             for index, level in enumerate(self.levels[:-1])
@@ -49,10 +48,10 @@ class LaggedCycle(Levels):
         while True:
             # 2. One relaxation of the fine level from there, 3. the new tau and a second coarse sweep.
             ends = self.relax(0, coarse.points, None, record=True)
-            coarse, change = self._corrected(coarse, ends)
-            end = fine_end = None
-            if self.finishes(finest):
-                end, fine_end = coarse.outputs[self.last], ends[self.last]
+            coarse, change, fine_end = self._corrected(coarse, ends)
+            end = None
+            if fine_end is not None:
+                end = coarse.outputs[self.last]
                 at_end = self.norm.of_intervals(fine_end[None], end[None])[0]
                 change[self.last] = self.norm.joined(change[self.last], at_end)
             found, measured = self.reduce([change], end, fine_end)
@@ -62,32 +61,35 @@ class LaggedCycle(Levels):
             if good or len(sizes) >= max_iter or isnan(sizes[-1].relative):
                 return self.solution(self.tau, end, sizes, measured)
 
-    def _corrected(self, coarse: _Points, ends: Tensor) -> tuple[_Points, Tensor]:
-        """The second coarse sweep, from the ends of the fine intervals; what was recorded is corrected.
+    def _corrected(self, coarse: _Points, ends: Tensor) -> tuple[_Points, Tensor, Tensor | None]:
+        """The second coarse sweep, from the ends of the fine intervals (overwritten); what was recorded is corrected.
 
         Returns with it the shares of each interval in how far the corrected points are from those that the fine states
-        start from.
+        start from, and on its owner the end of the last interval.
         """
-        finest, linear = self.own[0], None
+        finest, linear, fine_end = self.own[0], None, None
         if self.levels[1].cfactor is None and hasattr(finest, "linear"):
             linear = finest.linear(self.own[1])
+        if self.finishes(self.levels[0]):
+            fine_end = ends[self.last]
         if linear is None:
             kernels.move(self.tau[0], ends, coarse.outputs)
             before, coarse = coarse, self._coarse(1)
             # What was recorded belongs to the points before the correction.
             finest.correct(before.points, coarse.points, self.induced[1])
-            return coarse, self.norm.of_intervals(before.points, coarse.points)
+            return coarse, self.norm.of_intervals(before.points, coarse.points), fine_end
         # Of a linear equation the changes are swept: that gives at once what they add to what was recorded.
-        difference = torch.empty_like(ends)
-        kernels.move(self.tau[0], ends, coarse.outputs, difference=difference)
+        if fine_end is not None:
+            fine_end = fine_end.clone()
+        kernels.move(self.tau[0], ends, coarse.outputs, difference=ends)
         start = torch.zeros_like(self.start) if self.begins(self.levels[1]) else None
-        changes = _Points(*self.sweep(1, start, difference, linear=linear))
+        changes = _Points(*self.sweep(1, start, ends, linear=linear))
         finest.correct_by(linear)
         # Inputs and outputs share memory, but for the last output.
         change = self.norm.moved(coarse.points, changes.points)
         if len(ends):
             coarse.outputs[self.last].add_(changes.outputs[self.last])
-        return coarse, change
+        return coarse, change, fine_end
 
     def _coarse(self, index: int) -> _Points:
         """Solve u_{k+1} = Phi_H(u_k) + tau_k on a coarse level: exactly on the coarsest, else by this very cycle."""
