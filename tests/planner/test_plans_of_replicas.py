@@ -199,9 +199,9 @@ def test_the_rule_is_the_same_every_time(layer, monkeypatch):
 
 
 def test_the_rule_shares_samples_first_and_layers_then():
-    kinds = {ranks: choose(1024, 512, ranks, layer=TRANSFORMER).prediction.kind for ranks in (1, 2, 16, 256, 4096)}
-    assert kinds[1] == "serial" and kinds[2] == kinds[16] == "replicas"
-    assert {kinds[256], kinds[4096]} <= {"replicas of pipelines", "replicas of lagged"}
+    kinds = {ranks: choose(1024, 512, ranks, layer=TRANSFORMER).prediction.kind for ranks in (1, 2, 256, 4096)}
+    assert kinds[1] == "serial" and kinds[2] == kinds[256] == "replicas"
+    assert kinds[4096] in ("replicas of pipelines", "replicas of lagged")
     assert choose(1024, 1, 64).plan.cycle == "lagged", "there is nothing else to share"
 
 

@@ -233,12 +233,12 @@ class Planner:
         clock.messages(ranks[1:], ranks[:-1], sizes)
 
     def _sum_gradients(self, clock: Clock, plan: Plan, costs: Costs, own: np.ndarray) -> None:
-        """The gradients of all replicas: each rank gets the pieces of its share, or all of all layers of a module."""
+        """The gradients of all replicas: each rank sums its share, and of modules hands it on to the others."""
         machine, replicas = self.machine, plan.replicas
         if costs.is_module:
-            # All gradients go to all replicas, which add them up in one order.
-            clock.share(_of_rows(lambda rows: machine.collective(replicas, replicas * rows * costs.row_bytes), own))
-            clock.work(own * (replicas * costs.add))
+            clock.share(_of_rows(lambda rows: machine.exchange(replicas, rows * costs.row_bytes), own))
+            clock.work(own * costs.add)
+            clock.share(_of_rows(lambda rows: machine.collective(replicas, rows * costs.row_bytes), own))
             return
         # Of portions whose sums are no single subtree there are several pieces.
         pieces = len(nodes_between(plan.portions, 0, plan.portions_each))
