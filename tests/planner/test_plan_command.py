@@ -32,7 +32,7 @@ def test_a_plan_for_several_numbers_of_ranks(tmp_path, size, cycles):
     predictions = found["predictions"]
     assert [each["num_ranks"] for each in predictions] == [1, 2, 256]
     assert all(each["seconds"] > 0 and each["speedup"] > 0 for each in predictions)
-    assert predictions[0]["speedup"] == pytest.approx(1.0)
+    assert predictions[0]["speedup"] > 0.999, "one portion, or several that are faster"
     assert found["machine"]["shared"]["source"] == "measured"
 
 
