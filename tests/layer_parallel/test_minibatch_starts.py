@@ -214,3 +214,33 @@ def test_it_goes_on_bit_by_bit(spmd, cut):
         return first + rest == records and same and found_state == state
 
     assert all(spmd(body))
+
+
+@pytest.mark.ranks(1, 2)
+def test_windows_go_by_noises_of_their_own(spmd):
+    def body(comm):
+        def run(updates, state=None):
+            stack = WIDE.stack(comm, 32, 3.0, mgrit=MGRIT(cfactor=4), accuracy=NOISY, windows=2)
+            optimizer = torch.optim.SGD(stack.parameters(), 0.02)
+            if state is not None:
+                stack.load_state_dict(state[0])
+                stack.load_solver_state(state[1])
+            found = []
+            for number in updates:
+                optimizer.zero_grad()
+                (stack(WIDE.input(seed=number, batch=9)) ** 2).mean().backward()
+                optimizer.step()
+                found.append(stack.records)
+            return found, (stack.state_dict(), stack.solver_state())
+
+        every, _ = run(range(8))
+        first, kept = run(range(3))
+        rest, _ = run(range(3, 8), kept)
+        return first + rest == every, every
+
+    results = spmd(body)
+    for same, every in results:
+        assert same and every == results[0][1]
+        first, second = every[0]
+        assert first.noise > 0.0 < second.noise != first.noise
+        assert all(record.level < 0 for record in every[-1])
