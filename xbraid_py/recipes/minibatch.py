@@ -211,12 +211,13 @@ def prepare(
     ValueError
         If the replicas do not fit the ranks, or for what `build` and the checkpoint raise it.
     """
-    if comm.size % options.replicas:
-        raise ValueError(f"replicas={options.replicas} does not divide the {comm.size} rank(s); use 1")
+    replicas = options.replicas or 1
+    if comm.size % replicas:
+        raise ValueError(f"replicas={replicas} does not divide the {comm.size} rank(s); use 1")
     alone = build(None)  # it sends no message, and refuses what others would refuse
 
     def made() -> MinibatchTraining:
-        grid = ProcessGrid(comm, options.replicas)
+        grid = ProcessGrid(comm, replicas)
         model = build(grid.layers)
         check_alike(model, comm)
         training = make(model, grid)
