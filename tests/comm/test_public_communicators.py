@@ -82,6 +82,12 @@ def gru(given, comm) -> float:
     return made(torch.ones(N, 1, 2))[0].sum().item()
 
 
+def modules(given, comm) -> float:
+    with own_random_numbers(0):
+        plain = [torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1)]
+    return xb.PipelineParallel(plain, given)(torch.ones(4, 2)).sum().item()
+
+
 def stages(given, comm) -> float:
     with own_random_numbers(0):
         plain = xb.ImageResNet((5, 5), (4, 8), norm="group")
@@ -98,6 +104,7 @@ CALLS: dict[str, Callable] = {
     "DenseResNet": network,
     "LayerParallel": stack,
     "ParallelGRU": gru,
+    "PipelineParallel": modules,
     "Problem": objective,
     "ProcessGrid": grid,
     "Solver": solved,
