@@ -6,6 +6,7 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: its threads are set up only once
 
+import signal
 import subprocess
 import sys
 import traceback
@@ -22,6 +23,10 @@ from processes import fork_server, run_job, run_on_one_core
 from xbraid_py.comm import Communicator, SerialCommunicator, world
 
 torch.set_num_threads(1)
+
+# Tests that a shell has started in the background ignore Ctrl-C, and so would their jobs, which are to meet it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every run and on every rank, whatever the speed of the machine.
 hypothesis.settings.register_profile(

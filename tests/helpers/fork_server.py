@@ -187,7 +187,5 @@ def serve(file: int) -> None:
     gc.collect()
     gc.freeze()  # or the collector of every process would write to, and so copy, all that is loaded
     words = Server(socket.socket(fileno=file)).serve()
-    # Where the tests were started in the background they ignore Ctrl-C; their jobs are to meet it.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     with _Reported():
         run(words)
