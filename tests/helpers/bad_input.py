@@ -71,7 +71,7 @@ BAD = {
         "a good row is '0.5 -1.25'",
     ),
     "nan": (
-        "--initial.layers=1e200",
+        "--initial.layers=1e29",
         1,
         "the objective is nan at update 0: it must be finite. The last checkpoint holds the weights before; "
         "start with smaller weights (initial.layers=1e-2) or a shorter time (network.T=1.0)",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import yaml
 
 from xbraid_py.run.options import OptionError, from_dict, parse, to_dict, to_yaml
 
@@ -97,6 +98,25 @@ def config(tmp_path):
         return str(path)
 
     return write
+
+
+@pytest.mark.parametrize(
+    "word, rule",
+    [
+        ("--rate=1e39", "must be 0, or 1e-30 to 1e+30 in size; use --rate=1.0"),
+        ("--rate=-1e300", "must be 0, or 1e-30 to 1e+30 in size; use --rate=1.0"),
+        ("--mgrit.tol=1e-320", "must be 0, or 1e-30 to 1e+30 in size; use --mgrit.tol=0.0"),
+        ("--num_layers=18446744073709551616", "must be at most 1000000000000 in size; use --num_layers=64"),
+        ("--updates=[5,-1000000000001]", "must be at most 1000000000000 in size; use --updates=200,125,75"),
+        ("--box=1,1e-31", "must be 0, or 1e-30 to 1e+30 in size; use --box=1,0.5"),
+    ],
+)
+def test_numbers_that_nothing_can_compute_with(word, rule, config):
+    assert message(word) == f"{word} {rule}"
+    name, _, value = word[2:].partition("=")
+    assert rule.partition("; ")[0] in message(f"--config={config(f'{name}: {value}')}")
+    with pytest.raises(OptionError, match="in size"):
+        from_dict(Options, {name.partition(".")[0]: {"tol": 1e-320} if "." in name else yaml.safe_load(value)})
 
 
 def test_nothing_given_is_the_defaults():

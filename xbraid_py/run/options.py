@@ -16,6 +16,8 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 import yaml
 
+from xbraid_py.run.documents import load_yaml, read_regular
+
 __all__ = ["OptionError", "Presets", "from_dict", "parse", "text", "to_dict", "to_yaml"]
 
 T = TypeVar("T")
@@ -24,6 +26,9 @@ Presets = Mapping[str, Mapping[str, Any]]
 _BOOL = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _NULL = (None, "null", "~")
 _OWN = ("config", "help", "print_config")
+# How large numbers may be: seeds are multiplied by a million, and are to fit into 64 bits then; single precision has
+# 1e-38 to 3e38, and rates and times meet numbers that are not 1 there.
+INTS, FLOATS = 10**12, (1e-30, 1e30)
 _KINDS = {int: "an int", float: "a float", bool: "a bool (true or false)", str: "a str", type(None): "null"}
 _SMALL = "A job of seconds: other defaults, each of which may still be given."
 _EPILOG = (
@@ -34,6 +39,10 @@ _EPILOG = (
 
 class OptionError(ValueError):
     """An option or configuration key that cannot be used; the message says what would work."""
+
+
+class _RangeError(ValueError):
+    """A number that is of the right type, and too large or too small."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +284,7 @@ def _read(path: str, word: str) -> dict[str, Any]:
     """Content of the YAML file that the option `word` names."""
     use = "use a YAML file as --print_config prints it"
     try:
-        content = _load(Path(path).read_text(encoding="utf-8"), path)
+        content = _load(read_regular(path).decode("utf-8"), path)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise OptionError(f"{word}={path} cannot be read: {reason}; {use}") from error
@@ -286,11 +295,15 @@ def _read(path: str, word: str) -> dict[str, Any]:
 
 def _load(content: str, source: str) -> Any:
     try:
-        return yaml.safe_load(content)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # Beside its own errors YAML raises these for dates and numbers that are none, and for deep nesting.
+        return load_yaml(content)
+    except (yaml.YAMLError, ValueError) as error:  # the latter for dates that are none as well
         reason = " ".join(str(error).split())
-        raise OptionError(f"{source} is not YAML: {reason}; use `name: value` lines") from error
+        raise OptionError(f"{_cut(source)} is not YAML of options: {reason}; use `name: value` lines") from error
+
+
+def _cut(words: str) -> str:
+    """What somebody has given, for a message: whole unless it is very long."""
+    return words if len(words) <= 200 else f"{words[:80]}..."
 
 
 def _flatten(content: Mapping, prefix: str, table: _Table, where: str) -> Iterator[_Given]:
@@ -337,6 +350,8 @@ def _converted(given: _Given, table: _Table) -> Any:
         raise OptionError(f"{given.shown}{given.where} is a group of options; {use}")
     try:
         return None if option.group else _convert(option.hint, given.value)
+    except _RangeError as error:
+        raise OptionError(f"{given.shown}{given.where} {error}; {use}{given.name}={_example(option)}") from error
     except ValueError as error:
         use += f"{given.name}={_example(option)}"
         raise OptionError(f"{given.shown}{given.where} is not {_kind(option.hint)}; {use}") from error
@@ -352,10 +367,22 @@ def _convert(hint: Any, value: Any) -> Any:
         lists = [] if others else lists  # one word is a list only where it can be nothing else
     for kind in lists + others:
         try:
-            return _convert_one(kind, value)
-        except (ValueError, OverflowError, RecursionError, yaml.YAMLError):
+            return _in_range(_convert_one(kind, value))
+        except _RangeError:
+            raise
+        except (ValueError, OverflowError, yaml.YAMLError):
             continue
     raise ValueError(f"{value!r} is not {_kind(hint)}")
+
+
+def _in_range(value: Any) -> Any:
+    """`value`; a number that no computation can work with is refused here, for all options of all programs."""
+    if isinstance(value, int) and abs(value) > INTS:
+        raise _RangeError(f"must be at most {INTS} in size")
+    low, high = FLOATS
+    if isinstance(value, float) and value and math.isfinite(value) and not low <= abs(value) <= high:
+        raise _RangeError(f"must be 0, or {low:g} to {high:g} in size")
+    return value
 
 
 def _convert_one(kind: Any, value: Any) -> Any:
@@ -367,7 +394,7 @@ def _convert_one(kind: Any, value: Any) -> Any:
                 return choice
     elif typing.get_origin(kind) is tuple:
         if word:  # a list of words, with or without brackets, which are patterns to a shell
-            value = yaml.load(value if value.startswith("[") else f"[{value}]", Loader=yaml.BaseLoader)
+            value = load_yaml(value if value.startswith("[") else f"[{value}]", words=True)
         if isinstance(value, list | tuple):
             kinds = kinds[:1] * len(value) if kinds[-1] is ... else kinds
             return tuple(_convert(each, item) for each, item in zip(kinds, value, strict=True))
