@@ -128,12 +128,12 @@ def parse(
         elif name == "print_config":
             print_config = True
         elif not table[name].group:
-            from_words.append(_Given(name, value, f"{word}={value}"))
+            from_words.append(_Given(name, value, _cut(f"{word}={value}")))
         elif isinstance(content := _load(value, f"{word}={value}"), str | dict):
             content = _read(content, word) if isinstance(content, str) else content
-            from_words += _flatten(content, f"{name}.", table, f" in {word}={value}")
+            from_words += _flatten(content, f"{name}.", table, f" in {_cut(f'{word}={value}')}")
         else:
-            from_words.append(_Given(name, content, f"{word}={value}"))
+            from_words.append(_Given(name, content, _cut(f"{word}={value}")))
     given = from_files + from_words
     switched = {each.name: _converted(each, table) for each in given if each.name in defaults}
     values: dict[str, Any] = {}
@@ -287,7 +287,7 @@ def _read(path: str, word: str) -> dict[str, Any]:
         content = _load(read_regular(path).decode("utf-8"), path)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
-        raise OptionError(f"{word}={path} cannot be read: {reason}; {use}") from error
+        raise OptionError(f"{word}={_cut(path)} cannot be read: {reason}; {use}") from error
     if content is None or isinstance(content, dict):
         return content or {}
     raise OptionError(f"{word}={path} holds no `name: value` lines; {use}")
@@ -318,7 +318,7 @@ def _flatten(content: Mapping, prefix: str, table: _Table, where: str) -> Iterat
         if group and isinstance(value, Mapping):
             yield from _flatten(value, f"{name}.", table, where)
         else:
-            yield _Given(name, value, f"{name}={text(value)}", where)
+            yield _Given(name, value, _cut(f"{name}={text(value)}"), where)
 
 
 # ---- from what is given to an instance
