@@ -73,7 +73,7 @@ BAD = {
     "nan": (
         "--initial.layers=1e29",
         1,
-        "the objective is nan at update 0: it must be finite. The last checkpoint holds the weights before; "
+        "the norm of the gradient is inf at update 0: it must be finite. The last checkpoint holds the weights before; "
         "start with smaller weights (initial.layers=1e-2) or a shorter time (network.T=1.0)",
     ),
 }
