@@ -11,7 +11,6 @@ import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 import yaml
@@ -298,7 +297,7 @@ def _load(content: str, source: str) -> Any:
         return load_yaml(content)
     except (yaml.YAMLError, ValueError) as error:  # the latter for dates that are none as well
         reason = " ".join(str(error).split())
-        raise OptionError(f"{_cut(source)} is not YAML of options: {reason}; use `name: value` lines") from error
+        raise OptionError(f"{_cut(source)} is not YAML: {reason}; use `name: value` lines") from error
 
 
 def _cut(words: str) -> str:
