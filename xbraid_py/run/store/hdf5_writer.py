@@ -13,9 +13,8 @@ import numpy as np
 
 from xbraid_py.comm import Communicator
 from xbraid_py.run.record import publish
-from xbraid_py.run.store.read import FORMAT, FORMAT_NUMBER, META
+from xbraid_py.run.store.read import CHUNK_BYTES, FORMAT, FORMAT_NUMBER, META
 
-CHUNK_BYTES = 2**18  # the unit of a checksum, and of reading
 _AHEAD_BYTES = 2**23  # after which the disk is told to begin
 
 

@@ -8,7 +8,9 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator
+import stat
+import struct
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,10 +29,21 @@ DTYPES = {
     torch.uint8: np.dtype(np.uint8),
     torch.bool: np.dtype(np.bool_),
 }
+CHUNK_BYTES = 2**18  # the unit of a checksum, and of reading
 PIECE_BYTES = 8 * 2**20  # moved at a time: bounds the memory of a writing rank and of `verify`
+# What a file may hold, far above what any run writes: all of it is looked at before any of it is read.
+META_BYTES, META_DEPTH = 2**24, 50
+NAMES, NAME_LETTERS, NAME_PARTS = 4000, 500, 16
 # What h5py raises for a damaged file depends on the byte that is damaged.
-_UNREADABLE = (OSError, KeyError, ValueError, TypeError, RuntimeError)
-_FILE_NAME = re.compile(r"update_(\d{6,})\.h5")
+_UNREADABLE = (OSError, KeyError, ValueError, TypeError, RuntimeError, OverflowError)
+_FILE_NAME = re.compile(r"update_([0-9]{6,})\.h5")
+# The first bytes: signature, version, bytes of an address and of a length, flags, begin of the file, its extension.
+_SUPERBLOCK = struct.Struct("<8sBBBBQQ")
+_CHECKPOINTS_HAVE = (b"\x89HDF\r\n\x1a\n", 3, 8, 8, 0, 0, 2**64 - 1)
+_CHECKSUM_BYTES = 4
+_FEWEST_BYTES = CHUNK_BYTES // 64  # of a chunk, where an array has several
+_HOLES = 1000  # a file that is so many times larger than what the disk has of it
+_STORED_AS = {dtype: h5py.h5t.py_create(dtype, logical=True) for dtype in DTYPES.values()}
 
 log = logging.getLogger(__name__)
 
@@ -75,19 +88,94 @@ def pieces(count: int, row_bytes: int) -> Iterator[slice]:
             yield slice(first, min(first + step, count))
 
 
-def _is_checked(array: h5py.Dataset) -> bool:
-    """Whether an array lies in this file, all of it, with checksums and no other filter.
+def _check_file(path: Path) -> None:
+    """Refuse, before HDF5 opens it, what is no regular file, and one with parts that checkpoints do not have.
 
-    Virtual arrays and arrays in other files have none. What is not stored would read as zeros, and other filters may
-    be code from elsewhere, which HDF5 loads when it is asked for the data.
+    Those parts (a user block, an extension with drivers, caches and shared messages) are read as a file is opened.
+    A link is followed: what it leads to has to stand the same tests.
     """
-    made = array.id.get_create_plist()
-    if made.get_layout() != h5py.h5d.CHUNKED or made.get_nfilters() != 1:
-        return False
-    if made.get_filter(0)[0] != h5py.h5z.FILTER_FLETCHER32:
-        return False
-    chunks = math.prod(-(-size // step) for size, step in zip(array.shape, array.chunks, strict=True))
-    return array.id.get_num_chunks() == chunks
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise _error(path, "is a folder, a pipe or a device, not a file")
+    with open(path, "rb") as file:
+        head = file.read(_SUPERBLOCK.size)
+    if len(head) < _SUPERBLOCK.size or _SUPERBLOCK.unpack(head) != _CHECKPOINTS_HAVE:
+        raise _error(path, "truncated, damaged or no HDF5 file of a checkpoint's layout")
+    # What nobody has written reads as zeros, whose checksum is zero, so that a few bytes pass for any number of them.
+    if status.st_size > _HOLES * 512 * status.st_blocks > 0:
+        raise _error(path, f"damaged: of its {status.st_size} bytes the disk holds next to none")
+
+
+def _attribute(file: h5py.File, name: str, kind: int) -> Any:
+    """The value of an attribute of a file; None unless it is one of an HDF5 class, of a few bytes that lie in it."""
+    if not h5py.h5a.exists(file.id, name.encode()):
+        return None
+    item = h5py.h5a.open(file.id, name.encode())
+    held = item.get_type()
+    if held.get_class() != kind or held.get_size() > 64 or item.get_space().get_simple_extent_type() != h5py.h5s.SCALAR:
+        return None
+    if kind != h5py.h5t.STRING:
+        return file.attrs[name]
+    return None if held.is_variable_str() else file.attrs[name].decode("ascii", "replace")
+
+
+def _spans(array: h5py.h5d.DatasetID, item_bytes: int, room: int) -> list[tuple[int, int]] | None:
+    """First byte and bytes of each chunk of an array; None unless it lies in `room` bytes of a file as writers lay it.
+
+    So all of it is stored, in chunks of whole rows, with a checksum that is looked at and no other filter, and each of
+    its full length: HDF5 reads past the end of a shorter one. Virtual arrays and arrays in other files have no
+    checksums, what is not stored would read as zeros, and other filters may be code from elsewhere, which HDF5 loads
+    when it is asked for the data.
+    """
+    made, shape, limits = array.get_create_plist(), array.shape, array.get_space().get_simple_extent_dims(1)
+    if not math.prod(shape):
+        return [] if made.get_layout() == h5py.h5d.CONTIGUOUS and not made.get_external_count() else None
+    if made.get_layout() != h5py.h5d.CHUNKED or made.get_nfilters() != 1 or limits != shape:
+        return None
+    rows, *trailing = made.get_chunk()
+    size = rows * math.prod(trailing) * item_bytes
+    if made.get_filter(0)[:3] != (h5py.h5z.FILTER_FLETCHER32, 0, ()) or (*trailing,) != shape[1:]:
+        return None
+    count = -(-shape[0] // rows)
+    if rows > shape[0] or (rows > 1 and size > CHUNK_BYTES) or (count > 1 and size < _FEWEST_BYTES):
+        return None
+    size += _CHECKSUM_BYTES
+    if count * size > room:
+        return None
+    found = _chunks(array, count)
+    if any(each.filter_mask or each.size != size for each in found):
+        return None
+    places = sorted(each.chunk_offset for each in found)
+    expected = [(number * rows, *(0 for _ in trailing)) for number in range(count)]
+    return [(each.byte_offset, size) for each in found] if places == expected else None
+
+
+def _chunks(array: h5py.h5d.DatasetID, count: int) -> list[h5py.h5d.StoreInfo]:
+    """What HDF5 has written down of the chunks of an array, and of one more than `count` at most."""
+    if not hasattr(array, "chunk_iter"):  # older releases of HDF5, which count anew for every chunk
+        return [array.get_chunk_info(number) for number in range(min(array.get_num_chunks(), count + 1))]
+    found: list[h5py.h5d.StoreInfo] = []
+
+    def look(each: h5py.h5d.StoreInfo) -> bool | None:
+        found.append(each)
+        return len(found) > count or None  # anything but None ends it
+
+    array.chunk_iter(look)
+    return found
+
+
+def _is_flat(document: Any) -> bool:
+    """Whether JSON is nested no deeper than a run nests it; what follows may recurse."""
+    level = [document]
+    for _ in range(META_DEPTH):
+        level = [child for item in level if isinstance(item, dict | list) for child in _children(item)]
+        if not level:
+            return True
+    return False
+
+
+def _children(item: dict | list) -> Iterable[Any]:
+    return item.values() if isinstance(item, dict) else item
 
 
 class Checkpoint:
@@ -105,34 +193,81 @@ class Checkpoint:
     def __init__(self, path: Path, file: h5py.File):
         self.path = path
         self._file = file
-        self._datasets: dict[str, h5py.Dataset] = {}
-        kind, number = file.attrs.get("format"), file.attrs.get("format_number")
-        if kind != FORMAT.encode():
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        kind = _attribute(file, "format", h5py.h5t.STRING)
+        number = _attribute(file, "format_number", h5py.h5t.INTEGER)
+        if kind != FORMAT:
             raise _error(path, f"no {FORMAT}: its format is {kind!r}")
         if number != FORMAT_NUMBER:
             raise _error(path, f"its format_number={number} is not {FORMAT_NUMBER}, the one this version reads")
-        self._add("/", file)
-        file.visititems(self._add)
-        head = file[META]
-        if head.dtype.kind != "S" or head.shape != (1,) or not _is_checked(head):
-            raise _error(path, "damaged: its meta data have no checksum")
-        document = json.loads(head[0])
+        self._look()
+        if META not in file:
+            raise _error(path, "damaged: it has no meta data")
+        document = json.loads(file[META][0].decode("ascii"))
         self.meta: dict[str, Any] = document["meta"]
         self.versions: dict[str, str | None] = document["versions"]
-        if not isinstance(self.meta, dict) or not isinstance(self.versions, dict):
+        if not isinstance(self.meta, dict) or not isinstance(self.versions, dict) or not _is_flat(document):
             raise _error(path, "damaged: its meta data are no names and values")
 
-    def _add(self, name: str, item: h5py.Dataset | h5py.Group) -> None:
-        if isinstance(item, h5py.Group):
-            # Links of other kinds lead into other files, or nowhere.
-            strange = [key for key in item if not isinstance(item.get(key, getlink=True), h5py.HardLink)]
-            if strange:
-                raise _error(self.path, f"{strange[0]!r} in it is a link, which this format has not")
-        elif name != META:
-            known = isinstance(item, h5py.Dataset) and item.dtype in DTYPES.values() and item.shape
-            if not known or (item.size and not _is_checked(item)):
-                raise _error(self.path, f"{name!r} is not an array of this format ({item.dtype}, no checksum)")
-            self._datasets[name] = item
+    def _look(self) -> None:
+        """Find the arrays, and refuse a file that holds anything else, or anything that it would not be good to read.
+
+        Whoever makes a file gives its tables their right checksums too, so nothing that they say is believed.
+        """
+        size = self.path.stat().st_size
+        spans: list[tuple[int, int]] = []
+        root = h5py.h5g.open(self._file.id, b"/")
+        waiting, seen, left = [("", root)], {h5py.h5o.get_info(root).addr}, size
+        while waiting:
+            where, group = waiting.pop()
+            if len(seen) + group.get_num_objs() > NAMES:
+                raise _error(self.path, f"damaged: it holds more than {NAMES} names")
+            for key in group:
+                name = where + self._checked_name(key)
+                # Links of other kinds lead into other files, or nowhere.
+                if group.links.get_info(key).type != h5py.h5l.TYPE_HARD:
+                    raise _error(self.path, f"{name!r} in it is a link, which this format has not")
+                item = h5py.h5o.open(group, key)
+                address = h5py.h5o.get_info(item).addr
+                if address in seen:
+                    raise _error(self.path, f"{name!r} in it is a second name, which this format has not")
+                seen.add(address)
+                if name == META or not isinstance(item, h5py.h5g.GroupID):
+                    stored = self._stored(name, item, left)
+                    left -= sum(length for _, length in stored)
+                    spans += stored
+                elif name.count("/") + 1 < NAME_PARTS:
+                    waiting.append((f"{name}/", item))
+                else:
+                    raise _error(self.path, f"damaged: its names have more than {NAME_PARTS} parts")
+        end = 0
+        for first, length in sorted(spans):
+            if first < end:
+                raise _error(self.path, "damaged: its data lie one on the other")
+            end = first + length
+        if end > size:
+            raise _error(self.path, "truncated or damaged: its data lie beyond its end")
+
+    def _checked_name(self, key: bytes) -> str:
+        name = key.decode()
+        if len(name) > NAME_LETTERS or not name.isprintable() or "/" in name or name in ("", "."):
+            raise _error(self.path, "damaged: it holds a name that no array has")
+        return name
+
+    def _stored(self, name: str, item: h5py.h5d.DatasetID, room: int) -> list[tuple[int, int]]:
+        """Take an array, or the meta data, into the names; where their chunks lie, within so many bytes."""
+        spans, held = None, item.get_type() if isinstance(item, h5py.h5d.DatasetID) else None
+        if held is None or item.get_space().get_simple_extent_type() != h5py.h5s.SIMPLE:
+            pass
+        elif name == META:
+            if held.get_class() == h5py.h5t.STRING and not held.is_variable_str() and item.shape == (1,):
+                spans = _spans(item, held.get_size(), min(room, META_BYTES))
+        elif any(held.equal(known) for known in _STORED_AS.values()) and item.shape:
+            spans = _spans(item, held.get_size(), room)
+            self._shapes[name] = item.shape
+        if spans is None:
+            raise _error(self.path, f"damaged: {name!r} is not an array of this format, stored whole with checksums")
+        return spans
 
     def __enter__(self) -> Self:
         return self
@@ -146,11 +281,13 @@ class Checkpoint:
 
     def names(self) -> tuple[str, ...]:
         """Names of the arrays, sorted."""
-        return tuple(sorted(self._datasets))
+        return tuple(sorted(self._shapes))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a global array, rows first; raises `CheckpointError` if there is none of that name."""
-        return self._dataset(name).shape
+        if name not in self._shapes:
+            raise _error(self.path, f"holds no {name!r}, but {', '.join(self.names()) or 'no array at all'}")
+        return self._shapes[name]
 
     def total(self, name: str) -> int:
         """Rows of a global array; raises `CheckpointError` if there is none of that name."""
@@ -162,17 +299,15 @@ class Checkpoint:
 
         Raises `CheckpointError` if there is no such array, it has no such rows, or their checksums fail.
         """
-        dataset = self._dataset(name)
-        count = len(dataset) - first if count is None else count
-        if not 0 <= first <= first + count <= len(dataset):
-            raise _error(self.path, f"{name!r} has {len(dataset)} rows, not first={first} and count={count}")
+        total = self.total(name)
+        count = total - first if count is None else count
+        if not 0 <= first <= first + count <= total:
+            raise _error(self.path, f"{name!r} has {total} rows, not first={first} and count={count}")
         with _reading(self.path, f"the data of {name!r} are damaged, their checksum fails"):
-            return torch.from_numpy(dataset[first : first + count])
-
-    def _dataset(self, name: str) -> h5py.Dataset:
-        if name not in self._datasets:
-            raise _error(self.path, f"holds no {name!r}, but {', '.join(self.names()) or 'no array at all'}")
-        return self._datasets[name]
+            values = self._file[name][first : first + count]
+            if values.dtype == bool and (values.view(np.uint8) > 1).any():
+                raise _error(self.path, f"the data of {name!r} are damaged: they are neither true nor false")
+            return torch.from_numpy(values)
 
 
 def load(path: str | os.PathLike) -> Checkpoint:
@@ -182,6 +317,7 @@ def load(path: str | os.PathLike) -> Checkpoint:
     """
     path = Path(path)
     with _reading(path, "truncated, damaged or no HDF5 file"), contextlib.ExitStack() as stack:
+        _check_file(path)
         # No lock: a file under its final name never changes, and many network file systems have none.
         file = stack.enter_context(h5py.File(path, "r", locking=False))
         checkpoint = Checkpoint(path, file)
@@ -194,7 +330,7 @@ def verify(path: str | os.PathLike) -> None:
     with load(path) as checkpoint:
         for name in checkpoint.names():
             total, *trailing = checkpoint.shape(name)
-            row_bytes = checkpoint.rows(name, 0, 0).element_size() * int(np.prod(trailing))
+            row_bytes = checkpoint.rows(name, 0, 0).element_size() * math.prod(trailing)
             for part in pieces(total, row_bytes):
                 checkpoint.rows(name, part.start, part.stop - part.start)
 
