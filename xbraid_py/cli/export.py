@@ -141,7 +141,7 @@ def events(words: Sequence[str]) -> int:
     parser.add_argument("DIR", type=Path, help="Folder of the run.")
     parser.add_argument("--out", type=Path, help="Folder of the event files; tensorboard in that of the run.")
     options = parser.parse_args(words)
-    run = read_run(options.DIR)
+    run = read_run(options.DIR, most=None)
     if not run.rows:
         raise ValueError(f"{run.path / RECORD} holds no rows yet; try again when the run is under way")
     require_tensorboard()

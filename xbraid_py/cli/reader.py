@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import os
 import re
 from argparse import ArgumentParser
@@ -15,7 +14,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-from xbraid_py.run.record import RecordReader
+from xbraid_py.run.documents import load_json, load_yaml, read_regular
+from xbraid_py.run.record import MOST_READ, RecordReader
 
 STATUS, RECORD, CONFIGURATION, CHECKPOINTS, FIGURES, LOG = (
     "status.json",
@@ -27,8 +27,6 @@ STATUS, RECORD, CONFIGURATION, CHECKPOINTS, FIGURES, LOG = (
 )
 # Points (update, value) of one quantity.
 Points = list[tuple[float, float]]
-# Parsers of JSON and YAML give up on nesting by a RecursionError; yaml has dates that raise a ValueError.
-_NOT_READABLE = (ValueError, RecursionError, yaml.YAMLError)
 
 
 class NoRun(ValueError):
@@ -85,17 +83,20 @@ class Run:
         return {name: sorted(values.items()) for name, values in self.columns.get(column, {}).items()}
 
 
-def read_run(folder: str | os.PathLike) -> Run:
-    """Read a folder once; `NoRun` if it does not exist, or nothing in it is of a run."""
-    return RunReader(folder).read()
+def read_run(folder: str | os.PathLike, most: int | None = MOST_READ) -> Run:
+    """Read a folder once; `NoRun` if it does not exist, or nothing in it is of a run.
+
+    Of a record of more than `most` bytes only the beginning and the end are read; all of any for None.
+    """
+    return RunReader(folder, most).read()
 
 
 class RunReader:
     """Reads a folder again and again; of the record only what is new."""
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike, most: int | None = MOST_READ):
         self.path = Path(folder)
-        self._record = RecordReader(self.path / RECORD)
+        self._record = RecordReader(self.path / RECORD, most)
 
     def read(self) -> Run:
         """The folder as it is now; raises `NoRun` if it does not exist, or nothing in it is of a run."""
@@ -106,10 +107,10 @@ class RunReader:
         if not any((self.path / name).exists() for name in (STATUS, RECORD, CONFIGURATION, CHECKPOINTS)):
             raise NoRun(f"{self.path} holds no run: no {STATUS}, {RECORD}, {CONFIGURATION} or {CHECKPOINTS}; {use}")
         flaws: list[str] = []
-        status = self._mapping(STATUS, json.loads, flaws)
+        status = self._mapping(STATUS, load_json, flaws)
         record = self._record
         flaws += _flaws(record)
-        configuration = self._mapping(CONFIGURATION, yaml.safe_load, flaws)
+        configuration = self._mapping(CONFIGURATION, load_yaml, flaws)
         written = record.header.get("configuration")
         figures = self._files(FIGURES, ".png", flaws)
         return Run(
@@ -130,12 +131,12 @@ class RunReader:
     def _mapping(self, name: str, load, flaws: list[str]) -> dict[str, Any]:
         """Content of a file that holds names and values; empty, with a flaw noted, if it is not to be had."""
         try:
-            content = load((self.path / name).read_text(encoding="utf-8"))
+            content = load(read_regular(self.path / name).decode("utf-8"))
         except FileNotFoundError:
             flaws.append(f"no {name}")
         except OSError as error:
             flaws.append(f"{name} cannot be read: {error.strerror}")
-        except _NOT_READABLE:
+        except (ValueError, yaml.YAMLError):
             flaws.append(f"{name} is damaged or half-written")
         else:
             if isinstance(content, Mapping):
@@ -163,6 +164,8 @@ def _flaws(record: RecordReader) -> list[str]:
     flaws = [] if record.header else [f"{RECORD} has no header"]
     if count := len(record.damaged):
         flaws.append(f"{RECORD}: {count} damaged {'line' if count == 1 else 'lines'} left out")
+    if record.skipped:
+        flaws.append(f"{RECORD} is long: {record.skipped / 1e6:,.0f} MB between its first line and its end left out")
     return flaws
 
 

@@ -15,11 +15,13 @@ from matplotlib.ticker import MaxNLocator
 
 from xbraid_py.cli.reader import LOG, Points, Run, command_parser, read_run
 from xbraid_py.cli.status import printable, progress, shown, summarize, uses_log
+from xbraid_py.run.documents import read_regular, tail
 from xbraid_py.run.options import flat, text
 from xbraid_py.run.record import number, replacing, scalars
 
 _ROWS = 40  # of the record in the page; the first and the last are among them
 _LOG_BYTES, _LOG_LINES = 20_000, 60
+_FIGURE_BYTES, _FIGURES = 5_000_000, 40
 _PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
@@ -73,7 +75,7 @@ def _labels(runs: Sequence[Run]) -> list[str]:
 def _about(run: Run, label: str) -> dict[str, Any]:
     summary = summarize(run)
     figures, flaws = [], list(run.flaws)
-    for path in run.figures:
+    for path in run.figures[:_FIGURES]:
         content = _bytes(path)
         if content.startswith(_PNG) and content.endswith(_PNG_END):
             figures.append({"title": printable(path.stem), "content": content})
@@ -106,7 +108,7 @@ def _about(run: Run, label: str) -> dict[str, Any]:
 
 def _bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular(path, _FIGURE_BYTES)
     except OSError:  # it may be removed at any time
         return b""
 
@@ -119,7 +121,10 @@ def _kilobytes(path: Path) -> str:
 
 
 def _log(path: Path) -> str:
-    lines = _bytes(path)[-_LOG_BYTES:].decode(errors="replace").splitlines()
+    try:
+        lines = tail(path, _LOG_BYTES).decode(errors="replace").splitlines()
+    except OSError:
+        return ""
     return "\n".join(map(printable, lines[-_LOG_LINES:]))
 
 

@@ -8,15 +8,20 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
+import glob
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import secrets
+import stat
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
+
+from xbraid_py.run.documents import complete_lines, load_json, open_regular
 
 if TYPE_CHECKING:
     from xbraid_py.comm import Communicator
@@ -75,7 +80,8 @@ class MetricsWriter:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             goes_on = self._append and self.path.exists() and self.path.stat().st_size > 0
             # Unbuffered, so that a line is one write, and nothing of it is written again after an error.
-            self._file = open(self.path, "ab" if goes_on else "wb", buffering=0)
+            handle = open_own(self.path, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if goes_on else os.O_TRUNC))
+            self._file = open(handle, "ab" if goes_on else "wb", buffering=0)
             self.write({"kind": "resume" if goes_on else "header", **self._about()})
         return self
 
@@ -133,8 +139,19 @@ def _plain(value: Any) -> Any:
     return value
 
 
+# Bytes of a line, which are some hundreds as a rule, and of what is held of a record that is looked at: parsed it takes
+# ten times as much.
+_MOST_LINE, MOST_READ = 2**22, 2**24
+
+
 class RecordReader:
     """Reads a record again and again, of it what is new; a resumed run may replace it by a shorter one.
+
+    Parameters
+    ----------
+    path : path-like
+    most : int, optional
+        Of a longer record only the first line and the end, half as many bytes, are read.
 
     Attributes
     ----------
@@ -147,11 +164,14 @@ class RecordReader:
         the values by updates. Rows without a number of an update count from 0. Of several values for one update the
         last holds.
     damaged : list of int
-        Numbers, from 1, of lines that are no JSON objects.
+        Numbers, from 1, of lines that are no JSON objects, among those that are read.
+    skipped : int
+        Bytes that are not read, of a record that is too long.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, most: int | None = MOST_READ):
         self.path = Path(path)
+        self._most = most
         self._reset(None)
 
     def _reset(self, file: int | None) -> None:
@@ -161,27 +181,39 @@ class RecordReader:
         self.rows: list[dict[str, Any]] = []
         self.columns: dict[str, dict[str, dict[float, float]]] = {}
         self.damaged: list[int] = []
+        self.skipped = 0
 
     def read(self) -> None:
         """Take in what is new; a line that breaks off may yet be completed, and is left for the next time.
 
-        Raises `OSError` if the file cannot be read; of one that is gone nothing is known any more.
+        Raises `OSError` if the file cannot be read, or is no regular one; of one that is gone nothing is known any
+        more.
         """
         try:
-            with open(self.path, "rb") as stream:
+            with open_regular(self.path) as stream:
                 info = os.fstat(stream.fileno())
                 if info.st_ino != self._file or info.st_size < self._offset:
                     self._reset(info.st_ino)
+                if self._most is not None and info.st_size - self.skipped > self._most:
+                    self._reset(info.st_ino)
+                    self._skip(stream, info.st_size - self._most // 2)
                 stream.seek(self._offset)
-                new = stream.read()
+                for line, size in complete_lines(stream, _MOST_LINE):
+                    self._offset += size
+                    self._lines += 1
+                    self._take(line)
         except FileNotFoundError:
             self._reset(None)
             raise
-        end = new.rfind(b"\n") + 1
-        for line in new[:end].splitlines():
-            self._lines += 1
-            self._take(line)
-        self._offset += end
+
+    def _skip(self, stream: BinaryIO, place: int) -> None:
+        """Take the first line, and go on with the one that begins after a place."""
+        self._take(stream.readline(_MOST_LINE))
+        self._lines, first = 1, stream.tell()
+        stream.seek(place)
+        rest = self._most // 2
+        self._offset = place + len(stream.readline(rest))
+        self.skipped = self._offset - first
 
     def _take(self, line: bytes) -> None:
         row = _object(line)
@@ -202,8 +234,8 @@ class RecordReader:
 
 def _object(line: bytes) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):  # the latter for deep nesting
+        row = load_json(line)
+    except ValueError:
         return None
     return row if isinstance(row, dict) else None
 
@@ -215,24 +247,26 @@ def read(path: str | os.PathLike) -> list[dict[str, Any]]:
     ------
     ValueError
         If the file does not begin with a header, or another line than the last is damaged.
+    OSError
+        If it cannot be read, or is no regular file.
     """
     return [row for _, row in _lines(Path(path))]
 
 
-def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Complete lines, with their line ends, and what they say."""
-    lines = path.read_bytes().splitlines(keepends=True)
-    if lines and not lines[-1].endswith(b"\n"):
-        lines.pop()
-    found = []
-    for number, line in enumerate(lines, 1):
-        row = _object(line)
-        if row is None:
-            raise ValueError(f"record {path}: line {number} is no JSON object; remove the line, or give another file")
-        found.append((line, row))
-    if found and found[0][1].get("kind") != "header":
-        raise ValueError(f"record {path}: the first line is no header; give a metrics.jsonl that a run has written")
-    return found
+    with open_regular(path) as stream:
+        for number, (line, _) in enumerate(complete_lines(stream, _MOST_LINE), 1):
+            row = _object(line)
+            if row is None:
+                raise ValueError(
+                    f"record {path}: line {number} is no JSON object; remove the line, or give another file"
+                )
+            if number == 1 and row.get("kind") != "header":
+                raise ValueError(
+                    f"record {path}: the first line is no header; give a metrics.jsonl that a run has written"
+                )
+            yield line, row
 
 
 def truncate_after(path: str | os.PathLike, update: int, run: str | None = None) -> int:
@@ -252,11 +286,14 @@ def truncate_after(path: str | os.PathLike, update: int, run: str | None = None)
     path = Path(path)
     if not path.exists():
         return 0
-    lines = _lines(path)
-    kept = [line for line, row in lines if not _is_repeated(row, update, run)]
-    with replacing(path, durable=True) as temporary:
-        temporary.write_bytes(b"".join(kept))
-    return len(lines) - len(kept)
+    dropped = 0
+    with replacing(path, durable=True) as temporary, temporary.open("wb") as kept:
+        for line, row in _lines(path):
+            if _is_repeated(row, update, run):
+                dropped += 1
+            else:
+                kept.write(line)
+    return dropped
 
 
 def _is_repeated(row: Mapping[str, Any], update: int, run: str | None) -> bool:
@@ -320,13 +357,33 @@ def publish(temporary: Path, path: Path) -> None:
     sync(path.parent)
 
 
+def open_own(path: str | os.PathLike, flags: int) -> int:
+    """`os.open` of a file of a run to write to: in a folder that others can write to, it may be a link to elsewhere.
+
+    Raises `OSError`, without waiting, if it is a link, a pipe or a device.
+    """
+    try:
+        handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a pipe that nobody reads
+            raise OSError(errno.ELOOP, f"{path} is no regular file, but a link or a pipe") from error
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.ELOOP, f"{path} is no regular file, but a pipe or a device")
+    return handle
+
+
 @contextlib.contextmanager
 def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
     """A name beside `path` to write a file under, which takes the place of `path` at once when the block is left.
 
     If the block raises, `path` is as it was, and nothing is left. With `durable` it waits for the disk, see `publish`.
+    What a killed process leaves is for `remove_left_over`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A name that nobody can have put a link under.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    os.close(open_own(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
     try:
         yield temporary
         if durable:
@@ -336,6 +393,12 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def remove_left_over(path: Path) -> None:
+    """Remove what killed processes have left where they were replacing a file."""
+    for each in path.parent.glob(f".{glob.escape(path.name)}.{16 * '[0-9a-f]'}.tmp"):
+        each.unlink(missing_ok=True)
 
 
 def library_versions() -> dict[str, str | None]:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from xbraid_py.comm import Communicator
+from xbraid_py.run.documents import load_json, read_regular
 from xbraid_py.run.record import replacing
 
 # Exit statuses: EX_TEMPFAIL, "come back later", and that of a process ended by SIGTERM.
@@ -166,8 +167,8 @@ def mark_ended(folder: Path, state: str, message: str, even_if_over: bool = Fals
     As far as possible: what cannot be read or written is left alone.
     """
     path = Path(folder) / STATUS
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        fields = json.loads(path.read_bytes())
+    with contextlib.suppress(OSError, ValueError):
+        fields = load_json(read_regular(path))
         if isinstance(fields, dict) and (even_if_over or fields.get("state") not in OVER):
             fields |= {"state": state, "message": message, "updated": _now(), "seconds_left": None}
             _replace(path, fields)
