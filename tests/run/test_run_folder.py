@@ -17,7 +17,7 @@ from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.agreement import RunError
 from xbraid_py.run import signals
 from xbraid_py.run.folder import LEFT, LOCK, claim, set_aside, take
-from xbraid_py.run.record import read
+from xbraid_py.run.record import read, replacing
 from xbraid_py.run.signals import Stopped
 
 KEYS = [
@@ -164,6 +164,86 @@ def test_the_record_removed_under_a_run(tmp_path):
         (tmp_path / "metrics.jsonl").unlink()
         folder.write({"kind": "update", "update": 2})
         folder.update(2)
+
+
+@pytest.mark.parametrize("name", ["lock", "log.txt", "metrics.jsonl", "status.json", "config.yaml"])
+@pytest.mark.parametrize("kind", ["link", "dead link", "hard link", "pipe", "device"])
+def test_nothing_planted_in_a_shared_folder_is_followed(tmp_path, name, kind):
+    victim, out = tmp_path / "victim", tmp_path / "run"
+    out.mkdir()
+    if kind != "dead link":
+        victim.write_text("mine")
+    if kind == "hard link":
+        os.link(victim, out / name)
+    elif kind == "pipe":
+        os.mkfifo(out / name)
+    else:
+        (out / name).symlink_to("/dev/null" if kind == "device" else victim)
+    try:
+        with claim(out, SerialCommunicator()).open(CONFIGURATION):
+            pass
+    except (OSError, RunError) as error:
+        assert kind != "hard link" and name in ("lock", "log.txt", "metrics.jsonl")
+        assert f"{out / name} is no regular file, but a link, a pipe or a device" in str(error)
+        assert "another --out" in str(error)
+    else:
+        assert kind == "hard link" or name in ("status.json", "config.yaml")  # which are replaced
+    if kind == "dead link":
+        assert not victim.exists()
+    # Systems let others make no hard link to what they cannot write to, and a new run sets these two aside.
+    elif kind != "hard link" or name not in ("log.txt", "metrics.jsonl"):
+        assert victim.read_text() == "mine"
+
+
+def test_links_to_nowhere_are_set_aside_with_the_rest(tmp_path):
+    for name in ("log.txt", "figures"):
+        (tmp_path / name).symlink_to(tmp_path / "nowhere")
+    assert set_aside(tmp_path) == tmp_path / "earlier-1"
+    assert sorted(path.name for path in (tmp_path / "earlier-1").iterdir()) == ["figures", "log.txt"]
+
+
+def test_what_killed_jobs_were_replacing_goes(tmp_path):
+    for name in ("config.yaml", "status.json", "metrics.jsonl"):
+        with pytest.raises(KeyboardInterrupt), replacing(tmp_path / name) as temporary:
+            os.link(temporary, kept := temporary.with_name(f".{name}.{'0123456789abcdef'}.tmp"))
+            raise KeyboardInterrupt
+        assert not temporary.exists() and kept.exists()
+    (tmp_path / ".notes.tmp").write_text("mine")
+    with claim(tmp_path, SerialCommunicator()).open(CONFIGURATION):
+        pass
+    assert [path.name for path in tmp_path.glob(".*")] == [".notes.tmp"]
+
+
+def test_no_name_under_which_a_file_is_replaced_can_be_guessed(tmp_path):
+    found = set()
+    for _ in range(3):
+        with replacing(tmp_path / "file") as temporary:
+            found.add(temporary.name)
+            temporary.write_text("new")
+    assert len(found) == 3 and (tmp_path / "file").read_text() == "new"
+    umask = os.umask(0o022)
+    os.umask(umask)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_a_full_disk_leaves_no_half_of_a_configuration(tmp_path, monkeypatch):
+    def full(self, *_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    folder = claim(tmp_path, SerialCommunicator())
+    monkeypatch.setattr(type(tmp_path), "write_text", full)
+    with pytest.raises(RunError, match="No space left"), folder.open(CONFIGURATION):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize("name", ["run\nresume: auto", "a\rresume: auto", "b\u2028resume: auto", "c\udcff"])
+def test_no_letter_of_a_name_is_an_option(tmp_path, name):
+    out = tmp_path / name
+    with claim(out, SerialCommunicator()).open({"num_layers": 8}, driver=f"{name}.py"):
+        pass
+    text = (out / "config.yaml").read_text(encoding="utf-8")
+    assert yaml.safe_load(text) == {"num_layers": 8} and len(text.splitlines()) == 2
 
 
 def test_a_second_job_is_refused_until_the_first_ends(tmp_path):

@@ -21,12 +21,12 @@ import yaml
 
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.agreement import RunError
-from xbraid_py.run.record import MetricsWriter, replacing
-from xbraid_py.run.signals import RunStatus, Stopped, mark_ended, stop_agreed
+from xbraid_py.run.record import MetricsWriter, open_own, remove_left_over, replacing
+from xbraid_py.run.signals import STATUS, RunStatus, Stopped, mark_ended, stop_agreed
 
 # What a run leaves in its folder, and what makes room for the next one.
 CONFIG, METRICS, LOG, CHECKPOINTS = "config.yaml", "metrics.jsonl", "log.txt", "checkpoints"
-LEFT = (CONFIG, METRICS, LOG, "status.json", CHECKPOINTS, "figures", "tensorboard")
+LEFT = (CONFIG, METRICS, LOG, STATUS, CHECKPOINTS, "figures", "tensorboard")
 _FAILED = 255  # beyond the numbers of signals
 
 _log = logging.getLogger(__name__)
@@ -117,9 +117,14 @@ class RunFolder:
 
     def _start(self, stack, configuration, total, done, append, driver) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
+        for name in (CONFIG, METRICS, STATUS):
+            remove_left_over(self.path / name)
         text = yaml.safe_dump(dict(configuration), sort_keys=False)
         with replacing(self.path / CONFIG) as temporary:
-            temporary.write_text(f"# python {driver} --config {self.path / CONFIG}\n{text}", encoding="utf-8")
+            words = f"# python {driver} --config {self.path / CONFIG}"
+            # Behind a line break in a name there would be an option.
+            words = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in words)
+            temporary.write_text(f"{words}\n{text}", encoding="utf-8")
         self._handler = _LogFile(self.path / LOG)
         stack.callback(self._close_log)
         logging.getLogger("xbraid_py").addHandler(self._handler)
@@ -204,6 +209,9 @@ class _LogFile(logging.FileHandler):
         super().__init__(path, mode="a", encoding="utf-8")
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
 
+    def _open(self):
+        return open(open_own(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "a", encoding="utf-8")
+
     def handleError(self, record):
         pass
 
@@ -222,7 +230,7 @@ def claim(out: str | os.PathLike, comm: Communicator) -> RunFolder:
 
 def set_aside(out: Path, names: tuple[str, ...] = LEFT) -> Path | None:
     """Move files and folders of `out` into a new folder `earlier-N` of it; its path, None if there was nothing."""
-    found = [name for name in names if (out / name).exists()]
+    found = [name for name in names if os.path.lexists(out / name)]  # links that lead nowhere too
     if not found:
         return None
     aside = next(path for n in count(1) if not (path := out / f"earlier-{n}").exists())
@@ -269,9 +277,9 @@ def take(folder: str | os.PathLike) -> RunLock:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        handle = open_own(folder / LOCK, os.O_RDWR | os.O_CREAT)
     except OSError as error:
-        reason = os.strerror(error.errno)
+        reason = error.strerror
         raise type(error)(error.errno, f"out={folder} cannot be written: {reason}; give another --out") from error
     lock = RunLock(handle)
     try:
@@ -288,8 +296,9 @@ def take(folder: str | os.PathLike) -> RunLock:
     text = json.dumps({"pid": os.getpid(), "since": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")})
     # What it says is only for the message above, so a full disk does no harm here.
     try:
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, text.encode("ascii"), 0)
+        if os.fstat(handle).st_nlink == 1:  # otherwise it is some other file as well
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, text.encode("ascii"), 0)
     except OSError as error:
         log.debug("%s not filled: %s", LOCK, error)
     return lock

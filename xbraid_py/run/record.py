@@ -362,15 +362,16 @@ def open_own(path: str | os.PathLike, flags: int) -> int:
 
     Raises `OSError`, without waiting, if it is a link, a pipe or a device.
     """
+    refused = OSError(errno.ELOOP, f"{path} is no regular file, but a link, a pipe or a device")
     try:
         handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a pipe that nobody reads
-            raise OSError(errno.ELOOP, f"{path} is no regular file, but a link or a pipe") from error
+            raise refused from error
         raise
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise OSError(errno.ELOOP, f"{path} is no regular file, but a pipe or a device")
+        raise refused
     return handle
 
 
