@@ -9,6 +9,7 @@ import torch
 from refusal import refusal
 
 from xbraid_py.comm import SerialCommunicator
+from xbraid_py.comm.agreement import agree_on_all, code, hold, same_data, same_installation
 from xbraid_py.testing import run_threads
 
 DTYPES = [
@@ -222,3 +223,57 @@ comm.recv(torch.empty(1), comm.size - 1)
 @pytest.mark.parametrize("alone", [1, 2], ids=["group of two", "group of one"])
 def test_abort_of_a_group_ends_the_job(run_job, alone):
     assert run_job(["-c", JOB.replace("ALONE", str(alone))], ranks=3).returncode == 7
+
+
+@pytest.mark.ranks(2, 3, 5)
+def test_all_that_differs_is_named_with_the_values(spmd):
+    def body(comm):
+        other = comm.rank == 1
+        agree_on_all(comm, {"T": 5.0, "mgrit.cfactor": (4, 2)}, "options")
+        named = {"num_layers": 32 if other else 64, "T": 5.0} | ({} if other else {"width": 8})
+        with pytest.raises(ValueError) as caught:
+            agree_on_all(comm, named, "options")
+        return str(caught.value)
+
+    results = spmd(body)
+    others = {2: "rank 0", 3: "ranks 0, 2"}.get(len(results), f"ranks 0, 2-{len(results) - 1}")
+    assert set(results) == {
+        f"options: num_layers=64 on {others} but 32 on rank 1; width=8 on {others} but nothing on rank 1; "
+        "every rank must have the same"
+    }
+
+
+@pytest.mark.ranks(2, 3)
+def test_data_that_differ_are_named(spmd):
+    def body(comm, shift):
+        hold(comm, "images", torch.arange(6.0).view(3, 2), torch.arange(3))
+        hold(comm, "text", torch.arange(4) + shift * (comm.rank == 1))
+        try:
+            same_data(comm)
+        except ValueError as error:
+            return str(error)
+
+    assert set(spmd(lambda comm: body(comm, 0))) == {None}
+    (found,) = set(spmd(lambda comm: body(comm, 1)))
+    assert found.startswith("data: text='4 by digest ") and "images" not in found
+
+
+@pytest.mark.ranks(2, 3)
+def test_versions_that_differ_are_named(spmd):
+    def body(comm, **other):
+        comm.is_alike = False
+        try:
+            same_installation(comm, **(other if comm.rank == 1 else dict.fromkeys(other, "native")))
+        except ValueError as error:
+            return str(error)
+        return comm.is_alike
+
+    assert set(spmd(body)) == {True}
+    (found,) = set(spmd(lambda comm: body(comm, kernels="torch")))
+    assert found.startswith("versions: kernels='native' on ") and "'torch' on rank 1" in found
+
+
+def test_the_digests_are_those_of_all_files_of_the_package():
+    found = code()
+    assert {"xbraid_py/__init__.py", "xbraid_py/comm/agreement.py"} <= found.keys()
+    assert not any("site-packages" in name for name in found)

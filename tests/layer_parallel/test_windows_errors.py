@@ -52,4 +52,4 @@ def test_ranks_that_ask_for_other_windows(spmd):
         return LayerParallel(CASES["mlp"].block, 12, T, comm, windows=windows, mgrit=SOLVES["V"])
 
     found = spmd(lambda comm: reduced(comm, lambda: split(comm)))
-    assert all("arguments=" in message and "on rank 1" in message for message in found)
+    assert all("arguments: windows=2 on " in message and "3 on rank 1" in message for message in found)

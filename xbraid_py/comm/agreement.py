@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import importlib.metadata
 import os
-from collections.abc import Iterator
+import platform
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from xbraid_py.comm.base import Communicator
+from xbraid_py.comm.base import Communicator, who_says_what
 
 
 @contextmanager
@@ -36,10 +42,113 @@ def agree(comm: Communicator, key: Any, what: str) -> None:
 
     A message of one number, since it comes before every call of a stack.
     """
+    if _differ(comm, key):
+        comm.same(key, what)
+
+
+def agree_on_all(comm: Communicator, named: Mapping[str, Any], what: str) -> None:
+    """Raise the same `ValueError` on all ranks, with each name whose values differ and these, unless none does.
+
+    Parameters
+    ----------
+    named : mapping of str to Any
+        Values of which `repr` says all; the same names on all ranks or not.
+    what : str
+        What has these names, for the message.
+    """
+    if not _differ(comm, sorted(named.items())):
+        return
+    found = comm.gather({name: repr(value) for name, value in named.items()})
+    text = None
+    if found is not None:
+        names = [
+            n for n in dict.fromkeys(n for each in found for n in each) if len({each.get(n) for each in found}) > 1
+        ]
+        said = [f"{name}={who_says_what([_Said(each.get(name, 'nothing')) for each in found])}" for name in names[:5]]
+        more = f", and {len(names) - 5} more" if len(names) > 5 else ""
+        text = f"{what}: {'; '.join(said)}{more}; every rank must have the same"
+    raise ValueError(comm.bcast(text))
+
+
+class _Said(str):
+    """A `repr` that was made elsewhere."""
+
+    __repr__ = str.__str__
+
+
+def _differ(comm: Communicator, key: Any) -> bool:
+    """Whether not all ranks pass the same key, by a message of one number."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()  # the same in all processes
     number = torch.tensor([int.from_bytes(digest, "little") >> 1], dtype=torch.int64)
-    if len(set(comm.allgather(number, (1,) * comm.size).tolist())) > 1:
-        comm.same(key, what)
+    return len(set(comm.allgather(number, (1,) * comm.size).tolist())) > 1
+
+
+def same_installation(comm: Communicator, **more: str) -> None:
+    """Raise the same `ValueError` on all ranks unless they run the same code, by the same libraries.
+
+    Collective, and looked at once for a communicator.
+
+    Parameters
+    ----------
+    **more : str
+        Further versions, by name.
+    """
+    if comm.size > 1 and not comm.is_alike:
+        agree_on_all(comm, library_versions() | {"MPI": comm.library} | more, "versions")
+        agree_on_all(comm, code(), "files of the program, by their digests")
+        comm.is_alike = True
+
+
+def same_arguments(comm: Communicator, arguments: Mapping[str, Any], **more: str) -> None:
+    """`same_installation`, and the same for the arguments of a call, by name; of dataclasses each field. Collective."""
+    same_installation(comm, **more)
+    named: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if dataclasses.is_dataclass(value):
+            named |= {f"{name}.{each.name}": getattr(value, each.name) for each in dataclasses.fields(value)}
+        else:
+            named[name] = value
+    agree_on_all(comm, named, "arguments")
+
+
+def library_versions() -> dict[str, str | None]:
+    """Versions of python and of the libraries a result depends on; None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in ("xbraid_py", "torch", "numpy", "h5py", "mpi4py"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def hold(comm: Communicator, name: str, *tensors: torch.Tensor) -> None:
+    """Note what this rank has of the data, which all ranks hold alike, for `same_data` to compare. No message."""
+    if comm.size > 1:
+        digest = hashlib.blake2b(digest_size=6)
+        for tensor in tensors:
+            digest.update(f"{tuple(tensor.shape)} {tensor.dtype} ".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        comm.held = {**comm.held, name: f"{'x'.join(map(str, tensors[0].shape))} by digest {digest.hexdigest()}"}
+
+
+def same_data(comm: Communicator) -> None:
+    """Raise the same `ValueError` on all ranks unless they hold the same data. Collective."""
+    if comm.size > 1:
+        agree_on_all(comm, comm.held, "data")
+
+
+@cache
+def code() -> dict[str, str]:
+    """Digests of the files of this package and of the program, with what it has loaded from beside it."""
+    package = Path(__file__).resolve().parents[1]
+    found = {str(path.relative_to(package.parent)): path for path in package.rglob("*.py")}
+    program = getattr(sys.modules["__main__"], "__file__", None)
+    if program is not None:
+        folder = Path(program).resolve().parent
+        loaded = {Path(name).resolve() for m in [*sys.modules.values()] if (name := getattr(m, "__file__", None))}
+        found |= {str(each.relative_to(folder)): each for each in loaded if _is_beside(each, folder, package)}
+    return {name: hashlib.blake2b(path.read_bytes(), digest_size=6).hexdigest() for name, path in sorted(found.items())}
 
 
 class RunError(RuntimeError):
@@ -83,7 +192,23 @@ def check_launcher(size: int, environ=os.environ) -> None:
 
 def launcher_rank(environ=os.environ) -> int:
     """This process's number according to its launcher; 0 without one. Needs no MPI."""
+    return _launched(environ)[1]
+
+
+def launcher_size(environ=os.environ) -> int:
+    """Number of processes according to the launcher; 1 without one. Needs no MPI."""
+    return _launched(environ)[0]
+
+
+def _launched(environ) -> tuple[int, int]:
     for size_name, rank_name in _LAUNCHERS:
         if size_name in environ:
-            return int(environ.get(rank_name, 0))
-    return 0
+            return int(environ[size_name]), int(environ.get(rank_name, 0))
+    return 1, 0
+
+
+def _is_beside(path: Path, folder: Path, package: Path) -> bool:
+    """Whether a file belongs to the program in a folder, and not to a library that is installed below it."""
+    if path.suffix != ".py" or not path.is_relative_to(folder) or path.is_relative_to(package):
+        return False
+    return "site-packages" not in path.parts and path.is_file()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from xbraid_py.comm.partition import Partition
+from xbraid_py.comm.watchdog import Line
 
 
 class Communicator(ABC):
@@ -22,6 +23,11 @@ class Communicator(ABC):
 
     rank: int
     size: int
+    # What the ranks talk by, whether they are known to run the same program (`agreement.same_installation`), and what
+    # they say of their data (`agreement.hold`).
+    library = "none"
+    is_alike = False
+    held: Mapping[str, str] = {}
 
     @abstractmethod
     def isend(self, tensor: torch.Tensor, dest: int) -> Callable[[], None]:
@@ -92,7 +98,7 @@ class Communicator(ABC):
         """
         values = self.bcast(self.gather(value))
         if any(other != values[0] for other in values[1:]):
-            raise ValueError(f"{what}={_who_says_what(values)}: every rank must pass the same")
+            raise ValueError(f"{what}={who_says_what(values)}: every rank must pass the same")
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -151,6 +157,10 @@ class Communicator(ABC):
 
         return finish
 
+    def line(self) -> Line | None:
+        """A line beside the work for `Watchdog`; None where nobody can be missing. Collective."""
+        return None
+
     def first_error(self, message: str | None) -> tuple[int, str] | None:
         """Lowest rank that passes a message, with it, on every rank; None if no rank does."""
         found = self.gather(message)
@@ -159,7 +169,7 @@ class Communicator(ABC):
         return self.bcast(found)
 
 
-def _who_says_what(values: Sequence[Any]) -> str:
+def who_says_what(values: Sequence[Any]) -> str:
     """`64 on rank 0 but 32 on ranks 1-3, 5`: the values of all ranks, each once."""
     found: list[tuple[Any, list[int]]] = []
     for rank, value in enumerate(values):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from xbraid_py.comm import watchdog
 from xbraid_py.comm.agreement import check_launcher
 from xbraid_py.comm.base import Communicator, SerialCommunicator
 
@@ -40,12 +41,16 @@ class MPICommunicator(Communicator):
         self.rank = comm.Get_rank()
         self.size = comm.Get_size()
         self.staging = whole.staging if whole else Staging(cuda_aware(_mpi_reads_devices))
+        self.library = whole.library if whole else _library()
+        self.is_alike = bool(whole and whole.is_alike)
+        # The ranks of the job, for whoever asks whom this one waits for.
+        self._ranks = _ranks_of_the_job(comm)
         # The ranks of other groups are on the same cores, so a group cannot count for itself.
         self.oversubscribed = whole.oversubscribed if whole else _oversubscribed(comm)
 
     def isend(self, tensor, dest):
         request = self.mpi.Isend(self.staging.outgoing(tensor), dest)
-        return lambda: self.wait(request)
+        return lambda: self.wait(request, dest)
 
     def recv(self, out, source):
         return self.irecv(out, source)()
@@ -55,14 +60,13 @@ class MPICommunicator(Communicator):
         request = self.mpi.Irecv(buffer, source)
 
         def finish():
-            self.wait(request)
+            self.wait(request, source)
             return filled()
 
         return finish
 
     def bcast(self, value, root=0):
-        self._meet()
-        return self.mpi.bcast(value, root)
+        return self._together(lambda: self.mpi.bcast(value, root))
 
     def broadcast(self, tensor, root=0):
         if self.rank == root:
@@ -80,8 +84,7 @@ class MPICommunicator(Communicator):
         return filled()
 
     def gather(self, value, root=0):
-        self._meet()
-        return self.mpi.gather(value, root)
+        return self._together(lambda: self.mpi.gather(value, root))
 
     def barrier(self):
         self.wait(self.mpi.Ibarrier())
@@ -96,22 +99,82 @@ class MPICommunicator(Communicator):
         group.Free()
         return SerialCommunicator(end=_end_job)
 
-    def wait(self, request) -> None:
-        if not self.oversubscribed:
-            request.Wait()
-            return
-        tests = 0
-        while not request.Test():
-            tests += 1
-            if tests < PATIENCE:
-                os.sched_yield()
-            else:
-                time.sleep(NAP)
+    def line(self):
+        from mpi4py import MPI
 
-    def _meet(self) -> None:
+        # The watchdog has a thread of its own.
+        return _SideLine(self.mpi.Dup()) if MPI.Query_thread() == MPI.THREAD_MULTIPLE else None
+
+    def wait(self, request, peer: int | None = None) -> None:
+        """Wait for a request to or from a rank, or of all ranks."""
+        watchdog.begin(self._ranks if peer is None else self._ranks[peer : peer + 1])
+        try:
+            if not self.oversubscribed:
+                request.Wait()
+                return
+            tests = 0
+            while not request.Test():
+                tests += 1
+                if tests < PATIENCE:
+                    os.sched_yield()
+                else:
+                    time.sleep(NAP)
+        finally:
+            watchdog.end()
+
+    def _together(self, call: Callable[[], Any]) -> Any:
         # Messages of objects cannot be waited for asleep: they are only begun when all ranks are there.
         if self.oversubscribed:
             self.barrier()
+        watchdog.begin(self._ranks)
+        try:
+            return call()
+        finally:
+            watchdog.end()
+
+
+class _SideLine:
+    """A line for the watchdog, over a communicator of its own."""
+
+    def __init__(self, comm):
+        self._comm = comm
+        self.rank, self.size = comm.Get_rank(), comm.Get_size()
+        self._sent: list[Any] = []
+
+    def send(self, word, dest):
+        self._sent = [request for request in self._sent if not request.Test()]
+        self._sent.append(self._comm.isend(word, dest))
+
+    def poll(self):
+        from mpi4py import MPI
+
+        found, status = [], MPI.Status()
+        while self._comm.iprobe(status=status):
+            found.append((status.Get_source(), self._comm.recv(source=status.Get_source())))
+        return found
+
+    def meet(self, seconds):
+        request, until = self._comm.Ibarrier(), time.monotonic() + seconds
+        while not request.Test():
+            if time.monotonic() > until:
+                return False
+            time.sleep(10 * NAP)
+        return True
+
+
+def _library() -> str:
+    """The MPI library and its version, in a line."""
+    from mpi4py import MPI
+
+    return " ".join(MPI.Get_library_version().split("\n")[0].split())
+
+
+def _ranks_of_the_job(comm) -> tuple[int, ...]:
+    """Numbers of the ranks of `comm` among all of the job."""
+    from mpi4py import MPI
+
+    group, everybody = comm.Get_group(), MPI.COMM_WORLD.Get_group()
+    return tuple(group.Translate_ranks(range(group.Get_size()), everybody))
 
 
 def _oversubscribed(comm) -> bool:
@@ -151,6 +214,14 @@ def _end_job(status: int) -> None:
     if MPI.COMM_WORLD.Get_size() == 1:
         os._exit(status)
     MPI.COMM_WORLD.Abort(status)
+
+
+def is_of_lost_rank(error: BaseException) -> bool:
+    """Whether MPI says by an error that a process at the other end is gone."""
+    from mpi4py import MPI
+
+    lost = (MPI.ERR_OTHER, MPI.ERR_INTERN, MPI.ERR_PROC_FAILED, MPI.ERR_PROC_ABORTED)
+    return isinstance(error, MPI.Exception) and error.Get_error_class() in lost
 
 
 def world() -> Communicator:

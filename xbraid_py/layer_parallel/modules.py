@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator, as_communicator
-from xbraid_py.comm.agreement import agree, together
+from xbraid_py.comm.agreement import agree, same_arguments, together
 from xbraid_py.comm.partition import Partition
 from xbraid_py.comm.tree import TreeSum
+from xbraid_py.kernels import BACKEND
 from xbraid_py.layer_parallel.pipeline import Portions
 from xbraid_py.layer_parallel.solves import graph_is_kept
 from xbraid_py.layers.module_block import own_random_numbers
@@ -107,7 +108,8 @@ class PipelineParallel(nn.Module):
             self.partition = dealt_out(len(modules), costs, self.comm.size)
             first, count = self.partition.first(self.comm.rank), self.partition.count(self.comm.rank)
             made = {str(number): _made(modules[number], seed, number) for number in range(first, first + count)}
-        self.comm.same((len(modules), costs, portions, output, recompute, seed), "arguments")
+        arguments = {"modules": len(modules), "costs": costs, "portions": portions, "output": output}
+        same_arguments(self.comm, arguments | {"recompute": recompute, "seed": seed}, kernels=BACKEND)
         self.layers = nn.ModuleDict(made)
         self.output, self.recompute, self.seed = output, recompute, seed
         for module in made.values():

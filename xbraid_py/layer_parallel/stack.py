@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator, as_communicator
-from xbraid_py.comm.agreement import together
+from xbraid_py.comm.agreement import same_arguments, together
 from xbraid_py.comm.partition import Partition, require_multiple
+from xbraid_py.kernels import BACKEND
 from xbraid_py.layer_parallel.accuracy import GradientControl, SolveRecord
 from xbraid_py.layer_parallel.solves import Solvers, for_adjoint
 from xbraid_py.layer_parallel.window import Place, Settings, Window
@@ -142,7 +143,8 @@ class LayerParallel(nn.Module):
         settings = Settings(
             accuracy=accuracy or GradientControl(), output=output, seed=seed, vmap=vmap, recompute=recompute
         )
-        self.comm.same((self.grid, windows, options, backwards, settings, splines, spatial), "arguments")
+        arguments = {"grid": self.grid, "windows": windows, "mgrit": options, "adjoint": backwards, "splines": splines}
+        same_arguments(self.comm, arguments | {"spatial": spatial} | vars(settings), kernels=BACKEND)
         made = [
             Window(block, each, settings, place, splines)
             for each, place in zip(solvers, _places(self.grid, counts, self.comm.size), strict=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator
+from xbraid_py.comm.agreement import hold
 from xbraid_py.data.dataset import Dataset
 from xbraid_py.kernels import BACKEND
 from xbraid_py.layer_parallel.export import to_sequential
@@ -225,6 +226,8 @@ def prepare_job(
         Whatever is wrong with options, data or folder; on every rank, or on rank 0 alone.
     """
     samples, validation = load()
+    for name, each in (("training samples", samples), ("validation samples", validation)):
+        hold(comm, name, each.features, each.labels)
 
     def prepared(options: ClassificationOptions, plan: str = "", **claimed) -> Callable[[], Row]:
         def train_by(options: ClassificationOptions, kind: str, finish: Finish, nested: NestedOptions | None = None):

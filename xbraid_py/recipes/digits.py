@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator
+from xbraid_py.comm.agreement import hold
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.data import mnist
 from xbraid_py.data.dataset import Batches
@@ -144,6 +145,8 @@ def prepare_digits(
     how it is validated. For the rest see `xbraid_py.run.engine.train`.
     """
     digits = Digits.load(options)
+    hold(comm, "training images", digits.train_images, digits.train_labels)
+    hold(comm, "test images", digits.test_images, digits.test_labels)
     options, plan = options.planned(comm.size)
 
     def make(model: nn.Module, grid: ProcessGrid) -> DigitTraining:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from xbraid_py.comm import Communicator
+from xbraid_py.comm.agreement import hold
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.data.image_sets import ImageSplit, load_split
 from xbraid_py.data.images import Augmentation, standardize
@@ -359,6 +360,8 @@ def prepare(
     """
     (model,), (seed,) = options.models, options.seeds
     options.check(samples, comm.size)
+    for name, each in (("training images", samples.train), ("test images", samples.test)):
+        hold(comm, name, each.pixels, each.labels)
     torch.backends.cudnn.benchmark = True  # all minibatches have one shape
 
     def make() -> ImageTraining:

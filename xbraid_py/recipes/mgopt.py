@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from xbraid_py.comm import Communicator
+from xbraid_py.comm.agreement import hold
 from xbraid_py.data import circles, mnist, peaks
-from xbraid_py.data.dataset import Batches
+from xbraid_py.data.dataset import Batches, Dataset
 from xbraid_py.data.mnist import SCALINGS, columns
 from xbraid_py.layer_parallel.export import to_sequential
 from xbraid_py.mgrit import MGRIT
@@ -132,6 +133,10 @@ class MGOptRunOptions(RunOptions):
     def batch(self) -> int:
         """Samples that are propagated together."""
 
+    @abstractmethod
+    def hold(self, comm: Communicator) -> None:
+        """Read the data and note what they are (`comm.agreement.hold`); sends no message."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CirclesOptions(MGOptRunOptions):
@@ -157,10 +162,17 @@ class CirclesOptions(MGOptRunOptions):
         """See `MGOptRunOptions`."""
         return self.num_train
 
+    def hold(self, comm: Communicator) -> None:
+        """See `MGOptRunOptions`."""
+        for name, points in zip(("training points", "validation points"), self._points(), strict=True):
+            hold(comm, name, points.features, points.labels)
+
+    def _points(self) -> tuple[Dataset, Dataset]:
+        return circles.generate(self.num_train, self.num_val, self.seed, self.sampling, self.torch_dtype)
+
     def training(self, comm: Communicator) -> DepthTraining:
         """The training, at its beginning; sends no message."""
-        numbers = (self.num_train, self.num_val, self.seed, self.sampling, self.torch_dtype)
-        train, validation = circles.generate(*numbers)
+        train, validation = self._points()
         problem = self.problem((train.features, train.labels), train.num_classes, comm)
         method = MGOpt(problem, self.num_layers, self.mgopt)
         return DepthTraining(self, method, (validation.features, validation.labels), plane=circles.class_of)
@@ -212,6 +224,12 @@ class MnistColumnsOptions(MGOptRunOptions):
             raise ValueError(f"batch_size={self.batch_size} must be at least 0; use 1000, or 0 for all images")
         if self.scaling not in SCALINGS:
             raise ValueError(f"scaling={self.scaling!r} must be {' or '.join(SCALINGS)}; use centered")
+
+    def hold(self, comm: Communicator) -> None:
+        """See `MGOptRunOptions`."""
+        data = _mnist(self.data_dir)
+        hold(comm, "training images", data.train_images, data.train_labels)
+        hold(comm, "test images", data.test_images, data.test_labels)
 
     def training(self, comm: Communicator) -> DepthTraining:
         """The training, at its beginning; reads the files, sends no message."""
@@ -359,6 +377,7 @@ def prepare(options: MGOptRunOptions, comm: Communicator, recipe: str) -> Callab
 
         return train_by_plan("mgopt", training, options, comm, recipe=recipe, **claimed)
 
+    options.hold(comm)
     shape = {"architecture": options.network, "dtype": options.torch_dtype}
     workload = Workload(num_layers=options.num_layers, batch=options.batch, **shape)
     return by_plan(options, workload, comm, prepared)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator
+from xbraid_py.comm.agreement import hold
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.data import text
 from xbraid_py.layer_parallel.accuracy import GradientControl
@@ -114,6 +115,7 @@ class TextOptions(MinibatchOptions):
 def prepare_text(options: TextOptions, comm: Communicator) -> Callable[[], Row]:
     """Read and check everything, without a message; returns the run."""
     corpus = text.load(options.source, options.num_characters, options.seed)
+    hold(comm, "text", *corpus.split())
     stretches(corpus.split()[1], options, 1, 0)  # too short a text is refused here
     sizes = {"num_tokens": len(corpus.characters)}
     options, plan = options.planned(comm.size)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator
+from xbraid_py.comm.agreement import hold
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.data.darcy import Darcy
 from xbraid_py.data.elliptic import Poisson
@@ -434,6 +435,8 @@ def set_up(options: WidthRunOptions, comm: Communicator) -> Callable[[], Row]:
     found, problem = None, source.problem
     if problem is None:
         found = source.load(dtype=dtype)
+        for name, each in zip(("training samples", "validation samples"), found, strict=True):
+            hold(comm, name, each.inputs, each.targets)
         shape, outputs = tuple(found[0].inputs.shape[1:]), found[0].targets[0].numel()
     else:
         shape, outputs = source.shape, prod(problem.shapes[source.target or problem.targets[0]])

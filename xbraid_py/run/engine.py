@@ -51,6 +51,8 @@ class RunOptions:
         Newest checkpoints to keep, besides the best.
     tensorboard
         Write event files for TensorBoard as well, into the folder tensorboard of the out folder.
+    patience
+        Seconds that a rank waits for others, before it says where all of them are, and ends the job.
     """
 
     out: Path = free(Path("runs/run"))
@@ -60,9 +62,11 @@ class RunOptions:
     checkpoint_best: bool = free(False)
     keep: int = free(3)
     tensorboard: bool = free(False)
+    patience: float = free(300.0)
 
     def __post_init__(self):
         self.require_least(5, record_every=1, checkpoint_every=1, keep=1)
+        self.require_least(300, patience=1)
 
     def require_least(self, good: int, **least: int) -> None:
         """Raise `ValueError` for an option, if it is given, that is less than this; `good` is a value that works."""

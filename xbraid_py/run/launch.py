@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import math
 import os
 import signal
 import socket
@@ -13,17 +14,19 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import NoReturn, TypeVar
 
 import torch
 
-from xbraid_py.comm import Communicator, launcher_rank, world
-from xbraid_py.comm.agreement import RunError
+from xbraid_py.comm import Communicator, launcher_rank, watchdog, world
+from xbraid_py.comm.agreement import RunError, agree_on_all, launcher_size, same_data, same_installation
+from xbraid_py.comm.mpi import is_of_lost_rank
+from xbraid_py.kernels import BACKEND
 from xbraid_py.run import signals
 from xbraid_py.run.folder import last_words
-from xbraid_py.run.options import OptionError, Presets, parse
+from xbraid_py.run.options import OptionError, Presets, flat, parse, to_dict
 from xbraid_py.run.progress import setup_logging
 
 T = TypeVar("T")
@@ -31,6 +34,7 @@ T = TypeVar("T")
 BAD_INPUT, RUN_FAILED, INTERRUPTED = 2, 1, 128 + signal.SIGINT
 
 _TWICE = 0.2  # seconds within which two SIGTERM are one
+_SOON, _LATE = 3.0, 20.0  # seconds within which ranks that end alike come to their end
 
 _log = logging.getLogger(__name__)
 
@@ -50,20 +54,27 @@ def launch(
     arguments. It must send no message: it may fail on one rank alone, and only afterwards do the ranks agree
     whether to go on.
 
+    Before the set-up the ranks compare their options, versions and code, after it the data that they say they hold
+    (`comm.agreement.hold`). During the run a watchdog looks after them: where a rank waits for longer than the option
+    `patience` says, if there is one of that name (300 seconds otherwise), it tells where all are.
+
     ==========================================  ==========================================  ======
     what happens                                what is printed                             status
     ==========================================  ==========================================  ======
     wrong option, launcher of another MPI       one message, rank 0                         2
+    options, code or data that differ           what differs, rank 0                        2
+    an exit on some ranks alone                 one message                                 2
     ValueError, TypeError, OSError in set-up    one message, rank 0                         2
     `RunError`, raised by all ranks             one message, rank 0                         1
     any other exception, on any rank or thread  its traceback and its rank; ends all ranks  1
+    a rank that is gone, or does not come       one line; where all are; ends all ranks     1
     SIGTERM or SIGUSR1, see below               where it goes on, rank 0                    75
     a second SIGTERM                            `terminated`, rank 0; ends all ranks        143
     Ctrl-C                                      `interrupted`, rank 0; ends all ranks       130
     reader of the output gone (`| head`)        nothing; ends all ranks                     1
     ==========================================  ==========================================  ======
 
-    `SystemExit` passes through; all ranks must raise it, or none.
+    `SystemExit` passes through where all ranks raise it.
 
     SIGTERM and SIGUSR1, to any rank or to all, are noted. During the set-up they end all ranks after it, before the
     run. During the run it is the run that asks for them after each update (`RunFolder.update`), writes a checkpoint
@@ -96,32 +107,48 @@ def launch(
     job.watch()
     if job.rank > 0:
         warnings.simplefilter("ignore")
-    problem = None
+    options, problem, leaving = None, None, None
     try:
         options = parse(options_class, argv, presets=presets, prog=prog, description=description)
     except OptionError as error:
         problem = str(error)
         if not isinstance(error.__cause__, OSError):
-            job.fail(BAD_INPUT, f"{problem}\ntry {prog or os.path.basename(sys.argv[0])} --help")
-        # A file may be unreadable on one rank alone, so this is for the ranks to agree on.
+            problem += f"\ntry {prog or os.path.basename(sys.argv[0])} --help"
+    except SystemExit as exit:  # after --help
+        leaving = exit
+    if launcher_size() == 1:
+        job.part(problem, leaving)
     # mpi4py warns of what LaunchError says.
     warnings.filterwarnings("ignore", message="suspicious MPI execution environment")
+    patience = getattr(options, "patience", watchdog.PATIENCE)
     try:
-        comm = world()
+        with job.limited(patience, "MPI has not begun: not all processes of this job have come"):
+            comm = world()
     except (RuntimeError, ImportError) as error:
         # LaunchError, or mpi4py finds no MPI library.
-        job.fail(BAD_INPUT, str(error))
-    job.join(comm)
+        job.part(str(error), leaving)
+    job.join(comm, patience)
     setup_logging(comm)
-    if problem is None:
-        try:
-            run = setup(options, comm)
-        except BrokenPipeError:
-            raise
-        except (ValueError, TypeError, OSError) as error:
-            _log.debug("set-up failed", exc_info=True)
-            problem = str(error) or type(error).__name__
-    job.agree(problem)
+    job.agree(problem, leaving)
+    try:
+        same_installation(comm, kernels=BACKEND)
+        agree_on_all(comm, {"program": prog or os.path.basename(sys.argv[0])} | flat(to_dict(options)), "options")
+    except ValueError as error:
+        job.fail(BAD_INPUT, str(error))
+    try:
+        run = setup(options, comm)
+    except BrokenPipeError:
+        raise
+    except (ValueError, TypeError, OSError) as error:
+        _log.debug("set-up failed", exc_info=True)
+        problem = str(error) or type(error).__name__
+    except SystemExit as exit:
+        leaving = exit
+    job.agree(problem, leaving)
+    try:
+        same_data(comm)
+    except ValueError as error:
+        job.fail(BAD_INPUT, str(error))
     try:
         if signals.stop_agreed(comm):
             raise signals.Stopped("stopped before the run has begun; start again")
@@ -138,6 +165,10 @@ def launch(
         job.fail(RUN_FAILED, str(error))
     except signals.Stopped as stop:
         job.end(signals.STOPPED, str(stop))
+    except SystemExit as exit:
+        job.leave(_SOON, f"rank {job.rank} of {comm.size} has left the others by SystemExit({exit.code!r})")
+        raise
+    job.leave()
 
 
 class _Job:
@@ -147,11 +178,45 @@ class _Job:
         self.comm: Communicator | None = None
         self.rank = launcher_rank()
         self._ending = threading.Lock()
+        self._watchdog: watchdog.Watchdog | None = None
 
-    def join(self, comm: Communicator) -> None:
-        """From here on the other ranks can be reached."""
+    def join(self, comm: Communicator, patience: float) -> None:
+        """From here on the other ranks can be reached, and are watched."""
         self.comm = comm
         self.rank = comm.rank
+        line = comm.line()
+        if line is not None:
+            self._watchdog = watchdog.Watchdog(line, patience, self._give_up)
+
+    @contextlib.contextmanager
+    def limited(self, seconds: float, message: str) -> Iterator[None]:
+        """End this process if what is done within takes longer."""
+        timer = threading.Timer(seconds, lambda: self._end(RUN_FAILED, f"rank {self.rank}: {message}"))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def leave(self, seconds: float | None = None, alone: str = "") -> None:
+        """Come together with the other ranks before the end; who is not met within some seconds is ended."""
+        if self._watchdog is None:
+            return
+        if seconds is None:
+            with self._watchdog.waiting():
+                self._watchdog.line.meet(math.inf)
+        elif not self._watchdog.line.meet(seconds):
+            self._end(BAD_INPUT if alone else RUN_FAILED, alone)
+        self._watchdog.stop()
+        self._watchdog = None
+
+    def part(self, problem: str | None, leaving: SystemExit | None) -> None:
+        """End this process, whatever the others do, if it is leaving or has a problem."""
+        if leaving is not None:
+            raise leaving
+        if problem is not None:
+            self.fail(BAD_INPUT, problem)
 
     def watch(self) -> None:
         """Meet uncaught exceptions of all threads, and Ctrl-C even while MPI waits for a message."""
@@ -175,16 +240,27 @@ class _Job:
         if self.rank == 0:
             _say(message)
         # A rank that fails alone, against the rules, would wait for the others for ever.
-        signal.alarm(20)
+        signal.alarm(int(_LATE) + 5)
+        self.leave(_LATE)
         raise SystemExit(status)
 
-    def agree(self, problem: str | None) -> None:
-        """Go on if no rank has a problem; otherwise end all of them with that of the lowest rank."""
-        problems = self.comm.bcast(self.comm.gather(problem))
-        failed = [rank for rank, text in enumerate(problems) if text is not None]
+    def agree(self, problem: str | None, leaving: SystemExit | None) -> None:
+        """Go on if all ranks do; otherwise end all of them, with the problem of the lowest rank that has one."""
+        said = self.comm.bcast(self.comm.gather((problem, leaving is not None)))
+        failed = [rank for rank, (text, _) in enumerate(said) if text is not None]
+        gone = [rank for rank, (_, is_gone) in enumerate(said) if is_gone]
         if failed:
             alone = f"rank {failed[0]} of {self.comm.size}: " if len(failed) < self.comm.size else ""
-            self.fail(BAD_INPUT, alone + problems[failed[0]])
+            self.fail(BAD_INPUT, alone + said[failed[0]][0])
+        if len(gone) == self.comm.size:
+            self.leave(_LATE)
+            raise leaving
+        if gone:
+            self.fail(
+                BAD_INPUT,
+                f"rank {gone[0]} of {self.comm.size} ends here, after --help or --print_config perhaps, and others do "
+                f"not; start all ranks with the same words",
+            )
 
     def _uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if kind is SystemExit:
@@ -193,11 +269,21 @@ class _Job:
             self._interrupted()
         if issubclass(kind, BrokenPipeError):
             self._end(RUN_FAILED, "")
+        if self.comm and self.comm.size > 1 and is_of_lost_rank(error):
+            _log.debug("a rank is gone", exc_info=(kind, error, trace))
+            last_words("another rank is gone")
+            # The launcher has it, and says who it was.
+            time.sleep(1.0)
+            self._end(RUN_FAILED, f"rank {self.rank} of {self.comm.size}: another rank is gone ({error})")
         text = "".join(traceback.format_exception(kind, error, trace))
         last_words(f"rank {self.rank}: {kind.__name__}: {error}")
         # Where all ranks fail alike, rank 0 ends the others before they repeat the same traceback.
         time.sleep(min(1.0 + 0.2 * self.rank, 3.0) if self.rank else 0.0)
         self._end(RUN_FAILED, f"rank {self.rank} of {self.comm.size}:\n{text}" if self.comm else text)
+
+    def _give_up(self, text: str) -> None:
+        last_words(text.splitlines()[0])
+        self._end(RUN_FAILED, f"error: {text}")
 
     def _interrupted(self) -> NoReturn:
         self._end_by_signal(INTERRUPTED, "interrupted", patience=2.0)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator, as_communicator
-from xbraid_py.comm.agreement import agree, together
+from xbraid_py.comm.agreement import agree, same_arguments, together
+from xbraid_py.kernels import BACKEND
 from xbraid_py.layer_parallel.sequence.window import LayerWeights, SequencePlan, SequenceWindow
 from xbraid_py.layer_parallel.solves import check_portions, for_adjoint, graph_is_kept
 from xbraid_py.layers.gru import COARSE, KINDS, GruCell
@@ -148,8 +149,10 @@ class ParallelGRU(nn.Module):
             check_portions(options, backwards)
             with own_random_numbers(seed):
                 made = nn.GRU(input_size, hidden_size, num_layers, bias, device=device, dtype=dtype)
-        arguments = (input_size, hidden_size, num_layers, bias, batch_first, options, backwards)
-        self.comm.same((*arguments, kind, dt, output, windows, coarse, seed), "arguments")
+        arguments = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers, "bias": bias}
+        arguments |= {"batch_first": batch_first, "mgrit": options, "adjoint": backwards, "kind": kind, "dt": dt}
+        arguments |= {"output": output, "windows": windows, "coarse": coarse, "seed": seed}
+        same_arguments(self.comm, arguments, kernels=BACKEND)
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.output, self.windows = bias, batch_first, output, windows
         self.cell, self.dt, self.coarse = GruCell(hidden_size, kind), dt, coarse
