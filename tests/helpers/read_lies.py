@@ -1,0 +1,123 @@
+"""Files that lie, each read by a process of its own that may have 1 GB and 5 s.
+
+    python tests/helpers/read_lies.py SEED ROUNDS [KIND ...]
+
+writes a file of every kind of lie (or of those named) a round, and prints a line of JSON for each: "refused",
+"harmless" (accepted, and all that is read is what was written), "wrong" (accepted, with other numbers), "raw" (another
+error than `CheckpointError`, or a good file before it that is not taken), "crash" or "hang"; with seconds, and the
+megabytes that reading has added. With XBRAID_LIES_UNLIMITED set nothing is limited, to leave room for memory checkers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from hdf5_lies import LIES, base_of, sound_files, tell
+
+from xbraid_py.run.store.read import CheckpointError, file_name, load, newest_good
+
+SECONDS, BYTES = 5, 2**30
+Content = tuple[dict, dict[str, torch.Tensor]]
+
+
+def content(path: Path) -> Content:
+    """Everything in a checkpoint."""
+    with load(path) as checkpoint:
+        return checkpoint.meta, {name: checkpoint.rows(name) for name in checkpoint.names()}
+
+
+def same(found: Content, truth: Content) -> bool:
+    """Whether two checkpoints hold the same, bit by bit."""
+    return (
+        found[0] == truth[0]
+        and found[1].keys() == truth[1].keys()
+        and all(
+            rows.shape == truth[1][name].shape
+            and rows.dtype == truth[1][name].dtype
+            and rows.numpy().tobytes() == truth[1][name].numpy().tobytes()
+            for name, rows in found[1].items()
+        )
+    )
+
+
+def judged(path: Path, before: Path, truth: Content) -> dict[str, object]:
+    """What the reader makes of a file; the one before it in the same folder is good."""
+    began, memory = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        taken = newest_good(path.parent)
+        try:
+            verdict = "harmless" if same(content(path), truth) else "wrong"
+        except CheckpointError as error:
+            verdict = "refused" if str(path) in str(error) else "raw"
+        if taken != (before if verdict == "refused" else path):
+            verdict = "raw"
+    except Exception as error:  # noqa: BLE001  whatever it is, it is what this looks for
+        verdict = f"raw {type(error).__name__}: {error}"
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
+    return {"verdict": verdict, "seconds": round(time.monotonic() - began, 2), "MB": round(used / 1024)}
+
+
+def _read(path: Path, before: Path, truth: Content, pipe: int) -> None:
+    """The process of one file: judge it, say so, and end."""
+    if "XBRAID_LIES_UNLIMITED" not in os.environ:
+        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + BYTES, held + BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.write(pipe, json.dumps(judged(path, before, truth)).encode())
+
+
+def verdict_of(path: Path, before: Path, truth: Content) -> dict[str, object]:
+    """What a process of its own makes of a file, see `judged`; or that it has crashed, or not ended in time."""
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            _read(path, before, truth, theirs)
+        finally:
+            os._exit(0)
+    os.close(theirs)
+    limit = None if "XBRAID_LIES_UNLIMITED" in os.environ else SECONDS
+    ready, _, _ = select.select([ours], [], [], limit)
+    said = os.read(ours, 2**16) if ready else b""
+    os.close(ours)
+    if not ready:
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if not ready:
+        return {"verdict": "hang", "seconds": SECONDS}
+    if not said:
+        return {"verdict": "crash", "signal": os.WTERMSIG(status)}
+    return json.loads(said)
+
+
+def main() -> None:
+    seed, rounds, kinds = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:] or sorted(LIES)
+    logging.disable()  # of what is refused
+    with tempfile.TemporaryDirectory() as folder:
+        sound, place = Path(folder) / "sound", Path(folder) / "checkpoints"
+        sound.mkdir()
+        place.mkdir()
+        truths = sound_files(sound)
+        before, path = place / file_name(1), place / file_name(2)
+        shutil.copyfile(sound / "few.h5", before)
+        for number in range(seed, seed + rounds):
+            for kind in kinds:
+                path.unlink(missing_ok=True)
+                tell(kind, sound, number, path)
+                verdict = verdict_of(path, before, truths[base_of(kind)])
+                print(json.dumps({"kind": kind, "seed": number, **verdict}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
