@@ -231,7 +231,7 @@ def _filter(file, chance):
         [("gzip",), ("sum", "gzip"), ("sum", "sum"), ("shuffle", "sum"), ("own", "sum"), ("own",)]
     ):
         if each == "own":
-            made.set_filter(chance.choice([4, 307, 32000, 65535]), h5py.h5z.FLAG_OPTIONAL)
+            made.set_filter(chance.choice([307, 32000, 65535]), h5py.h5z.FLAG_OPTIONAL)
         else:
             {"gzip": lambda: made.set_deflate(9), "sum": made.set_fletcher32, "shuffle": made.set_shuffle}[each]()
     h5py.h5d.create(file["weights"].id, b"b", h5py.h5t.NATIVE_DOUBLE, h5py.h5s.create_simple((3, 2)), made)

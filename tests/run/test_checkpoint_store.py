@@ -168,7 +168,7 @@ def test_a_best_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch, caplo
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "link", full)
-    monkeypatch.setattr(shutil, "copyfile", full)
+    monkeypatch.setattr(shutil, "copyfileobj", full)
     path = put(CheckpointStore(tmp_path), 1, 0.5)
     assert names(tmp_path) == [path.name] and "No space left" in caplog.text
 
@@ -205,10 +205,56 @@ def test_a_temporary_file_removed_while_it_is_written(tmp_path, monkeypatch):
 def test_what_a_killed_writer_left_is_cleared(tmp_path):
     put(CheckpointStore(tmp_path), 1)
     (tmp_path / (file_name(2) + ".tmp")).write_bytes(b"half")
+    (tmp_path / "best.h5.tmp").write_bytes(b"half")
     (tmp_path / "notes.tmp").write_text("mine")
     clear_rest(tmp_path)
     clear_rest(tmp_path / "missing")
     assert names(tmp_path) == ["notes.tmp", file_name(1)]
+
+
+def test_what_cannot_be_cleared_is_said(tmp_path, caplog):
+    (tmp_path / "best.h5.tmp").mkdir()
+    clear_rest(tmp_path)
+    assert "what a killed job has left in" in caplog.text and names(tmp_path) == ["best.h5.tmp"]
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_links_in_the_place_of_temporary_files_are_not_followed(tmp_path, monkeypatch, has_links):
+    folder, mine = tmp_path / "checkpoints", tmp_path / "mine"
+    folder.mkdir()
+    mine.write_text("precious")
+    (folder / f"{file_name(1)}.tmp").symlink_to(mine)
+    os.link(mine, folder / f"{file_name(2)}.tmp")
+    (folder / "best.h5.tmp").symlink_to(mine)
+
+    def none(*_):
+        # Whoever plants a link may do so at any time.
+        (folder / "best.h5.tmp").symlink_to(mine)
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", none)
+    store = CheckpointStore(folder)
+    put(store, 1, 0.5)
+    put(store, 2, 0.6)
+    assert mine.read_text() == "precious" and mine.stat().st_nlink == 1
+    assert names(folder) == ["best.h5", file_name(1), file_name(2)] and value_of(folder / "best.h5") == 2
+
+
+def test_a_link_among_the_checkpoints_is_judged_by_what_it_leads_to(tmp_path):
+    # A link of one's own, to a run elsewhere, is read as the file; whoever plants one could plant a copy as well.
+    folder, other = tmp_path / "checkpoints", tmp_path / "other.h5"
+    store = CheckpointStore(folder)
+    put(store, 1)
+    shutil.copyfile(folder / file_name(1), other)
+    (folder / file_name(2)).symlink_to(other)
+    assert newest_good(folder) == folder / file_name(2) and value_of(newest_good(folder)) == 1
+    damage(other)
+    assert newest_good(folder) == folder / file_name(1)
+    # Writing takes the link's place, and removing takes the link.
+    content = other.read_bytes()
+    put(store, 2)
+    assert value_of(folder / file_name(2)) == 2 and other.read_bytes() == content
 
 
 def test_files_written_here_are_not_read_again(tmp_path, monkeypatch):

@@ -131,6 +131,19 @@ def test_a_signal_stops_and_the_run_goes_on(name, tmp_path):
     same_end(out, expected)
 
 
+@pytest.mark.parametrize("keep", [None, 2])
+def test_what_a_killed_job_left_is_gone(keep, copied, tmp_path):
+    """Also where it was killed at its end, so that nothing is left to do."""
+    name = next(iter(KINDS))
+    out = copied(name, keep)
+    rest = [out / "checkpoints" / f"{name}.tmp" for name in ("best.h5", file_name(3))]
+    rest[0].write_bytes(b"half")
+    rest[1].symlink_to(tmp_path / "other")
+    (tmp_path / "other").write_text("mine")
+    run(KINDS[name], SERIAL, out, "--resume=auto")
+    assert not list((out / "checkpoints").glob("*.tmp")) and (tmp_path / "other").read_text() == "mine"
+
+
 @ALL
 def test_a_run_that_dies_while_drawing_draws_the_next_time(name, tmp_path, monkeypatch):
     """And the same command has given the same bits."""

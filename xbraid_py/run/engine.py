@@ -322,6 +322,8 @@ def train(
         training = make if is_made else _made(make)
         if start:
             _agree_on(start, comm)
+        if comm.rank == 0:
+            clear_rest(folder.checkpoints)
         if is_over if is_made else start and _load_together(training, start, comm):
             _finished(training, start.row, folder)
             return start.row
@@ -466,7 +468,6 @@ def _clear(out: Path, checkpoints: Path, start: Start | None) -> None:
             log.info("the earlier run in %s is now in %s", out, aside)
         return
     truncate_after(out / METRICS, start.update + 1)
-    clear_rest(checkpoints)
     later = [path for number, path in numbered(checkpoints) if number > start.update]
     aside = set_aside(out, tuple(str(path.relative_to(out)) for path in later))
     if aside is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import math
 import os
 from pathlib import Path
@@ -18,6 +19,12 @@ from xbraid_py.run.store.read import CHUNK_BYTES, FORMAT, FORMAT_NUMBER, META
 _AHEAD_BYTES = 2**23  # after which the disk is told to begin
 
 
+def new_file(path: Path) -> io.FileIO:
+    """A new file to write and read, in place of one or of a link that is there: what a link leads to stays as it is."""
+    path.unlink(missing_ok=True)
+    return open(path, "x+b", buffering=0)
+
+
 class _Disk:
     """A file that keeps its first error to itself and from then on only pretends to write.
 
@@ -27,7 +34,7 @@ class _Disk:
 
     def __init__(self, path: Path):
         self.failure: OSError | None = None
-        self._raw = open(path, "w+b", buffering=0)
+        self._raw = new_file(path)
         self._waiting = 0
 
     def _attempt(self, action, *args):
@@ -249,11 +256,8 @@ class ParallelWriter:
     def _make_room(self, num_bytes: int) -> None:
         # A rank that fails inside a collective write leaves the others waiting, so a full disk is found out before.
         make_folder(self.path.parent)
-        handle = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        try:
-            os.posix_fallocate(handle, 0, num_bytes)
-        finally:
-            os.close(handle)
+        with new_file(self._temporary) as file:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
 
     def _open(self, text: str) -> None:
         self._file = h5py.File(self._temporary, "w", libver=("v110", "v110"), driver="mpio", comm=self.comm.mpi)

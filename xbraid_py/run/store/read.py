@@ -220,9 +220,13 @@ class Checkpoint:
         waiting, seen, left = [("", root)], {h5py.h5o.get_info(root).addr}, size
         while waiting:
             where, group = waiting.pop()
-            if len(seen) + group.get_num_objs() > NAMES:
+            count = group.get_num_objs()
+            if len(seen) + count > NAMES:
                 raise _error(self.path, f"damaged: it holds more than {NAMES} names")
-            for key in group:
+            keys = list(group)
+            if len(keys) != count:
+                raise _error(self.path, f"damaged: it says {count} names where it has {len(keys)}")
+            for key in keys:
                 name = where + self._checked_name(key)
                 # Links of other kinds lead into other files, or nowhere.
                 if group.links.get_info(key).type != h5py.h5l.TYPE_HARD:

@@ -22,7 +22,7 @@ import torch
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.agreement import RunError
 from xbraid_py.run.record import library_versions, publish
-from xbraid_py.run.store.hdf5_writer import HDF5Writer, ParallelWriter, writes_together
+from xbraid_py.run.store.hdf5_writer import HDF5Writer, ParallelWriter, new_file, writes_together
 from xbraid_py.run.store.read import (
     BEST,
     DTYPES,
@@ -374,7 +374,8 @@ class CheckpointStore:
             try:
                 os.link(path, temporary)
             except OSError:
-                shutil.copyfile(path, temporary)
+                with open(path, "rb") as source, new_file(temporary) as target:
+                    shutil.copyfileobj(source, target)
             publish(temporary, self.best)
         finally:
             temporary.unlink(missing_ok=True)
@@ -412,9 +413,10 @@ def score_of(path: str | os.PathLike) -> Score:
 
 
 def clear_rest(folder: Path) -> None:
-    """Remove what a writer that was killed has left half written; one rank, while no run writes there."""
-    for path in folder.glob("*.h5.tmp") if folder.is_dir() else ():
-        path.unlink(missing_ok=True)
+    """Remove what a writer that was killed has left half written, or a link of such a name; one rank, before a run."""
+    with _only_said("what a killed job has left in %s is not removed", folder):
+        for path in folder.glob("*.h5.tmp") if folder.is_dir() else ():
+            path.unlink(missing_ok=True)
 
 
 def _identity(path: Path) -> tuple[int, int]:
