@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import os
 import platform
 import sys
@@ -94,7 +93,8 @@ def same_installation(comm: Communicator, **more: str) -> None:
         Further versions, by name.
     """
     if comm.size > 1 and not comm.is_alike:
-        agree_on_all(comm, library_versions() | {"MPI": comm.library} | more, "versions")
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "MPI": comm.library}
+        agree_on_all(comm, versions | more, "versions")
         agree_on_all(comm, code(), "files of the program, by their digests")
         comm.is_alike = True
 
@@ -109,17 +109,6 @@ def same_arguments(comm: Communicator, arguments: Mapping[str, Any], **more: str
         else:
             named[name] = value
     agree_on_all(comm, named, "arguments")
-
-
-def library_versions() -> dict[str, str | None]:
-    """Versions of python and of the libraries a result depends on; None for one that is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("xbraid_py", "torch", "numpy", "h5py", "mpi4py"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def hold(comm: Communicator, name: str, *tensors: torch.Tensor) -> None:
