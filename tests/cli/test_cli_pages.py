@@ -202,7 +202,7 @@ def test_what_the_page_lacks_is_said(tmp_path):
     (folder / "status.json").write_text("{")
     found = Page(page([read_run(folder)]))
     assert [name for name, _ in found.images] == ["classes"]
-    said = "status.json is damaged or half-written; figures/half.png is damaged or half-written."
+    said = "status.json is damaged or half-written; figures/half.png is damaged, half-written or too large."
     assert said in found.texts
     assert any(text.startswith("There is nothing to draw") for text in found.texts)
 

@@ -69,16 +69,42 @@ def test_a_finished_run_is_left_alone(tmp_path, capsys):
 
 
 def test_the_driver_is_found(tmp_path, capsys):
-    """By the path that the record has; nothing is guessed."""
+    """By its name, or by the path that older records have; nothing is guessed."""
     folder = make_run(tmp_path / "run", said=status(ranks=1))
-    write_record(folder, [{"kind": "header", "driver": str(PEAKS)}])
-    assert command(capsys, folder)[1] == str(PEAKS)
+    for named in ("peaks", str(PEAKS)):
+        write_record(folder, [{"kind": "header", "driver": named}])
+        assert command(capsys, folder)[1] == str(PEAKS)
     write_record(folder, [{"kind": "header"}])
     assert main(["resume", str(folder), "--print"]) == 2
     assert "does not say which program it was made by; use --driver=" in capsys.readouterr().err
-    write_record(folder, [{"kind": "header", "driver": "nowhere.py"}])
-    assert main(["resume", str(folder), "--print"]) == 2
-    assert "driver=nowhere.py is no file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("named", ["FOLDER/peaks.py", "FOLDER/link/peaks.py", "../run/peaks.py", "nowhere", "\x1b[31m"])
+def test_what_a_folder_names_is_not_run(named, tmp_path, capsys):
+    """A folder of somebody else may name anything."""
+    folder = make_run(tmp_path / "run", said=status(ranks=1))
+    witness = tmp_path / "witness"
+    (folder / "peaks.py").write_text(f"open({str(witness)!r}, 'w')")
+    (folder / "link").symlink_to(folder)
+    for kind in ("header", "resume"):
+        write_record(folder, [{"kind": "header"}, {"kind": kind, "driver": named.replace("FOLDER", str(folder))}])
+        done = run_job(["-m", "xbraid_py", "resume", folder])
+        assert done.returncode == 2 and not witness.exists()
+        assert "is no program of this library" in done.stderr and "--driver=" in done.stderr
+        assert "\x1b" not in done.stderr
+
+
+def test_words_are_quoted_for_a_shell_and_a_terminal(tmp_path, capfd):
+    """Without a configuration file the options come from the record, whatever they hold."""
+    evil = "a\x1b]0;title\x07 'b' \\ é\n"
+    folder = make_run(tmp_path / "run", said=status(ranks=1))
+    (folder / "config.yaml").unlink()
+    write_record(folder, [{"kind": "header", "driver": "peaks", "configuration": {"data_dir": evil}}])
+    assert main(["resume", str(folder), "--print"]) == 0
+    said = capfd.readouterr().out
+    assert all(letter.isprintable() for letter in said.rstrip("\n"))
+    done = subprocess.run(["bash", "-c", f"printf '%s\\0' {said}"], capture_output=True, text=True)
+    assert f"--data_dir={evil}" in done.stdout.split("\0")
 
 
 def test_options_from_the_record(tmp_path, capsys):

@@ -9,9 +9,12 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
+
+from xbraid_py.cli.reader import printable
 
 __all__ = ["main"]
 
@@ -44,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         the reader of the output has gone.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    logging.lastResort.setFormatter(_Printable())
     with contextlib.suppress(AttributeError):
         sys.stdout.reconfigure(errors="replace")  # what a terminal has no letters for is no reason to fail
     try:
@@ -57,9 +61,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(sink.fileno(), sys.stdout.fileno())  # what is left in the buffer has somewhere to go
         return READER_GONE
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        # It may quote what a file says.
+        print("error: " + "\n".join(map(printable, str(error).splitlines())), file=sys.stderr)
         return BAD_INPUT
     return status
+
+
+class _Printable(logging.Formatter):
+    """Warnings may quote what a file says."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def _run(words: list[str]) -> int:

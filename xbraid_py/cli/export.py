@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xbraid_py.cli.reader import CHECKPOINTS, CONFIGURATION, RECORD, Run, command_parser, read_run
-from xbraid_py.cli.status import printable, progress, summarize
+from xbraid_py.cli.reader import CHECKPOINTS, CONFIGURATION, RECORD, Run, command_parser, printable, read_run
+from xbraid_py.cli.status import progress, summarize
+from xbraid_py.run import programs
 from xbraid_py.run.options import flat, text
 from xbraid_py.run.record import replacing
 
@@ -148,7 +149,7 @@ def events(words: Sequence[str]) -> int:
     out = options.out or run.path / "tensorboard"
     header = {"kind": "header", "configuration": run.configuration}
     count = write_events([header, *run.rows], out)
-    print(f"{count} rows of {run.path} are in {out}; see them with\n  tensorboard --logdir {out}")
+    print(f"{count} rows of {printable(run.path)} are in {out}; see them with\n  tensorboard --logdir {out}")
     return 0
 
 
@@ -168,7 +169,7 @@ def resume(words: Sequence[str]) -> int:
     parser.add_argument("DIR", type=Path, help="Folder of the run.")
     parser.add_argument("--ranks", type=int, help="Number of ranks; as before if not given.")
     parser.add_argument("--print", action="store_true", help="Print the command instead of running it.")
-    parser.add_argument("--driver", type=Path, help="The program; found from the record if not given.")
+    parser.add_argument("--driver", type=Path, help="The program, if it is none of the library's: it is run.")
     parser.add_argument(
         "--launcher",
         help="What starts several ranks, up to their number, as in --launcher 'srun --mpi=pmi2 -n'; "
@@ -190,7 +191,7 @@ def resume(words: Sequence[str]) -> int:
     command += ["--resume=auto", f"--out={run.path}", *extra]
     if not run.checkpoints:
         print(f"{printable(run.path)} holds no checkpoint: the run starts from its beginning", file=sys.stderr)
-    print(shlex.join(command), file=sys.stdout if options.print else sys.stderr, flush=True)
+    print(" ".join(map(quoted, command)), file=sys.stdout if options.print else sys.stderr, flush=True)
     if options.print:
         return 0
     os.execvp(command[0], command)  # signals reach the driver itself
@@ -225,9 +226,29 @@ def configured(run: Run) -> list[str]:
     return [f"--{name}={text(value)}" for name, value in options.items()]
 
 
+def quoted(word: str) -> str:
+    """A word for a shell, in letters that a terminal shows and does not obey."""
+    if word.isprintable():
+        return shlex.quote(word)
+    letters = (
+        chr(byte) if 32 <= byte < 127 and chr(byte) not in "\\'" else f"\\x{byte:02x}" for byte in os.fsencode(word)
+    )
+    return f"$'{''.join(letters)}'"
+
+
 def find_driver(run: Run) -> Path:
-    """The program that a run was made by; `ValueError` if its record names none."""
+    """The program that a run was made by, if it comes with the library.
+
+    Whatever else the record names is not run, since it may be anything and the record from anywhere: `ValueError`.
+    """
     named = run.about.get("driver") or run.header.get("driver")
     if not isinstance(named, str) or not named:
         raise ValueError(f"{run.path} does not say which program it was made by; use --driver=drivers/peaks.py")
-    return Path(named)
+    own = programs.path_of(programs.name_of(named) if os.sep in named else named)
+    if own is None:
+        known = ", ".join(programs.names()) or "none here"
+        raise ValueError(
+            f"{run.path} was made by {named}, which is no program of this library ({known}) and is run only if you "
+            f"name it; use --driver={quoted(named)} if you trust it"
+        )
+    return own

@@ -28,6 +28,13 @@ STATUS, RECORD, CONFIGURATION, CHECKPOINTS, FIGURES, LOG = (
 # Points (update, value) of one quantity.
 Points = list[tuple[float, float]]
 
+_LETTERS = 5000
+
+
+def printable(text: Any) -> str:
+    """Text in one line that a terminal shows and does not obey, some pages of it at most."""
+    return "".join(letter if letter.isprintable() else " " for letter in str(text)[:_LETTERS]).strip()
+
 
 class NoRun(ValueError):
     """A folder that holds no run."""

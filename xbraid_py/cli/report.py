@@ -6,6 +6,7 @@ import base64
 import datetime
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,17 @@ import jinja2
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from xbraid_py.cli.reader import LOG, Points, Run, command_parser, read_run
-from xbraid_py.cli.status import printable, progress, shown, summarize, uses_log
+from xbraid_py.cli.reader import LOG, Points, Run, command_parser, printable, read_run
+from xbraid_py.cli.status import progress, shown, summarize, uses_log
 from xbraid_py.run.documents import read_regular, tail
 from xbraid_py.run.options import flat, text
-from xbraid_py.run.record import number, replacing, scalars
+from xbraid_py.run.record import MOST_READ, number, replacing, scalars
 
 _ROWS = 40  # of the record in the page; the first and the last are among them
 _LOG_BYTES, _LOG_LINES = 20_000, 60
-_FIGURE_BYTES, _FIGURES = 5_000_000, 40
+_FIGURE_BYTES, _FIGURES = 5_000_000, 40  # of each, and how many of a run
+# What is on a page: runs, curves in a picture, columns and lines of a table; and bytes of figures, of all runs.
+_RUNS, _CURVES, _COLUMNS, _LINES, _PAGE_BYTES = 50, 20, 60, 400, 50_000_000
 _PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
@@ -35,7 +38,9 @@ def main(words: Sequence[str]) -> int:
     )
     options = parser.parse_args(words)
     folders = list({folder.resolve(): folder for folder in options.DIR}.values())
-    runs = [read_run(folder) for folder in folders]
+    if len(folders) > _RUNS:
+        raise ValueError(f"DIR names {len(folders)} folders, more than a page compares; use at most {_RUNS}")
+    runs = [read_run(folder, MOST_READ // len(folders)) for folder in folders]
     out = options.out or (folders[0] / "report.html" if len(runs) == 1 else Path("comparison.html"))
     if out.suffix not in (".html", ".htm"):
         # Whatever else it is, it may be a file of the run.
@@ -55,9 +60,9 @@ def page(runs: Sequence[Run]) -> str:
     several = len(runs) > 1
     return render(
         title=f"Comparison of {len(runs)} runs" if several else f"Run {labels[0]}",
-        runs=[_about(run, label) for run, label in zip(runs, labels, strict=True)],
+        runs=[_about(run, label, _PAGE_BYTES // len(runs)) for run, label in zip(runs, labels, strict=True)],
         curves=curves,
-        left_out=[printable(name) for name in names[MOST:]],
+        left_out=[printable(name) for name in names[MOST : MOST + _COLUMNS]],
         values=_final_values(runs, labels) if several else _values(runs[0]),
         differences=_differences(runs) if several else None,
         date=f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
@@ -72,15 +77,18 @@ def _labels(runs: Sequence[Run]) -> list[str]:
     return next((names for names in ends if len(set(names)) == len(names)), [printable(run.path) for run in runs])
 
 
-def _about(run: Run, label: str) -> dict[str, Any]:
+def _about(run: Run, label: str, room: int) -> dict[str, Any]:
     summary = summarize(run)
     figures, flaws = [], list(run.flaws)
+    if len(run.figures) > _FIGURES:
+        flaws.append(f"{len(run.figures) - _FIGURES} figures left out")
     for path in run.figures[:_FIGURES]:
-        content = _bytes(path)
+        content = _bytes(path, room)
+        room -= len(content)
         if content.startswith(_PNG) and content.endswith(_PNG_END):
             figures.append({"title": printable(path.stem), "content": content})
         else:
-            flaws.append(f"figures/{printable(path.name)} is damaged or half-written")
+            flaws.append(f"figures/{printable(path.name)} is damaged, half-written or too large")
     step = max(1, -(-len(run.rows) // _ROWS))
     about = {name: run.about.get(name) for name in ("versions", "ranks", "host", "date", "driver")}
     return {
@@ -106,9 +114,9 @@ def _about(run: Run, label: str) -> dict[str, Any]:
     }
 
 
-def _bytes(path: Path) -> bytes:
+def _bytes(path: Path, room: int) -> bytes:
     try:
-        return read_regular(path, _FIGURE_BYTES)
+        return read_regular(path, min(room, _FIGURE_BYTES))
     except OSError:  # it may be removed at any time
         return b""
 
@@ -130,13 +138,13 @@ def _log(path: Path) -> str:
 
 def _options(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Options by their full names, as they are written on a command line."""
-    return [(printable(name), printable(text(value))) for name, value in flat(values).items()]
+    return [(printable(name), printable(text(value))) for name, value in islice(flat(values).items(), _LINES)]
 
 
 def _row_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     values = [scalars(row) | {"update": number(row.get("update"))} for row in rows]
     words = [name for name in ("kind", "run", "note") if any(row.get(name) for row in rows)]
-    names = ["update", *dict.fromkeys(name for each in values for name in each if name != "update")]
+    names = ["update", *dict.fromkeys(name for each in values for name in each if name != "update")][:_COLUMNS]
     lines = [
         [printable(row.get(word) or "") for word in words] + [shown(each.get(name)) for name in names]
         for row, each in zip(rows, values, strict=True)
@@ -147,12 +155,15 @@ def _row_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _values(run: Run) -> dict[str, Any]:
     """First, last, smallest and largest value of every column."""
     rows = []
-    for column in run.columns:
-        for name, points in run.curves(column).items():
-            values = [value for _, value in points]
-            title = f"{name}: {column}" if name and len(run.columns[column]) > 1 else column
-            rows.append([printable(title), *map(shown, (values[0], values[-1], min(values), max(values)))])
-    return {"titles": ["quantity", "first", "last", "smallest", "largest"], "rows": rows}
+    pairs = [(column, name) for column, curves in run.columns.items() for name in curves]
+    for column, name in pairs[:_LINES]:
+        points = run.columns[column][name]
+        values = points.values()
+        title = f"{name}: {column}" if name and len(run.columns[column]) > 1 else column
+        ends = points[min(points)], points[max(points)]
+        rows.append([printable(title), *map(shown, (*ends, min(values), max(values)))])
+    titles = ["quantity", "first", "last", "smallest", "largest"]
+    return {"titles": titles, "rows": rows, "left_out": len(pairs) - len(rows)}
 
 
 def _final_values(runs: Sequence[Run], labels: Sequence[str]) -> dict[str, Any]:
@@ -160,11 +171,11 @@ def _final_values(runs: Sequence[Run], labels: Sequence[str]) -> dict[str, Any]:
     keys = dict.fromkeys((column, name) for run in runs for column in run.columns for name in run.columns[column])
     several = len({name for _, name in keys}) > 1
     rows = []
-    for column, name in keys:
-        points = [run.curves(column).get(name) for run in runs]
+    for column, name in islice(keys, _LINES):
+        found = [run.columns.get(column, {}).get(name) for run in runs]
         title = f"{name}: {column}" if name and several else column
-        rows.append([printable(title), *(shown(each[-1][1] if each else None) for each in points)])
-    return {"titles": ["quantity", *labels], "rows": rows}
+        rows.append([printable(title), *(shown(points[max(points)] if points else None) for points in found)])
+    return {"titles": ["quantity", *labels], "rows": rows, "left_out": len(keys) - len(rows)}
 
 
 def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
@@ -252,6 +263,7 @@ _TEMPLATE = """\
 
 <h2>{{ "Final values" if runs | length > 1 else "Values" }}</h2>
 {% if values.rows %}{{ table(values.titles, values.rows) }}{% else %}<p>The record holds no values.</p>{% endif %}
+{% if values.left_out %}<p class="note">{{ values.left_out }} more are left out.</p>{% endif %}
 
 {% if differences is not none -%}
 <h2>Configuration</h2>
@@ -326,7 +338,7 @@ def draw(runs: Sequence[Run], labels: Sequence[str], column: str) -> bytes:
         (" ".join(filter(None, (label if len(runs) > 1 else "", name if several else ""))), points)
         for run, label in zip(runs, labels, strict=True)
         for name, points in _drawable(run.curves(column))
-    ]
+    ][:_CURVES]
     figure = Figure(figsize=(5.6, 3.5), layout="constrained")
     axes = figure.subplots()
     for index, (label, points) in enumerate(curves):

@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from xbraid_py.cli.reader import NoRun, Points, Run, RunReader, command_parser, read_run
+from xbraid_py.cli.reader import NoRun, Points, Run, RunReader, command_parser, printable, read_run
 from xbraid_py.run.record import number, scalars
 
 COLORS = {"running": "green", "finished": "green", "failed": "red", "stale": "yellow", "stopped": "yellow"}
@@ -45,7 +45,7 @@ def main(words: Sequence[str]) -> int:
     if runs:
         console().print(table(runs))
     for message in errors:
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {printable(message)}", file=sys.stderr)
     return worst([summary.exit_status for _, summary in runs] + [EXIT_NO_RUN] * bool(errors))
 
 
@@ -195,11 +195,6 @@ def _seconds(text: Any) -> float | None:
         return (found if found.tzinfo else found.replace(tzinfo=datetime.UTC)).timestamp()
     except (TypeError, ValueError, OverflowError):
         return None
-
-
-def printable(text: Any) -> str:
-    """Text in one line that a terminal shows and does not obey."""
-    return "".join(letter if letter.isprintable() else " " for letter in str(text)).strip()
 
 
 def shown(value: float | None, percent: bool = False) -> str:

@@ -17,7 +17,7 @@ import yaml
 
 MOST_BYTES = 1_000_000  # of a file that is read as a whole
 _MOST_YAML = 100_000  # characters; all options of a driver are a few thousand
-_MOST_LEVELS = 50
+_MOST_LEVELS, _MOST_GROUPS = 50, 10_000
 _MOST_DIGITS = 100
 _NUMBER = frozenset("0123456789abcdefABCDEFxo_:.+-")
 # Of the library in C where there is one: the same results, ten times as fast.
@@ -100,7 +100,10 @@ def load_yaml(content: str, words: bool = False) -> Any:
 
 
 def load_json(content: bytes | str) -> Any:
-    """What a JSON text says; `ValueError` if it is none, or nested deeper than anything that is written here."""
+    """What a JSON text says; `ValueError` if it is none, or nested deeper or into more than is ever written here."""
+    brackets = (b"[", b"{") if isinstance(content, bytes) else ("[", "{")
+    if sum(map(content.count, brackets)) > _MOST_GROUPS:  # each is an object: a short text would fill the memory
+        raise ValueError(f"more than {_MOST_GROUPS:,} groups")
     try:
         value = json.loads(content)
     except RecursionError as error:
@@ -115,3 +118,8 @@ def _is_shallow(value: Any, levels: int) -> bool:
         return True
     inner = value.values() if isinstance(value, dict) else value
     return levels > 0 and all(_is_shallow(item, levels - 1) for item in inner if isinstance(item, dict | list))
+
+
+def shortened(words: str) -> str:
+    """What somebody has given, for a message: whole unless it is very long."""
+    return words if len(words) <= 200 else f"{words[:80]}..."

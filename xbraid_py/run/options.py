@@ -15,7 +15,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 import yaml
 
-from xbraid_py.run.documents import load_yaml, read_regular
+from xbraid_py.run.documents import load_yaml, read_regular, shortened
 
 __all__ = ["OptionError", "Presets", "from_dict", "parse", "text", "to_dict", "to_yaml"]
 
@@ -127,12 +127,12 @@ def parse(
         elif name == "print_config":
             print_config = True
         elif not table[name].group:
-            from_words.append(_Given(name, value, _cut(f"{word}={value}")))
+            from_words.append(_Given(name, value, shortened(f"{word}={value}")))
         elif isinstance(content := _load(value, f"{word}={value}"), str | dict):
             content = _read(content, word) if isinstance(content, str) else content
-            from_words += _flatten(content, f"{name}.", table, f" in {_cut(f'{word}={value}')}")
+            from_words += _flatten(content, f"{name}.", table, f" in {shortened(f'{word}={value}')}")
         else:
-            from_words.append(_Given(name, content, _cut(f"{word}={value}")))
+            from_words.append(_Given(name, content, shortened(f"{word}={value}")))
     given = from_files + from_words
     switched = {each.name: _converted(each, table) for each in given if each.name in defaults}
     values: dict[str, Any] = {}
@@ -286,7 +286,7 @@ def _read(path: str, word: str) -> dict[str, Any]:
         content = _load(read_regular(path).decode("utf-8"), path)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
-        raise OptionError(f"{word}={_cut(path)} cannot be read: {reason}; {use}") from error
+        raise OptionError(f"{word}={shortened(path)} cannot be read: {reason}; {use}") from error
     if content is None or isinstance(content, dict):
         return content or {}
     raise OptionError(f"{word}={path} holds no `name: value` lines; {use}")
@@ -297,12 +297,7 @@ def _load(content: str, source: str) -> Any:
         return load_yaml(content)
     except (yaml.YAMLError, ValueError) as error:  # the latter for dates that are none as well
         reason = " ".join(str(error).split())
-        raise OptionError(f"{_cut(source)} is not YAML: {reason}; use `name: value` lines") from error
-
-
-def _cut(words: str) -> str:
-    """What somebody has given, for a message: whole unless it is very long."""
-    return words if len(words) <= 200 else f"{words[:80]}..."
+        raise OptionError(f"{shortened(source)} is not YAML: {reason}; use `name: value` lines") from error
 
 
 def _flatten(content: Mapping, prefix: str, table: _Table, where: str) -> Iterator[_Given]:
@@ -317,7 +312,7 @@ def _flatten(content: Mapping, prefix: str, table: _Table, where: str) -> Iterat
         if group and isinstance(value, Mapping):
             yield from _flatten(value, f"{name}.", table, where)
         else:
-            yield _Given(name, value, _cut(f"{name}={text(value)}"), where)
+            yield _Given(name, value, shortened(f"{name}={text(value)}"), where)
 
 
 # ---- from what is given to an instance

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 from xbraid_py.run.documents import complete_lines, load_json, open_regular
+from xbraid_py.run.programs import name_of
 
 if TYPE_CHECKING:
     from xbraid_py.comm import Communicator
@@ -49,7 +50,8 @@ class MetricsWriter:
     mpi_library : str, optional
         What the MPI library says of its version, for the header.
     driver : path-like, optional
-        The program that takes this configuration, for the header; this one by default.
+        The program that takes this configuration, for the header; this one by default. Of the programs that come
+        with the library the header has the name, of others the path.
 
     Raises
     ------
@@ -115,7 +117,7 @@ class MetricsWriter:
             "kernels": BACKEND,
         }
         return {
-            "driver": os.path.abspath(self._driver),
+            "driver": name_of(self._driver),
             "configuration": self._header,
             "versions": library_versions(),
             "ranks": self._ranks,
@@ -142,6 +144,7 @@ def _plain(value: Any) -> Any:
 # Bytes of a line, which are some hundreds as a rule, and of what is held of a record that is looked at: parsed it takes
 # ten times as much.
 _MOST_LINE, MOST_READ = 2**22, 2**24
+_MOST_CURVES = 20_000
 
 
 class RecordReader:
@@ -162,7 +165,7 @@ class RecordReader:
     columns : dict of str to dict of str to dict of float to float
         The numbers of the rows by their names (`scalars`); for each of the runs in the record ("" where rows name none)
         the values by updates. Rows without a number of an update count from 0. Of several values for one update the
-        last holds.
+        last holds; beyond 20,000 of them further ones are left out.
     damaged : list of int
         Numbers, from 1, of lines that are no JSON objects, among those that are read.
     skipped : int
@@ -181,7 +184,7 @@ class RecordReader:
         self.rows: list[dict[str, Any]] = []
         self.columns: dict[str, dict[str, dict[float, float]]] = {}
         self.damaged: list[int] = []
-        self.skipped = 0
+        self.skipped = self._curves = 0
 
     def read(self) -> None:
         """Take in what is new; a line that breaks off may yet be completed, and is left for the next time.
@@ -228,7 +231,13 @@ class RecordReader:
             at = len(self.rows) if update is None else update
             name = row["run"] if isinstance(row.get("run"), str) else ""
             for column, value in scalars(row).items():
-                self.columns.setdefault(column, {}).setdefault(name, {})[at] = value
+                curves = self.columns.get(column, {})
+                if name not in curves:
+                    if self._curves == _MOST_CURVES:
+                        continue
+                    self._curves += 1
+                    curves = self.columns.setdefault(column, curves)
+                curves.setdefault(name, {})[at] = value
             self.rows.append(row)
 
 
