@@ -211,15 +211,15 @@ def disk_full(bench: Bench, count: int) -> None:
     for number in range(count):
         chain = Chain(bench, f"disk_{number}")
         chain.out.mkdir()
-        if not _mount(chain.out, bench.random.randrange(1200, 2400)):
+        if not mount(chain.out, bench.random.randrange(1200, 2400)):
             bench.say("SKIPPED: no tmpfs can be mounted here (that needs root), so no disk was really full")
             return
         try:
             _full(chain, "No space left on device")
-            _mount(chain.out, 65536, _REMOUNT)
+            mount(chain.out, 65536, again=True)
             chain.finish(3)
         finally:
-            _libc().umount2(os.fsencode(chain.out), _DETACH)
+            unmount(chain.out)
 
 
 def _full(chain: Chain, reason: str, **others) -> None:
@@ -242,9 +242,14 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
-def _mount(folder: Path, kilobytes: int, flags: int = 0) -> bool:
+def mount(folder: Path, kilobytes: int, again: bool = False) -> bool:
     """Mount a file system in memory on a folder, or change the size of the one there; False if that is not allowed."""
     if not sys.platform.startswith("linux"):
         return False
-    size = f"size={kilobytes}k".encode()
+    size, flags = f"size={kilobytes}k".encode(), _REMOUNT if again else 0
     return _libc().mount(b"tmpfs", os.fsencode(folder), b"tmpfs", flags, size) == 0
+
+
+def unmount(folder: Path) -> None:
+    """The opposite, whoever still uses it."""
+    _libc().umount2(os.fsencode(folder), _DETACH)

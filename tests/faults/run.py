@@ -28,7 +28,7 @@ from chain import Bench
 from disturbed import PATIENCE, PROJECT, Hang, Lost, Wrong, job_environment, newest
 from subjects import subjects
 
-FAULTS = ("kills", "signals", "truncations", "bit_flips", "disk_full", "clock_jumps", "fuzz_inputs")
+FAULTS = ("kills", "signals", "truncations", "bit_flips", "lies", "disk_full", "clock_jumps", "fuzz_inputs")
 FUZZ = ("fuzz", "fuzz_runs")
 FAILURES = ("hangs", "wrong", "lost", "crashes")
 
@@ -62,6 +62,24 @@ def damage(bench: Bench, truncations: int, flips: int) -> None:
     bench.say(f"damaged copies: {dict(verdicts)}")
 
 
+def lies(bench: Bench, files: int) -> None:
+    """Checkpoints made to deceive, see `read_lies.py`, written and read on two cores."""
+    command = [sys.executable, PROJECT / "tests" / "helpers" / "read_lies.py"]
+    shares = [(bench.random.randrange(10**6), files // 2), (bench.random.randrange(10**6), files - files // 2)]
+    words = {"stdout": subprocess.PIPE, "text": True, "env": job_environment()}
+    jobs = [subprocess.Popen([*command, *map(str, share)], **words) for share in shares]
+    said = [json.loads(line) for job in jobs for line in job.communicate()[0].splitlines()]
+    for each in said:
+        word = {"refused": "", "harmless": "", "hang": "hangs", "wrong": "wrong"}.get(each["verdict"], "crashes")
+        if word:
+            bench.counts[word] += 1
+            bench.say(f"{word.upper()}: {each}")
+    bench.counts["lies"] += len(said)
+    if len(said) < files:
+        raise Wrong(f"only {len(said)} of {files} files that lie were written and read")
+    bench.say(f"files that lie: {dict(Counter(each['verdict'].split()[0] for each in said))}")
+
+
 def fuzz(bench: Bench, inputs: int) -> None:
     """Random input to all readers, `tests/run/test_fuzz.py` and `test_fuzz_runs.py`, about so many in all."""
     count = bench.folder / "fuzz_inputs"
@@ -93,6 +111,7 @@ def main() -> int:
     parser.add_argument("--damaged", type=int, default=2, help="truncations and bit flips each that a job meets")
     parser.add_argument("--truncations", type=int, default=60, help="those that the loader meets")
     parser.add_argument("--flips", type=int, default=300)
+    parser.add_argument("--lies", type=int, default=5000, help="checkpoints made to deceive; 0 leaves them out")
     parser.add_argument("--full", type=int, default=1, help="full disks of each kind")
     parser.add_argument("--clock", type=int, default=2, help="jobs with a clock that jumps")
     parser.add_argument("--fuzz", type=int, default=10_500, help="random inputs; 0 leaves them out")
@@ -109,6 +128,8 @@ def main() -> int:
         ("disk full", lambda bench: cases.disk_full(bench, given.full)),
         ("clock jumps", lambda bench: cases.clock_jumps(bench, given.clock)),
     ]
+    if given.lies:
+        plan.append(("lies", lambda bench: lies(bench, given.lies)))
     if given.fuzz:
         plan.append(("fuzzing", lambda bench: fuzz(bench, given.fuzz)))
     if given.quick:

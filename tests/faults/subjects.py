@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cifar_files import write_cifar10
+from digit_files import write_digits
 from processes import PROJECT
 
 # Numbers of ranks and the rank that is hit, so that each is hit in turn.
@@ -72,8 +73,28 @@ def subjects(scratch: Path) -> dict[str, Subject]:
         ),
         "text": Subject("transformer", ("--smoke", "--updates=60", "--exact=true"), 5, TWO_RANKS),
     }
-    every = {kind: f"--checkpoint_every={subject.every}" for kind, subject in found.items()}
-    return {
-        kind: Subject(subject.name, (*subject.words, every[kind]), subject.every, subject.hits, subject.folder)
-        for kind, subject in found.items()
-    }
+    return {kind: _with_interval(subject) for kind, subject in found.items()}
+
+
+def soaked(scratch: Path) -> list[Subject]:
+    """Longer jobs of four drivers, about a minute each."""
+    scratch.mkdir(exist_ok=True)
+    write_cifar10(scratch)
+    (scratch / "digits").mkdir(exist_ok=True)
+    write_digits(scratch / "digits", 200, 100)
+    peaks = ("--num_layers=32", "--num_train=500", "--num_val=500", "--nested.refinements=1", "--validate_every=50")
+    circles = ("--num_layers=512", "--num_train=1000", "--mgopt.levels=4", "--sampling=square", "--goal=2")
+    digits = ("--smoke", "--max_updates=400", "--epochs=400", f"--data_dir={scratch / 'digits'}", "--record_every=10")
+    cifar = ("--models=multilevel", "--filters=4,8", "--blocks=1,2", "--batch_size=25", f"--data_dir={scratch}")
+    found = (
+        Subject("peaks", (*peaks, "--nested.updates=700,700", "--mgrit.cycle=lagged"), 50),
+        Subject("mnist", digits, 25, TWO_RANKS),
+        Subject("circles", (*circles, "--max_cycles=400"), 25),
+        Subject("cifar", (*cifar, "--epochs=60,40,40"), 10, TWO_RANKS, "multilevel_0"),
+    )
+    return [_with_interval(subject) for subject in found]
+
+
+def _with_interval(subject: Subject) -> Subject:
+    """The job with its checkpoints."""
+    return replace(subject, words=(*subject.words, f"--checkpoint_every={subject.every}"))

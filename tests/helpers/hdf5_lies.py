@@ -276,7 +276,7 @@ def _not_all_stored(file, chance):
 
 def _odd_chunks(file, chance):
     shape, chunks = chance.choice([((8, 4), (1, 4)), ((8, 4), (8, 2)), ((2**17, 4), (2**16, 4)), ((8, 4), (3, 3))])
-    file.create_dataset("weights/b", shape, "f8", chunks=chunks, **_FLETCHER)[...] = 1
+    file.create_dataset("weights/b", shape, "f8", chunks=chunks, data=np.ones(shape), **_FLETCHER)
 
 
 def _space(file, chance):

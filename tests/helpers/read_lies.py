@@ -1,8 +1,8 @@
 """Files that lie, each read by a process of its own that may have 1 GB and 5 s.
 
-    python tests/helpers/read_lies.py SEED ROUNDS [KIND ...]
+    python tests/helpers/read_lies.py SEED FILES [KIND ...]
 
-writes a file of every kind of lie (or of those named) a round, and prints a line of JSON for each: "refused",
+writes so many files, of all kinds of lies (or of those named) in turn, and prints a line of JSON for each: "refused",
 "harmless" (accepted, and all that is read is what was written), "wrong" (accepted, with other numbers), "raw" (another
 error than `CheckpointError`, or a good file before it that is not taken), "crash" or "hang"; with seconds, and the
 megabytes that reading has added. With XBRAID_LIES_UNLIMITED set nothing is limited, to leave room for memory checkers.
@@ -102,7 +102,7 @@ def verdict_of(path: Path, before: Path, truth: Content) -> dict[str, object]:
 
 
 def main() -> None:
-    seed, rounds, kinds = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:] or sorted(LIES)
+    seed, files, kinds = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:] or sorted(LIES)
     logging.disable()  # of what is refused
     with tempfile.TemporaryDirectory() as folder:
         sound, place = Path(folder) / "sound", Path(folder) / "checkpoints"
@@ -111,12 +111,12 @@ def main() -> None:
         truths = sound_files(sound)
         before, path = place / file_name(1), place / file_name(2)
         shutil.copyfile(sound / "few.h5", before)
-        for number in range(seed, seed + rounds):
-            for kind in kinds:
-                path.unlink(missing_ok=True)
-                tell(kind, sound, number, path)
-                verdict = verdict_of(path, before, truths[base_of(kind)])
-                print(json.dumps({"kind": kind, "seed": number, **verdict}), flush=True)
+        for number in range(files):
+            kind, own = kinds[number % len(kinds)], seed + number // len(kinds)
+            path.unlink(missing_ok=True)
+            tell(kind, sound, own, path)
+            verdict = verdict_of(path, before, truths[base_of(kind)])
+            print(json.dumps({"kind": kind, "seed": own, **verdict}), flush=True)
 
 
 if __name__ == "__main__":
