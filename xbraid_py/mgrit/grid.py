@@ -9,6 +9,8 @@ from math import gcd
 
 from xbraid_py.comm.partition import require_multiple
 
+MOST_LAYERS = 10**6  # layers are planned, and modules made, one by one
+
 
 @dataclass(frozen=True)
 class LayerGrid:
@@ -17,7 +19,7 @@ class LayerGrid:
     Parameters
     ----------
     num_layers : int
-        Number N of residual layers, at least 1.
+        Number N of residual layers, from 1 to `MOST_LAYERS`.
     T : float
         Final time, positive.
     lengths : tuple of int, optional
@@ -32,6 +34,8 @@ class LayerGrid:
     def __post_init__(self):
         if self.num_layers < 1:
             raise ValueError(f"num_layers={self.num_layers} must be at least 1; use 64")
+        if self.num_layers > MOST_LAYERS:
+            raise ValueError(f"num_layers={self.num_layers} must be at most {MOST_LAYERS}; use 64")
         if not 0 < self.T < float("inf"):
             raise ValueError(f"T={self.T} must be positive and finite; use 5.0")
         if self.lengths is not None:

@@ -24,7 +24,7 @@ from xbraid_py.comm import Communicator, launcher_rank, watchdog, world
 from xbraid_py.comm.agreement import RunError, agree_on_all, launcher_size, same_data, same_installation
 from xbraid_py.comm.mpi import is_of_lost_rank
 from xbraid_py.kernels import BACKEND
-from xbraid_py.run import signals
+from xbraid_py.run import memory, signals
 from xbraid_py.run.folder import last_words
 from xbraid_py.run.options import OptionError, Presets, flat, parse, to_dict
 from xbraid_py.run.progress import setup_logging
@@ -136,7 +136,7 @@ def launch(
     except ValueError as error:
         job.fail(BAD_INPUT, str(error))
     try:
-        run = setup(options, comm)
+        run = memory.within(setup, options, comm)
     except BrokenPipeError:
         raise
     except (ValueError, TypeError, OSError) as error:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from xbraid_py.comm.partition import require_multiple
 from xbraid_py.layers.splines import Splines
-from xbraid_py.mgrit.grid import LayerGrid
+from xbraid_py.mgrit.grid import MOST_LAYERS, LayerGrid
 from xbraid_py.multilevel.depth.adaptive import AdaptiveOptions, layers_to_cut
 from xbraid_py.multilevel.depth.state import Snapshot, arrays_of, check_numbers, read_snapshot
 from xbraid_py.multilevel.depth.transfer import prolong_depth
@@ -51,8 +51,9 @@ class NestedOptions:
     spline_refine: bool = False
 
     def __post_init__(self):
-        if self.refinements < 0:
-            raise ValueError(f"refinements={self.refinements} must be at least 0; use 2")
+        if not 0 <= self.refinements <= MOST_LAYERS.bit_length():
+            most = MOST_LAYERS.bit_length()  # each of them cuts all layers in two
+            raise ValueError(f"refinements={self.refinements} must be at least 0 and at most {most}; use 2")
         if len(self.updates) != self.refinements + 1:
             raise ValueError(
                 f"updates={list(self.updates)} must have refinements + 1 = {self.refinements + 1} numbers, the "
