@@ -10,7 +10,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -154,13 +154,18 @@ def _chunks(array: h5py.h5d.DatasetID, count: int) -> list[h5py.h5d.StoreInfo]:
     """What HDF5 has written down of the chunks of an array, and of one more than `count` at most."""
     if not hasattr(array, "chunk_iter"):  # older releases of HDF5, which count anew for every chunk
         return [array.get_chunk_info(number) for number in range(min(array.get_num_chunks(), count + 1))]
-    found: list[h5py.h5d.StoreInfo] = []
+    return _at_most(count, array.chunk_iter)
 
-    def look(each: h5py.h5d.StoreInfo) -> bool | None:
+
+def _at_most(count: int, walk: Callable) -> list:
+    """What HDF5 hands to a function on a walk that may lead it round in a circle, and one more than `count` at most."""
+    found: list = []
+
+    def look(each: Any) -> bool | None:
         found.append(each)
-        return len(found) > count or None  # anything but None ends it
+        return len(found) > count or None  # anything but None ends the walk
 
-    array.chunk_iter(look)
+    walk(look)
     return found
 
 
@@ -223,9 +228,10 @@ class Checkpoint:
             count = group.get_num_objs()
             if len(seen) + count > NAMES:
                 raise _error(self.path, f"damaged: it holds more than {NAMES} names")
-            keys = list(group)
+            # In the order they lie in: to sort them HDF5 would make a table of as many as are said to be there.
+            keys = _at_most(count, lambda look, group=group: group.links.iterate(look, order=h5py.h5.ITER_NATIVE))
             if len(keys) != count:
-                raise _error(self.path, f"damaged: it says {count} names where it has {len(keys)}")
+                raise _error(self.path, f"damaged: a group of it has not the {count} names that it says")
             for key in keys:
                 name = where + self._checked_name(key)
                 # Links of other kinds lead into other files, or nowhere.
