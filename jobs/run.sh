@@ -51,7 +51,7 @@ choose_launcher() {
 skip_steps() {
   local start
   [ "$LAUNCHER" = srun ] && [ "${SRUN_MPI:-pmi2}" = pmi2 ] || return 0
-  for ((start = 0; start < ${SLURM_RESTART_COUNT:-0}; start++)); do
+  for ((start = 0; start < restarts; start++)); do
     srun --mpi=none --nodes=1 --ntasks=1 true
   done
 }
@@ -94,11 +94,20 @@ await() {
   [ -z "$asking" ] || kill "$asking" 2> /dev/null
 }
 
+# How often this job has been restarted: `restarts`. Bash runs what it finds in a number to calculate with, so it has to be one.
+count_restarts() {
+  restarts=${SLURM_RESTART_COUNT:-0}
+  case $restarts in
+    *[!0-9]* | ??????*) fail "SLURM_RESTART_COUNT=$restarts is no number of restarts; unset it" 2 ;;
+  esac
+  restarts=$((10#$restarts))
+}
+
 # Puts this job back into the queue, unless somebody has ended it: then it is to stay as it is.
 requeue() {
   local state
-  [ "${SLURM_RESTART_COUNT:-0}" -lt "${MAX_RESTARTS:-100}" ] \
-    || fail "interrupted after ${SLURM_RESTART_COUNT} restarts, MAX_RESTARTS=${MAX_RESTARTS:-100}; is the time limit too short?"
+  [ "$restarts" -lt "${MAX_RESTARTS:-100}" ] \
+    || fail "interrupted after $restarts restarts, MAX_RESTARTS=${MAX_RESTARTS:-100}; is the time limit too short?"
   state=$(squeue --noheader --states=all --jobs="$SLURM_JOB_ID" --format=%T)
   if [ "$state" != RUNNING ]; then
     say "interrupted in the state ${state:-unknown}: not requeued from here; the same sbatch command goes on"
@@ -114,6 +123,7 @@ requeue() {
 run() {
   local driver=${DRIVER:-$1} config=${CONFIG:-$2} ranks=$3 out
   shift 3
+  count_restarts
   out=${OUT:-runs/${SLURM_JOB_NAME:-job}}${SLURM_ARRAY_TASK_ID:+/$SLURM_ARRAY_TASK_ID}
   [ -r "$driver" ] || fail "DRIVER=$driver is not a file in $PWD; submit from the project's folder" 2
   [ -r "$config" ] || fail "CONFIG=$config is not a file in $PWD; submit from the project's folder" 2
@@ -121,7 +131,7 @@ run() {
   choose_launcher "$ranks"
   # One thread a rank: ranks that share cores otherwise fight for them.
   export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
-  say "start $((${SLURM_RESTART_COUNT:-0} + 1)), $ranks rank(s) by $LAUNCHER on ${SLURM_JOB_NODELIST:-?}, into $out"
+  say "start $((restarts + 1)), $ranks rank(s) by $LAUNCHER on ${SLURM_JOB_NODELIST:-?}, into $out"
   skip_steps
   await "${command[@]}" "$driver" --config "$config" --out "$out" "${resume[@]}" "$@"
   case $status in

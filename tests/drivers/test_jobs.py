@@ -207,12 +207,21 @@ def test_launchers(stage):
         ({"CONFIG": "jobs/none.yaml"}, "CONFIG=jobs/none.yaml is not a file"),
         ({"PROJECT": "/"}, "jobs/run.sh"),
         ({"SLURM_NTASKS": "none"}, "none"),
+        ({"SLURM_RESTART_COUNT": "-1"}, "SLURM_RESTART_COUNT=-1 is no number of restarts; unset it"),
+        ({"SLURM_RESTART_COUNT": "1000000"}, "SLURM_RESTART_COUNT=1000000 is no number of restarts; unset it"),
     ],
 )
 def test_bad_variables(stage, variables, part):
     status, said = stage.run("0", **variables)
     assert status == 2 and part in said
     assert not stage.called() and not stage.seen.exists()
+
+
+@pytest.mark.parametrize("variable", ["SLURM_RESTART_COUNT", "MAX_RESTARTS", "SLURM_NTASKS", "SLURM_ARRAY_TASK_ID"])
+def test_no_variable_is_a_command(stage, variable, tmp_path):
+    victim = tmp_path / "victim"
+    _, said = stage.run("75", "peaks_scaling", **{"SLURM_ARRAY_TASK_ID": "2", variable: f"a[$(touch {victim})]"})
+    assert "error: " in said and not victim.exists()
 
 
 @pytest.mark.parametrize(
