@@ -203,4 +203,4 @@ class MGRIT:
 
 def _divisor(number: int, most: int) -> int:
     """The greatest divisor of a number that is not above `most`."""
-    return max(divisor for divisor in range(1, most + 1) if number % divisor == 0)
+    return max(divisor for divisor in range(1, min(most, number) + 1) if number % divisor == 0)

@@ -17,6 +17,7 @@ from xbraid_py.optim.levels import LevelOptimizer, Point
 from xbraid_py.optim.objective import Objective, ShiftedObjective
 
 CYCLES = {"V": 1, "W": 2}  # visits to the next coarser level
+MOST_LEVELS = 64  # of which each has half as much as the one above it
 _EXAMPLE = "[(1), 1, 1, 2, 2, {2}]"
 _ENTRY = re.compile(r"(?P<both>\d+)|\((?P<down>\d+)\)|(?P<pre>\d+)/(?P<post>\d+)|\{(?P<coarse>\d+)\}")
 

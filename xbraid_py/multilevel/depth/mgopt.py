@@ -15,7 +15,7 @@ from xbraid_py.comm.agreement import RunError
 from xbraid_py.comm.partition import require_multiple
 from xbraid_py.multilevel.depth.state import shards, vectors_of
 from xbraid_py.multilevel.depth.transfer import INTERPOLATIONS, RESTRICTIONS, DepthTransfer, refuse_splines
-from xbraid_py.multilevel.vcycle import CYCLES, ComposedTransfer, Damping, Schedule, Transfer, VCycle
+from xbraid_py.multilevel.vcycle import CYCLES, MOST_LEVELS, ComposedTransfer, Damping, Schedule, Transfer, VCycle
 from xbraid_py.multilevel.width.matching import SCALINGS, StateWidthTransfer
 from xbraid_py.optim import Armijo, FixedStep, QuasiNewton
 from xbraid_py.optim.levels import GradientDescent, LevelOptimizer, Point, QuasiNewtonOptimizer, TorchOptimizer
@@ -161,6 +161,8 @@ class MGOptOptions:
         for name, allowed in words.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {' or '.join(allowed)}; use {allowed[0]}")
+        if not 1 <= self.levels <= MOST_LEVELS:
+            raise ValueError(f"levels={self.levels} must be at least 1 and at most {MOST_LEVELS}; use 8")
         if self.min_layers < 0:
             raise ValueError(f"min_layers={self.min_layers} must be at least 0; use 16")
         if self.full_multigrid < 0:

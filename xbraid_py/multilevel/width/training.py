@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from xbraid_py.comm.agreement import RunError
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.multilevel.stochastic import TAU, Loss, Minibatches, ModuleObjective, StochasticCycle
-from xbraid_py.multilevel.vcycle import Damping
+from xbraid_py.multilevel.vcycle import MOST_LEVELS, Damping
 from xbraid_py.multilevel.width.matching import Matching
 from xbraid_py.multilevel.width.transfer import WidthLayout, WidthOptions, WidthTransfer, match_layers, renewed
 from xbraid_py.optim.levels import Point, TorchOptimizer
@@ -84,6 +84,8 @@ class WidthTrainingOptions:
         for name, use in (("levels", 2), ("steps", 4), ("eta_levels", 3), ("rematch_every", 50)):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1; use {use}")
+        if self.levels > MOST_LEVELS:
+            raise ValueError(f"levels={self.levels} must be at most {MOST_LEVELS}; use 2")
         if self.coarse_steps < 0:
             raise ValueError(f"coarse_steps={self.coarse_steps} must be at least 0; use 16")
         if self.method not in ("sgd", "adam"):
