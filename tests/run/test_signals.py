@@ -6,10 +6,13 @@ children of one process, since most of a short job's time is the import of torch
 
 import json
 import os
+import pty
 import signal
+import sys
+import time
 
 import pytest
-from processes import PROJECT, end_job, finish_job, start_job
+from processes import PROJECT, end_job, finish_job, job_environment, start_job
 
 from xbraid_py.run import signals
 
@@ -66,6 +69,7 @@ def setup(options, comm):
                 if number == 3:
                     send("usr1", signal.SIGUSR1)
                     send("term", signal.SIGTERM)
+                    send("hup", signal.SIGHUP)
                     send("both", signal.SIGUSR1, signal.SIGTERM)
                     send("twins", signal.SIGTERM, signal.SIGTERM)
                     send("twice", signal.SIGTERM, signal.SIGTERM, pause=0.5)
@@ -77,6 +81,7 @@ def setup(options, comm):
                         os.write(1, b"ready\\n")
                         while comm.rank == 0 and not os.path.exists("go"):
                             time.sleep(0.05)
+                        print("gone on" if comm.rank == 0 else "", end="", flush=True)
                 if folder.update(number, objective=1.0 / number):
                     raise folder.stopped(save(number))
             send("after", signal.SIGTERM)
@@ -102,7 +107,7 @@ for name in sys.argv[1:]:
         sys.exit(0)
     open(f"{name}.status", "w").write(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
 """
-CASES = ("nothing", "before", "setup", "usr1", "term", "both", "twins", "twice", "after")
+CASES = ("nothing", "before", "setup", "usr1", "term", "hup", "both", "twins", "twice", "after")
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +132,8 @@ def status(out) -> dict:
 
 @pytest.mark.job
 @pytest.mark.parametrize(
-    "name, said", [("usr1", "SIGUSR1"), ("term", "SIGTERM"), ("both", "SIG"), ("twins", "SIGTERM")]
+    "name, said",
+    [("usr1", "SIGUSR1"), ("term", "SIGTERM"), ("hup", "SIGHUP"), ("both", "SIG"), ("twins", "SIGTERM")],
 )
 def test_on_one_rank_the_update_is_finished_first(folder, serial, name, said):
     code, err = serial(name)
@@ -201,6 +207,43 @@ def test_the_launcher_hands_signals_on(folder, number):
             end_job(job)
     assert ended.returncode == 75
     assert f"stopped by {number.name} after update" in ended.stderr
+
+
+@pytest.mark.job
+def test_a_terminal_is_closed(folder):
+    (folder / "go").unlink(missing_ok=True)
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(folder)
+        words = ["driver.py", "--what=external", "--out=closed"]
+        os.execve(sys.executable, [sys.executable, *words], {**job_environment(), "PYTHONPATH": str(PROJECT)})
+    try:
+        said, ended = b"", (0, 0)
+        while b"ready" not in said:
+            said += os.read(terminal, 1000)
+        os.close(terminal)
+        (folder / "go").write_text("")
+        until = time.monotonic() + 60
+        while not (ended := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() < until:
+            time.sleep(0.05)
+    finally:
+        if not ended[0]:
+            os.kill(pid, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(ended[1]) == 75
+    found = status(folder / "closed")
+    assert found["state"] == "stopped" and found["message"].startswith("stopped by SIGHUP after update 3;")
+
+
+def test_what_nohup_ignores_stays_so():
+    before = {number: signal.getsignal(number) for number in signals.ASKING}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signals.install()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.noted() == 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("said", [(0, 0, 0), (0, 10, 0), (15, 10, 10), (0, 0, 255)])

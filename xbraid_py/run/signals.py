@@ -1,7 +1,7 @@
 """A run and who looks at it from outside: signals ask it to stop, and `status.json` says what it is doing.
 
-SIGTERM and SIGUSR1, sent to any rank or to all of them, are noted here by the handlers that `xbraid_py.run.launch`
-installs. A run asks `stop_agreed` once after every update, and never in the middle of one.
+SIGTERM, SIGUSR1 and SIGHUP (a closed terminal), sent to any rank or to all of them, are noted here by the handlers that
+`xbraid_py.run.launch` installs. A run asks `stop_agreed` once after every update, and never in the middle of one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import signal
+import stat
 import time
 from collections import deque
 from pathlib import Path
@@ -27,7 +28,7 @@ from xbraid_py.run.record import replacing
 
 # Exit statuses: EX_TEMPFAIL, "come back later", and that of a process ended by SIGTERM.
 STOPPED, TERMINATED = 75, 128 + signal.SIGTERM
-ASKING = (signal.SIGTERM, signal.SIGUSR1)
+ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 _noted = 0
 
@@ -43,6 +44,18 @@ def note(number: int, frame: object = None) -> None:
     """Note a signal, 1 to 64; a signal handler. A later signal replaces an earlier one."""
     global _noted
     _noted = int(number)
+    if number == signal.SIGHUP:
+        _leave_terminal()
+
+
+def _leave_terminal() -> None:
+    """What is printed from now on to a terminal that is closed goes nowhere, instead of raising an error."""
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
+                nothing = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nothing, stream)
+                os.close(nothing)
 
 
 def forget() -> None:
@@ -56,10 +69,16 @@ def noted() -> int:
 
 
 def install() -> None:
-    """Note SIGTERM and SIGUSR1 from now on; only from the main thread of a program."""
+    """Note the signals that ask from now on; only from the main thread of a program.
+
+    What is ignored already, as SIGHUP is under `nohup`, stays so. To be called before MPI is loaded.
+    """
     forget()
+    # UCX, by which MPICH may send its messages, otherwise takes SIGHUP for itself, to print all it does.
+    os.environ.setdefault("UCX_DEBUG_SIGNO", "0")
     for number in ASKING:
-        signal.signal(number, note)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, note)
 
 
 def stop_agreed(comm: Communicator, own: int | None = None) -> int:
