@@ -1,7 +1,8 @@
 """A job of seconds that starts, ends and writes as drivers do: what a batch script sees of one, without a network.
 
 Newton's iteration for a square root, one step an update, its state in a checkpoint. SIGUSR1 or SIGTERM on any rank end
-all of them behind the update under way, with a checkpoint and status 75; `--resume auto` goes on from there.
+all of them behind the update under way, with a checkpoint and status 75; `--resume auto` goes on from there. With
+`--hold N` it waits before update N until there is a file `go` in its folder: what it is sent meanwhile comes in time.
 """
 
 import argparse
@@ -38,6 +39,7 @@ def main() -> int:
     parser.add_argument("--resume")
     parser.add_argument("--updates", type=int, default=20)
     parser.add_argument("--pause", type=float, default=0.0, help="seconds an update")
+    parser.add_argument("--hold", type=int, default=0, help="update before which to wait for the file `go`")
     options = parser.parse_args()
     comm = MPI.COMM_WORLD
     checkpoint, record = options.out / "state.json", options.out / "metrics.jsonl"
@@ -51,9 +53,13 @@ def main() -> int:
         replace(record, "".join(rows[: state["update"]]))
     while state["update"] < options.updates:
         time.sleep(options.pause)
-        x = state["x"]
-        state = {"update": state["update"] + 1, "x": x - (x * x - 2.0) / (2.0 * x)}
-        if comm.rank == 0:
+        is_held = state["update"] + 1 == options.hold and not comm.bcast((options.out / "go").exists())
+        if is_held:
+            time.sleep(0.05)
+        else:
+            x = state["x"]
+            state = {"update": state["update"] + 1, "x": x - (x * x - 2.0) / (2.0 * x)}
+        if comm.rank == 0 and not is_held:
             final = state["update"] == options.updates
             row = {"kind": "update", "update": state["update"], "objective": state["x"], "final": final}
             with record.open("a") as file:
