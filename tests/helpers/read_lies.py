@@ -1,4 +1,4 @@
-"""Files that lie, each read by a process of its own that may have 1 GB and 5 s.
+"""Files that lie, read by processes that may have 1 GB, and 5 s for each.
 
     python tests/helpers/read_lies.py SEED FILES [KIND ...]
 
@@ -10,16 +10,18 @@ megabytes that reading has added. With XBRAID_LIES_UNLIMITED set nothing is limi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import resource
-import select
 import shutil
 import signal
 import sys
 import tempfile
 import time
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -68,37 +70,61 @@ def judged(path: Path, before: Path, truth: Content) -> dict[str, object]:
     return {"verdict": verdict, "seconds": round(time.monotonic() - began, 2), "MB": round(used / 1024)}
 
 
-def _read(path: Path, before: Path, truth: Content, pipe: int) -> None:
-    """The process of one file: judge it, say so, and end."""
-    if "XBRAID_LIES_UNLIMITED" not in os.environ:
-        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (held + BYTES, held + BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.write(pipe, json.dumps(judged(path, before, truth)).encode())
+class Reader:
+    """Judges files in another process, which is replaced when it has crashed or hung, and after some files anyway."""
 
+    FILES = 50
 
-def verdict_of(path: Path, before: Path, truth: Content) -> dict[str, object]:
-    """What a process of its own makes of a file, see `judged`; or that it has crashed, or not ended in time."""
-    ours, theirs = os.pipe()
-    child = os.fork()
-    if child == 0:
+    def __init__(self, before: Path, truths: dict[str, Content]):
+        self._before, self._truths = before, truths
+        self._child, self._left = 0, 0
+
+    def verdict(self, path: Path, base: str) -> dict[str, object]:
+        """What the process makes of a file, by what it is made from, see `judged`; or that it has crashed or hung."""
+        if not self._left:
+            self.end()
+            self._start()
+        self._left -= 1
+        self._asks.send((path, base))
+        limit = None if "XBRAID_LIES_UNLIMITED" in os.environ else SECONDS
         try:
-            _read(path, before, truth, theirs)
-        finally:
-            os._exit(0)
-    os.close(theirs)
-    limit = None if "XBRAID_LIES_UNLIMITED" in os.environ else SECONDS
-    ready, _, _ = select.select([ours], [], [], limit)
-    said = os.read(ours, 2**16) if ready else b""
-    os.close(ours)
-    if not ready:
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    if not ready:
+            if self._asks.poll(limit):
+                return self._asks.recv()
+        except (EOFError, ConnectionError):
+            _, status = os.waitpid(self._child, 0)
+            self._child, self._left = 0, 0
+            return {"verdict": "crash", "signal": os.WTERMSIG(status)}
+        self._left = 0
         return {"verdict": "hang", "seconds": SECONDS}
-    if not said:
-        return {"verdict": "crash", "signal": os.WTERMSIG(status)}
-    return json.loads(said)
+
+    def end(self) -> None:
+        """End the process."""
+        if self._child:
+            self._asks.close()
+            os.kill(self._child, signal.SIGKILL)
+            os.waitpid(self._child, 0)
+            self._child = 0
+
+    def _start(self) -> None:
+        self._asks, answers = Pipe()
+        self._left, self._child = self.FILES, os.fork()
+        if self._child == 0:
+            try:
+                self._asks.close()
+                self._answer(answers)
+            finally:
+                os._exit(0)
+        answers.close()
+
+    def _answer(self, answers: Connection) -> None:
+        if "XBRAID_LIES_UNLIMITED" not in os.environ:
+            held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (held + BYTES, held + BYTES))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        with contextlib.suppress(EOFError):
+            while True:
+                path, base = answers.recv()
+                answers.send(judged(path, self._before, self._truths[base]))
 
 
 def main() -> None:
@@ -111,12 +137,14 @@ def main() -> None:
         truths = sound_files(sound)
         before, path = place / file_name(1), place / file_name(2)
         shutil.copyfile(sound / "few.h5", before)
+        reader = Reader(before, truths)
         for number in range(files):
             kind, own = kinds[number % len(kinds)], seed + number // len(kinds)
             path.unlink(missing_ok=True)
             tell(kind, sound, own, path)
-            verdict = verdict_of(path, before, truths[base_of(kind)])
+            verdict = reader.verdict(path, base_of(kind))
             print(json.dumps({"kind": kind, "seed": own, **verdict}), flush=True)
+        reader.end()
 
 
 if __name__ == "__main__":
