@@ -8,7 +8,6 @@ covariance, p = 1 on x = 0, p = 0 on x = 1, and no flow passes y = 0 and y = 1; 
 from __future__ import annotations
 
 import io
-import lzma
 import math
 import os
 import struct
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 from scipy.special import gamma, kv
 
-from xbraid_py.data.dataset import check_dtype, find_files, whole_number
+from xbraid_py.data.dataset import check_dtype, check_packing, find_files, whole_number
 from xbraid_py.data.elliptic import solve_darcy
 from xbraid_py.data.pde_dataset import PdeDataset
 
@@ -153,9 +152,9 @@ FILES = {
     "darcy_test_32.npz": "8367d675cfc7cab2d092639685086fd3cf6054ea5b3c41fca7cf743c448ca81b",
 }
 ORIGIN = "https://doi.org/10.5281/zenodo.10994262"
-_LARGEST = 2**31  # bytes of an array: more is no such file
+_HEADER = 2**16  # bytes within which that of an array ends
 # What a damaged archive raises depends on the byte that is damaged.
-_DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, tokenize.TokenError, EOFError, OSError)
+_DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError, EOFError, OSError)
 _DAMAGED += (ValueError, TypeError, SyntaxError, RuntimeError, OverflowError, MemoryError)
 
 
@@ -226,28 +225,34 @@ def _part(path: Path, dtype: torch.dtype) -> PdeDataset:
 
 def _arrays(path: Path) -> list[np.ndarray]:
     """x and y of an npz archive, neither of which is unpickled."""
-    raw = path.read_bytes()
-    try:
-        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-            return [_array(archive, f"{name}.npy") for name in ("x", "y")]
-    except KeyError as error:
-        raise ValueError(f"{path} lacks an array: {error.args[0]}; it must hold x, y") from error
-    except _DAMAGED as error:
-        raise ValueError(f"{path} is no npz archive of numbers, or damaged: {error}; get it anew") from error
+    with path.open("rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                members = [archive.getinfo(f"{name}.npy") for name in ("x", "y")]
+                check_packing(path, sum(member.file_size for member in members), os.fstat(file.fileno()).st_size)
+                return [_array(archive, member) for member in members]
+        except KeyError as error:
+            raise ValueError(f"{path} lacks an array: {error.args[0]}; it must hold x, y") from error
+        except _DAMAGED as error:
+            raise ValueError(f"{path} is no npz archive of numbers, or damaged: {error}; get it anew") from error
 
 
-def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
     """One array, once it is clear that its values fill the shape which its header states."""
-    size = archive.getinfo(name).file_size
-    if size > _LARGEST:
-        raise ValueError(f"{name} claims {size} bytes")
-    stream = io.BytesIO(archive.read(name))
-    major, _ = np.lib.format.read_magic(stream)
+    name, size = member.filename, member.file_size
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        # Others are unpacked at once, whatever they are asked for.
+        raise ValueError(f"{name} is packed by method {member.compress_type}, which numpy does not write")
+    with archive.open(member) as file:
+        head = io.BytesIO(file.read(_HEADER))
+    major, _ = np.lib.format.read_magic(head)
     if major not in (1, 2):
         raise ValueError(f"{name} is of version {major} of its format")
     header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-    shape, _, kind = header(stream)
-    if kind.itemsize * int(np.prod(shape, dtype=object)) != size - stream.tell():
+    shape, _, kind = header(head)
+    if kind.itemsize * int(np.prod(shape, dtype=object)) != size - head.tell():
         raise ValueError(f"{name} states {kind} of shape {shape}, which its {size} bytes do not hold")
-    stream.seek(0)
-    return np.lib.format.read_array(stream, allow_pickle=False)
+    with archive.open(member) as file:
+        values = np.lib.format.read_array(file, allow_pickle=False)
+        file.read(1)  # to the end, where the checksum is compared
+    return values

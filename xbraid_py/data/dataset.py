@@ -5,6 +5,7 @@ Shape letters: `F` features, `B` samples. Features lie outermost and samples las
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import logging
@@ -15,6 +16,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -176,6 +178,8 @@ logger = logging.getLogger(__name__)
 # Third byte of an idx file: the type of the values.
 _TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _GZIP = b"\x1f\x8b"
+# How much is unpacked: images and fields take a tenth when packed, zeros a thousandth.
+_LEAST_UNPACKED, _MOST_PACKING = 2**24, 20
 
 
 def data_folder(name: str, folder: str | os.PathLike | None = None) -> Path:
@@ -226,7 +230,9 @@ def find_files(name: str, names: Mapping[str, str], origin: str, folder: str | o
         if not path.is_file():
             raise FileNotFoundError(f"{path} not found. It comes from {origin}. {ways(name)}")
     for path, published in zip(paths, names.values(), strict=True):
-        if hashlib.sha256(path.read_bytes()).hexdigest() != published:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != published:
             logger.warning("%s is not the published file (its SHA-256 differs)", path)
     return paths
 
@@ -280,6 +286,8 @@ def _rows(path: Path, columns: int | None, example) -> Iterator[tuple[int, str, 
 
 
 def _number(word: str) -> float:
+    if not word.isascii() or "_" in word:  # Python reads digits of all scripts, and 1_000
+        return math.nan
     try:
         return float(word)
     except ValueError:
@@ -314,35 +322,55 @@ def read_idx(path: str | os.PathLike) -> np.ndarray:
         For a wrong magic number, a file that is too short or too long for its shape, damaged packing, or more axes or
         values than numpy can hold; with the name of the file.
     """
-    raw = _unpacked(Path(path))
-    if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in _TYPES:
+    path = Path(path)
+    with path.open("rb") as file, contextlib.ExitStack() as stack:
+        is_packed, packed = file.read(2) == _GZIP, os.fstat(file.fileno()).st_size
+        file.seek(0)
+        stream = stack.enter_context(gzip.open(file)) if is_packed else file
+        try:
+            return _read_idx(path, stream, packed, is_packed)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path} is damaged, gzip says: {error}; get it anew") from error
+
+
+def _read_idx(path: Path, stream: BinaryIO, packed: int, is_packed: bool) -> np.ndarray:
+    head = stream.read(4)
+    if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in _TYPES:
         codes = ", ".join(f"{code:02x}" for code in _TYPES)
         raise ValueError(
-            f"{path} begins with the bytes '{raw[:4].hex(' ')}', which is no magic number of an idx file (00 00, one "
+            f"{path} begins with the bytes '{head.hex(' ')}', which is no magic number of an idx file (00 00, one "
             f"of {codes}, the number of axes); images of unsigned bytes begin with '00 00 08 03'"
         )
-    start = 4 + 4 * raw[3]
-    if len(raw) < start:
-        raise ValueError(f"{path} is truncated: {raw[3]} axes need a header of {start} bytes, it has {len(raw)}")
-    shape = tuple(int.from_bytes(raw[at : at + 4], "big") for at in range(4, start, 4))
-    kind = np.dtype(_TYPES[raw[2]])
+    lengths, start = stream.read(4 * head[3]), 4 + 4 * head[3]
+    if len(lengths) < start - 4:
+        raise ValueError(
+            f"{path} is truncated: {head[3]} axes need a header of {start} bytes, it has {len(lengths) + 4}"
+        )
+    shape = tuple(int.from_bytes(lengths[at : at + 4], "big") for at in range(0, start - 4, 4))
+    kind = np.dtype(_TYPES[head[2]])
     # In Python's integers: the product of damaged lengths may pass any fixed width.
     size = start + math.prod(shape) * kind.itemsize
-    if len(raw) != size:
-        fault = "is truncated" if len(raw) < size else "has surplus bytes"
-        raise ValueError(f"{path} {fault}: {kind.name} of shape {shape} needs {size} bytes, it has {len(raw)}")
-    values = np.frombuffer(raw, dtype=kind, offset=start)
+    if is_packed:
+        check_packing(path, size, packed)
+    # No more than is wanted is unpacked, and of a plain file no more than is there is asked for.
+    values = stream.read(size - start) if is_packed or packed == size else b""
+    surplus = stream.read(1) if is_packed else b""
+    found = start + len(values) + len(surplus) if is_packed else packed
+    if found != size:
+        fault = "is truncated" if found < size else "has surplus bytes"
+        has = "more" if surplus else found
+        raise ValueError(f"{path} {fault}: {kind.name} of shape {shape} needs {size} bytes, it has {has}")
     try:
-        return values.reshape(shape).astype(kind.newbyteorder("="))
+        return np.frombuffer(values, dtype=kind).reshape(shape).astype(kind.newbyteorder("="))
     except ValueError as error:
-        raise ValueError(f"{path} has a shape that numpy cannot hold, {raw[3]} axes: {error}") from error
+        raise ValueError(f"{path} has a shape that numpy cannot hold, {head[3]} axes: {error}") from error
 
 
-def _unpacked(path: Path) -> bytes:
-    raw = path.read_bytes()
-    if not raw.startswith(_GZIP):
-        return raw
-    try:
-        return gzip.decompress(raw)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is damaged, gzip says: {error}; get it anew") from error
+def check_packing(path: Path, unpacked: int, packed: int) -> None:
+    """ValueError if a file, by its own word, holds so much more than it has bytes as no measured data do."""
+    most = max(_LEAST_UNPACKED, _MOST_PACKING * packed)
+    if unpacked > most:
+        raise ValueError(
+            f"{path} has {packed:,} bytes and claims {unpacked:,} when unpacked, more than the {most:,} that are "
+            f"unpacked of such a file; get it anew, or unpack it"
+        )

@@ -24,7 +24,7 @@ from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 from torch import Tensor
 
-from xbraid_py.data.dataset import Dataset, data_folder, find_files, whole_number
+from xbraid_py.data.dataset import Dataset, check_packing, data_folder, find_files, whole_number
 
 CUBE, TRUTH = "Indian_pines_corrected.mat", "Indian_pines_gt.mat"
 FILES = {
@@ -294,7 +294,6 @@ _HEADER, _MATRIX, _COMPRESSED, _COMPLEX = 128, 14, 15, 0x0800
 # By code: the type of the values, and the class of the array, which may be written in a smaller type.
 _TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
 _CLASSES = {6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2", 12: "i4", 13: "u4", 14: "i8", 15: "u8"}
-_LARGEST = 2**31  # bytes of an array: more is no such file
 # What a damaged file raises depends on the byte that is damaged.
 _DAMAGED = (
     KeyError,
@@ -321,7 +320,7 @@ def read_array(path: str | os.PathLike, name: str) -> np.ndarray:
     """
     raw = Path(path).read_bytes()
     try:
-        found = list(_names(raw))
+        found = list(_names(Path(path), raw))
         value = loadmat(io.BytesIO(raw), variable_names=[name])[name] if found.count(name) == 1 else None
     except _DAMAGED as error:
         raise ValueError(
@@ -333,20 +332,24 @@ def read_array(path: str | os.PathLike, name: str) -> np.ndarray:
     return value
 
 
-def _names(raw: bytes) -> Iterator[str]:
+def _names(path: Path, raw: bytes) -> Iterator[str]:
     """Names of the arrays of a file, each of which is of real numbers."""
     order = {b"\0\1IM": "<", b"\1\0MI": ">"}.get(raw[_HEADER - 4 : _HEADER])
     if order is None or 0 in raw[:4]:
         raise ValueError("no header of version 5 (7.3 is HDF5)")
-    at = _HEADER
+    at, unpacked = _HEADER, 0
     while at < len(raw):
         kind, data, _ = _element(raw, at, order)
         at += 8 + len(data)  # nothing is padded between arrays: within one, the parts are
         if kind == _COMPRESSED:
             inner = zlib.decompressobj()
-            data = inner.decompress(data, _LARGEST)
-            if not inner.eof:
-                raise ValueError(f"compressed data break off, or are more than {_LARGEST} bytes")
+            head = inner.decompress(data, 8)
+            size = 8 + sum(struct.unpack(f"{order}4xI", head))
+            unpacked += size
+            check_packing(path, unpacked, len(raw))
+            data = head + inner.decompress(inner.unconsumed_tail, size - 7)
+            if not inner.eof or len(data) != size:
+                raise ValueError("compressed data break off, or are more than they say")
             kind, data, _ = _element(data, 0, order)
         if kind != _MATRIX:
             raise ValueError(f"an element of type {kind} where an array is expected")
