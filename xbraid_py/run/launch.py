@@ -20,7 +20,7 @@ from typing import NoReturn, TypeVar
 
 import torch
 
-from xbraid_py.comm import Communicator, launcher_rank, watchdog, world
+from xbraid_py.comm import Communicator, launcher_rank, leftovers, watchdog, world
 from xbraid_py.comm.agreement import RunError, agree_on_all, launcher_size, same_data, same_installation
 from xbraid_py.comm.mpi import is_of_lost_rank
 from xbraid_py.kernels import BACKEND
@@ -121,6 +121,7 @@ def launch(
     # mpi4py warns of what LaunchError says.
     warnings.filterwarnings("ignore", message="suspicious MPI execution environment")
     patience = getattr(options, "patience", watchdog.PATIENCE)
+    leftovers.remove_dead()
     try:
         with job.limited(patience, "MPI has not begun: not all processes of this job have come"):
             comm = world()
@@ -130,6 +131,7 @@ def launch(
     job.join(comm, patience)
     setup_logging(comm)
     job.agree(problem, leaving)
+    leftovers.forget_own()
     try:
         same_installation(comm, kernels=BACKEND)
         agree_on_all(comm, {"program": prog or os.path.basename(sys.argv[0])} | flat(to_dict(options)), "options")
