@@ -37,7 +37,7 @@ PYTEST = $(PY) -m pytest -q
 over_mpi = $(MPIRUN) -n $(1) $(PY) -m mpi4py -m pytest -q --only-mpi -p no:cacheprovider $(2)
 WHOLE_RUNS = drivers studies recipes cli run/test_engine.py
 
-.PHONY: peaks check test test-all slurm faults lint clean env
+.PHONY: peaks check test test-all slurm faults soak lint clean env
 
 peaks: env
 	$(MPIRUN) -n $(RANKS) $(PY) drivers/peaks.py $(ARGS)
@@ -65,7 +65,7 @@ test-all: env
 	$(call over_mpi,2,-m "not job")
 	$(call over_mpi,3,-m "not job")
 	$(call over_mpi,5,-m "not job")
-	@echo "Left out: make faults (jobs killed and damaged at random), make slurm (the batch scripts on a SLURM)."
+	@echo "Left out: make faults and make soak (jobs killed and damaged at random), make slurm (the batch scripts on a SLURM)."
 
 # The batch scripts on a SLURM of one node, brought up for it on loopback: needs root, and Debian's slurm-wlm and munge, which
 # XBRAID_SLURM_INSTALL=1 installs.
@@ -76,6 +76,10 @@ slurm: env
 # Some minutes. As root a disk is really full. make faults ARGS="--seed 1 --kills 100"
 faults: env
 	@$(PY) tests/faults/run.py $(ARGS)
+
+# A day of work in an hour: jobs that are killed, stopped, paused or run into a full disk, and always go on.
+soak: env
+	@$(PY) tests/faults/soak.py $(ARGS)
 
 lint: env
 	$(PY) -m ruff check .

@@ -83,8 +83,8 @@ def soaked(scratch: Path) -> list[Subject]:
     (scratch / "digits").mkdir(exist_ok=True)
     write_digits(scratch / "digits", 200, 100)
     peaks = ("--num_layers=32", "--num_train=500", "--num_val=500", "--nested.refinements=1", "--validate_every=50")
-    circles = ("--num_layers=512", "--num_train=1000", "--mgopt.levels=4", "--sampling=square", "--goal=2")
-    digits = ("--smoke", "--max_updates=400", "--epochs=400", f"--data_dir={scratch / 'digits'}", "--record_every=10")
+    circles = ("--num_layers=512", "--num_train=1000", "--mgopt.levels=4", "--sampling=square", "--goal=0.9999")
+    digits = ("--smoke", "--max_updates=400", "--epochs=400", f"--data_dir={scratch / 'digits'}")
     cifar = ("--models=multilevel", "--filters=4,8", "--blocks=1,2", "--batch_size=25", f"--data_dir={scratch}")
     found = (
         Subject("peaks", (*peaks, "--nested.updates=700,700", "--mgrit.cycle=lagged"), 50),
