@@ -20,6 +20,9 @@ pytestmark = pytest.mark.skipif(
     not Path("/dev/shm").is_dir() or not Path("/proc/self/maps").exists(), reason="no Linux"
 )
 
+# By which launchers number the ranks.
+NUMBERS = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID", "PMI_SIZE")
+
 DRIVER = """
 import os, signal
 from dataclasses import dataclass
@@ -72,7 +75,7 @@ def name() -> str:
 
 
 def test_shared_memory_of_dead_jobs_goes(make, monkeypatch):
-    for variable in (*leftovers._LOCAL_RANKS, "PMI_SIZE"):
+    for variable in NUMBERS:
         monkeypatch.delenv(variable, raising=False)
     dead, young, mapped, opened = (make(name(), age) for age in (1e6, 0, 1e6, 1e6))
     others = [make(f"mpich_shm_{secrets.token_hex(4)}", 1e6), make(name(), 0, "link"), make(name(), 0, "pipe")]
@@ -102,7 +105,7 @@ def test_shared_memory_of_dead_jobs_goes(make, monkeypatch):
 
 
 def test_files_of_a_launcher_stay_while_one_is_there_that_may_have_made_them(make, monkeypatch):
-    for variable in (*leftovers._LOCAL_RANKS, "PMI_SIZE"):
+    for variable in NUMBERS:
         monkeypatch.delenv(variable, raising=False)
     code = "open('/proc/self/comm', 'w').write('hydra_pmi_proxy'); print(1, flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as job:

@@ -156,4 +156,4 @@ def generate(model: nn.Module, tokens: Tensor, count: int, length: int, seed: in
 
 def _fitting(width: int, heads: int) -> int:
     """The greatest number of heads up to the one asked for that divides the width."""
-    return max((found for found in range(1, heads + 1) if width > 0 and width % found == 0), default=1)
+    return max((found for found in range(1, min(heads, width) + 1) if width % found == 0), default=1)

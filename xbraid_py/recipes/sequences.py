@@ -78,8 +78,9 @@ class SequenceOptions(DigitOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.length is not None and self.length < 2:
-            raise ValueError(f"length={self.length} must be at least 2; use 128")
+        self.require_least(128, length=2)
+        self.require_least(1, num_layers=1, hidden_size=1)
+        self.require_most(1, num_layers=1000)  # modules made one by one
         if self.network == "torch" and (self.kind, self.dt) != ("plain", 1.0):
             raise ValueError(f"network='torch' has kind=plain and dt=1.0 only, not {self.kind} and {self.dt}")
 

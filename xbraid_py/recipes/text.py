@@ -107,7 +107,9 @@ class TextOptions(MinibatchOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        self.require_least(10, context=1, updates=1, warmup=0, validation_batches=1, sample=0)
+        self.require_least(10, context=1, updates=1, warmup=0, validation_batches=1, sample=0, num_characters=1)
+        self.require_least(32, width=1)
+        self.require_most(100_000, num_characters=10**8)  # drawn one by one
         if not 0 <= self.weight_decay < float("inf"):
             raise ValueError(f"weight_decay={self.weight_decay} must be at least 0 and finite; use 0.01")
 

@@ -74,6 +74,12 @@ class RunOptions:
             if getattr(self, name) is not None and getattr(self, name) < bound:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {bound}; use {good}")
 
+    def require_most(self, good: int, **most: int) -> None:
+        """Raise `ValueError` for an option, if it is given, that is more than this; `good` is a value that works."""
+        for name, bound in most.items():
+            if getattr(self, name) is not None and getattr(self, name) > bound:
+                raise ValueError(f"{name}={getattr(self, name)} must be at most {bound}; use {good}")
+
     @property
     def free(self) -> set[str]:
         """Names of the options, or groups of them, that may differ between a run and its continuation."""
