@@ -205,8 +205,8 @@ def _table(*names: str) -> Callable:
 
 
 def _anywhere(data, chance):
-    """A byte of any message, with the right checksum; but for names and extents, where a lie is another truth."""
-    message = chance.choice([each for each in messages(data) if each.kind not in (LINK, DATASPACE) and each.size])
+    """A byte of any message, with the right checksum."""
+    message = chance.choice([each for each in messages(data) if each.size])
     _set(data, message.block, message.at + chance.randrange(message.size), 1, chance.randrange(256))
 
 

@@ -1,8 +1,10 @@
 """A checkpoint is whole, the previous one, or refused, whatever happens to the file and to its disk."""
 
 import errno
+import json
 import os
 import resource
+import shutil
 import signal
 
 import h5py
@@ -13,7 +15,7 @@ from global_arrays import META, agrees, error_of, make_arrays, shards_of
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.run.store.read import CheckpointError, file_name, load, newest_good, verify
-from xbraid_py.run.store.write import save
+from xbraid_py.run.store.write import Shard, save
 
 WORKS = "give another file, or `--resume auto` for the newest good one"
 
@@ -55,6 +57,46 @@ def test_no_flipped_bit_is_read_silently(tmp_path):
     assert refused > len(content) // 8
 
 
+def test_other_rows_with_right_checksums_are_found(tmp_path):
+    """Zeros where nothing was written have a right checksum, and so have two chunks in each other's place."""
+    path, sound = tmp_path / file_name(1), torch.arange(140_000.0).reshape(70_000, 2)  # of three chunks
+
+    def stored(rows):
+        save(path, SerialCommunicator(), {"a": Shard(rows, 0, len(rows))}, {})
+        with h5py.File(path, "r") as file:
+            return [file["a"].id.get_chunk_info(number) for number in range(file["a"].id.get_num_chunks())]
+
+    first, second, _ = stored(sound)
+    content = path.read_bytes()
+    parts = [content[each.byte_offset : each.byte_offset + each.size] for each in (first, second)]
+    for changed in ((bytes(first.size), parts[1]), (parts[1], parts[0])):
+        damaged = bytearray(content)
+        for each, part in zip((first, second), changed, strict=True):
+            damaged[each.byte_offset : each.byte_offset + each.size] = part
+        path.write_bytes(damaged)
+        for read in (verify, lambda path: load(path).rows("a")):
+            with pytest.raises(CheckpointError, match="'a' are damaged: they are not those that were written"):
+                read(path)
+    path.write_bytes(content)
+    verify(path)
+
+
+def test_files_of_before_say_nothing_of_their_arrays(tmp_path, good):
+    """And are read all the same; one that does say is refused where it holds others."""
+    old, more = tmp_path / "old.h5", tmp_path / "more.h5"
+    for path, arrays in ((old, None), (more, {"w": [[3], "float64", 0]})):
+        shutil.copyfile(good, path)
+        with h5py.File(path, "r+", libver=("v110", "v110")) as file:
+            document = json.loads(file["meta"][0])
+            del file["meta"], document["arrays"]
+            text = json.dumps(document if arrays is None else {**document, "arrays": arrays}).encode()
+            file.create_dataset("meta", (1,), f"S{len(text)}", data=[text], chunks=(1,), fletcher32=True)
+    verify(old)
+    assert agrees(old, make_arrays())
+    with pytest.raises(CheckpointError, match="it does not hold the arrays that were written"):
+        load(more)
+
+
 def test_flipped_bit_in_data(good):
     content = good.read_bytes()
     position = content.index(make_arrays()["optimizer/s/layers.weight"].numpy().tobytes()[:64])
@@ -85,7 +127,7 @@ def test_foreign_files(tmp_path, good, kind, what):
         path.write_text("0.5 0.25\n" * 100)
     elif kind != "missing":
         path.write_bytes(good.read_bytes())
-        with h5py.File(path, "r+") as file:
+        with h5py.File(path, "r+", libver=("v110", "v110")) as file:
             if kind == "foreign":
                 file.attrs["format"] = np.bytes_("something else")
             elif kind == "foreign_text":

@@ -12,11 +12,13 @@ import stat
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import h5py
 import numpy as np
 import torch
+
+from xbraid_py.run.store.tables import NOWHERE, check_object
 
 FORMAT = "xbraid_py checkpoint"
 FORMAT_NUMBER = 1
@@ -37,13 +39,13 @@ NAMES, NAME_LETTERS, NAME_PARTS = 4000, 500, 16
 # What h5py raises for a damaged file depends on the byte that is damaged.
 _UNREADABLE = (OSError, KeyError, ValueError, TypeError, RuntimeError, OverflowError)
 _FILE_NAME = re.compile(r"update_([0-9]{6,})\.h5")
-# The first bytes: signature, version, bytes of an address and of a length, flags, begin of the file, its extension.
-_SUPERBLOCK = struct.Struct("<8sBBBBQQ")
-_CHECKPOINTS_HAVE = (b"\x89HDF\r\n\x1a\n", 3, 8, 8, 0, 0, 2**64 - 1)
+# First bytes: signature, version, bytes of an address and of a length, flags, begin of the file, extension, end, root.
+_SUPERBLOCK = struct.Struct("<8sBBBBQQQQ")
+_CHECKPOINTS_HAVE = (b"\x89HDF\r\n\x1a\n", 3, 8, 8, 0, 0, NOWHERE)
 _CHECKSUM_BYTES = 4
 _FEWEST_BYTES = CHUNK_BYTES // 64  # of a chunk, where an array has several
 _HOLES = 1000  # a file that is so many times larger than what the disk has of it
-_STORED_AS = {dtype: h5py.h5t.py_create(dtype, logical=True) for dtype in DTYPES.values()}
+_STORED_AS = {dtype.name: h5py.h5t.py_create(dtype, logical=True) for dtype in DTYPES.values()}
 
 log = logging.getLogger(__name__)
 
@@ -88,22 +90,26 @@ def pieces(count: int, row_bytes: int) -> Iterator[slice]:
             yield slice(first, min(first + step, count))
 
 
-def _check_file(path: Path) -> None:
+def _check_file(path: Path) -> int:
     """Refuse, before HDF5 opens it, what is no regular file, and one with parts that checkpoints do not have.
 
     Those parts (a user block, an extension with drivers, caches and shared messages) are read as a file is opened.
-    A link is followed: what it leads to has to stand the same tests.
+    A link is followed: what it leads to has to stand the same tests. Returns where the first group is.
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise _error(path, "is a folder, a pipe or a device, not a file")
-    with open(path, "rb") as file:
-        head = file.read(_SUPERBLOCK.size)
-    if len(head) < _SUPERBLOCK.size or _SUPERBLOCK.unpack(head) != _CHECKPOINTS_HAVE:
-        raise _error(path, "truncated, damaged or no HDF5 file of a checkpoint's layout")
     # What nobody has written reads as zeros, whose checksum is zero, so that a few bytes pass for any number of them.
     if status.st_size > _HOLES * 512 * status.st_blocks > 0:
         raise _error(path, f"damaged: of its {status.st_size} bytes the disk holds next to none")
+    with open(path, "rb") as file:
+        head = file.read(_SUPERBLOCK.size)
+        if len(head) == _SUPERBLOCK.size:
+            *found, _, root = _SUPERBLOCK.unpack(head)
+            if (*found,) == _CHECKPOINTS_HAVE:
+                check_object(file, root)
+                return root
+    raise _error(path, "truncated, damaged or no HDF5 file of a checkpoint's layout")
 
 
 def _attribute(file: h5py.File, name: str, kind: int) -> Any:
@@ -195,17 +201,18 @@ class Checkpoint:
         Versions of the libraries that wrote the file.
     """
 
-    def __init__(self, path: Path, file: h5py.File):
+    def __init__(self, path: Path, file: h5py.File, root: int):
         self.path = path
         self._file = file
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._held: dict[str, tuple[tuple[int, ...], str]] = {}
         kind = _attribute(file, "format", h5py.h5t.STRING)
         number = _attribute(file, "format_number", h5py.h5t.INTEGER)
         if kind != FORMAT:
             raise _error(path, f"no {FORMAT}: its format is {kind!r}")
         if number != FORMAT_NUMBER:
             raise _error(path, f"its format_number={number} is not {FORMAT_NUMBER}, the one this version reads")
-        self._look()
+        with open(path, "rb") as raw:
+            self._look(raw, root)
         if META not in file:
             raise _error(path, "damaged: it has no meta data")
         document = json.loads(file[META][0].decode("ascii"))
@@ -213,16 +220,22 @@ class Checkpoint:
         self.versions: dict[str, str | None] = document["versions"]
         if not isinstance(self.meta, dict) or not isinstance(self.versions, dict) or not _is_flat(document):
             raise _error(path, "damaged: its meta data are no names and values")
+        # Files of before say nothing of it. Of what they say of later ones, `verify` looks at the fingerprints.
+        self._fingerprints: dict[str, int] | None = None
+        if "arrays" in document:
+            said = {name: (tuple(shape), dtype) for name, (shape, dtype, _) in document["arrays"].items()}
+            if said != {name: (shape, dtype) for name, (shape, dtype) in self._held.items()}:
+                raise _error(path, "damaged: it does not hold the arrays that were written")
+            self._fingerprints = {name: number for name, (_, _, number) in document["arrays"].items()}
 
-    def _look(self) -> None:
+    def _look(self, raw: BinaryIO, root: int) -> None:
         """Find the arrays, and refuse a file that holds anything else, or anything that it would not be good to read.
 
         Whoever makes a file gives its tables their right checksums too, so nothing that they say is believed.
         """
         size = self.path.stat().st_size
         spans: list[tuple[int, int]] = []
-        root = h5py.h5g.open(self._file.id, b"/")
-        waiting, seen, left = [("", root)], {h5py.h5o.get_info(root).addr}, size
+        waiting, seen, left = [("", h5py.h5g.open(self._file.id, b"/"))], {root}, size
         while waiting:
             where, group = waiting.pop()
             count = group.get_num_objs()
@@ -235,13 +248,14 @@ class Checkpoint:
             for key in keys:
                 name = where + self._checked_name(key)
                 # Links of other kinds lead into other files, or nowhere.
-                if group.links.get_info(key).type != h5py.h5l.TYPE_HARD:
+                link = group.links.get_info(key)
+                if link.type != h5py.h5l.TYPE_HARD:
                     raise _error(self.path, f"{name!r} in it is a link, which this format has not")
-                item = h5py.h5o.open(group, key)
-                address = h5py.h5o.get_info(item).addr
-                if address in seen:
+                if link.u in seen:
                     raise _error(self.path, f"{name!r} in it is a second name, which this format has not")
-                seen.add(address)
+                seen.add(link.u)
+                check_object(raw, link.u)
+                item = h5py.h5o.open(group, key)
                 if name == META or not isinstance(item, h5py.h5g.GroupID):
                     stored = self._stored(name, item, left)
                     left -= sum(length for _, length in stored)
@@ -272,9 +286,9 @@ class Checkpoint:
         elif name == META:
             if held.get_class() == h5py.h5t.STRING and not held.is_variable_str() and item.shape == (1,):
                 spans = _spans(item, held.get_size(), min(room, META_BYTES))
-        elif any(held.equal(known) for known in _STORED_AS.values()) and item.shape:
+        elif (dtype := next((name for name, known in _STORED_AS.items() if held.equal(known)), None)) and item.shape:
             spans = _spans(item, held.get_size(), room)
-            self._shapes[name] = item.shape
+            self._held[name] = item.shape, dtype
         if spans is None:
             raise _error(self.path, f"damaged: {name!r} is not an array of this format, stored whole with checksums")
         return spans
@@ -291,13 +305,13 @@ class Checkpoint:
 
     def names(self) -> tuple[str, ...]:
         """Names of the arrays, sorted."""
-        return tuple(sorted(self._shapes))
+        return tuple(sorted(self._held))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a global array, rows first; raises `CheckpointError` if there is none of that name."""
-        if name not in self._shapes:
+        if name not in self._held:
             raise _error(self.path, f"holds no {name!r}, but {', '.join(self.names()) or 'no array at all'}")
-        return self._shapes[name]
+        return self._held[name][0]
 
     def total(self, name: str) -> int:
         """Rows of a global array; raises `CheckpointError` if there is none of that name."""
@@ -317,7 +331,24 @@ class Checkpoint:
             values = self._file[name][first : first + count]
             if values.dtype == bool and (values.view(np.uint8) > 1).any():
                 raise _error(self.path, f"the data of {name!r} are damaged: they are neither true nor false")
-            return torch.from_numpy(values)
+        rows = torch.from_numpy(values)
+        if count == total and self._fingerprints is not None:
+            self._compare(name, fingerprint(rows, 0))
+        return rows
+
+    def check(self, name: str) -> None:
+        """Read all of an array, a piece at a time; raises `CheckpointError` if any of it is damaged."""
+        total, *trailing = self.shape(name)
+        row_bytes = np.dtype(self._held[name][1]).itemsize * math.prod(trailing)
+        number = 0
+        for part in pieces(total, row_bytes):
+            number += fingerprint(self.rows(name, part.start, part.stop - part.start), part.start)
+        if self._fingerprints is not None:
+            self._compare(name, number % 2**64)
+
+    def _compare(self, name: str, number: int) -> None:
+        if number != self._fingerprints[name]:
+            raise _error(self.path, f"the data of {name!r} are damaged: they are not those that were written")
 
 
 def load(path: str | os.PathLike) -> Checkpoint:
@@ -327,10 +358,10 @@ def load(path: str | os.PathLike) -> Checkpoint:
     """
     path = Path(path)
     with _reading(path, "truncated, damaged or no HDF5 file"), contextlib.ExitStack() as stack:
-        _check_file(path)
+        root = _check_file(path)
         # No lock: a file under its final name never changes, and many network file systems have none.
         file = stack.enter_context(h5py.File(path, "r", locking=False))
-        checkpoint = Checkpoint(path, file)
+        checkpoint = Checkpoint(path, file, root)
         stack.pop_all()
         return checkpoint
 
@@ -339,10 +370,21 @@ def verify(path: str | os.PathLike) -> None:
     """Read all of a checkpoint, a piece at a time; raises `CheckpointError` if any of it is damaged."""
     with load(path) as checkpoint:
         for name in checkpoint.names():
-            total, *trailing = checkpoint.shape(name)
-            row_bytes = checkpoint.rows(name, 0, 0).element_size() * math.prod(trailing)
-            for part in pieces(total, row_bytes):
-                checkpoint.rows(name, part.start, part.stop - part.start)
+            checkpoint.check(name)
+
+
+def fingerprint(rows: torch.Tensor, first: int) -> int:
+    """A number of the bits of rows `first` and following of an array; that of all is the sum of those of its parts.
+
+    Modulo 2**64, and with the number of the row in it. Unlike the checksum of a chunk it tells apart, among others,
+    zeros that were written from zeros where nothing was, and rows of one chunk from those of another.
+    """
+    if not rows.numel():
+        return 0
+    whole = {8: torch.int64, 4: torch.int32, 1: torch.uint8}[rows.element_size()]
+    sums = rows.detach().view(whole).reshape(len(rows), -1).sum(1, dtype=torch.int64)
+    numbers = torch.arange(first + 1, first + 1 + len(rows), device=rows.device)
+    return int((sums * numbers).sum()) % 2**64
 
 
 def file_name(update: int) -> str:

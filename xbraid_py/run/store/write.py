@@ -27,8 +27,10 @@ from xbraid_py.run.store.read import (
     BEST,
     DTYPES,
     META,
+    META_BYTES,
     CheckpointError,
     file_name,
+    fingerprint,
     load,
     newest_good,
     numbered,
@@ -82,6 +84,7 @@ class _Array:
     trailing: tuple[int, ...]
     dtype: torch.dtype
     spans: tuple[tuple[int, int, int], ...]
+    fingerprint: int
 
 
 def save(path: str | os.PathLike, comm: Communicator, shards: Mapping[str, Shard], meta: Mapping) -> None:
@@ -116,7 +119,13 @@ def save(path: str | os.PathLike, comm: Communicator, shards: Mapping[str, Shard
     if comm.rank == 0:
         try:
             arrays = _plan(described)
-            text = json.dumps({"meta": dict(meta), "versions": library_versions()})
+            about = {
+                name: ((array.total, *array.trailing), DTYPES[array.dtype].name, array.fingerprint)
+                for name, array in arrays.items()
+            }
+            text = json.dumps({"meta": dict(meta), "versions": library_versions(), "arrays": about})
+            if len(text) > META_BYTES:
+                raise ValueError(f"meta has {len(text)} letters, of which {META_BYTES} fit; put arrays into shards")
         except (ValueError, TypeError) as error:
             problem = error
     _raise_on_all(comm, problem)
@@ -131,7 +140,8 @@ def save(path: str | os.PathLike, comm: Communicator, shards: Mapping[str, Shard
 
 
 def _describe(shard: Shard) -> tuple:
-    return shard.first, len(shard.rows), shard.total, tuple(shard.rows.shape[1:]), shard.rows.dtype
+    rows = shard.rows
+    return shard.first, len(rows), shard.total, tuple(rows.shape[1:]), rows.dtype, fingerprint(rows, shard.first)
 
 
 def _raise_on_all(comm: Communicator, problem: Exception | None) -> None:
@@ -146,13 +156,14 @@ def _plan(described: list[dict[str, tuple]]) -> dict[str, _Array]:
     arrays = {}
     for name in sorted(set().union(*described)):
         entries = [(rank, *shards[name]) for rank, shards in enumerate(described) if name in shards]
-        kinds = {entry[3:] for entry in entries}
+        kinds = {entry[3:6] for entry in entries}
         if len(kinds) > 1:
             raise ValueError(
                 f"shards[{name!r}]: the ranks differ in total, row shape or dtype: {sorted(map(str, kinds))}"
             )
         total, trailing, dtype = kinds.pop()
         spans = tuple(sorted((first, count, rank) for rank, first, count, *_ in entries if count))
+        number = sum(entry[6] for entry in entries) % 2**64
         row = 0
         for first, count, rank in (*spans, (total, 0, None)):
             if first > row:
@@ -160,7 +171,7 @@ def _plan(described: list[dict[str, tuple]]) -> dict[str, _Array]:
             if first < row:
                 raise ValueError(f"shards[{name!r}]: row {first} of rank {rank} has another owner; each needs one only")
             row = first + count
-        arrays[name] = _Array(total, trailing, dtype, spans)
+        arrays[name] = _Array(total, trailing, dtype, spans, number)
     for name in arrays:
         parents = {name[:end] for end, letter in enumerate(name) if letter == "/"}
         clash = next((parent for parent in parents if parent in arrays), None)
