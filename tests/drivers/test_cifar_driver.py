@@ -97,6 +97,31 @@ def test_what_is_finished_is_not_made_again(run, tmp_path, capsys):
     assert updates_of(tmp_path / "multilevel_0") == updates_of(tmp_path / "multilevel_0" / "earlier-1")
 
 
+@pytest.mark.ranks(1, 2)
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_batch_norm_on_another_number_of_ranks_says_that_it_is_another_run(spmd, data_dir, shared_tmp_path, norm):
+    out = shared_tmp_path / norm
+
+    def go(comm, **changes):
+        options = TINY | {"data_dir": data_dir, "out": out, "models": ("first",), "epochs": (2,), "norm": norm}
+        CIFAR.setup(CIFAR.Options(**options | changes), comm)()
+
+    def body(comm):
+        if comm.rank == 0:
+            go(SerialCommunicator())
+        comm.barrier()
+        go(comm, resume=str(out / "first_0" / "checkpoints" / "update_000001.h5"))
+        comm.barrier()
+        return comm.size
+
+    size = spmd(body)[0]
+    said = (
+        f"norm=batch takes the mean of each rank's images: on {size} rank(s) after 1 this is not the run"
+    )
+    text = (out / "first_0" / "log.txt").read_text()
+    assert text.count(said) == (norm == "batch" and size > 1), text
+
+
 def test_a_checkpoint_of_another_model_is_refused(run, tmp_path):
     run(epochs=(1, 1))
     last = tmp_path / "multilevel_0" / "checkpoints" / "update_000002.h5"

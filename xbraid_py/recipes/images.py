@@ -297,6 +297,8 @@ class ImageTraining(Training):
     def __init__(self, options: MultiLevelOptions, method: ResNetTraining):
         self.options, self.method, self.total = options, method, method.options.cycles.total
         self._last_blocks = options.levels("last")[-1].blocks
+        self._ranks = method.grid.replicas if method.grid else 1
+        self._other_ranks = ""
 
     def steps(self) -> Iterator[Row]:
         for record in self.method.run():
@@ -331,15 +333,23 @@ class ImageTraining(Training):
         return {"val_loss": loss, "val_error": error, "val_accuracy": 1.0 - error}
 
     def state(self) -> State:
-        return self.method.state()
+        arrays, numbers = self.method.state()
+        return arrays, {**numbers, "ranks": self._ranks}
 
     def load(self, checkpoint: Checkpoint) -> None:
         self.method.load(checkpoint)
+        before = checkpoint.meta["state"].get("ranks", self._ranks)
+        if self.options.norm == "batch" and before != self._ranks:
+            self._other_ranks = (
+                f"norm=batch takes the mean of each rank's images: on {self._ranks} rank(s) after {before} this is not "
+                f"the run that it was; go on with {before}, or train with --norm=group, the same on any number\n"
+            )
 
     def describe(self) -> str:
         network, last = self.method.network, "-".join(map(str, self._last_blocks))
         blocks = "-".join(map(str, network.blocks))
-        return f"{blocks} blocks, h = {network.step_size:g}; work is in epochs of {last} blocks"
+        said, self._other_ranks = self._other_ranks, ""
+        return f"{said}{blocks} blocks, h = {network.step_size:g}; work is in epochs of {last} blocks"
 
     def draw(self, rows: list[Row], figures: Path) -> None:
         if rows:
