@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import signal
@@ -172,6 +173,29 @@ def test_a_run_that_was_killed_behind_its_last_checkpoint_is_finished(name, copi
     assert status(out)["state"] == "finished" and status(out)["message"] == ""
     assert any((out / "figures").glob("*.png"))
     assert "is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no ink"), OSError(errno.ENOSPC, "no room")])
+def test_pictures_that_died_are_made_again(error, copied, monkeypatch):
+    """Also where there are some, and also if they die again."""
+    out = copied("nested")
+    pictures = {path.name for path in (out / "figures").iterdir()}
+    (out / "status.json").write_text(json.dumps({**status(out), "state": "failed", "message": "killed"}))
+    for path in (out / "figures").iterdir():
+        path.unlink()
+
+    def broken(training, folder):
+        with folder.guarded():
+            raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_draw", broken)
+        with pytest.raises((RuntimeError, RunError), match="no ink|no room"):
+            run(KINDS["nested"], SERIAL, out, "--resume=auto")
+    assert status(out)["state"] == "failed" and str(error.args[-1]) in status(out)["message"]
+    run(KINDS["nested"], SERIAL, out, "--resume=auto")
+    assert status(out)["state"] == "finished"
+    assert {path.name for path in (out / "figures").iterdir()} == pictures
 
 
 @ALL

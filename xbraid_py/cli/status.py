@@ -358,14 +358,15 @@ def draw(curves: Sequence[Points], width: int, height: int, ascii_only: bool = F
     log = uses_log([y for curve in curves for _, y in curve])
     scaled = [[(x, math.log10(y) if log else y) for x, y in curve if y > 0 or not log] for curve in curves]
     xs, ys = ([point[axis] for curve in scaled for point in curve] for axis in (0, 1))
-    top, bottom = (f"{10**y if log else y:.3g}" for y in (max(ys), min(ys)))
+    (left, right), (low, high) = (min(xs), max(xs)), (min(ys), max(ys))
+    top, bottom = (f"{10**y if log else y:.3g}" for y in (high, low))
     margin = max(len(top), len(bottom)) + 1
     columns, rows = max(4, width - margin), max(2, height - 1)
     across, down = (1, 1) if ascii_only else (2, 4)
     lit: set[tuple[int, int]] = set()
     for curve in scaled:
         dots = [
-            (_place(x, min(xs), max(xs), columns * across), rows * down - 1 - _place(y, min(ys), max(ys), rows * down))
+            (_place(x, left, right, columns * across), rows * down - 1 - _place(y, low, high, rows * down))
             for x, y in curve
         ]
         for start, end in zip(dots, dots[1:] or dots, strict=False):
@@ -375,8 +376,8 @@ def draw(curves: Sequence[Points], width: int, height: int, ascii_only: bool = F
         label = top if row == 0 else bottom if row == rows - 1 else ""
         cells = (_letter(lit, row, column, ascii_only) for column in range(columns))
         lines.append(f"{label:>{margin - 1}} " + "".join(cells))
-    left, right = f"{min(xs):g}", f"{max(xs):g}"
-    lines.append(" " * margin + left + f"{right:>{max(len(right) + 1, columns - len(left))}}")
+    first, last = f"{left:g}", f"{right:g}"
+    lines.append(" " * margin + first + f"{last:>{max(len(last) + 1, columns - len(first))}}")
     return lines
 
 

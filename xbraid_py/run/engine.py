@@ -20,7 +20,7 @@ from xbraid_py.run.folder import CHECKPOINTS, METRICS, RunFolder, claim, set_asi
 from xbraid_py.run.options import flat, to_dict
 from xbraid_py.run.progress import Progress, events_of, require_tensorboard
 from xbraid_py.run.record import read, truncate_after
-from xbraid_py.run.signals import mark_ended
+from xbraid_py.run.signals import mark_ended, state_said
 from xbraid_py.run.store.read import Checkpoint, CheckpointError, load, newest_good, no_state, numbered, restoring
 from xbraid_py.run.store.write import CheckpointStore, Score, Shard, clear_rest
 
@@ -429,8 +429,14 @@ def _load_together(training: Training, start: Start, comm: Communicator) -> bool
 
 def _finished(training: Training, row: Row, folder: RunFolder) -> None:
     """What is left to do for a run that is over: it may have been killed in its last moments."""
-    if not folder.comm.bcast(folder.figures.exists()):
-        _draw(training, folder)
+    if not folder.comm.bcast(folder.figures.exists() and state_said(folder.path) == "finished"):
+        try:
+            _draw(training, folder)
+            folder.update(row["update"])  # raises what rank 0 could not write
+        except BaseException as error:
+            mark_ended(folder.path, "failed", f"{type(error).__name__}: {error}", even_if_over=True)
+            folder.release()
+            raise
     if folder.comm.rank == 0:
         mark_ended(folder.path, "finished", "", even_if_over=True)
         print(f"the run in {folder.path} is finished; to train again, start without --resume", flush=True)

@@ -185,12 +185,23 @@ def mark_ended(folder: Path, state: str, message: str, even_if_over: bool = Fals
 
     As far as possible: what cannot be read or written is left alone.
     """
-    path = Path(folder) / STATUS
+    fields = _said(folder)
+    if fields and (even_if_over or fields.get("state") not in OVER):
+        fields |= {"state": state, "message": message, "updated": _now(), "seconds_left": None}
+        with contextlib.suppress(OSError, ValueError):
+            _replace(Path(folder) / STATUS, fields)
+
+
+def state_said(folder: Path) -> str | None:
+    """The state that the status of a run names; None if there is none."""
+    return _said(folder).get("state")
+
+
+def _said(folder: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
-        fields = load_json(read_regular(path))
-        if isinstance(fields, dict) and (even_if_over or fields.get("state") not in OVER):
-            fields |= {"state": state, "message": message, "updated": _now(), "seconds_left": None}
-            _replace(path, fields)
+        fields = load_json(read_regular(Path(folder) / STATUS))
+        return fields if isinstance(fields, dict) else {}
+    return {}
 
 
 def _replace(path: Path, fields: dict[str, Any]) -> None:
