@@ -41,8 +41,8 @@ _NEWER = ("v110", "v110")
 def sound_files(folder: Path) -> dict[str, tuple[dict, dict[str, torch.Tensor]]]:
     """Write the files that lies are made from into a folder; what each holds, by name.
 
-    In `many.h5` the names of a group lie in tables of their own, in `old.h5` all tables of a group are of the older
-    kind without checksums; the others are as the library writes them.
+    In `many.h5` the names of a group lie in tables of their own. In `old.h5` the tables of a group are of the older
+    kind without checksums, which is a lie already; the others are as the library writes them.
     """
     for name, arrays in CONTENTS.items():
         shards = {each: Shard(rows, 0, len(rows)) for each, rows in arrays.items()}

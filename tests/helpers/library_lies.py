@@ -161,7 +161,7 @@ def _type(file, chance):
     dtype = chance.choice(_TYPES)
     dtype = np.dtype(dtype) if isinstance(dtype, str | tuple | list) else dtype
     dtype = h5py.opaque_dtype(dtype) if dtype.kind == "M" else dtype
-    file.create_dataset("weights/b", (2,), dtype, chunks=(2,), fletcher32=chance.random() < 0.7)
+    file.create_dataset("weights/b", (2,), dtype, chunks=(2,), fletcher32="vlen" not in (dtype.metadata or {}))
 
 
 def _named_type(file, chance):
