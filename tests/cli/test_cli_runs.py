@@ -1,6 +1,7 @@
 """The commands that make something of a run: `resume`, `export` and `events`."""
 
 import json
+import resource
 import shlex
 import shutil
 import subprocess
@@ -18,9 +19,10 @@ from small_runs import nested, save_state
 from xbraid_py import LayerParallel
 from xbraid_py.cli import main
 from xbraid_py.comm import SerialCommunicator
+from xbraid_py.layer_parallel.export import to_sequential
 from xbraid_py.layer_parallel.minibatch.state import load_weights
 from xbraid_py.recipes import digits
-from xbraid_py.run.store.read import load
+from xbraid_py.run.store.read import Checkpoint, load, newest_good
 
 PEAKS = PROJECT / "drivers" / "peaks.py"
 
@@ -249,6 +251,53 @@ def build(options, comm):
     model = digits.build(options, comm)
     return model
 """
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("digits", {"num_layers": 10**6}),
+        ("digits", {"width": 10**6}),
+        ("text", {"context": 10**9}),
+        ("sequences", {"hidden_size": 10**6}),
+        ("width", {"mesh": 10**6}),
+        ("images", {"filters": [10**6] * 2}),
+        ("images", {"blocks": [10**6] * 2}),
+    ],
+)
+def test_sizes_that_the_arrays_do_not_have(name, change, tmp_path, capsys, monkeypatch):
+    """The file may say anything: nothing is built of it before its own arrays have been looked at."""
+    out = finished(name)
+    path = newest_good(out / "checkpoints")
+    whole = Checkpoint.__init__
+
+    def changed(self, *args):
+        whole(self, *args)
+        for part in ("configuration", "sizes"):
+            self.meta[part] = {**self.meta[part], **{k: v for k, v in change.items() if k in self.meta[part]}}
+
+    monkeypatch.setattr(Checkpoint, "__init__", changed)
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**29, limit[1]))
+    try:
+        assert main(["export", str(path), str(tmp_path / "net.pt")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limit)
+    assert str(path) in capsys.readouterr().err and not (tmp_path / "net.pt").exists()
+
+
+def test_weights_that_are_not_finite(tmp_path, capsys, monkeypatch):
+    path = newest_good(finished("digits") / "checkpoints")
+    monkeypatch.setattr("xbraid_py.recipes.digits.to_sequential", lambda model: with_nan(to_sequential(model)))
+    assert main(["export", str(path), str(tmp_path / "net.pt")]) == 2
+    assert "holds weights that are not finite, in " in capsys.readouterr().err
+    assert not (tmp_path / "net.pt").exists()
+
+
+def with_nan(module):
+    next(module.parameters()).data[0] = torch.nan
+    return module
 
 
 def test_the_program_of_a_network_trained_on_minibatches(tmp_path, capsys):

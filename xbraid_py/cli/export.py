@@ -77,7 +77,10 @@ def checkpoint_of(folder: Path, best: bool) -> Path:
 
 
 def export(source: Path, out: Path, driver: Path | None = None) -> int:
-    """Write the network of a checkpoint to a file, at once; the number of its residual layers."""
+    """Write the network of a checkpoint to a file, at once; the number of its residual layers.
+
+    Raises `ValueError` if there is none, or its weights are not finite: nobody has a use for such a network.
+    """
     import torch
 
     from xbraid_py import recipes
@@ -87,6 +90,9 @@ def export(source: Path, out: Path, driver: Path | None = None) -> int:
 
     with load(source) as checkpoint:
         module = recipes.network(checkpoint) if driver is None else built_by(driver, checkpoint)
+    for name, values in module.state_dict().items():
+        if not torch.isfinite(values).all():
+            raise ValueError(f"{source} holds weights that are not finite, in {name}; give an earlier checkpoint of it")
     with replacing(out) as temporary:
         torch.save(module, temporary)
     return sum(isinstance(part, ResidualStep | ResidualBlock) for part in module.modules())

@@ -20,6 +20,7 @@ from xbraid_py.layers.splines import Splines
 from xbraid_py.mgrit.grid import LayerGrid
 
 _STACKS = ("opening", "layers", "classification")
+_MOST_LAYERS = 1000  # for each coefficient of splines
 
 
 class ResidualStep(nn.Module):
@@ -178,6 +179,8 @@ def _of_checkpoint(path: str | os.PathLike) -> nn.Sequential:
         snapshot = checkpoint.meta.get("state", {})
         lengths, splines = snapshot.get("lengths"), snapshot.get("splines")
         count = snapshot.get("num_layers") if splines else checkpoint.total("weights/layers.weight")
+        if splines and count > _MOST_LAYERS * checkpoint.total("weights/layers.weight"):
+            raise CheckpointError(f"checkpoint {path} says num_layers={count}, too many for its coefficients")
         grid = LayerGrid(count, shape["T"], lengths and tuple(lengths))
         middles = {"layers": (Splines(**splines), grid.middles())} if splines else {}
         (opening,), layers, (classification,) = (

@@ -27,7 +27,7 @@ from xbraid_py.multilevel.resnet.training import (
 )
 from xbraid_py.run.engine import Row, RunOptions, State, Training, free, state_of, train
 from xbraid_py.run.options import from_dict
-from xbraid_py.run.store.read import Checkpoint
+from xbraid_py.run.store.read import Checkpoint, no_state, restoring
 
 KIND = "images"
 FILTERS, WIDE = (16, 32, 64), (32, 64, 128)
@@ -163,8 +163,9 @@ class MultiLevelOptions(ImageOptions):
         if self.wide and self.filters is not None and tuple(self.filters) != WIDE:
             raise ValueError(f"filters={list(self.filters)} and wide=True are two choices; use one of them")
         _ = self.optimization
-        with torch.device("meta"):  # no memory, no random numbers: only the checks
-            self.network(self.levels("first")[0], 10)
+        first = self.levels("first")[0]
+        with torch.device("meta"):  # no memory, no random numbers: only the checks, for which few blocks will do
+            self.network(replace(first, blocks=tuple(min(count, 2) for count in first.blocks)), 10)
 
     @property
     def optimization(self) -> ResNetTrainingOptions:
@@ -393,8 +394,13 @@ def network(checkpoint: Checkpoint) -> ImageResNet:
     meta = state_of(checkpoint)
     options = from_dict(ImageRunOptions, meta["configuration"])
     cycle = options.optimization.cycles.cycle_of(meta["update"] - 1)
-    with own_random_numbers(0):  # as if none were drawn
-        made = options.network(options.levels(options.models[0])[cycle], meta["sizes"]["num_classes"])
+    level, num_classes = options.levels(options.models[0])[cycle], meta["sizes"]["num_classes"]
+    if sum(level.blocks) > len(checkpoint.names()):  # of each block there are arrays
+        raise no_state(checkpoint.path, f"blocks={level.blocks}, but {len(checkpoint.names())} arrays")
+    with own_random_numbers(0), restoring(checkpoint.path):  # as if none were drawn
+        with torch.device("meta"):  # first without memory: the file may name any sizes
+            load_network(checkpoint, options.network(level, num_classes).to(PRECISIONS[options.precision][0]))
+        made = options.network(level, num_classes)
     made = made.to(PRECISIONS[options.precision][0])
     load_network(checkpoint, made)
     return made.eval()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.replicas import ProcessGrid
-from xbraid_py.layer_parallel.minibatch.state import MinibatchState, check_weights, load_weights
+from xbraid_py.layer_parallel.minibatch.state import WEIGHTS, MinibatchState, check_weights, load_weights
 from xbraid_py.layer_parallel.minibatch.updates import Batch, check_alike, train
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.planner import Layer
@@ -21,7 +21,7 @@ from xbraid_py.recipes.planned import of_modules
 from xbraid_py.run import engine
 from xbraid_py.run.engine import Row, RunOptions, State, Training, free, state_of
 from xbraid_py.run.options import from_dict
-from xbraid_py.run.store.read import Checkpoint
+from xbraid_py.run.store.read import Checkpoint, CheckpointError
 from xbraid_py.run.store.write import Score
 
 
@@ -175,9 +175,25 @@ def network_of(
     Raises `CheckpointError` if it holds another network.
     """
     meta = state_of(checkpoint)
-    model = build(from_dict(options_class, meta["configuration"]), None, **meta["sizes"])
+    options, sizes = from_dict(options_class, meta["configuration"]), meta["sizes"]
+    _check_sizes(checkpoint, options, sizes)
+    model = build(options, None, **sizes)
     load_weights(checkpoint, model)
     return model
+
+
+def _check_sizes(checkpoint: Checkpoint, options: MinibatchOptions, sizes: Mapping[str, int]) -> None:
+    """Raise `CheckpointError` for a network of more weights than a file has, before memory is asked for them."""
+    held = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names() if name.startswith(f"{WEIGHTS}/"))
+    name, width = next((name, getattr(options, name)) for name in ("width", "hidden_size") if hasattr(options, name))
+    # Of each layer there is a matrix of this width, of each token and place a row.
+    named = {"num_layers": options.num_layers, "context": getattr(options, "context", 0), **sizes}
+    for size, number in named.items():
+        if not isinstance(number, int) or number * width * (width if size == "num_layers" else 1) > held:
+            raise CheckpointError(
+                f"{checkpoint.path} says {size}={number} and {name}={width}, but holds only {held:,} weights; give "
+                f"one of a run's checkpoints folder"
+            )
 
 
 def prepare(

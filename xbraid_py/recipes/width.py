@@ -28,7 +28,7 @@ from xbraid_py.multilevel.width.training import WidthRecord, WidthTraining, Widt
 from xbraid_py.multilevel.width.transfer import WidthLayout
 from xbraid_py.run.engine import Row, RunOptions, State, Training, free, state_of, train
 from xbraid_py.run.options import from_dict
-from xbraid_py.run.store.read import Checkpoint, restoring
+from xbraid_py.run.store.read import Checkpoint, check_total, restoring
 from xbraid_py.run.store.write import Score
 
 KINDS = ("dense", "convolutional")
@@ -460,5 +460,8 @@ def network(checkpoint: Checkpoint) -> nn.Sequential:
     with restoring(checkpoint.path):
         options, sizes = from_dict(PROBLEMS[meta["recipe"]], meta["configuration"]), meta["sizes"]
         shape = (sizes["channels"], sizes["mesh"], sizes["mesh"])
+        with torch.device("meta"):  # first without memory: the file may name any sizes
+            plan = options.layers.module(shape, sizes["outputs"], options.seed, options.torch_dtype)
+        check_total(checkpoint.path, checkpoint.total("weights"), sum(each.numel() for each in plan.parameters()))
         module = options.layers.module(shape, sizes["outputs"], options.seed, options.torch_dtype)
         return WidthLayout.of(module).module(checkpoint.rows("weights"))
