@@ -84,6 +84,7 @@ def test_mgrit_and_exact_propagation_have_the_same_losses(one, tmp_path):
         (["--updates=0"], "updates=0 must be at least 1; use 10"),
         (["--warmup=-1"], "warmup=-1 must be at least 0; use 10"),
         (["--learning_rate=-1"], "learning_rate=-1.0 must be positive and finite; use 0.003"),
+        (["--dropout=1.5"], "dropout=1.5 must be at least 0 and below 1; use 0.1"),
         (["--weight_decay=-1"], "weight_decay=-1.0 must be at least 0 and finite; use 0.01"),
         (["--batch_size=2", "--replicas=3"], "batch_size=2 is less than replicas=3; use 3"),
     ],
@@ -99,9 +100,11 @@ def test_wrong_options_are_refused(words, message):
         ("--replicas=2", "replicas=2 does not divide the 1 rank(s); use 1"),
         ("--source=no_file.txt", "no_file.txt is no file; use source='python', source='generated' or a text file"),
         ("--num_layers=18", "num_layers=18 is not a multiple of cfactor=4; use 16 or 20"),
-        ("--dropout=1.5", "p=1.5 must be at least 0 and below 1; use 0.1"),
         ("--heads=3", "heads=3 must be at least 1 and divide width=8; use 2"),
-        ("--context=5000", "tokens.shape=(500,) must be (n,), n more than length=5000"),
+        (
+            "--context=5000",
+            "context=5000 must be less than the 500 characters there are for validation; use 250",
+        ),
     ],
 )
 def test_bad_input_is_found_before_anything_is_written(tmp_path, word, message):

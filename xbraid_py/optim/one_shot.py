@@ -56,8 +56,8 @@ class OneShotOptions:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}; use 10")
         if not 0.0 <= self.gtol < float("inf"):
             raise ValueError(f"gtol={self.gtol} must be at least 0; use 1e-9")
-        if self.fixed_step is not None:
-            FixedStep(self.fixed_step)
+        if self.fixed_step is not None and not 0.0 < self.fixed_step < float("inf"):
+            raise ValueError(f"fixed_step={self.fixed_step} must be positive and finite; use 0.1")
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,9 @@ class ClassificationOptions(RunOptions):
 
     @property
     def adjoint(self) -> MGRIT:
-        """Options of the adjoint solves."""
+        """Options of the adjoint solves; `ValueError` if the cycle needs more iterations than asked for."""
+        if self.adjoint_iter == 0 and self.solver.cycle == "lagged":
+            raise ValueError("adjoint_iter=0 must be at least 1 in a lagged cycle; use 1")
         return self.solver.for_adjoint(self.adjoint_iter, self.adjoint_tol)
 
     @property

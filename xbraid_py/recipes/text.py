@@ -110,6 +110,8 @@ class TextOptions(MinibatchOptions):
         self.require_least(10, context=1, updates=1, warmup=0, validation_batches=1, sample=0, num_characters=1)
         self.require_least(32, width=1)
         self.require_most(100_000, num_characters=10**8)  # drawn one by one
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1; use 0.1")
         if not 0 <= self.weight_decay < float("inf"):
             raise ValueError(f"weight_decay={self.weight_decay} must be at least 0 and finite; use 0.01")
 
@@ -118,7 +120,12 @@ def prepare_text(options: TextOptions, comm: Communicator) -> Callable[[], Row]:
     """Read and check everything, without a message; returns the run."""
     corpus = text.load(options.source, options.num_characters, options.seed)
     hold(comm, "text", *corpus.split())
-    stretches(corpus.split()[1], options, 1, 0)  # too short a text is refused here
+    shortest = min(map(len, corpus.split()))
+    if options.context >= shortest:
+        raise ValueError(
+            f"context={options.context} must be less than the {shortest} characters there are for validation; "
+            f"use {shortest // 2}, or a longer text"
+        )
     sizes = {"num_tokens": len(corpus.characters)}
     options, plan = options.planned(comm.size)
 
