@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from chain import Bench, Chain, check_accepted, check_stopped, send
 from damage import flip, truncate
-from disturbed import Job, Lost, Wrong, check_finished, last_start, last_update, mpirun, newest, updates
+from disturbed import PROJECT, Job, Lost, Other, Wrong, check_finished, last_start, last_update, mpirun, newest, updates
 
 from xbraid_py.run.store.read import CheckpointError, newest_good, numbered, verify
 
@@ -42,7 +43,7 @@ def undisturbed(bench: Bench) -> None:
 
 
 def kills(bench: Bench, count: int, name: str = "kills") -> None:
-    """SIGKILL of each rank in turn: while it starts, while it writes a checkpoint, or at any time."""
+    """SIGKILL of each rank in turn, while it starts, writes a checkpoint, or at any time; or of the launcher."""
     done, chains = 0, 0
     while done < count:
         chain = Chain(bench, f"{name}_{chains}")
@@ -50,7 +51,7 @@ def kills(bench: Bench, count: int, name: str = "kills") -> None:
         code = -1
         while done < count and code != 0:
             ranks, rank = bench.next_hit()
-            when = bench.random.choices(("start", "writing", "any"), (1, 3, 3))[0]
+            when = bench.random.choices(("start", "writing", "any", "launcher"), (1, 3, 3, 1))[0]
             with chain.job(ranks) as job:
                 hit = _strike(bench, job, rank, when)
                 code = job.end()
@@ -81,9 +82,73 @@ def _strike(bench: Bench, job: Job, rank: int, when: str) -> bool:
         bench.pause(0.2)
         if when == "writing":
             end = time.monotonic() + 1.0
-            while time.monotonic() < end and not any((job.out / "checkpoints").glob("*.tmp")):
+            while time.monotonic() < end and not any((job.out / "checkpoints").glob("*.tmp*")):
                 pass
+    if when == "launcher":
+        return send(job.process.pid, signal.SIGKILL)
     return send(found[rank], signal.SIGKILL)
+
+
+def unlike(bench: Bench, count: int) -> None:
+    """Ranks that are started otherwise than the first: the job says in what, and ends before it has done anything."""
+    others = [
+        Other(("--checkpoint_every=7",), said="options: checkpoint_every="),
+        Other(("--resume=null",), said="options: resume="),
+        Other(("--help",), said="ends here, after --help"),
+        Other(("--print_config",), said="ends here, after --help"),
+        Other(("--no_such_option=1",), said="unknown option --no_such_option"),
+        Other(("--record_every=often",), said="--record_every=often is not an int"),
+        Other(before=("env", "XBRAID_KERNELS=torch"), said="versions: kernels="),
+        Other(before=("env", f"PYTHONPATH={_stale(bench.folder)}"), said="files of the program, by their digests: "),
+    ]
+    chain = Chain(bench, "unlike")
+    for other in bench.random.sample(others, min(count, len(others))):
+        ranks = bench.random.choice((2, 3, 5))
+        with chain.job(ranks, other=other) as job:
+            job.await_ranks()
+            code = job.end(60.0)
+        bench.counts["unlike"] += 1
+        bench.say(f"unlike: {' '.join((*other.before, *other.words))} on {ranks - 1} of {ranks}: status {code}")
+        if code != 2 or other.said not in job.stderr or job.stderr.count("error:") != 1 or last_update(chain.out):
+            raise Wrong(f"{chain.out}: status {code} instead of 2 and {other.said!r}\n{job.stderr}")
+
+
+def _stale(folder: Path) -> Path:
+    """Where another version of the package is: with one line more in one file."""
+    stale = folder / "stale"
+    package = stale / "xbraid_py"
+    if not package.exists():
+        shutil.copytree(PROJECT / "xbraid_py", package, ignore=shutil.ignore_patterns("__pycache__"))
+        with (package / "mgrit" / "grid.py").open("a") as file:
+            file.write("# another version\n")
+    return stale
+
+
+def pauses(bench: Bench, count: int) -> None:
+    """A rank stands still for a while, which changes nothing; then for longer than the others have patience."""
+    chain = Chain(bench, "pauses")
+    for _ in range(count):
+        ranks, rank = bench.next_hit()
+        if ranks == 1:
+            continue
+        with chain.job(ranks, words=("--resume=auto", "--patience=6")) as job:
+            if (found := job.await_training()) is None:
+                break
+            bench.pause(0.1)
+            send(found[rank], signal.SIGSTOP)
+            time.sleep(2.0)
+            send(found[rank], signal.SIGCONT)
+            bench.pause(0.1)
+            sent = send(found[rank], signal.SIGSTOP)
+            code = job.end(40.0)
+        chain.check()
+        if code == 0:
+            break
+        bench.counts["pauses"] += sent
+        bench.say(f"pauses: rank {rank} of {ranks}: status {code}: {job.stderr.strip().splitlines()[-1]}")
+        if code != 1 or f"rank {rank}: does not answer" not in job.stderr:
+            raise Wrong(f"{chain.out}: a rank that stands still, status {code} instead of 1\n{job.stderr}")
+    chain.finish()
 
 
 def signals(bench: Bench, count: int) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
@@ -38,6 +39,25 @@ class Lost(Exception):
     """More work is lost than there is between two checkpoints."""
 
 
+@dataclass(frozen=True)
+class Other:
+    """In what some ranks of a job are different from the first.
+
+    Parameters
+    ----------
+    words : tuple of str
+        Options that are given to them alone.
+    before : tuple of str
+        What stands before their python.
+    said : str
+        What the job says of it.
+    """
+
+    words: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+    said: str = ""
+
+
 def mpirun() -> str:
     """The launcher beside this Python, else the one on the path."""
     beside = Path(sys.executable).parent / "mpirun"
@@ -60,6 +80,8 @@ class Job:
         More options.
     wrapper : sequence of str
         Words before the driver, of a script that runs it.
+    other : Other, optional
+        In what the ranks but the first are different.
     """
 
     def __init__(
@@ -69,12 +91,16 @@ class Job:
         ranks: int,
         words: Sequence[str] = ("--resume=auto",),
         wrapper: Sequence[str] = (),
+        other: Other | None = None,
     ):
         self.out, self.ranks = out, ranks
         self.seen: dict[int, int] = {}
         out.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, *map(str, wrapper), str(subject.driver), *subject.words, f"--out={out}", *words]
-        if ranks > 1:
+        if other is not None:
+            rest = ["-n", str(ranks - 1), *other.before, *command, *other.words]
+            command = [mpirun(), "-n", "1", *command, ":", *rest]
+        elif ranks > 1:
             command = [mpirun(), "-n", str(ranks), *command]
         self._err = out.with_name(f"{out.name}.stderr")
         with open(out.with_name(f"{out.name}.stdout"), "wb") as stdout, open(self._err, "wb") as stderr:

@@ -28,7 +28,18 @@ from chain import Bench
 from disturbed import PATIENCE, PROJECT, Hang, Lost, Wrong, job_environment, newest
 from subjects import subjects
 
-FAULTS = ("kills", "signals", "truncations", "bit_flips", "lies", "disk_full", "clock_jumps", "fuzz_inputs")
+FAULTS = (
+    "kills",
+    "signals",
+    "pauses",
+    "unlike",
+    "truncations",
+    "bit_flips",
+    "lies",
+    "disk_full",
+    "clock_jumps",
+    "fuzz_inputs",
+)
 FUZZ = ("fuzz", "fuzz_runs")
 FAILURES = ("hangs", "wrong", "lost", "crashes")
 
@@ -107,6 +118,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--signals", type=int, default=10)
+    parser.add_argument("--unlike", type=int, default=8, help="jobs with ranks that are started otherwise")
+    parser.add_argument("--pauses", type=int, default=2, help="ranks that stand still")
     parser.add_argument("--second", type=int, default=2, help="second SIGTERMs")
     parser.add_argument("--damaged", type=int, default=2, help="truncations and bit flips each that a job meets")
     parser.add_argument("--truncations", type=int, default=60, help="those that the loader meets")
@@ -120,6 +133,8 @@ def main() -> int:
     given = parser.parse_args()
     logging.getLogger("xbraid_py").setLevel(logging.ERROR)  # of damage that is looked at here
     plan = [
+        ("unlike", lambda bench: cases.unlike(bench, given.unlike)),
+        ("pauses", lambda bench: cases.pauses(bench, given.pauses)),
         ("kills", lambda bench: cases.kills(bench, given.kills)),
         ("signals", lambda bench: cases.signals(bench, given.signals)),
         ("second SIGTERM", lambda bench: cases.second_sigterm(bench, given.second)),
@@ -135,6 +150,8 @@ def main() -> int:
     if given.quick:
         plan = [("kills", lambda bench: cases.kills(bench, 2)), ("damaged copies", lambda bench: damage(bench, 5, 10))]
     others = [
+        ("unlike", lambda bench: cases.unlike(bench, given.each)),
+        ("pauses", lambda bench: cases.pauses(bench, given.each)),
         ("kills", lambda bench: cases.kills(bench, given.each)),
         ("signals", lambda bench: cases.signals(bench, given.each)),
         ("damaged", lambda bench: cases.damaged(bench, (given.each + 1) // 2)),

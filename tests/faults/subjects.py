@@ -47,7 +47,7 @@ class Subject:
 def subjects(scratch: Path) -> dict[str, Subject]:
     """All of them, by kind; the files that they read are made in a folder."""
     scratch.mkdir(exist_ok=True)
-    write_cifar10(scratch)
+    digits = _written(scratch)
     found = {
         "nested": Subject(
             "peaks",
@@ -71,6 +71,8 @@ def subjects(scratch: Path) -> dict[str, Subject]:
             TWO_RANKS,
             "multilevel_0",
         ),
+        "digits": Subject("mnist", ("--smoke", "--max_updates=60", "--epochs=60", digits), 5, TWO_RANKS),
+        "sequences": Subject("sequences", ("--smoke", "--max_updates=60", "--epochs=60", digits), 5, TWO_RANKS),
         "text": Subject("transformer", ("--smoke", "--updates=60", "--exact=true"), 5, TWO_RANKS),
     }
     return {kind: _with_interval(subject) for kind, subject in found.items()}
@@ -79,12 +81,10 @@ def subjects(scratch: Path) -> dict[str, Subject]:
 def soaked(scratch: Path) -> list[Subject]:
     """Longer jobs of four drivers, about a minute each."""
     scratch.mkdir(exist_ok=True)
-    write_cifar10(scratch)
-    (scratch / "digits").mkdir(exist_ok=True)
-    write_digits(scratch / "digits", 200, 100)
+    data = _written(scratch)
     peaks = ("--num_layers=32", "--num_train=500", "--num_val=500", "--nested.refinements=1", "--validate_every=50")
     circles = ("--num_layers=512", "--num_train=1000", "--mgopt.levels=4", "--sampling=square", "--goal=0.9999")
-    digits = ("--smoke", "--max_updates=400", "--epochs=400", f"--data_dir={scratch / 'digits'}")
+    digits = ("--smoke", "--max_updates=400", "--epochs=400", data)
     cifar = ("--models=multilevel", "--filters=4,8", "--blocks=1,2", "--batch_size=25", f"--data_dir={scratch}")
     found = (
         Subject("peaks", (*peaks, "--nested.updates=700,700", "--mgrit.cycle=lagged"), 50),
@@ -93,6 +93,15 @@ def soaked(scratch: Path) -> list[Subject]:
         Subject("cifar", (*cifar, "--epochs=60,40,40"), 10, TWO_RANKS, "multilevel_0"),
     )
     return [_with_interval(subject) for subject in found]
+
+
+def _written(scratch: Path) -> str:
+    """Write the files of images into a folder, those of digits below; the option that names the latter."""
+    write_cifar10(scratch)
+    digits = scratch / "digits"
+    digits.mkdir(exist_ok=True)
+    write_digits(digits, 200, 100)
+    return f"--data_dir={digits}"
 
 
 def _with_interval(subject: Subject) -> Subject:
