@@ -26,6 +26,7 @@ from xbraid_py.layers.module_block import own_random_numbers
 from xbraid_py.multilevel.stochastic import Minibatches
 from xbraid_py.multilevel.width.training import WidthRecord, WidthTraining, WidthTrainingOptions, errors
 from xbraid_py.multilevel.width.transfer import WidthLayout
+from xbraid_py.run import memory
 from xbraid_py.run.engine import Row, RunOptions, State, Training, free, state_of, train
 from xbraid_py.run.options import from_dict
 from xbraid_py.run.store.read import Checkpoint, check_total, restoring
@@ -440,7 +441,11 @@ def set_up(options: WidthRunOptions, comm: Communicator) -> Callable[[], Row]:
         shape, outputs = tuple(found[0].inputs.shape[1:]), found[0].targets[0].numel()
     else:
         shape, outputs = source.shape, prod(problem.shapes[source.target or problem.targets[0]])
-    options.layers.features(shape)
+    with torch.device("meta"):  # no memory: only what it takes, and whether the kernels fit
+        weights = options.layers.module(shape, outputs, options.seed).parameters()
+        memory.require(torch.finfo(dtype).bits // 8 * sum(each.numel() for each in weights))
+    if problem is not None:
+        memory.require(8 * (options.num_train + options.num_val) * sum(map(prod, problem.shapes.values())))
 
     def make() -> WidthRun:
         training = WidthRun(options, *(found or source.load(comm, dtype)), ProcessGrid(comm, comm.size))
