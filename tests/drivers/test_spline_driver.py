@@ -13,6 +13,7 @@ from xbraid_py.layer_parallel.export import to_sequential
 from xbraid_py.layers.splines import Splines
 from xbraid_py.recipes.classification import ClassificationOptions
 from xbraid_py.run.options import OptionError, parse
+from xbraid_py.run.store.read import Checkpoint, CheckpointError
 
 WORDS = ("--network.splines.num=7", "--network.splines.degree=3", "--nested.spline_refine", "--network.width=3")
 SPLINES = Kind("peaks", (*KINDS["nested"].words, *WORDS), "")
@@ -30,6 +31,21 @@ def test_a_run_goes_on_from_one_number_of_ranks_to_another(spmd, shared_tmp_path
     assert updates_of(tmp_path / "there") == rows[3:]
     plain = to_sequential(tmp_path / "there" / "checkpoints" / "update_000008.h5")
     assert len(plain[1]) == 16 and plain(torch.zeros(5, 2, dtype=torch.float64)).shape == (5, 5)
+
+
+def test_a_file_that_names_a_million_layers(tmp_path, monkeypatch):
+    """Few coefficients could be those of any number: as many as make sense are made."""
+    draw_nothing(monkeypatch)
+    run(SPLINES, SerialCommunicator(), tmp_path / "run")
+    whole = Checkpoint.__init__
+
+    def changed(self, *args):
+        whole(self, *args)
+        self.meta["state"]["num_layers"] = 10**6
+
+    monkeypatch.setattr(Checkpoint, "__init__", changed)
+    with pytest.raises(CheckpointError, match="says num_layers=1000000, too many for its coefficients"):
+        to_sequential(tmp_path / "run" / "checkpoints" / "update_000008.h5")
 
 
 @pytest.mark.parametrize(
