@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from hdf5_lies import LIES, sound_files, tell
-from hdf5_tables import blocks, seal
+from hdf5_tables import LAYOUT, blocks, messages, put, seal
 from processes import PROJECT
 from read_lies import content, same
 
@@ -51,6 +51,24 @@ def test_sound_files_are_read(sound, tmp_path):
     # No writer has ever made those.
     with pytest.raises(CheckpointError, match="of a kind that checkpoints have not"):
         load(folder / "old.h5")
+
+
+@pytest.mark.parametrize(
+    ("table", "at", "size"), [("BTHD", 10, 2), ("BTHD", 24, 2), ("FAHD", 6, 1), ("layout", 3, 1)], ids=str
+)
+def test_what_ended_the_process(sound, tmp_path, table, at, size):
+    """HDF5 divides by the zero that is written here, or sorts names that are not there."""
+    path, data = tmp_path / file_name(2), bytearray((sound[0] / "many.h5").read_bytes())
+    if table == "layout":
+        block, first = next((each.block, each.at) for each in messages(data, LAYOUT) if data[each.at + 1] == 2)
+    else:
+        block = next(each for each in blocks(data) if each.name == table)
+        first = block.first
+    put(data, first + at, size, 0)
+    seal(data, block)
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=path.name):
+        verify(path)
 
 
 @pytest.mark.parametrize(

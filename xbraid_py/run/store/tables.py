@@ -11,12 +11,14 @@ import struct
 from typing import BinaryIO
 
 NOWHERE = 2**64 - 1
-_LINK_INFO, _CONTINUATION, _ATTRIBUTE_INFO = 2, 16, 21
+_LINK_INFO, _LAYOUT, _CONTINUATION, _ATTRIBUTE_INFO = 2, 8, 16, 21
 _LENGTHS = {_LINK_INFO: 18, _CONTINUATION: 16, _ATTRIBUTE_INFO: 18}
-# Those, nothing, extents, type, fill values, a link, layout, of a group, filters, an attribute, and a time.
-_MESSAGES = {_LINK_INFO, _CONTINUATION, _ATTRIBUTE_INFO, 0, 1, 3, 5, 6, 8, 10, 11, 12, 18}
+# Those, nothing, extents, type, fill values, a link, of a group, filters, an attribute, and a time.
+_MESSAGES = {_LINK_INFO, _LAYOUT, _CONTINUATION, _ATTRIBUTE_INFO, 0, 1, 3, 5, 6, 10, 11, 12, 18}
 _TIMES, _WIDTH = 32, 3  # flags of an object: it has times, and how many bytes its length has
 _SHARED = 2  # a flag of a message: it lies elsewhere
+_CONTIGUOUS, _CHUNKED = (b"\3\1", b"\4\1"), b"\4\2"
+_INDICES = {(2, 1): 21, (0, 3): 10}  # bytes of what a layout says of its only chunk, with a checksum, or of several
 _MOST_BYTES = 2**20
 # A tree of names in a group: signature, version and type, bytes of a node and of an entry, levels, how full nodes are.
 _TREE = struct.Struct("<6sIHHBB")
@@ -51,7 +53,20 @@ def check_object(file: BinaryIO, address: int) -> None:
                     raise ValueError("an object of it has a table that checkpoints have not")
                 if tree != NOWHERE:
                     _check_tree(file, tree)
+            elif kind == _LAYOUT and not _is_layout(content):
+                raise ValueError("an array of it lies in a way that those of checkpoints do not")
             at += 4 + length
+
+
+def _is_layout(content: bytes) -> bool:
+    """Whether an array is said to lie in one piece, or in chunks that have a size along every axis."""
+    if content[:2] != _CHUNKED or len(content) < 5:
+        return content[:2] in _CONTIGUOUS
+    how, axes, width = content[2:5]
+    end = 5 + axes * width
+    sizes = [int.from_bytes(content[at : at + width], "little") for at in range(5, end, width or 1)]
+    kind = int.from_bytes(content[end : end + 1], "little")
+    return 0 < width <= 8 and all(sizes) and len(content) - end == _INDICES.get((how, kind), -1)
 
 
 def _check_tree(file: BinaryIO, address: int) -> None:
