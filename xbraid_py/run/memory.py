@@ -27,7 +27,7 @@ def within(setup: Callable[[Any, Communicator], T], options: Any, comm: Communic
     """What a set-up returns; a `ValueError` that names an option, if it finds too little memory."""
     try:
         return setup(options, comm)
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, TypeError) as error:
         problem = said(error, options)
         if problem is None:
             raise
