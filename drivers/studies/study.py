@@ -60,6 +60,8 @@ class StudyOptions:
         for name in ("workers", "seeds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1; use 2")
+            if getattr(self, name) > 1000:
+                raise ValueError(f"{name}={getattr(self, name)} must be at most 1000; use 2")
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,8 @@ class PinesStudyOptions(StudyOptions):
         super().__post_init__()
         if not self.schedules or len(self.schedules) % 3:
             raise ValueError(f"schedules={list(self.schedules)} must be updates on three levels; use 200,100,50")
+        if min(self.schedules) < 0:
+            raise ValueError(f"schedules={list(self.schedules)} must all be at least 0; use 200,100,50")
         for settings in self.settings():
             options_of(settings)
 
