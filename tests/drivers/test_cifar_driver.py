@@ -115,9 +115,7 @@ def test_batch_norm_on_another_number_of_ranks_says_that_it_is_another_run(spmd,
         return comm.size
 
     size = spmd(body)[0]
-    said = (
-        f"norm=batch takes the mean of each rank's images: on {size} rank(s) after 1 this is not the run"
-    )
+    said = f"norm=batch takes the mean of each rank's images: on {size} rank(s) after 1 this is not the run"
     text = (out / "first_0" / "log.txt").read_text()
     assert text.count(said) == (norm == "batch" and size > 1), text
 
