@@ -40,9 +40,12 @@ def samples(name: str, words: list[str], folder: Path) -> list[tuple[int, list[i
             ranks = sorted(each for each in below(job.pid) if "python" in command_of(each))
             memory = [resident(each) for each in ranks]
             update = update_of(folder)
+            if any(map(draws, ranks)):  # at the end: libraries are loaded for that
+                break
             if len(memory) == 2 and all(memory) and update is not None:
                 found.append((update, memory))
             time.sleep(0.5)
+        job.wait()
     if job.returncode:
         raise SystemExit(f"error: {' '.join(command)}: {(folder.parent / 'said').read_text()[-500:]}")
     return found
@@ -74,6 +77,14 @@ def resident(pid: int) -> int:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS")), 0)
 
 
+def draws(pid: int) -> bool:
+    """Whether a process has loaded what draws pictures."""
+    try:
+        return "matplotlib" in Path(f"/proc/{pid}/maps").read_text()
+    except OSError:
+        return False
+
+
 def update_of(folder: Path) -> int | None:
     """To where a run has come, while it trains."""
     try:
@@ -95,8 +106,8 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 words = ["--smoke", *JOBS[name].format(given.updates).split(), *more]
                 found = samples(name, words, Path(folder) / "run")
-            last = found[-1][0]  # with which pictures are drawn, by libraries that are loaded for them
-            found = [memory for update, memory in found if given.first <= update < last]
+            last = found[-1][0]
+            found = [memory for update, memory in found if update >= given.first]
             growth[f"{name}_{kind}"] = max(max(rank) / rank[0] - 1 for rank in zip(*found, strict=True))
             start, end = ([f"{bytes / 2**20:.1f}" for bytes in memory] for memory in (found[0], found[-1]))
             print(f"{name}, {kind}: MiB {' | '.join(start)} at update {given.first}, {' | '.join(end)} before {last}, "

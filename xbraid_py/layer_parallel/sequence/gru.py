@@ -328,7 +328,7 @@ class _Call:
             return None
         own = self.plan.own(index, self.comm.rank)
         first = own.start if self.gru.output == "all" else before
-        rows = self.x.new_zeros((len(own), *self.end.shape[1:])) if slope is None else slope[first : first + len(own)]
+        rows = self.x.new_zeros((len(own), *self.starts[0][0].shape)) if slope is None else slope[first : first + len(own)]
         return self._padded(rows)
 
     def backward(
@@ -347,7 +347,7 @@ class _Call:
         # What one rank does not use another may.
         flag = torch.tensor([int(slope is not None)])
         used = bool(self.comm.allgather(flag, (1,) * self.comm.size).any())
-        carry = list((torch.zeros_like(self.end) if of_end is None else of_end).unbind(0))
+        carry = [torch.zeros_like(each) for each in self.starts[0]] if of_end is None else list(of_end.unbind(0))
         total: list[Tensor] | None = None
         of_input: list[Tensor] = []
         solutions: list[Solution] = []
@@ -384,10 +384,12 @@ class _PropagateSequence(torch.autograd.Function):
             # For torch to notice if they are overwritten before the backward pass.
             ctx.save_for_backward(x, start, *weights)
             ctx.gru, ctx.call = gru, call
-        if gru.output == "own":
-            ctx.mark_non_differentiable(call.end)
         ctx.set_materialize_grads(False)
-        return call.output, call.end
+        # Held by the call they would hold the graph, and with it the call: nobody could ever free it.
+        output, end, call.output, call.end = call.output, call.end, None, None
+        if gru.output == "own":
+            ctx.mark_non_differentiable(end)
+        return output, end
 
     @staticmethod
     def backward(ctx, slope: Tensor | None, of_end: Tensor | None):
