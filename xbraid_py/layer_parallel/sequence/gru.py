@@ -328,7 +328,8 @@ class _Call:
             return None
         own = self.plan.own(index, self.comm.rank)
         first = own.start if self.gru.output == "all" else before
-        rows = self.x.new_zeros((len(own), *self.starts[0][0].shape)) if slope is None else slope[first : first + len(own)]
+        shape = self.starts[0][0].shape
+        rows = self.x.new_zeros((len(own), *shape)) if slope is None else slope[first : first + len(own)]
         return self._padded(rows)
 
     def backward(
