@@ -21,7 +21,16 @@ from xbraid_py.run.options import flat, to_dict
 from xbraid_py.run.progress import Progress, events_of, require_tensorboard
 from xbraid_py.run.record import read, truncate_after
 from xbraid_py.run.signals import mark_ended, state_said
-from xbraid_py.run.store.read import Checkpoint, CheckpointError, load, newest_good, no_state, numbered, restoring
+from xbraid_py.run.store.read import (
+    Checkpoint,
+    CheckpointError,
+    load,
+    newest_good,
+    no_state,
+    numbered,
+    restoring,
+    verify,
+)
 from xbraid_py.run.store.write import CheckpointStore, Score, Shard, clear_rest
 
 
@@ -317,6 +326,8 @@ def train(
     folder = folder or claim(options.out, comm)
     configuration = to_dict(options)
     start = find_start(kind, options)
+    if start and options.resume != "auto" and comm.rank == 0:
+        verify(start.path)  # whole; the ranks read their parts
     is_made, is_over = not callable(make), False
     if start and is_made:
         is_over = _load(make, start)

@@ -65,10 +65,11 @@ def launch(
     options, code or data that differ           what differs, rank 0                        2
     an exit on some ranks alone                 one message                                 2
     ValueError, TypeError, OSError in set-up    one message, rank 0                         2
+    too little memory in set-up                 one message that names an option, rank 0    2
     `RunError`, raised by all ranks             one message, rank 0                         1
     any other exception, on any rank or thread  its traceback and its rank; ends all ranks  1
     a rank that is gone, or does not come       one line; where all are; ends all ranks     1
-    SIGTERM or SIGUSR1, see below               where it goes on, rank 0                    75
+    SIGTERM, SIGUSR1 or SIGHUP, see below       where it goes on, rank 0                    75
     a second SIGTERM                            `terminated`, rank 0; ends all ranks        143
     Ctrl-C                                      `interrupted`, rank 0; ends all ranks       130
     reader of the output gone (`| head`)        nothing; ends all ranks                     1
@@ -76,10 +77,10 @@ def launch(
 
     `SystemExit` passes through where all ranks raise it.
 
-    SIGTERM and SIGUSR1, to any rank or to all, are noted. During the set-up they end all ranks after it, before the
+    SIGTERM, SIGUSR1 and SIGHUP (a closed terminal), to any rank or to all, are noted. During the set-up they end all ranks after it, before the
     run. During the run it is the run that asks for them after each update (`RunFolder.update`), writes a checkpoint
     and raises `Stopped` on all ranks. After its last update a run ends as if nothing had been sent. Before `launch`
-    is called, while a program is still being loaded, they end the process as they end any other (143 and 138).
+    is called, while a program is still being loaded, they end the process as they end any other (143, 138 and 129).
     A second SIGTERM ends the job at once, at any time; two within a fifth of a second are one, which a launcher and a
     batch system have both passed on.
 
@@ -334,5 +335,9 @@ def _say(text: str) -> None:
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     with contextlib.suppress(OSError):
-        sys.stderr.write(text.rstrip() + "\n")
+        # What was given, or read, may hold letters that a terminal would obey.
+        shown = (
+            letter if letter.isprintable() or letter in "\n\t" else ascii(letter)[1:-1] for letter in text.rstrip()
+        )
+        sys.stderr.write("".join(shown) + "\n")
         sys.stderr.flush()
