@@ -77,12 +77,12 @@ def launch(
 
     `SystemExit` passes through where all ranks raise it.
 
-    SIGTERM, SIGUSR1 and SIGHUP (a closed terminal), to any rank or to all, are noted. During the set-up they end all ranks after it, before the
-    run. During the run it is the run that asks for them after each update (`RunFolder.update`), writes a checkpoint
-    and raises `Stopped` on all ranks. After its last update a run ends as if nothing had been sent. Before `launch`
-    is called, while a program is still being loaded, they end the process as they end any other (143, 138 and 129).
-    A second SIGTERM ends the job at once, at any time; two within a fifth of a second are one, which a launcher and a
-    batch system have both passed on.
+    SIGTERM, SIGUSR1 and SIGHUP (a closed terminal), to any rank or to all, are noted. During the set-up they end all
+    ranks after it, before the run. During the run it is the run that asks for them after each update
+    (`RunFolder.update`), writes a checkpoint and raises `Stopped` on all ranks. After its last update a run ends as if
+    nothing had been sent. Before `launch` is called, while a program is still being loaded, they end the process as
+    they end any other (143, 138 and 129). A second SIGTERM ends the job at once, at any time; two within a fifth of a
+    second are one, which a launcher and a batch system have both passed on.
 
     Parameters
     ----------
