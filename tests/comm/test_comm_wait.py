@@ -93,3 +93,10 @@ def test_a_shift_is_begun_without_waiting(spmd, direction):
         before, after = rank - direction, rank + direction
         assert ahead == (float(before) if 0 <= before < len(parts) else None)
         assert back == (-float(after) if 0 <= after < len(parts) else None)
+
+
+def test_errors_that_say_that_a_rank_is_gone():
+    MPI = pytest.importorskip("mpi4py.MPI")
+    assert communication.is_of_lost_rank(MPI.Exception(MPI.ERR_OTHER))
+    assert not communication.is_of_lost_rank(MPI.Exception(MPI.ERR_TRUNCATE))
+    assert not communication.is_of_lost_rank(ValueError("no message"))

@@ -220,7 +220,8 @@ def is_of_lost_rank(error: BaseException) -> bool:
     """Whether MPI says by an error that a process at the other end is gone."""
     from mpi4py import MPI
 
-    lost = (MPI.ERR_OTHER, MPI.ERR_INTERN, MPI.ERR_PROC_FAILED, MPI.ERR_PROC_ABORTED)
+    names = ("ERR_OTHER", "ERR_INTERN", "ERR_PROC_FAILED", "ERR_PROC_ABORTED")  # not every mpi4py has the last ones
+    lost = [getattr(MPI, name) for name in names if hasattr(MPI, name)]
     return isinstance(error, MPI.Exception) and error.Get_error_class() in lost
 
 
