@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from blocks import CASES, SOLVES, C, Case, Dropped, LibraryAttention, loss_of, reduced
@@ -136,8 +134,6 @@ MAKING = {
         lambda comm: MLP.stack(comm, 9, output="first"),
         "ValueError: output='first' must be all or last; use all",
     ),
-    "copy": (lambda comm: copy.deepcopy(MLP.stack(comm, 9)), "TypeError: a LayerParallel is tied to its communicator"),
-    "copy of a model": (lambda comm: copy.deepcopy(nn.Sequential(MLP.stack(comm, 9))), "load_state_dict"),
 }
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -102,8 +100,3 @@ def test_weights_that_have_changed_since_are_noticed():
         model.weight_hh_l0.add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-def test_a_module_with_a_communicator_is_not_copied():
-    with pytest.raises(TypeError, match="cannot be copied"):
-        copy.deepcopy(made())

@@ -157,6 +157,19 @@ class Communicator(ABC):
 
         return finish
 
+    def __deepcopy__(self, memo):
+        # A copy of what is shared by ranks is for the same ranks.
+        return self
+
+    def __reduce__(self):
+        if self.size > 1:
+            raise TypeError(
+                f"a communicator of {self.size} ranks cannot be pickled, nor can a module that is shared by them: a "
+                f"file of one rank would have only the layers of that rank; save model.state_dict(), which every rank "
+                f"calls, or to_sequential(model), a plain module"
+            )
+        return SerialCommunicator, ()
+
     def line(self) -> Line | None:
         """A line beside the work for `Watchdog`; None where nobody can be missing. Collective."""
         return None

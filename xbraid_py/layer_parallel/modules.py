@@ -180,11 +180,6 @@ class PipelineParallel(nn.Module):
     def extra_repr(self) -> str:
         return f"num_modules={self.partition.num_rows}, own_layers={self.own_layers}"
 
-    def __deepcopy__(self, memo):
-        raise TypeError(
-            "a PipelineParallel is tied to its communicator and cannot be copied; make another one and load_state_dict"
-        )
-
     # ---- What a call is like
 
     def _key(self, u: Tensor) -> tuple:

@@ -71,6 +71,12 @@ class Solvers:
         self.forward_at = lru_cache(lambda level: self._made(options, self.hierarchy, level))
         self.adjoint_at = lru_cache(lambda level: self._made(adjoint, self._backwards, level))
 
+    def __deepcopy__(self, memo):
+        return self  # nothing in it changes
+
+    def __reduce__(self):
+        return Solvers, (self.options, self.adjoint, self.grid, self.comm, self.spatial)
+
     @property
     def are_pipelined(self) -> bool:
         """Whether portions of the samples follow each other through the ranks."""

@@ -229,12 +229,6 @@ class LayerParallel(nn.Module):
         for window, own in zip(self.windows, states, strict=True):
             window.load_solver_state(own)
 
-    def __deepcopy__(self, memo):
-        raise TypeError(
-            "a LayerParallel is tied to its communicator and cannot be copied; make another one and load_state_dict, "
-            "or use to_sequential for a copy without ranks"
-        )
-
 
 def _check(block, windows, output, recompute, splines) -> None:
     """Raise an error for an argument that is no such thing."""

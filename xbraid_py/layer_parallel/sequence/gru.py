@@ -252,11 +252,6 @@ class ParallelGRU(nn.Module):
             return f"h_0={shape} must be a tensor with the shape (D, B, H)={found}"
         return None
 
-    def __deepcopy__(self, memo):
-        raise TypeError(
-            "a ParallelGRU is tied to its communicator and cannot be copied; make another one and load_state_dict"
-        )
-
 
 class _Call:
     """One call of a `ParallelGRU`: the windows of its forward pass, and the backward pass that belongs to it.
