@@ -30,6 +30,10 @@ Recompute = Literal[False, True, "states", "all"]
 class LayerParallel(nn.Module):
     """u_{n+1} = u_n + h F(u_n, theta_n) for N layers of one kind, h = T / N: states and adjoints by MGRIT.
 
+    With form="map" u_{n+1} = B(u_n, theta_n), for blocks that contain their own sum: those of `transformers`, of
+    torchvision, or `nn.TransformerEncoderLayer`. Coarse steps for k layers take u + k (B(u) - u), so a block must
+    change its state by little, as residual ones do.
+
     Every rank of the communicator makes the module, calls it with the same batch, and calls `backward`. What lies
     around it (opening, head, loss) is computed on every rank alike, with the same result, so that the training loop
     is that of a single process. Weights of a layer live on one rank; `parameters()` are those of the layers owned here,
@@ -57,14 +61,17 @@ class LayerParallel(nn.Module):
     Parameters
     ----------
     block : callable
-        Makes one block, an `nn.Module` that maps a state u to F(u) of the same shape; called for every layer
-        owned here, with random numbers that depend on `seed` and the number of the layer.
+        Makes one block, an `nn.Module` that maps a state u to F(u) of the same shape, or to the next state; called for
+        every layer owned here, with random numbers that depend on `seed` and the number of the layer.
     num_layers : int or LayerGrid
         The number of layers, or a grid whose steps may differ in length.
     T : float
         Final time; that of the grid, if one is given.
     comm : Communicator or mpi4py.MPI.Comm, optional
         A serial run without.
+    form : {"increment", "map"}, optional
+        Whether a block gives F(u), or the next state, its own sum included; then h is 1, whatever T is. By default
+        F(u), and an error for a block that seems to contain its own sum.
     windows : int
         W. Where it does not divide the number of layers, the first windows have one layer more, or one interval more
         where a coarsening factor is given.
@@ -101,6 +108,7 @@ class LayerParallel(nn.Module):
         The stretches that are propagated at once, each with its `layers` and its `record`; a single one is the stack.
     layers : StackedWeights
         The weights of a stack in one piece.
+    form : {"increment", "map"}
 
     Raises
     ------
@@ -118,6 +126,7 @@ class LayerParallel(nn.Module):
         T: float = 1.0,
         comm: Any = None,
         *,
+        form: Literal["increment", "map"] | None = None,
         windows: int = 1,
         mgrit: MGRIT | None = None,
         adjoint: MGRIT | None = None,
@@ -134,14 +143,19 @@ class LayerParallel(nn.Module):
         options = mgrit or MGRIT()
         backwards = for_adjoint(adjoint, options)
         with together(self.comm):
-            _check(block, windows, output, recompute, splines)
+            _check(block, form, windows, output, recompute, splines)
             self.grid = num_layers if isinstance(num_layers, LayerGrid) else LayerGrid(num_layers, T)
             counts = _counts(self.grid.num_layers, windows, options, backwards)
             solvers = [Solvers(options, backwards, grid, self.comm, spatial) for grid in _pieces(self.grid, counts)]
         if windows > 1:
             recompute = "all" if recompute in (True, "all") else "states"
         settings = Settings(
-            accuracy=accuracy or GradientControl(), output=output, seed=seed, vmap=vmap, recompute=recompute
+            accuracy=accuracy or GradientControl(),
+            output=output,
+            seed=seed,
+            vmap=vmap,
+            recompute=recompute,
+            form=form,
         )
         arguments = {"grid": self.grid, "windows": windows, "mgrit": options, "adjoint": backwards, "splines": splines}
         same_arguments(self.comm, arguments | {"spatial": spatial} | vars(settings), kernels=BACKEND)
@@ -156,7 +170,7 @@ class LayerParallel(nn.Module):
             self.windows = nn.ModuleList(made)
             self.register_state_dict_post_hook(_join)
             self.register_load_state_dict_pre_hook(_cut)
-        self.output = output
+        self.output, self.form = output, form or "increment"
 
     @property
     def first_rank(self) -> int:
@@ -230,8 +244,10 @@ class LayerParallel(nn.Module):
             window.load_solver_state(own)
 
 
-def _check(block, windows, output, recompute, splines) -> None:
+def _check(block, form, windows, output, recompute, splines) -> None:
     """Raise an error for an argument that is no such thing."""
+    if form not in (None, "increment", "map"):
+        raise ValueError(f"form={form!r} must be increment (F of u + h F(u)) or map (the next state); use map")
     if isinstance(block, nn.Module) or not callable(block):
         raise TypeError(
             f"block={type(block).__name__} must be a function that makes a block, one for each layer; "

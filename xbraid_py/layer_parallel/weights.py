@@ -41,6 +41,8 @@ class StackedWeights(nn.Module):
     splines : Splines, optional
         The parameters (M, *shape) are the coefficients of splines in depth then, on every rank alike, each row drawn as
         the weights of a layer are. Buffers have a row for each layer.
+    form : {"increment", "map"}, optional
+        As of `ModuleBlock`.
 
     Attributes
     ----------
@@ -58,15 +60,16 @@ class StackedWeights(nn.Module):
         seed: int,
         first_layer: int = 0,
         splines: Splines | None = None,
+        form: str | None = None,
     ):
         super().__init__()
         self.partition, self.comm = partition, comm
         self.splines = None if splines is None else SplineLayers(splines, grid, partition, comm)
         first, count = first_layer + partition.first(comm.rank), partition.count(comm.rank)
         with together(comm):
-            made, tensors = self._make(make, seed, range(first, first + count))
+            made, tensors = self._make(make, seed, form, range(first, first + count))
             if splines is not None:
-                _, rows = self._make(make, seed, range(splines.num))
+                _, rows = self._make(make, seed, form, range(splines.num))
                 choices = zip(made.columns, rows, tensors, strict=True)
                 tensors = [row if column.is_parameter else tensor for column, row, tensor in choices]
         self.block = made
@@ -87,7 +90,7 @@ class StackedWeights(nn.Module):
         self.train()
 
     @staticmethod
-    def _make(make, seed: int, layers: range) -> tuple[ModuleBlock, list[Tensor]]:
+    def _make(make, seed: int, form: str | None, layers: range) -> tuple[ModuleBlock, list[Tensor]]:
         def block_of(layer: int) -> nn.Module:
             with own_random_numbers(hash((seed, layer)) & (2**63 - 1)):
                 found = make()
@@ -95,7 +98,7 @@ class StackedWeights(nn.Module):
                 raise TypeError(f"block() made {type(found).__name__}; it must make an nn.Module")
             return found
 
-        block = ModuleBlock(block_of(0), seed)
+        block = ModuleBlock(block_of(0), seed, form)
         kinds = [(column.name, column.shape) for column in block.columns]
         rows: list[list[Tensor]] = []
         for layer in layers:

@@ -67,6 +67,7 @@ class Settings:
     seed: int
     vmap: bool | None
     recompute: bool | str
+    form: str | None = None
 
 
 class Window(nn.Module):
@@ -103,7 +104,7 @@ class Window(nn.Module):
         self.controller = Controller(settings.accuracy, solvers.are_iterative)
         self.record: SolveRecord | None = None
         self.layers = StackedWeights(
-            block, solvers.grid, solvers.partition, self.comm, settings.seed, place.first_layer, splines
+            block, solvers.grid, solvers.partition, self.comm, settings.seed, place.first_layer, splines, settings.form
         )
         self.block = self.layers.block
         self._draws = 0
@@ -122,8 +123,10 @@ class Window(nn.Module):
 
     @property
     def sizes(self) -> list[float]:
-        """Step sizes of all layers."""
+        """Step sizes of all layers; of maps 1."""
         grid = self.solvers.grid
+        if self.settings.form == "map":
+            return [1.0] * grid.num_layers
         return grid.sizes() if self.place.h is None else [self.place.h] * grid.num_layers
 
     @property
@@ -271,7 +274,7 @@ class Window(nn.Module):
         """The layers owned here."""
         own = self.own_layers
         h = self.sizes[0]
-        if not self.solvers.grid.is_uniform:
+        if not (self.solvers.grid.is_uniform or self.block.is_map):
             h = torch.tensor(self.sizes[own.start : own.stop], dtype=theta.dtype, device=theta.device)
         if self._is_dense:
             return ResidualSteps(self.block.module.layer, theta, h)
@@ -280,7 +283,7 @@ class Window(nn.Module):
 
     @property
     def _is_dense(self) -> bool:
-        return type(self.block.module) is DenseBlock
+        return type(self.block.module) is DenseBlock and not self.block.is_map
 
     def _state(self, u: Tensor) -> Tensor:
         """u as the steps take it: dense ones features first."""

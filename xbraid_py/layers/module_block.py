@@ -1,4 +1,4 @@
-"""A torch module as the F of u + h F(u, theta), its weights taken from rows of numbers.
+"""A torch module as the F of u + h F(u, theta), or as the next state, its weights taken from rows of numbers.
 
 Shape letters: `n` layers, `m` of them evaluated at once, `p` numbers of a row, `S` shape of a state.
 """
@@ -41,7 +41,7 @@ class Column:
 
 
 class ModuleBlock:
-    """F(u) of a torch module, with weights from outside.
+    """F(u) of a torch module, or the next state, with weights from outside.
 
     Parameters
     ----------
@@ -49,6 +49,9 @@ class ModuleBlock:
         Maps a state to a tensor of the same shape. It is used for all layers in turn; its own weights are not read.
     seed : int
         Of the masks of `Dropout`.
+    form : {"increment", "map"}, optional
+        Whether the module gives F(u), or the next state, its own sum included. Without, it is taken for an increment,
+        and `check_state` refuses a module that seems to be a map.
 
     Attributes
     ----------
@@ -63,8 +66,8 @@ class ModuleBlock:
         If its weights have several types, or none.
     """
 
-    def __init__(self, module: nn.Module, seed: int = 0):
-        self.module, self.seed = module, seed
+    def __init__(self, module: nn.Module, seed: int = 0, form: str | None = None):
+        self.module, self.seed, self.form = module, seed, form
         statistics = {
             f"{name}.{key}" if name else key
             for name, part in module.named_modules()
@@ -112,6 +115,11 @@ class ModuleBlock:
             part.eval()
 
     @property
+    def is_map(self) -> bool:
+        """Whether the module gives the next state."""
+        return self.form == "map"
+
+    @property
     def is_random(self) -> bool:
         """Whether masks depend on the layer."""
         return any(part.training and part.p > 0.0 for part in self._dropouts)
@@ -138,7 +146,7 @@ class ModuleBlock:
         layer: int = 0,
         norm_inputs: NormInputs | None = None,
     ) -> Tensor:
-        """F(u) (*S) with these columns of a layer; `norm_inputs` gets what its norms are given."""
+        """F(u), or the next state, (*S), with these columns of a layer; `norm_inputs` gets what its norms are given."""
         # `torch.func.functional_call` takes twice as long as a small block.
         kept = [places[0][0][places[0][1]] for places in self._places]
         masks = at_position(self.seed, draw, layer) if self._dropouts else nullcontext()
@@ -203,9 +211,10 @@ class ModuleBlock:
                 raise ValueError(f"block={name} has {kind} ({idle[0][0]}), which it does not use; leave it out")
             if not isinstance(first, Tensor) or first.shape != u.shape or first.dtype != u.dtype:
                 got = f"{tuple(first.shape)} {first.dtype}" if isinstance(first, Tensor) else type(first).__name__
+                what = "the next state, sum included" if self.is_map else "F of u + h F(u), without the sum"
                 raise ValueError(
                     f"block={name} makes {got} of a state {tuple(u.shape)} {u.dtype}; it must keep shape and type "
-                    f"(F of u + h F(u), without the sum)"
+                    f"(form={self.form or 'increment'!r}: {what})"
                 )
             if not torch.equal(u, before):
                 raise ValueError(f"block={name} overwrites its input; use a form not in place, as ReLU(inplace=False)")
@@ -215,7 +224,31 @@ class ModuleBlock:
                     f"weights: use xbraid_py.nn.Dropout for dropout"
                 )
 
+        if self.form is None and self._seems_map(tensors, u):
+            raise ValueError(
+                f"block={name} gives its state back where its matrices are 0, so it seems to contain its own sum, and "
+                f"u + h F(u) would add the state twice; use form='map' for a block that gives the next state, or "
+                f"form='increment' if this is the F that you mean"
+            )
         self._check_gradient(tensors, u)
+
+    def _seems_map(self, tensors: Sequence[Tensor], u: Tensor) -> bool:
+        """Whether, with all weights but those of norms set to 0, the module gives what points along its state."""
+        norms = {
+            f"{name}.{key}" if name else key
+            for name, part in self.module.named_modules()
+            if "Norm" in type(part).__name__
+            for key, _ in part.named_parameters(recurse=False)
+        }
+        kept = [not column.is_parameter or column.name in norms for column in self.columns]
+        if all(kept):
+            return False
+        with torch.no_grad():
+            quiet = [each if keep else torch.zeros_like(each) for each, keep in zip(tensors, kept, strict=True)]
+            end = self(quiet, u)
+            # Of a norm behind the sum: what it gives is close to a multiple of its input.
+            cosine = (end * u).sum() / (end.norm() * u.norm())
+        return bool(cosine > 0.7)  # a norm over few channels takes a good part of a random state away
 
     def _check_gradient(self, tensors: Sequence[Tensor], u: Tensor) -> None:
         """Raise `ValueError` if the backward pass evaluates the module again, with other weights than forwards."""

@@ -1,4 +1,5 @@
-"""The steps u + h F(u, theta_i) of any torch module F: values, transposed Jacobians, and graphs that are kept.
+"""The steps u + h F(u, theta_i) of any torch module F, or of one that gives the next state: values, transposed Jacobians,
+and graphs that are kept.
 
 Shape letters: `n` rows (layers) owned here, `m` intervals of `c` rows, `S` shape of a state, `p` numbers of a row of
 weights.
@@ -62,7 +63,7 @@ class ModuleSteps:
     Parameters
     ----------
     block : ModuleBlock
-        F.
+        F; or of the form "map" B, and F(u) is B(u) - u. Where h is 1 a step is B(u) itself then, to the last bit.
     theta : (n parts, p) tensor
         Weights, a row for each part of each step.
     h : float
@@ -154,7 +155,7 @@ class ModuleSteps:
                 def advance(x: Tensor, part: int, first=first, weights=weights) -> Tensor:
                     row = self._place(first, part, length)
                     norm_inputs = NormInputs(moments.start) if moments is not None else None
-                    x = x + self._increment(weights[part], x, row, norm_inputs)
+                    x = self._advanced(weights[part], x, row, norm_inputs)
                     if moments is not None:
                         moments.take(row, norm_inputs)
                     return x
@@ -228,15 +229,37 @@ class ModuleSteps:
         with torch.enable_grad():
             u = u.detach().requires_grad_()
             weights = [column[row] for column in rows] if columns is None else self._leaves(rows, row)
-            change = self._increment(weights, u, row)
+            change = self._next(weights, u, row) if self._is_whole else self._increment(weights, u, row)
         if not change.requires_grad:
-            return v
+            return torch.zeros_like(v) if self._is_whole else v
         wanted = [leaf for leaf in weights if leaf.requires_grad]
         back, *found = torch.autograd.grad(change, (u, *wanted), v, allow_unused=True, materialize_grads=True)
         if columns is not None:
             for column, part in zip(columns, found, strict=True):
                 column[row] = part
-        return v + back
+        return back if self._is_whole else v + back
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether a step is what the block gives, and not a sum."""
+        is_one = not isinstance(self.h, Tensor) and self.h == 1.0
+        return self.block.is_map and is_one and self.scheme == "euler" and not self.transfers
+
+    def _advanced(
+        self, weights: Sequence[Tensor], u: Tensor, row: int | slice, norm_inputs: NormInputs | None
+    ) -> Tensor:
+        """One step on from u (*S)."""
+        if self._is_whole:
+            return self._next(weights, u, row, norm_inputs)
+        return u + self._increment(weights, u, row, norm_inputs)
+
+    def _next(
+        self, weights: Sequence[Tensor], u: Tensor, row: int | slice, norm_inputs: NormInputs | None = None
+    ) -> Tensor:
+        """What the block gives for u (*S)."""
+        if self.vmap:
+            return self.block.batched(weights, u, norm_inputs)
+        return self.block(weights, u, self.draw, self.layers[row], norm_inputs)
 
     def _increment(
         self, weights: Sequence[Tensor], u: Tensor, row: int | slice, norm_inputs: NormInputs | None = None
@@ -246,10 +269,8 @@ class ModuleSteps:
         def field_of(x: Tensor) -> Tensor:
             for transfer in self.transfers:
                 x = transfer.restrict(x)
-            if self.vmap:
-                x = self.block.batched(weights, x, norm_inputs)
-            else:
-                x = self.block(weights, x, self.draw, self.layers[row], norm_inputs)
+            end = self._next(weights, x, row, norm_inputs)
+            x = end - x if self.block.is_map else end
             for transfer in reversed(self.transfers):
                 x = transfer.interpolate(x)
             return x
