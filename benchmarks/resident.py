@@ -1,6 +1,6 @@
 """Resident memory of whole jobs over 2,000 updates, looked at from outside: peaks, mnist, transformer, sequences.
 
-    python benchmarks/resident.py [--drivers peaks,mnist,transformer,sequences] [--updates 2000] [--from 200]
+    python benchmarks/resident.py [--quick] [--drivers peaks,mnist,transformer,sequences] [--updates 2000] [--from 200]
 
 Each driver runs a small job on two ranks, with its record, its validations and a checkpoint every 100 updates, once
 with the solver and once by its own plan. Twice a second the memory of its ranks and the update in `status.json` are
@@ -96,15 +96,18 @@ def update_of(folder: Path) -> int | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--drivers", default=",".join(JOBS))
-    parser.add_argument("--updates", type=int, default=2000)
+    parser.add_argument("--quick", action="store_true", help="peaks, 400 updates")
+    parser.add_argument("--drivers")
+    parser.add_argument("--updates", type=int)
     parser.add_argument("--from", type=int, default=200, dest="first", help="update that counts as the start")
     given = parser.parse_args()
+    drivers = given.drivers or ("peaks" if given.quick else ",".join(JOBS))
+    updates = given.updates or (400 if given.quick else 2000)
     growth = {}
-    for name in given.drivers.split(","):
+    for name in drivers.split(","):
         for kind, more in (("solver", []), ("plan", ["--mgrit=null"])):
             with tempfile.TemporaryDirectory() as folder:
-                words = ["--smoke", *JOBS[name].format(given.updates).split(), *more]
+                words = ["--smoke", *JOBS[name].format(updates).split(), *more]
                 found = samples(name, words, Path(folder) / "run")
             last = found[-1][0]
             found = [memory for update, memory in found if update >= given.first]

@@ -48,6 +48,7 @@ SCRIPTS = {
     "wide_layers": (["--width=80", "--samples=20", "--num_layers=2", "--rounds=2"], {"forward_share", "adjoint_share"}),
     "checkpoint": (["--ranks=2", "--megabytes=1", "--rounds=2"], {"checkpoint_ratio"}),
     "soak": (["--ranks=2", "--updates=20", "--every=5", "--from=5"], {"rss_growth", "fds_growth", "requests"}),
+    "resident": (["--from=20"], {"peaks_solver", "peaks_plan"}),
     "windows": (
         "--num_layers=8 --samples=4 --updates=2 --windows=2 --ranks=2 --kinds=checkpoint,windows".split(),
         {f"{what}_{kind}" for what in ("memory", "time") for kind in ("checkpoint_2_1", "windows_2_2")},
