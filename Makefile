@@ -3,8 +3,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 RANKS  ?= 4
-# Another MPI than the wheel: make test EXTRAS=test,lint MPIRUN=mpirun
-EXTRAS ?= mpi,test,lint
+# Another MPI than the wheel: make test EXTRAS=test,test-models,lint MPIRUN=mpirun
+EXTRAS ?= mpi,test,test-models,lint
 MPIRUN ?= $(VENV)/bin/mpirun
 # Where pip finds a CPU build of torch, if not where it looks by itself: make env TORCH_ARGS='--index-url URL'
 TORCH_ARGS ?=
