@@ -5,7 +5,7 @@ Shape letters: `N` layers, `n` of them owned here, `W` windows, `B` batch, `S` s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import lcm, prod
 from typing import Any, Literal, get_args
 
@@ -17,8 +17,10 @@ from xbraid_py.comm.agreement import same_arguments, together
 from xbraid_py.comm.partition import Partition, require_multiple
 from xbraid_py.kernels import BACKEND
 from xbraid_py.layer_parallel.accuracy import GradientControl, SolveRecord
+from xbraid_py.layer_parallel.modules import PipelineParallel
 from xbraid_py.layer_parallel.solves import Solvers, for_adjoint
 from xbraid_py.layer_parallel.window import Place, Settings, Window
+from xbraid_py.layers.existing import Existing, Pattern, Step, checked, first_difference, period_of
 from xbraid_py.layers.pixels import SpatialCoarsening
 from xbraid_py.layers.splines import Splines
 from xbraid_py.mgrit import MGRIT
@@ -72,6 +74,8 @@ class LayerParallel(nn.Module):
     form : {"increment", "map"}, optional
         Whether a block gives F(u), or the next state, its own sum included; then h is 1, whatever T is. By default
         F(u), and an error for a block that seems to contain its own sum.
+    returns : int or str, optional
+        Of blocks that give a tuple, or the like: which of its entries is F(u), or the next state.
     windows : int
         W. Where it does not divide the number of layers, the first windows have one layer more, or one interval more
         where a coarsening factor is given.
@@ -109,6 +113,8 @@ class LayerParallel(nn.Module):
     layers : StackedWeights
         The weights of a stack in one piece.
     form : {"increment", "map"}
+    period : int
+        Blocks that make up one layer; more than one for a pattern of existing blocks.
 
     Raises
     ------
@@ -127,6 +133,7 @@ class LayerParallel(nn.Module):
         comm: Any = None,
         *,
         form: Literal["increment", "map"] | None = None,
+        returns: int | str | None = None,
         windows: int = 1,
         mgrit: MGRIT | None = None,
         adjoint: MGRIT | None = None,
@@ -156,6 +163,7 @@ class LayerParallel(nn.Module):
             vmap=vmap,
             recompute=recompute,
             form=form,
+            returns=returns,
         )
         arguments = {"grid": self.grid, "windows": windows, "mgrit": options, "adjoint": backwards, "splines": splines}
         same_arguments(self.comm, arguments | {"spatial": spatial} | vars(settings), kernels=BACKEND)
@@ -170,7 +178,68 @@ class LayerParallel(nn.Module):
             self.windows = nn.ModuleList(made)
             self.register_state_dict_post_hook(_join)
             self.register_load_state_dict_pre_hook(_cut)
-        self.output, self.form = output, form or "increment"
+        self.output, self.form, self.period = output, form or "increment", 1
+
+    @classmethod
+    def from_blocks(
+        cls,
+        blocks: Iterable[nn.Module],
+        comm: Any = None,
+        *,
+        form: Literal["increment", "map"] = "map",
+        returns: int | str | None = None,
+        T: float = 1.0,
+        **options,
+    ) -> LayerParallel | PipelineParallel:
+        """A stack with the weights of blocks that exist: each rank takes copies of those of its own layers.
+
+        Blocks must be alike: the same classes, the same shapes of weights, the same attributes and buffers beside them.
+        Where kinds take turns, with a period p that divides their number, p blocks are one layer of form "map". Blocks
+        that differ in any way are possible where no coarse level needs likeness, with `MGRIT(cycle="pipeline")` or
+        `MGRIT(max_levels=1)`: the result is a `PipelineParallel` then, whose modules are these blocks.
+
+        Parameters
+        ----------
+        blocks : nn.ModuleList, nn.Sequential or iterable of nn.Module
+            One for each layer, on every rank alike.
+        comm : Communicator or mpi4py.MPI.Comm, optional
+            A serial run without.
+        form, returns, T
+            As of `LayerParallel`, but blocks are taken for maps.
+        **options
+            As of `LayerParallel`.
+
+        Raises
+        ------
+        ValueError
+            If two blocks share weights, or differ, with the two and what they differ in.
+        TypeError
+            If these are no modules, or an option does not apply to them.
+        """
+        comm = as_communicator(comm)
+        with together(comm):
+            found = checked(blocks)
+            if form not in ("increment", "map"):
+                raise ValueError(f"form={form!r} must be increment (F of u + h F(u)) or map (the next state); use map")
+            if options.get("splines") is not None:
+                raise ValueError("splines of blocks that exist: each has weights of its own; leave splines out")
+            period, h = period_of(found), T / len(found) if form == "increment" else None
+            of_pipeline = _pipeline_options(options) if period is None else None
+            if period is None and of_pipeline is None:
+                raise ValueError(
+                    f"{first_difference(found)}; a coarse layer stands for like ones, so use "
+                    f"mgrit=MGRIT(cycle='pipeline'), or PipelineParallel(blocks)"
+                )
+        if period is None:
+            is_plain = returns is None and h is None
+            modules = found if is_plain else [Step(block, returns, h) for block in found]
+            return PipelineParallel(modules, comm, **of_pipeline)
+        if period > 1:
+            found = [Pattern(found[i : i + period], returns, h) for i in range(0, len(found), period)]
+            form, returns = "map", None
+        stack = cls(Existing(found), len(found), T, comm, form=form, returns=returns, **options)
+        stack.period = period
+        return stack
 
     @property
     def first_rank(self) -> int:
@@ -244,11 +313,35 @@ class LayerParallel(nn.Module):
             window.load_solver_state(own)
 
 
+def _pipeline_options(options: dict) -> dict | None:
+    """Those of a `PipelineParallel` that does what a stack with these options does; None if that needs like layers.
+
+    Raises `TypeError` for an option that it has not.
+    """
+    mgrit = options.get("mgrit") or MGRIT()
+    if mgrit.cycle != "pipeline" and mgrit.max_levels != 1:
+        return None
+    more = {key: value for key, value in options.items() if key != "mgrit" and value is not None}
+    unknown = more.keys() - {"output", "recompute", "seed"}
+    if unknown:
+        raise TypeError(
+            f"{sorted(unknown)[0]} is an option of like blocks; these differ, and are a PipelineParallel, with output, "
+            f"recompute and seed: leave it out"
+        )
+    portions = mgrit.portions if mgrit.cycle == "pipeline" else 1
+    return more | {"portions": portions, "recompute": bool(more.get("recompute"))}
+
+
 def _check(block, form, windows, output, recompute, splines) -> None:
     """Raise an error for an argument that is no such thing."""
+    if isinstance(block, list | tuple | nn.ModuleList | nn.Sequential):
+        raise TypeError(
+            f"block={type(block).__name__} must be a function that makes a block; for blocks that exist use "
+            f"LayerParallel.from_blocks(blocks, comm)"
+        )
     if form not in (None, "increment", "map"):
         raise ValueError(f"form={form!r} must be increment (F of u + h F(u)) or map (the next state); use map")
-    if isinstance(block, nn.Module) or not callable(block):
+    if isinstance(block, nn.Module) or not (callable(block) or isinstance(block, Existing)):
         raise TypeError(
             f"block={type(block).__name__} must be a function that makes a block, one for each layer; "
             f"use block=lambda: MyBlock(64)"

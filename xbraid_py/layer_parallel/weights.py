@@ -5,6 +5,7 @@ Shape letters: `N` layers, `n` of them owned here, `M` coefficients of splines i
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from math import prod
 
@@ -14,10 +15,13 @@ from torch import Tensor, nn
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.agreement import together
 from xbraid_py.comm.partition import Partition
+from xbraid_py.layers.existing import Existing
 from xbraid_py.layers.module_block import ModuleBlock, own_random_numbers
 from xbraid_py.layers.norm_dropout import Moments
 from xbraid_py.layers.splines import SplineLayers, Splines
 from xbraid_py.mgrit.grid import LayerGrid
+
+_FROM_BLOCKS = "for blocks that exist use LayerParallel.from_blocks(blocks, comm)"
 
 
 class StackedWeights(nn.Module):
@@ -28,8 +32,8 @@ class StackedWeights(nn.Module):
 
     Parameters
     ----------
-    make : callable
-        Makes a block.
+    make : callable or Existing
+        Makes a block, or has them.
     grid : LayerGrid
     partition : Partition
         Of the layers.
@@ -41,7 +45,7 @@ class StackedWeights(nn.Module):
     splines : Splines, optional
         The parameters (M, *shape) are the coefficients of splines in depth then, on every rank alike, each row drawn as
         the weights of a layer are. Buffers have a row for each layer.
-    form : {"increment", "map"}, optional
+    form, returns
         As of `ModuleBlock`.
 
     Attributes
@@ -53,7 +57,7 @@ class StackedWeights(nn.Module):
 
     def __init__(
         self,
-        make: Callable[[], nn.Module],
+        make: Callable[[], nn.Module] | Existing,
         grid: LayerGrid,
         partition: Partition,
         comm: Communicator,
@@ -61,44 +65,55 @@ class StackedWeights(nn.Module):
         first_layer: int = 0,
         splines: Splines | None = None,
         form: str | None = None,
+        returns: int | str | None = None,
     ):
         super().__init__()
         self.partition, self.comm = partition, comm
         self.splines = None if splines is None else SplineLayers(splines, grid, partition, comm)
         first, count = first_layer + partition.first(comm.rank), partition.count(comm.rank)
         with together(comm):
-            made, tensors = self._make(make, seed, form, range(first, first + count))
+            made, tensors = self._make(make, (seed, form, returns), range(first, first + count))
             if splines is not None:
-                _, rows = self._make(make, seed, form, range(splines.num))
+                _, rows = self._make(make, (seed, form, returns), range(splines.num))
                 choices = zip(made.columns, rows, tensors, strict=True)
                 tensors = [row if column.is_parameter else tensor for column, row, tensor in choices]
         self.block = made
         for column, tensor in zip(made.columns, tensors, strict=True):
             *path, last = column.name.split(".")
+            # Not `register_parameter` and the like: a block may have parts of any name, also of those that are ours.
             place: nn.Module = self
             for name in path:
-                if name not in dict(place.named_children()):
-                    place.add_module(name, nn.Module())
-                place = place.get_submodule(name)
+                place = place._modules.setdefault(name, nn.Module())
             if column.is_parameter:
                 wanted = dict(made.module.named_parameters())[column.name].requires_grad
-                place.register_parameter(last, nn.Parameter(tensor, requires_grad=wanted))
+                place._parameters[last] = nn.Parameter(tensor, requires_grad=wanted)
             else:
-                place.register_buffer(last, tensor)
+                place._buffers[last] = tensor
         self.register_state_dict_post_hook(_gather)
         self.register_load_state_dict_pre_hook(_slice)
         self.train()
 
     @staticmethod
-    def _make(make, seed: int, form: str | None, layers: range) -> tuple[ModuleBlock, list[Tensor]]:
+    def _make(make, options: tuple, layers: range) -> tuple[ModuleBlock, list[Tensor]]:
+        seed = options[0]
+        exist = isinstance(make, Existing)
+
         def block_of(layer: int) -> nn.Module:
-            with own_random_numbers(hash((seed, layer)) & (2**63 - 1)):
-                found = make()
+            if exist:
+                return make.blocks[layer]
+            try:
+                with own_random_numbers(hash((seed, layer)) & (2**63 - 1)):
+                    found = make()
+            except StopIteration:
+                raise ValueError(f"block() had no block left for layer {layer}; {_FROM_BLOCKS}") from None
             if not isinstance(found, nn.Module):
                 raise TypeError(f"block() made {type(found).__name__}; it must make an nn.Module")
             return found
 
-        block = ModuleBlock(block_of(0), seed, form)
+        block = ModuleBlock(
+            copy.deepcopy(block_of(0)) if exist else block_of(0), *options, make.counters if exist else ()
+        )
+        before = block.module
         kinds = [(column.name, column.shape) for column in block.columns]
         rows: list[list[Tensor]] = []
         for layer in layers:
@@ -107,6 +122,9 @@ class StackedWeights(nn.Module):
             if have != kinds:
                 raise ValueError(f"block() made other weights for layer {layer} than for layer 0; they must be alike")
             rows.append(block.tensors_of(module))
+            if not exist:
+                _check_new(module, layer, block.module, before)
+            before = module
         empty = [tensor.new_empty((0, *tensor.shape)) for tensor in block.tensors_of(block.module)]
         stacked = [torch.stack(parts) for parts in zip(*rows, strict=True)] if rows else empty
         return block, stacked
@@ -141,7 +159,7 @@ class StackedWeights(nn.Module):
         return self
 
     def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
+        super()._apply(_of_rows(fn), recurse)
         self.block.module._apply(fn)
         return self
 
@@ -152,15 +170,47 @@ class StackedWeights(nn.Module):
     def statistics(self, norm: str) -> tuple[Tensor, Tensor, Tensor]:
         """Running means and variances (n, C) of a norm of the block, and the batches (n,) they have met; not copies."""
         prefix = f"{norm}." if norm else ""
-        mean, variance, count = (
-            self.get_buffer(prefix + key) for key in ("running_mean", "running_var", "num_batches_tracked")
-        )
+        have = dict(self.named_buffers())
+        mean, variance, count = (have[prefix + key] for key in ("running_mean", "running_var", "num_batches_tracked"))
         return mean, variance, count
 
     def move_statistics(self, moments: Moments) -> None:
         """Move the running statistics of the layers owned here, once, by what a solve has met."""
         for name, norm in self.block.moving.items():
             norm.move(*self.statistics(name), moments.found[norm.number])
+
+
+def _of_rows(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What `fn` makes of a column; by layers where it asks for a layout that only tensors of one layer can have."""
+
+    def found(column: Tensor) -> Tensor:
+        try:
+            return fn(column)
+        except RuntimeError as error:
+            if "channels_last" not in str(error):
+                raise
+        rows = [fn(row) for row in column] or [fn(column.new_empty(column.shape[1:]))]
+        return torch.stack([row.contiguous() for row in rows])[: len(column)]
+
+    return found
+
+
+def _check_new(module: nn.Module, layer: int, first: nn.Module, before: nn.Module) -> None:
+    """Raise `ValueError` if what `block()` gave is no new block, made by random numbers of its layer alone."""
+    known = {id(p) for other in (first, before) for p in other.parameters()}
+    if any(id(p) in known for p in module.parameters()):
+        raise ValueError(
+            f"block() gave a weight for layer {layer} that it has given before, and layers do not share weights; "
+            f"{_FROM_BLOCKS}, for copies block=lambda: copy.deepcopy(module), for one set of weights in all layers "
+            f"splines=Splines(1, 0)"
+        )
+    if layer == 0:
+        pairs = zip(first.parameters(), module.parameters(), strict=True)
+        if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs):
+            raise ValueError(
+                f"block() gave other weights for layer 0 when it was called again: they must come from torch's random "
+                f"numbers alone, which are set for each layer; {_FROM_BLOCKS}"
+            )
 
 
 def _gather(weights: StackedWeights, state: dict, prefix: str, local_metadata) -> None:

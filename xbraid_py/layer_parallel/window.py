@@ -18,6 +18,7 @@ from xbraid_py.layer_parallel.pipeline import Pipelined, PortionMoments, Portion
 from xbraid_py.layer_parallel.solves import Propagation, Solvers, graph_is_kept, hollow
 from xbraid_py.layer_parallel.weights import StackedWeights
 from xbraid_py.layers.dense import DenseBlock, ResidualSteps
+from xbraid_py.layers.existing import Existing
 from xbraid_py.layers.module_steps import ModuleSteps, Tape, has_batched_form
 from xbraid_py.layers.norm_dropout import Moments
 from xbraid_py.layers.splines import Splines
@@ -68,6 +69,7 @@ class Settings:
     vmap: bool | None
     recompute: bool | str
     form: str | None = None
+    returns: int | str | None = None
 
 
 class Window(nn.Module):
@@ -75,8 +77,8 @@ class Window(nn.Module):
 
     Parameters
     ----------
-    block : callable
-        Makes one block.
+    block : callable or Existing
+        Makes one block, or has them all.
     solvers : Solvers
         Of these layers.
     settings : Settings
@@ -92,7 +94,7 @@ class Window(nn.Module):
 
     def __init__(
         self,
-        block: Callable[[], nn.Module],
+        block: Callable[[], nn.Module] | Existing,
         solvers: Solvers,
         settings: Settings,
         place: Place,
@@ -104,7 +106,15 @@ class Window(nn.Module):
         self.controller = Controller(settings.accuracy, solvers.are_iterative)
         self.record: SolveRecord | None = None
         self.layers = StackedWeights(
-            block, solvers.grid, solvers.partition, self.comm, settings.seed, place.first_layer, splines, settings.form
+            block,
+            solvers.grid,
+            solvers.partition,
+            self.comm,
+            settings.seed,
+            place.first_layer,
+            splines,
+            settings.form,
+            settings.returns,
         )
         self.block = self.layers.block
         self._draws = 0

@@ -6,7 +6,7 @@ Shape letters: `n` layers, `m` of them evaluated at once, `p` numbers of a row, 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import prod
@@ -14,6 +14,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from xbraid_py.layers.existing import Counter
 from xbraid_py.layers.norm_dropout import Dropout, Moments, MovingNorm, NormInputs, at_position, within
 
 _BATCH_NORMS = nn.modules.batchnorm._NormBase
@@ -52,6 +53,10 @@ class ModuleBlock:
     form : {"increment", "map"}, optional
         Whether the module gives F(u), or the next state, its own sum included. Without, it is taken for an increment,
         and `check_state` refuses a module that seems to be a map.
+    returns : int or str, optional
+        Of a module that gives several things: which of them is the one that counts.
+    counters : sequence of Counter
+        Numbers that the blocks which exist keep of their layers; `check_state` refuses those that change the result.
 
     Attributes
     ----------
@@ -66,8 +71,15 @@ class ModuleBlock:
         If its weights have several types, or none.
     """
 
-    def __init__(self, module: nn.Module, seed: int = 0, form: str | None = None):
-        self.module, self.seed, self.form = module, seed, form
+    def __init__(
+        self,
+        module: nn.Module,
+        seed: int = 0,
+        form: str | None = None,
+        returns: int | str | None = None,
+        counters: Sequence[Counter] = (),
+    ):
+        self.module, self.seed, self.form, self.returns, self.counters = module, seed, form, returns, counters
         statistics = {
             f"{name}.{key}" if name else key
             for name, part in module.named_modules()
@@ -154,7 +166,8 @@ class ModuleBlock:
         try:
             self._put(tensors)
             with masks, norms:
-                return self.module(u)
+                end = self.module(u)
+            return end if self.returns is None else end[self.returns]
         finally:
             self._put(kept)
 
@@ -166,7 +179,7 @@ class ModuleBlock:
             found = NormInputs()
             with within(found) if self._norms else nullcontext():
                 change = torch.func.functional_call(self.module, dict(zip(names, tensors, strict=True)), (u,))
-            return change, found.inputs
+            return change if self.returns is None else change[self.returns], found.inputs
 
         change, inputs = torch.func.vmap(one)(tuple(tensors), u)
         if norm_inputs is not None:
@@ -204,17 +217,26 @@ class ModuleBlock:
         with torch.no_grad():
             before = u.clone()
             norm_inputs = NormInputs()
-            first = self(tensors, u, norm_inputs=norm_inputs)
+            try:
+                first = self(tensors, u, norm_inputs=norm_inputs)
+            except (KeyError, IndexError) as error:
+                if self.returns is None:
+                    raise
+                raise ValueError(
+                    f"returns={self.returns!r}: block={name} gives nothing of that number or name ({error!r}); use "
+                    f"returns=0 for the first entry of a tuple"
+                ) from error
             idle = [part for part in self.moving.items() if part[1].number not in norm_inputs.inputs]
             if idle:
                 kind = type(idle[0][1]).__name__
                 raise ValueError(f"block={name} has {kind} ({idle[0][0]}), which it does not use; leave it out")
             if not isinstance(first, Tensor) or first.shape != u.shape or first.dtype != u.dtype:
                 got = f"{tuple(first.shape)} {first.dtype}" if isinstance(first, Tensor) else type(first).__name__
+                several = "; use returns=0 if its first entry is the one that counts"
                 what = "the next state, sum included" if self.is_map else "F of u + h F(u), without the sum"
                 raise ValueError(
                     f"block={name} makes {got} of a state {tuple(u.shape)} {u.dtype}; it must keep shape and type "
-                    f"(form={self.form or 'increment'!r}: {what})"
+                    f"(form={self.form or 'increment'!r}: {what}){several * isinstance(first, Sequence | Mapping)}"
                 )
             if not torch.equal(u, before):
                 raise ValueError(f"block={name} overwrites its input; use a form not in place, as ReLU(inplace=False)")
@@ -224,6 +246,7 @@ class ModuleBlock:
                     f"weights: use xbraid_py.nn.Dropout for dropout"
                 )
 
+            self._check_counters(tensors, u, first)
         if self.form is None and self._seems_map(tensors, u):
             raise ValueError(
                 f"block={name} gives its state back where its matrices are 0, so it seems to contain its own sum, and "
@@ -231,6 +254,24 @@ class ModuleBlock:
                 f"form='increment' if this is the F that you mean"
             )
         self._check_gradient(tensors, u)
+
+    def _check_counters(self, tensors: Sequence[Tensor], u: Tensor, first: Tensor) -> None:
+        """Raise `ValueError` if the number of the layer changes what the module makes of u (*S), which is `first`."""
+        for counter in self.counters:
+            part = self.module.get_submodule(counter.part)
+            kept = getattr(part, counter.name)
+            try:
+                for layer in (1, len(counter.values) - 1):
+                    setattr(part, counter.name, counter.values[layer])
+                    if not torch.equal(first, self(tensors, u)) and not torch.isnan(first).any():
+                        where = f"{counter.part}.{counter.name}".lstrip(".")
+                        raise ValueError(
+                            f"{where} is {counter.values[0]} in blocks[0] and {counter.values[layer]} in "
+                            f"blocks[{layer}], and changes what a block gives; a coarse layer stands for like ones: "
+                            f"use PipelineParallel(blocks), which keeps each block as it is"
+                        )
+            finally:
+                setattr(part, counter.name, kept)
 
     def _seems_map(self, tensors: Sequence[Tensor], u: Tensor) -> bool:
         """Whether, with all weights but those of norms set to 0, the module gives what points along its state."""

@@ -1,5 +1,5 @@
-"""The steps u + h F(u, theta_i) of any torch module F, or of one that gives the next state: values, transposed Jacobians,
-and graphs that are kept.
+"""The steps u + h F(u, theta_i) of any torch module F, or of one that gives the next state: values, transposed
+Jacobians, and graphs that are kept.
 
 Shape letters: `n` rows (layers) owned here, `m` intervals of `c` rows, `S` shape of a state, `p` numbers of a row of
 weights.
