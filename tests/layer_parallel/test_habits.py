@@ -8,11 +8,12 @@ import pickle
 
 import pytest
 import torch
-from blocks import CASES, C, Dropped, distance, loss_of
+from blocks import CASES, C, Dropped, Mlp, distance, loss_of
 from blocks import reduced as message_of
 from sequence_cases import F, H, drawn
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 
 from xbraid_py import MGRIT, ParallelGRU, PipelineParallel, Splines
 
@@ -124,3 +125,119 @@ def test_averages_of_weights_are_those_of_each_parameter(spmd, name):
         return distance(found, wanted), distance(a, b)
 
     assert all(max(each) < 1e-14 for each in spmd(body))
+
+
+# ---- Around a stack
+
+
+@pytest.mark.ranks(1, 2, 3)
+@pytest.mark.parametrize("name", MODELS)
+def test_what_comes_behind_may_write_to_the_output(spmd, name):
+    """ReLU(inplace=True) behind the module: the same bits as with the other ReLU."""
+
+    def body(comm):
+        model = MODELS[name](comm)
+        kept = copy.deepcopy(model)
+        first = outcome(_First(model, nn.ReLU(inplace=True)), batch_of(name))
+        return same(first, outcome(_First(kept, nn.ReLU()), batch_of(name)))
+
+    assert all(spmd(body))
+
+
+class _First(nn.Module):
+    """The first result of a module, through another one."""
+
+    def __init__(self, module, behind):
+        super().__init__()
+        self.module, self.behind = module, behind
+
+    def forward(self, u):
+        output = self.module(u)
+        return self.behind(output[0] if isinstance(output, tuple) else output)
+
+
+@pytest.mark.ranks(1, 2, 3)
+@pytest.mark.parametrize("name", ["V", "random", "vmap", "windows", "pipeline", "gru", "modules"])
+def test_hooks_are_called_as_of_any_module(spmd, name):
+    def body(comm):
+        model, calls = MODELS[name](comm), []
+        model.register_forward_pre_hook(lambda module, inputs: calls.append(("before", len(inputs))))
+        model.register_forward_hook(lambda module, inputs, output: calls.append(("behind", type(output).__name__)))
+        model.register_full_backward_hook(lambda module, inner, outer: calls.append(("back", inner[0].shape)))
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(lambda p: calls.append(("weight", p.shape)))
+        u = batch_of(name).requires_grad_()
+        outcome(model, u)
+        shapes = [("weight", p.shape) for p in model.parameters()]
+        found = [call for call in calls if call[0] == "weight"]
+        assert sorted(map(str, found)) == sorted(map(str, shapes))
+        return [call for call in calls if call[0] != "weight"]
+
+    kind = "tuple" if name == "gru" else "Tensor"
+    wanted = [("before", 1), ("behind", kind), ("back", batch_of(name).shape)]
+    assert all(calls == wanted for calls in spmd(body))
+
+
+@pytest.mark.ranks(1, 2, 3)
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["V", "dense", "vmap", "windows", "splines", "pipeline", "plain modules", "gru"])
+def test_a_checkpoint_around_the_module(spmd, name, reentrant):
+    """Around the module and what is behind it, from the first call on: the bits of the same without it."""
+
+    def body(comm):
+        if name == "plain modules":
+            model = PipelineParallel([lambda: nn.Linear(C, C).double(), nn.Tanh(), Mlp().double()], comm, portions=2)
+        else:
+            model = MODELS[name](comm)
+        model = _First(model, nn.Sequential(nn.Tanh(), nn.ReLU()))
+        kept = copy.deepcopy(model)
+        u, v = (batch_of(name).requires_grad_() for _ in range(2))
+        first = outcome(_Checkpointed(model, reentrant), u)
+        return same([*first, u.grad], [*outcome(kept, v), v.grad])
+
+    assert all(spmd(body))
+
+
+class _Checkpointed(nn.Module):
+    def __init__(self, module, reentrant):
+        super().__init__()
+        self.module, self.reentrant = module, reentrant
+
+    def forward(self, u):
+        return checkpoint(self.module, u, use_reentrant=self.reentrant)
+
+
+@pytest.mark.ranks(1, 2, 3)
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["random", "modules"])
+def test_a_checkpoint_around_a_module_with_masks_is_refused(spmd, name, reentrant):
+    """The same sentence on all ranks, wherever the masks are."""
+
+    def body(comm):
+        model = _Checkpointed(_First(MODELS[name](comm), nn.Tanh()), reentrant)
+        return message_of(comm, lambda: outcome(model, batch_of(name).requires_grad_()))
+
+    for message in spmd(body):
+        assert "with dropout" in message and "use recompute=True in its place" in message
+
+
+@pytest.mark.ranks(1, 2, 3)
+@pytest.mark.parametrize("options", [{}, {"windows": 3}, {"vmap": True}, {"solve": "exact"}])
+def test_an_output_lies_in_memory_as_the_input_does(spmd, options):
+    case = CASES["convolution"]
+
+    def body(comm):
+        model = case.stack(comm, 9, **options)
+        u = case.input()
+        plain = outcome(model, u)
+        last = u.contiguous(memory_format=torch.channels_last)
+        found = outcome(model, last)
+        assert same(found, plain) and plain[0].is_contiguous()
+        assert found[0].is_contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            layouts = [model.eval()(each).is_contiguous() for each in (u, last)]
+        # Weights of one layer have such a layout, those of all layers do not: their values stay.
+        moved = model.train().to(memory_format=torch.channels_last)
+        return layouts, same(outcome(moved, last), found)
+
+    assert all(each == ([True, False], True) for each in spmd(body))

@@ -17,6 +17,7 @@ from xbraid_py.comm.agreement import agree, same_arguments, together
 from xbraid_py.comm.partition import Partition
 from xbraid_py.comm.tree import TreeSum
 from xbraid_py.kernels import BACKEND
+from xbraid_py.layer_parallel.habits import as_any_module, check_not_again
 from xbraid_py.layer_parallel.pipeline import Portions
 from xbraid_py.layer_parallel.solves import graph_is_kept
 from xbraid_py.layers.module_block import own_random_numbers
@@ -112,9 +113,12 @@ class PipelineParallel(nn.Module):
         same_arguments(self.comm, arguments | {"recompute": recompute, "seed": seed}, kernels=BACKEND)
         self.layers = nn.ModuleDict(made)
         self.output, self.recompute, self.seed = output, recompute, seed
+        has_masks = 0
         for module in made.values():
             for number, part in enumerate(part for part in module.modules() if isinstance(part, Dropout)):
-                part.number = number
+                part.number, has_masks = number, 1
+        # Of any rank: what is refused for its masks is refused by all ranks.
+        self._is_random = bool(self.comm.allgather(torch.tensor([has_masks]), (1,) * self.comm.size).any())
         self._draws = 0
         # Shape and type: of the output by what a batch was like, of portions that come to this rank and leave it.
         self._forms: dict[tuple, tuple[tuple[int, ...], torch.dtype]] = {}
@@ -136,6 +140,7 @@ class PipelineParallel(nn.Module):
         """Numbers of the modules owned here."""
         return [int(number) for number in self.layers]
 
+    @as_any_module
     def forward(self, u: Tensor) -> Tensor:
         """Output (B, ...) of the last module for the input u (B, ...) of the first one.
 
@@ -161,6 +166,8 @@ class PipelineParallel(nn.Module):
             if failed is not None:
                 raise ValueError(failed[1])
         if self.training:
+            if self._is_random:
+                check_not_again("PipelineParallel", "dropout")
             self._draws += 1
         weights = tuple(self.parameters())
         # All ranks take part in the backward pass, those without a weight as well.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.agreement import agree
 from xbraid_py.layer_parallel.accuracy import Controller, GradientControl, SolveRecord
+from xbraid_py.layer_parallel.habits import as_any_module, check_not_again
 from xbraid_py.layer_parallel.pipeline import Pipelined, PortionMoments, Portions, moments_of
 from xbraid_py.layer_parallel.solves import Propagation, Solvers, graph_is_kept, hollow
 from xbraid_py.layer_parallel.weights import StackedWeights
@@ -145,6 +146,7 @@ class Window(nn.Module):
         partition, rank = self.solvers.partition, self.comm.rank
         return range(partition.first(rank), partition.first(rank) + partition.count(rank))
 
+    @as_any_module
     def forward(self, u: Tensor) -> Tensor:
         """Output of the last layer for the input u (*S) of the first one; see `LayerParallel.forward`."""
         self._agree_on_input(u)
@@ -152,6 +154,8 @@ class Window(nn.Module):
         if not torch.is_grad_enabled() and not training:
             return self._exact_output(u, vmap)
         if training:
+            if self.block.is_random or self.block.moving:
+                check_not_again("LayerParallel", "dropout or moving statistics")
             self._draws += 1
             if self.block.moving:
                 self._start_statistics(u)
@@ -406,7 +410,9 @@ class _PropagateWindow(torch.autograd.Function):
         run = window.propagation(vmap, u, tensors, keep)
         if keep:
             ctx.window, ctx.run, ctx.u = window, run, hollow(u)
-        return window.output_of(run, u)
+        output = window.output_of(run, u)
+        # torch lets nobody write to a view that comes out of a function.
+        return output.clone() if output._is_view() else output
 
     @staticmethod
     def backward(ctx, slope: Tensor):

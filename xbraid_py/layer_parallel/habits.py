@@ -1,0 +1,61 @@
+"""What is asked of a forward pass by those who take a stack for any torch module: layouts, and graphs within graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+
+import torch
+from torch import Tensor
+
+_LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def as_any_module(forward: Callable) -> Callable:
+    """A `forward(self, u, ...)` whose graphs are its own, and whose output lies in memory as the input does.
+
+    Blocks are evaluated within, with graphs that the backward pass comes through by itself. Hooks for saved tensors
+    around the call, as `torch.utils.checkpoint` sets them, are for graphs of the caller, and would evaluate the caller
+    again for each tensor within.
+    """
+
+    @wraps(forward)
+    def wrapped(self, u, *inputs, **named):
+        with _own_graphs():
+            return _laid_out(forward(self, u, *inputs, **named), u)
+
+    return wrapped
+
+
+def _own_graphs() -> AbstractContextManager:
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is not None and top(False) is None:
+        return nullcontext()
+    # Detached: a node that holds its own output by a function of Python would never be freed.
+    return torch.autograd.graph.saved_tensors_hooks(torch.detach, lambda kept: kept)
+
+
+def _laid_out(output: Tensor, u: Tensor) -> Tensor:
+    layout = _LAYOUTS.get(u.dim()) if isinstance(output, Tensor) and output.dim() == u.dim() else None
+    if layout is None or u.is_contiguous() or not u.is_contiguous(memory_format=layout):
+        return output
+    return output.contiguous(memory_format=layout)
+
+
+def check_not_again(kind: str, what: str) -> None:
+    """Raise `RuntimeError` if this is the evaluation of a forward pass again, within a backward pass.
+
+    Parameters
+    ----------
+    kind : str
+        Of the module.
+    what : str
+        What it has that changes from one forward pass to the next.
+    """
+    task = getattr(torch._C, "_current_graph_task_id", None)
+    if task is not None and task() != -1:
+        raise RuntimeError(
+            f"a {kind} with {what} is evaluated again in a backward pass, as by torch.utils.checkpoint around it, and "
+            f"would be another network than before: leave it out of the checkpoint, and use recompute=True in its place"
+        )
