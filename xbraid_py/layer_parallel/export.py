@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator
 from xbraid_py.kernels.activation import ACTIVATIONS, activation
+from xbraid_py.layer_parallel.parallelize import ParallelBlocks, refuse_records
+from xbraid_py.layer_parallel.runs import fill
 from xbraid_py.layer_parallel.stack import LayerParallel
 from xbraid_py.layer_parallel.window import Window
 from xbraid_py.layers.splines import Splines
@@ -55,6 +57,32 @@ class ResidualStep(nn.Module):
         return f"h={self.h:g}"
 
 
+class MapStep(nn.Module):
+    """B(u), for a block that gives the next state, its own sum included.
+
+    Parameters
+    ----------
+    block : nn.Module
+        B; maps a state, and further inputs, to the next state.
+    frozen : sequence of str
+        As of `ResidualStep`.
+    """
+
+    def __init__(self, block: nn.Module, frozen: Sequence[str] = ()):
+        super().__init__()
+        self.block, self.frozen = block, tuple(frozen)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """u (*S) to (*S)."""
+        return self.block(u)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        for name in self.frozen:
+            self.block.get_submodule(name).eval()
+        return self
+
+
 class PlainDense(nn.Module):
     """sigma(W u + b) on the last axis of u (*, inputs).
 
@@ -84,9 +112,12 @@ class PlainDense(nn.Module):
 def to_sequential(source: nn.Module | str | os.PathLike, device: torch.device | str = "cpu") -> nn.Module:
     """The same network as a plain torch module with all its layers, that knows nothing of ranks.
 
-    A stack becomes an `nn.Sequential` of N `ResidualStep`s, whose outputs are those of exact propagation. What comes
-    out shares nothing with the source; it can be copied, pickled, and loaded where there is no MPI. `Dropout` in it is
-    plain dropout.
+    A stack becomes an `nn.Sequential` of N `ResidualStep`s, or of `MapStep`s with form="map", whose outputs are those
+    of exact propagation. What comes out shares nothing with the source; it can be copied, pickled, and loaded where
+    there is no MPI. `Dropout` in it is plain dropout.
+
+    A model that `parallelize` has changed becomes what it was, with its own classes and the names of its weights, so
+    that the original loads its `state_dict()`.
 
     Parameters
     ----------
@@ -127,15 +158,55 @@ def _of_module(source: nn.Module) -> nn.Module:
             f"source={type(source).__name__} holds no LayerParallel, so it is a plain module already; "
             f"use copy.deepcopy(source)"
         )
-    inside = {id(part) for stack in stacks for part in stack.modules()}
+    runs = [part for part in source.modules() if isinstance(part, ParallelBlocks)]
+    inside = {id(part) for stack in (*stacks, *runs) for part in stack.modules()}
     for name, part in source.named_modules():
         for key, value in vars(part).items() if id(part) not in inside else ():
             if isinstance(value, Communicator):
                 path = f"{name}.{key}".lstrip(".")
                 raise ValueError(f"source.{path} is a communicator, which has no copy; keep it outside of the module")
     # What is in the memo is not copied again: each stack comes out as its plain form, wherever it is referred to.
-    plain: dict[int, nn.Module] = {id(stack): _of_stack(stack) for stack in stacks}
-    return copy.deepcopy(source, plain)
+    within = {id(run.stack) for run in runs}
+    plain: dict[int, nn.Module] = {id(stack): _of_stack(stack) for stack in stacks if id(stack) not in within}
+    # Several blocks are no copy of one module: they take its place behind.
+    restored = {id(run): _Restored(run) for run in runs}
+    found = copy.deepcopy(source, plain | restored)
+    return _unfolded(found) if restored else found
+
+
+class _Restored(nn.Module):
+    """The blocks of a run, until they are in their container again; making it is collective."""
+
+    def __init__(self, run: ParallelBlocks):
+        super().__init__()
+        self.was_cached = run.was_cached
+        self.blocks = nn.ModuleDict(zip(run.names, run.restored(), strict=True))
+
+
+def _unfolded(model: nn.Module) -> nn.Module:
+    """Put the blocks of all runs back into their containers, and let the model be used as before."""
+    if isinstance(model, _Restored):
+        return nn.Sequential(*model.blocks.values())
+    was_cached = False
+    for container in list(model.modules()):
+        children: dict[str, nn.Module] = {}
+        for name, child in container._modules.items():
+            if isinstance(child, _Restored):
+                was_cached |= child.was_cached
+                children |= child.blocks.items()
+            else:
+                # Those behind a run in a list have been numbered anew.
+                children[f"{name} behind" if name in children else name] = child
+        if any(isinstance(child, _Restored) for child in container.children()):
+            fill(container, children)
+        for key, hook in list(container._forward_pre_hooks.items()):
+            if hook is refuse_records:
+                del container._forward_pre_hooks[key], container._forward_pre_hooks_with_kwargs[key]
+    for part in model.modules() if was_cached else ():
+        for key in ("config", "generation_config"):
+            if getattr(getattr(part, key, None), "use_cache", None) is False:
+                getattr(part, key).use_cache = True
+    return model
 
 
 def _of_stack(stack: LayerParallel) -> nn.Sequential:
@@ -146,7 +217,7 @@ def _of_stack(stack: LayerParallel) -> nn.Sequential:
     return found
 
 
-def _of_window(window: Window) -> list[ResidualStep]:
+def _of_window(window: Window) -> list[nn.Module]:
     block, weights = window.block, window.layers
     gathered = [weights.gathered(tensor) for tensor in weights.tensors()]
     steps = []
@@ -158,7 +229,8 @@ def _of_window(window: Window) -> list[ResidualStep]:
                 place[column.name].copy_(rows[layer])
             if column.is_parameter:
                 place[column.name].requires_grad_(own.requires_grad)
-        steps.append(ResidualStep(module, h, tuple(block.frozen)))
+        frozen = tuple(block.frozen)
+        steps.append(MapStep(module, frozen) if block.is_map else ResidualStep(module, h, frozen))
     return steps
 
 
