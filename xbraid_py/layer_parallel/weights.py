@@ -213,21 +213,6 @@ def _check_new(module: nn.Module, layer: int, first: nn.Module, before: nn.Modul
             )
 
 
-def _of_rows(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """What `fn` makes of a column; by layers where it asks for a layout that only tensors of one layer can have."""
-
-    def found(column: Tensor) -> Tensor:
-        try:
-            return fn(column)
-        except RuntimeError as error:
-            if "channels_last" not in str(error):
-                raise
-        rows = [fn(row) for row in column] or [fn(column.new_empty(column.shape[1:]))]
-        return torch.stack([row.contiguous() for row in rows])[: len(column)]
-
-    return found
-
-
 def _gather(weights: StackedWeights, state: dict, prefix: str, local_metadata) -> None:
     for column in weights.block.columns:
         if column.name in weights.divided:
