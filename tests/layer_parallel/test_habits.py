@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from blocks import CASES, C, Dropped, Mlp, distance, loss_of
+from blocks import CASES, C, Dropped, Mlp, distance, loop, loss_of, unstacked
 from blocks import reduced as message_of
 from sequence_cases import F, H, drawn
 from torch import nn
@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from xbraid_py import MGRIT, ParallelGRU, PipelineParallel, Splines
+from xbraid_py.layers.module_block import own_random_numbers
 
 MLP = CASES["mlp"]
 
@@ -241,3 +242,69 @@ def test_an_output_lies_in_memory_as_the_input_does(spmd, options):
         return layouts, same(outcome(moved, last), found)
 
     assert all(each == ([True, False], True) for each in spmd(body))
+
+
+# ---- model.apply
+
+
+def initial(part: nn.Module) -> None:
+    """Weights by the fan of a layer, which stacked weights do not have; a part without gradients; a part set."""
+    if hasattr(part, "weight") and getattr(part.weight, "ndim", 0) > 1:
+        nn.init.xavier_uniform_(part.weight)
+    if isinstance(part, nn.Linear | nn.Conv2d):
+        nn.init.constant_(part.bias, 0.5)
+    if isinstance(part, nn.LayerNorm):
+        part.requires_grad_(False)
+        part.eps = 1e-3
+
+
+@pytest.mark.ranks(1, 2, 3)
+@pytest.mark.parametrize("windows", [1, 3])
+@pytest.mark.parametrize("name", ["mlp", "convolution", "tied", "frozen", "dense"])
+def test_apply_reaches_every_layer_as_if_it_stood_alone(spmd, name, windows):
+    case = CASES[name]
+
+    def body(comm):
+        model = nn.Sequential(case.stack(comm, 9, windows=windows))
+        with own_random_numbers(5):
+            assert model.apply(initial) is model
+        return model.state_dict(), [p.requires_grad for p in model.parameters()], model(case.input()).detach()
+
+    with own_random_numbers(5):
+        starts = [int(torch.randint(1 << 62, ())) for _ in range(windows)]
+    results = spmd(body)
+    before = unstacked(results[0][0], case, "0.layers.")
+    for layer, module in enumerate(before):
+        with own_random_numbers(hash((starts[layer * windows // 9], layer)) & (2**63 - 1)):
+            module.apply(initial)
+    wanted = [dict(module.state_dict()) for module in before]
+    for state, flags, output in results:
+        for key, value in state.items():
+            assert value.equal(torch.stack([each[key.removeprefix("0.layers.")] for each in wanted]))
+        assert flags == [p.requires_grad for p in before[0].parameters()] * windows
+        assert distance(output, loop(before, case.input()).detach()) < 1e-12
+
+
+@pytest.mark.ranks(1, 2)
+def test_apply_reaches_coefficients_of_splines(spmd):
+    def body(comm):
+        stack = CASES["mlp"].stack(comm, 9, splines=Splines(4))
+        with own_random_numbers(5):
+            return stack.apply(initial).state_dict()
+
+    states = spmd(body)
+    for state in states:
+        assert all(value.equal(states[0][key]) for key, value in state.items())
+        bound = (6.0 / (C + 2 * C)) ** 0.5
+        for row in state["layers.net.1.weight"]:
+            assert 0.5 * bound < row.abs().max() <= bound
+        assert state["layers.net.1.bias"].eq(0.5).all()
+
+
+def test_a_function_that_takes_weights_away_is_refused():
+    def cut(part):
+        if isinstance(part, nn.Linear):
+            part.weight = nn.Parameter(part.weight[:1].clone())
+
+    with pytest.raises(ValueError, match="after cut the block has no net.1.weight with the shape"):
+        MLP.stack(None, 9).apply(cut)

@@ -68,7 +68,7 @@ class StackedWeights(nn.Module):
         returns: int | str | None = None,
     ):
         super().__init__()
-        self.partition, self.comm = partition, comm
+        self.partition, self.comm, self._first_layer = partition, comm, first_layer
         self.splines = None if splines is None else SplineLayers(splines, grid, partition, comm)
         first, count = first_layer + partition.first(comm.rank), partition.count(comm.rank)
         with together(comm):
@@ -157,6 +157,47 @@ class StackedWeights(nn.Module):
         super().train(mode)
         self.block.train(mode)
         return self
+
+    @torch.no_grad()
+    def apply(self, fn: Callable[[nn.Module], None]):
+        """Call fn with the parts of a block that has the weights of one layer after the other, and keep what it writes.
+
+        Random numbers within start from one that is drawn here, and the number of the layer: where all ranks have
+        the same state of torch's, weights do not depend on the number of ranks.
+        """
+        start = int(torch.randint(1 << 62, ()))
+        have = dict(self.named_parameters()) | dict(self.named_buffers())
+        columns = [c for c in self.block.columns if self.splines is None or c.is_parameter]
+        first = 0 if self.splines else self._first_layer + self.partition.first(self.comm.rank)
+        module = self.block.module
+        mine = self._tensors_of(module)
+        kept = [tensor.clone() for tensor in mine.values()]
+        for column in columns:
+            mine[column.name].requires_grad_(have[column.name].requires_grad)
+        # A rank without layers goes along with what is set beside the weights.
+        for row in range(len(have[columns[0].name])) or (None,):
+            if row is not None:
+                for column in columns:
+                    mine[column.name].copy_(have[column.name][row])
+            with own_random_numbers(hash((start, first + (row or 0))) & (2**63 - 1)):
+                module.apply(fn)
+            mine = self._tensors_of(module)
+            for column in columns if row is not None else ():
+                if column.name not in mine or mine[column.name].shape != column.shape:
+                    raise ValueError(
+                        f"apply(): after {getattr(fn, '__name__', 'fn')} the block has no {column.name} with the shape "
+                        f"{tuple(column.shape)}; change parts of a block where block() makes it"
+                    )
+                have[column.name][row] = mine[column.name]
+        for column in columns:
+            have[column.name].requires_grad_(mine[column.name].requires_grad)
+        for tensor, value in zip(mine.values(), kept, strict=True):
+            tensor.copy_(value)
+        return self
+
+    @staticmethod
+    def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
+        return dict(module.named_parameters()) | dict(module.named_buffers())
 
     def _apply(self, fn, recurse=True):
         super()._apply(_of_rows(fn), recurse)
