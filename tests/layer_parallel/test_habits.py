@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from xbraid_py import MGRIT, ParallelGRU, PipelineParallel, Splines
+from xbraid_py import MGRIT, GradientControl, ParallelGRU, PipelineParallel, Splines
 from xbraid_py.layers.module_block import own_random_numbers
 
 MLP = CASES["mlp"]
@@ -308,3 +308,45 @@ def test_a_function_that_takes_weights_away_is_refused():
 
     with pytest.raises(ValueError, match="after cut the block has no net.1.weight with the shape"):
         MLP.stack(None, 9).apply(cut)
+
+
+# ---- What went wrong
+
+
+@pytest.mark.ranks(1, 2, 3)
+@pytest.mark.parametrize("check", [0, 1])
+@pytest.mark.parametrize("solve", ["lagged", "one-shot 3", "V", "F"])
+def test_nan_in_a_batch_is_shown_as_nan(spmd, solve, check):
+    """Estimated or measured; the update after it is what it would have been."""
+
+    def body(comm):
+        stack = MLP.stack(comm, 12, solve=solve, accuracy=GradientControl(check=check))
+        kept = copy.deepcopy(stack)
+        u = MLP.input()
+        u[0, 0] = torch.nan
+        outcome(stack, u)
+        found = stack.record
+        kept.load_solver_state({**kept.solver_state(), "draws": 1})
+        assert same(outcome(stack, MLP.input()), outcome(kept, MLP.input()))
+        assert stack.record.event == "" and stack.record.gradient_error < 1e-2
+        return found.gradient_error, found.event, found.measured
+
+    for error, event, measured in spmd(body):
+        assert error != error and event.startswith("gradient error NaN: there are NaN") and measured == bool(check)
+
+
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize("name", ["V", "windows", "modules", "gru"])
+def test_inputs_of_all_ranks_are_compared_where_it_is_asked_for(spmd, name, monkeypatch):
+    monkeypatch.setenv("XBRAID_CHECK_INPUTS", "1")
+
+    def body(comm):
+        model, u = MODELS[name](comm), batch_of(name)
+        outcome(model, u)
+        # One bit, on one rank.
+        u[0, -1] = torch.nextafter(u[0, -1], torch.ones(())) if comm.rank == 1 else u[0, -1]
+        return message_of(comm, lambda: model(u))
+
+    messages = spmd(body)
+    assert len(set(messages)) == 1 and "inputs (XBRAID_CHECK_INPUTS=1): tensor 0=" in messages[0]
+    assert "on rank 1" in messages[0] and "with digest" in messages[0]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass
+from math import isnan
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,8 @@ class SolveRecord:
     residual, adjoint_residual : float
         Relative residuals at the end, or the change by the last correction.
     gradient_error : float
-        Estimate of the relative error of the gradient of the stack's weights, for the given gradient of its output.
+        Estimate of the relative error of the gradient of the stack's weights, for the given gradient of its output; NaN
+        if the solver has met NaN. Of exact propagation 0, whatever it has met.
     measured : bool
         Whether it is no estimate, but the error measured against the exact gradient (which was then used).
     event : str
@@ -177,6 +179,8 @@ class Controller:
         if is_regular:
             self._tightened = False
         event = self._decide(estimate, measured is not None) or self._loosen(measured, sweeps)
+        if isnan(estimate):
+            event = self._say("gradient error NaN: there are NaN or infinite numbers in the states or the adjoints")
         if level != self.level or (exact and not self.exact):
             self._due = True
         return estimate, event

@@ -291,7 +291,7 @@ class Propagation:
         partition = self.solvers.partition
         squares = torch.stack([(a - b).square().sum(1), b.square().sum(1)], 1)
         difference, size = self.solvers.comm.ordered_sum(squares, partition.counts).tolist()
-        return (difference / size) ** 0.5 if size > 0.0 else 0.0
+        return (difference / size) ** 0.5 if size != 0.0 else 0.0  # NaN where there is one
 
 
 def kept_start(start: Tensor, solvers: Solvers, keeper: int | None) -> Tensor:

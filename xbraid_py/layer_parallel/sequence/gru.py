@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from xbraid_py.comm import Communicator, as_communicator
 from xbraid_py.comm.agreement import agree, same_arguments, together
 from xbraid_py.kernels import BACKEND
+from xbraid_py.layer_parallel.habits import compare_inputs
 from xbraid_py.layer_parallel.sequence.window import LayerWeights, SequencePlan, SequenceWindow
 from xbraid_py.layer_parallel.solves import check_portions, for_adjoint, graph_is_kept
 from xbraid_py.layers.gru import COARSE, KINDS, GruCell
@@ -192,6 +193,7 @@ class ParallelGRU(nn.Module):
             If a tensor does not fit, or the ranks differ in shape, type or mode.
         """
         self._agree(x, h_0)
+        compare_inputs(self.comm, x, h_0)
         if self.batch_first:
             x = x.transpose(0, 1)
         start = x.new_zeros((self.num_layers, x.shape[1], self.hidden_size)) if h_0 is None else h_0
