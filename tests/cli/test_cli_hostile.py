@@ -52,14 +52,16 @@ def limited():
 
 
 CHILD = """
-import contextlib, io, json, resource, sys
+import contextlib, io, json, re, sys
+from pathlib import Path
 from xbraid_py.cli import main
 
 for words in json.load(sys.stdin):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main(words)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    # Not what resource.getrusage says: that begins with the memory of who has started this process.
+    memory = int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
     print(json.dumps([status, out.getvalue(), err.getvalue().splitlines(), memory]))
 """
 

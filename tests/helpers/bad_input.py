@@ -85,7 +85,7 @@ def make_inputs(folder: Path) -> None:
     for name in ("no_run", "cut"):
         save(folder / f"{name}.h5", SerialCommunicator(), {"w": Shard(torch.zeros(999), 0, 999)}, {})
     (folder / "cut.h5").write_bytes((folder / "cut.h5").read_bytes()[:-100])
-    with h5py.File(folder / "foreign.h5", "w") as file:
+    with h5py.File(folder / "foreign.h5", "w", libver="latest") as file:
         file["weights"] = [1.0, 2.0]
     rows = ["0.5 -1.25", "1.5 0.25", "-2.5 0.75"]
     for name, file, number, bad in (("row", "training", 1, "1.5"), ("word", "validation", 2, "x 0.75")):

@@ -146,7 +146,9 @@ def go_on(folder, name):
         for function in ("_follow", "_finished"):
             patch.setattr(engine, function, read)
         patch.setattr(engine, "_make_room", lambda *_: None)
-        patch.setattr(engine, "claim", lambda out, comm: SimpleNamespace(comm=comm, path=out))
+        patch.setattr(
+            engine, "claim", lambda out, comm: SimpleNamespace(comm=comm, path=out, checkpoints=out / "checkpoints")
+        )
         kinds.run(KINDS[name], COMM, folder / name / KINDS[name].folder, "--resume=auto")
 
 

@@ -440,7 +440,8 @@ def _load_together(training: Training, start: Start, comm: Communicator) -> bool
 
 def _finished(training: Training, row: Row, folder: RunFolder) -> None:
     """What is left to do for a run that is over: it may have been killed in its last moments."""
-    if not folder.comm.bcast(folder.figures.exists() and state_said(folder.path) == "finished"):
+    is_drawn = folder.figures.exists() and state_said(folder.path) == "finished"
+    if folder.comm.bcast(folder.metrics.exists() and not is_drawn):
         try:
             _draw(training, folder)
             folder.update(row["update"])  # raises what rank 0 could not write
