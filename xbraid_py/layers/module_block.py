@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from xbraid_py.layers.existing import Counter
-from xbraid_py.layers.norm_dropout import Dropout, Moments, MovingNorm, NormInputs, at_position, within
+from xbraid_py.layers.norm_dropout import (
+    Dropout,
+    Moments,
+    MovingNorm,
+    NormInputs,
+    at_position,
+    changes_by_itself,
+    within,
+)
 
 _BATCH_NORMS = nn.modules.batchnorm._NormBase
 _DROPOUTS = nn.modules.dropout._DropoutNd
@@ -191,6 +199,8 @@ class ModuleBlock:
         for name, part in self.module.named_modules():
             if isinstance(part, MovingNorm):
                 continue
+            if (message := changes_by_itself(name, part)) is not None:
+                raise ValueError(message)
             if isinstance(part, _BATCH_NORMS) and (part.training or part.running_mean is None):
                 kind = type(part).__name__
                 ours = f"Moving{kind}" if kind in ("BatchNorm1d", "BatchNorm3d") else "MovingBatchNorm2d"
@@ -243,7 +253,7 @@ class ModuleBlock:
             if not torch.equal(first, self(tensors, u)) and not torch.isnan(first).any():
                 raise ValueError(
                     f"block={name} gives two results for one state; a layer must be a function of its state and its "
-                    f"weights: use xbraid_py.nn.Dropout for dropout"
+                    f"weights: use xbraid_py.nn.Dropout for dropout, also where functional.dropout or dropout_p stand"
                 )
 
             self._check_counters(tensors, u, first)

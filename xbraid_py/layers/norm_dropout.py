@@ -211,10 +211,67 @@ class Dropout(nn.Module):
         position = _position.get()
         if position is None:
             return nn.functional.dropout(u, self.p)
+        return u * self._kept(u, u.shape, position) / (1.0 - self.p)
+
+    def _kept(self, u: Tensor, shape: tuple[int, ...], position: tuple[int, int, int]) -> Tensor:
+        """A mask of that shape."""
         # The hash of a tuple of integers is the same in every process.
         generator = torch.Generator(u.device).manual_seed(hash((*position, self.number)) & (2**63 - 1))
-        kept = torch.rand(u.shape, generator=generator, device=u.device) >= self.p
-        return u * kept / (1.0 - self.p)
+        return torch.rand(shape, generator=generator, device=u.device) >= self.p
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+
+class DropPath(Dropout):
+    """Stochastic depth: zero all of a sample with probability p and scale the others by 1 / (1 - p), in training.
+
+    A block uses it on what it adds to its state; such a sample goes past the layer. Within a layer-parallel stack there
+    is one mask for each layer and update, as of `Dropout`, on coarse layers that of the layer they begin with.
+
+    Parameters
+    ----------
+    p : float
+        Between 0 and 1; the same in all layers of a stack.
+    """
+
+    def forward(self, u: Tensor) -> Tensor:
+        """u (B, *)."""
+        if not self.training or self.p == 0.0:
+            return u
+        position, shape = _position.get(), (len(u), *(1,) * (u.dim() - 1))
+        if position is None:
+            return u * nn.functional.dropout(u.new_ones(shape), self.p)
+        return u * self._kept(u, shape, position) / (1.0 - self.p)
+
+
+def changes_by_itself(name: str, part: nn.Module) -> str | None:
+    """What is wrong with a part of a block that is another one each time it is evaluated, and what to take; or None.
+
+    Parameters
+    ----------
+    name : str
+        Of the part in the block.
+    part : nn.Module
+    """
+    if not part.training or isinstance(part, Dropout):
+        return None
+    what = f"block has {type(part).__name__} ({name})"
+    again = "another mask in every sweep of the solver is another network"
+    if type(part).__name__.endswith(("DropPath", "StochasticDepth")):
+        rate = getattr(part, "drop_prob", getattr(part, "p", None)) or 0.0
+        if rate > 0.0:
+            return f"{what}: {again}; use xbraid_py.nn.DropPath({rate}), one mask for each layer and update"
+    if isinstance(part, nn.MultiheadAttention) and part.dropout > 0.0:
+        return (
+            f"{what} with dropout={part.dropout} of its own: {again}; make it with dropout=0.0, and use "
+            f"xbraid_py.nn.Dropout({part.dropout}) behind it"
+        )
+    hooks = part._forward_pre_hooks.values()
+    if any(type(each).__name__ in ("SpectralNorm", "_SpectralNorm") for each in (part, *hooks)):
+        return (
+            f"{what} with a spectral norm: its power iteration would go on in every sweep of the solver; use a "
+            f"parametrization that is a function of the weight alone, as W / torch.linalg.matrix_norm(W, 2), by "
+            f"torch.nn.utils.parametrize.register_parametrization"
+        )
+    return None
