@@ -12,6 +12,8 @@ from processes import PROJECT
 # Numbers of ranks and the rank that is hit, so that each is hit in turn.
 ANY_RANKS = ((2, 0), (3, 1), (4, 3), (2, 1), (3, 0), (4, 2), (3, 2), (1, 0), (4, 1), (4, 0))
 TWO_RANKS = ((2, 0), (2, 1))
+# A run is begun on any number of ranks, and the plan by rule may take another solver on more of them.
+_SOLVER = "--mgrit.cycle=lagged"
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,15 @@ def subjects(scratch: Path) -> dict[str, Subject]:
             "peaks",
             (
                 *("--num_layers=32", "--num_train=500", "--num_val=500", "--nested.refinements=1"),
-                *("--nested.updates=60,60", "--validate_every=5"),
+                *("--nested.updates=60,60", "--validate_every=5", _SOLVER),
             ),
         ),
         "mgopt": Subject(
             "circles",
-            ("--num_layers=512", "--num_train=1000", "--mgopt.levels=4", "--max_cycles=60", "--sampling=square"),
+            (
+                *("--num_layers=512", "--num_train=1000", "--mgopt.levels=4", "--max_cycles=60", "--sampling=square"),
+                _SOLVER,
+            ),
         ),
         "width": Subject("poisson", ("--smoke", "--max_work=1400", "--num_train=400", "--batch_size=40"), 5, TWO_RANKS),
         "images": Subject(
@@ -83,11 +88,18 @@ def soaked(scratch: Path) -> list[Subject]:
     scratch.mkdir(exist_ok=True)
     data = _written(scratch)
     peaks = ("--num_layers=32", "--num_train=500", "--num_val=500", "--nested.refinements=1", "--validate_every=50")
-    circles = ("--num_layers=512", "--num_train=1000", "--mgopt.levels=4", "--sampling=square", "--goal=0.9999")
+    circles = (
+        "--num_layers=512",
+        "--num_train=1000",
+        "--mgopt.levels=4",
+        "--sampling=square",
+        "--goal=0.9999",
+        _SOLVER,
+    )
     digits = ("--smoke", "--max_updates=400", "--epochs=400", data)
     cifar = ("--models=multilevel", "--filters=4,8", "--blocks=1,2", "--batch_size=25", f"--data_dir={scratch}")
     found = (
-        Subject("peaks", (*peaks, "--nested.updates=700,700", "--mgrit.cycle=lagged"), 50),
+        Subject("peaks", (*peaks, "--nested.updates=700,700", _SOLVER), 50),
         Subject("mnist", digits, 25, TWO_RANKS),
         Subject("circles", (*circles, "--max_cycles=400"), 25),
         Subject("cifar", (*cifar, "--epochs=60,40,40"), 10, TWO_RANKS, "multilevel_0"),
