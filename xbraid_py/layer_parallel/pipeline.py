@@ -101,6 +101,13 @@ class Pipelined:
         Whether there will be a backward pass.
     keeper : int, optional
         The rank that keeps the input, and nothing else is kept.
+    num_weights : int, optional
+        As of `Propagation`.
+
+    Attributes
+    ----------
+    further : dict of int to (n, q) tensor
+        The rest of the rows of the gradient, of each portion.
     """
 
     def __init__(
@@ -113,7 +120,10 @@ class Pipelined:
         portions: Portions,
         keep: bool,
         keeper: int | None = None,
+        num_weights: int | None = None,
     ):
+        self.num_weights = num_weights
+        self.further: dict[int, Tensor] = {}
         self.solvers, self.controller, self.make_steps = solvers, controller, make_steps
         self.num_rows, self.portions, self.keeper = num_rows, portions, keeper
         self.comm: Communicator = solvers.comm
@@ -146,7 +156,7 @@ class Pipelined:
         else:
             start = kept_start(self.start, self.solvers, self.keeper)
             self._forward_and_back(start, slope, back, sums)
-        gradient = sums.result() if self.num_rows else self.make_steps(False, 0)[0].theta
+        gradient = sums.result() if self.num_rows else self.make_steps(False, 0)[0].theta[:, : self.num_weights]
         self.controller.observe(0.0, None, (1, 1))
         record = SolveRecord(self.controller.update, "exact", 0, 1, 1, 0.0, 0.0, 0.0, False, "")
         return gradient, back, record
@@ -170,6 +180,9 @@ class Pipelined:
             kept.tape.keep = keep
         gradient = torch.empty_like(kept.steps.theta)
         back = kept.steps.relax_adjoint(kept.states, slope[None], self.num_rows, None, None, gradient)[0]
+        if self.num_weights is not None:
+            self.further[number] = gradient[:, self.num_weights :]
+            gradient = gradient[:, : self.num_weights]
         sums.add(number, gradient, take=True)
         return back
 

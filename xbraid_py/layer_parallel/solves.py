@@ -156,9 +156,13 @@ class Propagation:
     half : tuple of int, optional
         The axis of the samples in a state, and how much of it the first half of the samples are; the noise of the
         gradient is estimated from them.
+    num_weights : int, optional
+        How much of a row of the steps are weights, where it has more; a gradient beside theirs is left in `further`.
 
     Attributes
     ----------
+    further : dict of int to (n, q) tensor
+        The rest of the rows of the gradient, as of one portion, number 0.
     start : (*S) tensor
         The input, or where it is not kept a tensor without its memory.
     forward : States or None
@@ -175,8 +179,10 @@ class Propagation:
         keep: bool,
         keeper: int | None = None,
         half: tuple[int, int] | None = None,
+        num_weights: int | None = None,
     ):
-        self.half = half
+        self.half, self.num_weights = half, num_weights
+        self.further: dict[int, Tensor] = {}
         self.solvers, self.controller, self.make_steps = solvers, controller, make_steps
         self.num_rows, self.keeper = num_rows, keeper
         self.exact, self.level = controller.exact, controller.level
@@ -268,6 +274,9 @@ class Propagation:
             tuple(solution_of_mgrit.residuals),
             self.controller.noise,
         )
+        if self.num_weights is not None:
+            self.further = {0: gradient[:, self.num_weights :]}
+            gradient = gradient[:, : self.num_weights]
         return gradient, solution.end, record
 
     def _noise(self, start: Tensor, slope: Tensor | None, gradient: Tensor) -> float | None:
@@ -289,6 +298,7 @@ class Propagation:
     def _distance(self, a: Tensor, b: Tensor) -> float:
         """|a - b| / |b| over all ranks."""
         partition = self.solvers.partition
+        a, b = a[:, : self.num_weights], b[:, : self.num_weights]
         squares = torch.stack([(a - b).square().sum(1), b.square().sum(1)], 1)
         difference, size = self.solvers.comm.ordered_sum(squares, partition.counts).tolist()
         return (difference / size) ** 0.5 if size != 0.0 else 0.0  # NaN where there is one

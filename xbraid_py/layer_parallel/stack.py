@@ -6,6 +6,7 @@ Shape letters: `N` layers, `n` of them owned here, `W` windows, `B` batch, `S` s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import accumulate
 from math import lcm, prod
 from typing import Any, Literal, get_args
 
@@ -17,6 +18,7 @@ from xbraid_py.comm.agreement import same_arguments, together
 from xbraid_py.comm.partition import Partition, require_multiple
 from xbraid_py.kernels import BACKEND
 from xbraid_py.layer_parallel.accuracy import GradientControl, SolveRecord
+from xbraid_py.layer_parallel.inputs import Inputs
 from xbraid_py.layer_parallel.modules import PipelineParallel
 from xbraid_py.layer_parallel.solves import Solvers, for_adjoint
 from xbraid_py.layer_parallel.window import Place, Settings, Window
@@ -68,7 +70,8 @@ class LayerParallel(nn.Module):
     num_layers : int or LayerGrid
         The number of layers, or a grid whose steps may differ in length.
     T : float
-        Final time; that of the grid, if one is given.
+        Final time; that of the grid, if one is given. A block whose `forward` has a parameter `t` gets the time at
+        which its layer begins.
     comm : Communicator or mpi4py.MPI.Comm, optional
         A serial run without.
     form : {"increment", "map"}, optional
@@ -178,6 +181,9 @@ class LayerParallel(nn.Module):
             self.windows = nn.ModuleList(made)
             self.register_state_dict_post_hook(_join)
             self.register_load_state_dict_pre_hook(_cut)
+        for window in made:
+            if window.block.takes_time:
+                window.block.times = [0.0, *accumulate(self.grid.sizes())][:-1]
         self.output, self.form, self.period = output, form or "increment", 1
 
     @classmethod
@@ -271,19 +277,37 @@ class LayerParallel(nn.Module):
         """What the last forward and backward solves of all windows did."""
         return [window.record for window in self.windows]
 
-    def forward(self, u: Tensor) -> Tensor:
+    def forward(self, u: Any, *inputs: Any, **named: Any) -> Any:
         """Output of the last layer for the input u (*S) of the first one.
 
         Collective: every rank calls it, with an input of the same shape, in the same mode.
+
+        Parameters
+        ----------
+        u : tensor, or tree of tensors
+            The state. Of several tensors (a tuple, a dict, a dataclass) it is one for the blocks too, which give back
+            what has the same structure; all have the samples on the first axis, and one type.
+        *inputs, **named
+            Further inputs, which every layer gets behind its state: any trees, on every rank alike. Tensors among them
+            may need gradients, which every rank gets. Where the batch is cut into portions (in a pipeline, and in
+            evaluation mode) so are tensors with as many rows on the first axis as there are samples; others are handed
+            on whole.
 
         Raises
         ------
         ValueError
             If the ranks differ in shape, type or mode, or the block cannot be evaluated for such states.
         """
+        if isinstance(u, Tensor) and not inputs and not named:
+            for window in self.windows:
+                u = window(u)
+            return u
+        with together(self.comm):
+            given = Inputs(u, inputs, named)
+        state = given.state
         for window in self.windows:
-            u = window(u)
-        return u
+            state = window(state, given)
+        return given.user_state(state)
 
     def extra_repr(self) -> str:
         own = self.own_layers

@@ -6,7 +6,7 @@ Shape letters: `n` layers owned here, `B` batch, `S` shape of a state, the batch
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,13 @@ from xbraid_py.comm import Communicator
 from xbraid_py.comm.agreement import agree
 from xbraid_py.layer_parallel.accuracy import Controller, GradientControl, SolveRecord
 from xbraid_py.layer_parallel.habits import as_any_module, check_not_again
+from xbraid_py.layer_parallel.inputs import Inputs
 from xbraid_py.layer_parallel.pipeline import Pipelined, PortionMoments, Portions, moments_of
 from xbraid_py.layer_parallel.solves import Propagation, Solvers, graph_is_kept, hollow
 from xbraid_py.layer_parallel.weights import StackedWeights
 from xbraid_py.layers.dense import DenseBlock, ResidualSteps
 from xbraid_py.layers.existing import Existing
+from xbraid_py.layers.module_block import ModuleBlock
 from xbraid_py.layers.module_steps import ModuleSteps, Tape, has_batched_form
 from xbraid_py.layers.norm_dropout import Moments
 from xbraid_py.layers.splines import Splines
@@ -147,29 +149,32 @@ class Window(nn.Module):
         return range(partition.first(rank), partition.first(rank) + partition.count(rank))
 
     @as_any_module
-    def forward(self, u: Tensor) -> Tensor:
+    def forward(self, u: Tensor, given: Inputs | None = None) -> Tensor:
         """Output of the last layer for the input u (*S) of the first one; see `LayerParallel.forward`."""
-        self._agree_on_input(u)
-        vmap, training = self.vmaps(u), self.layers.training
+        self._agree_on_input(u, given)
+        vmap, training = self.vmaps(u, given), self.layers.training
         if not torch.is_grad_enabled() and not training:
-            return self._exact_output(u, vmap)
+            return self._exact_output(u, vmap, given)
         if training:
             if self.block.is_random or self.block.moving:
                 check_not_again("LayerParallel", "dropout or moving statistics")
             self._draws += 1
             if self.block.moving:
-                self._start_statistics(u)
-        return _PropagateWindow.apply(self, vmap, u, *self.layers.tensors())
+                self._start_statistics(u, given)
+        further = () if given is None else given.tensors
+        return _PropagateWindow.apply(self, vmap, given, u, *self.layers.tensors(), *further)
 
-    def vmaps(self, u: Tensor) -> bool:
+    def vmaps(self, u: Tensor, given: Inputs | None = None) -> bool:
         """Whether the intervals are evaluated in one call for inputs like u (*S), as `LayerParallel` has the rule.
 
         The same on any number of ranks, and in every run. Collective at the first call with such a shape.
         """
-        if self._is_dense or self.block.is_random or self.solvers.are_pipelined:
+        if self._is_dense or self.block.is_random or self.block.times is not None or self.solvers.are_pipelined:
             return False
         if self.settings.vmap is not None:
             return self.settings.vmap
+        if given is not None:
+            return False
         hierarchy = self.solvers.hierarchy
         if len(hierarchy.levels) == 1 or hierarchy.intervals.num_rows < LEAST_INTERVALS:
             return False
@@ -193,7 +198,7 @@ class Window(nn.Module):
 
     # ---- The input
 
-    def _agree_on_input(self, u: Tensor) -> None:
+    def _agree_on_input(self, u: Tensor, given: Inputs | None) -> None:
         """Raise the same error on all ranks unless they all go on with such a state, and the block can; collective.
 
         Raises
@@ -214,14 +219,18 @@ class Window(nn.Module):
                 self.settings.output == "last" and any(tensor.requires_grad for tensor in self.layers.parameters())
             )
             call = (tuple(u.shape), torch.is_grad_enabled(), training, differentiable)
-        agree(self.comm, (message, call), "shape and mode of the input")
+        agree(self.comm, (message, call, None if given is None else given.key), "shape and mode of the input")
         if message:
             raise ValueError(message)
-        key = (call, dtype, device)
+        key = (call, dtype, device, None if given is None else given.form)
         if key in self._checked:
             return
         self.block.check_mode()
-        self.block.check_state(u.shape, u)
+        block = self._block(given)
+        if given is not None:
+            given.check(self.block, self.solvers.spatial, self.controller.accuracy.noise)
+        with torch.inference_mode(False):
+            block.check_state(u.shape, u)
         for transfer in self.solvers.transfers(u.shape):
             if transfer is not None:
                 if self._is_dense:
@@ -229,48 +238,73 @@ class Window(nn.Module):
                     raise ValueError(f"spatial={spatial} is for blocks of convolutions; a DenseBlock has no pixels")
                 coarse = torch.Size((*u.shape[: -len(transfer.pixels)], *transfer.coarse_pixels))
                 try:
-                    self.block.check_state(coarse, u)
+                    block.check_state(coarse, u)
                 except RuntimeError as error:
                     raise ValueError(
                         f"spatial: the block cannot be evaluated for states {tuple(coarse)} of a coarse level "
                         f"({error}); use blocks that take any number of pixels, and dims for their axes"
                     ) from error
-        if self.solvers.are_pipelined:
-            self._check_portions(u)
+        if self.solvers.are_pipelined or not (training or torch.is_grad_enabled()):
+            self._check_portions(u, given)
         self._checked.add(key)
 
     @torch.no_grad()
-    def _check_portions(self, u: Tensor) -> None:
+    def _check_portions(self, u: Tensor, given: Inputs | None) -> None:
         """Raise `ValueError`, on all ranks, if the block makes something else of a portion than of the batch."""
-        portions = self._portions(u, self._count(len(u)))
+        portions = self._portions_of_call(u)
         if len(portions) == 1 or self._is_dense or self.block.is_random:
             return
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(u.shape, generator=generator, dtype=u.dtype).to(u.device)
-        tensors = self.block.tensors_of(self.block.module)
-        whole, part = (self.block(tensors, each) for each in (x, portions.part(x, 1)))
+        block = self._block(given)
+        tensors = block.tensors_of(block.module)
+        whole = block(tensors, x)
+        try:
+            block = self._block(given, portions, 1)
+            part = block(block.tensors_of(block.module), portions.part(x, 1))
+        except RuntimeError as error:
+            raise ValueError(
+                f"block={type(block.module).__name__} cannot be evaluated for some of the samples ({error}): a tensor "
+                f"with a row for each of them, such as a mask, must be a further input, stack(u, mask), to be cut with "
+                f"them; one that only happens to have as many rows needs another axis, table[None]; or use "
+                f"MGRIT(portions=1)"
+            ) from error
         # Up to rounding, which sums of other lengths have.
         if (portions.part(whole, 1) - part).norm() > 1e-2 * part.norm():
+            pipeline = "cycle='pipeline', " if self.solvers.are_pipelined else ""
             raise ValueError(
                 f"block={type(self.block.module).__name__} makes something else of some of the samples than of all: "
-                f"they must be on the first axis, and not be mixed; use MGRIT(cycle='pipeline', portions=1)"
+                f"they must be on the first axis, and not be mixed, nor may further inputs that are the same for all "
+                f"have as many rows (use table[None]); use MGRIT({pipeline}portions=1)"
             )
 
+    def _portions_of_call(self, u: Tensor) -> Portions:
+        """The portions that a call with u (*S) goes through the layers in."""
+        if self.solvers.are_pipelined and (self.layers.training or torch.is_grad_enabled()):
+            return self._portions(u, self._count(len(u)))
+        options = MGRIT(cycle="pipeline", portions=self.solvers.options.portions)
+        return self._portions(u, options.portions_of(len(u)))
+
+    def _block(self, given: Inputs | None, portions: Portions | None = None, number: int = 0) -> ModuleBlock:
+        """The block, with further inputs if there are any."""
+        return self.block if given is None else given.bound(self.block, portions, number)
+
     @torch.no_grad()
-    def _start_statistics(self, u: Tensor) -> None:
+    def _start_statistics(self, u: Tensor, given: Inputs | None) -> None:
         """Give statistics to all norms that have met no batch yet, by a pass with u layer after layer; collective."""
         weights, comm = self.layers, self.comm
         every = {name: weights.statistics(name) for name in self.block.moving}
         fresh = torch.tensor([int(any((count == 0).any() for _, _, count in every.values()))])
         if not comm.allgather(fresh, (1,) * comm.size).any():
             return
-        theta = self._theta(weights.tensors())
+        block, theta = self._block(given), self._theta(weights.tensors())
+        theta = theta if given is None else block.rows(theta)
         moments = self.block.moments(len(theta), start=True)
         # One row after the other: the norms write into the rows of theta.
-        steps = self._steps(theta, self._draws, False, moments=moments)
+        steps = self._steps(theta, self._draws, False, moments=moments, block=block)
         state = self._state(u)
         self.solvers.sequential.solve(Forward(steps, None, state), state)
-        found = dict(zip((column.name for column in self.block.columns), self.block.split(theta), strict=True))
+        found = dict(zip((column.name for column in block.columns), block.split(theta), strict=True))
         for name, (mean, variance, _) in every.items():
             prefix = f"{name}." if name else ""
             mean.copy_(found[f"{prefix}running_mean"])
@@ -283,7 +317,13 @@ class Window(nn.Module):
         return self.block.join([tensor.detach() for tensor in tensors])
 
     def _steps(
-        self, theta: Tensor, draw: int, vmap: bool, tape: Tape | None = None, moments: Moments | None = None
+        self,
+        theta: Tensor,
+        draw: int,
+        vmap: bool,
+        tape: Tape | None = None,
+        moments: Moments | None = None,
+        block: ModuleBlock | None = None,
     ) -> Steps:
         """The layers owned here."""
         own = self.own_layers
@@ -293,7 +333,7 @@ class Window(nn.Module):
         if self._is_dense:
             return ResidualSteps(self.block.module.layer, theta, h)
         layers = tuple(self.place.first_layer + layer for layer in own)
-        return ModuleSteps(self.block, theta, h, layers, draw, vmap, tape, moments)
+        return ModuleSteps(block or self.block, theta, h, layers, draw, vmap, tape, moments)
 
     @property
     def _is_dense(self) -> bool:
@@ -310,13 +350,17 @@ class Window(nn.Module):
 
     # ---- The output
 
-    def _exact_output(self, u: Tensor, vmap: bool) -> Tensor:
+    def _exact_output(self, u: Tensor, vmap: bool, given: Inputs | None) -> Tensor:
         """The output for the input u (*S), layer after layer, the samples in portions; collective."""
         theta = self._theta(self.layers.tensors())
         steps = self._steps(theta, self._draws, vmap)
         state = self._state(u)
-        options = MGRIT(cycle="pipeline", portions=self.solvers.options.portions)
-        portions = self._portions(u, options.portions_of(len(u)))
+        portions = self._portions_of_call(u)
+
+        def through(number: int, x: Tensor) -> Tensor:
+            own = steps if given is None else replace(steps, block=given.bound(self.block, portions, number))
+            return own.relax(x[None], len(theta), None, None)[0]
+
         own = self.comm.rank == self.last_rank
         end = torch.empty_like(state) if own else None
         follow(
@@ -326,7 +370,7 @@ class Window(nn.Module):
             range(len(portions)),
             begin=lambda number: portions.part(state, number),
             template=lambda number: portions.empty(state, number),
-            through=lambda number, x: steps.relax(x[None], len(theta), None, None)[0],
+            through=through,
             end=lambda number, x: portions.put(end, number, x),
         )
         return self._spread(end, u, self.last_rank, self.place.is_last)
@@ -337,7 +381,9 @@ class Window(nn.Module):
             return Portions.of(len(u), count, 1, u[:1].numel() // u.shape[-1] if len(u) else 1)
         return Portions.of(len(u), count)
 
-    def propagation(self, vmap: bool, u: Tensor, tensors: tuple[Tensor, ...], keep: bool) -> Propagation | Pipelined:
+    def propagation(
+        self, vmap: bool, u: Tensor, tensors: tuple[Tensor, ...], keep: bool, given: Inputs | None
+    ) -> Propagation | Pipelined:
         """The forward solve with the input u (*S) and the columns of the weights, kept for an adjoint one or not."""
         theta = self._theta(tensors)
         draw = self._draws  # an exact gradient may be asked for after further calls
@@ -351,16 +397,21 @@ class Window(nn.Module):
             wanted = kept and not self._is_dense and self.settings.recompute in (False, "states")
             tape = Tape() if wanted else None
             # Each portion has masks of its own.
-            return self._steps(theta, draw + portion * _PORTION, vmap, tape, moments.pop(portion, None)), tape
+            own, block = theta, None
+            if given is not None:
+                block = given.bound(self.block, portions if self.solvers.are_pipelined else None, portion)
+                own = block.rows(theta)
+            return self._steps(own, draw + portion * _PORTION, vmap, tape, moments.pop(portion, None), block), tape
 
         keeper = None
         if keep and self.settings.recompute in ("states", "all"):
             keeper = self.first_rank if self.place.keeper is None else self.place.keeper
+        num_weights = self.block.row_size if given is not None and given.tensors else None
         solve = (self.solvers, self.controller, make_steps, len(theta), self._state(u))
         if self.solvers.are_pipelined:
-            run = Pipelined(*solve, portions, keep, keeper)
+            run = Pipelined(*solve, portions, keep, keeper, num_weights)
         else:
-            run = Propagation(*solve, keep, keeper, self._half(u))
+            run = Propagation(*solve, keep, keeper, self._half(u), num_weights)
         if found and len(theta):
             self.layers.move_statistics(moments_of(found))
         return run
@@ -383,13 +434,19 @@ class Window(nn.Module):
         return self._spread(run.take_end(), like, self.last_rank, self.place.is_last)
 
     def gradients_of(
-        self, run: Propagation, slope: Tensor, like: Tensor, keep: bool, with_input: bool
+        self, run: Propagation, slope: Tensor, like: Tensor, keep: bool, with_input: bool, given: Inputs | None
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Gradients of the columns of the weights, and of the input if asked for, from that of the output (*S)."""
+        """Gradients of the columns of the weights and of further inputs, and of the input if asked for, from that of
+        the output (*S).
+        """
         own = self.comm.rank == self.last_rank
         gradient, back, self.record = run.backward(self._state(slope) if own else None, keep)
         of_u = self._spread(back, like, self.first_rank, self.place.is_first) if with_input else None
-        return self.block.split(gradient), of_u
+        columns = self.block.split(gradient)
+        if given is not None and given.tensors:
+            portions = self._portions(like, self._count(len(like)) if self.solvers.are_pipelined else 1)
+            columns += given.gradients(run.further, portions, self.solvers.partition, self.comm)
+        return columns, of_u
 
     def _spread(self, state: Tensor | None, like: Tensor, root: int, is_end: bool) -> Tensor:
         """A state of rank `root`, in the user's shape: on all ranks, or, at an end, there and 0 elsewhere."""
@@ -401,22 +458,22 @@ class Window(nn.Module):
 
 
 class _PropagateWindow(torch.autograd.Function):
-    """`apply(window, vmap, u, *tensors)`: a solve for the states forwards, one for the adjoints backwards."""
+    """`apply(window, vmap, given, u, *tensors, *further)`: a solve for states forwards, one for adjoints backwards."""
 
     @staticmethod
-    def forward(ctx, window: Window, vmap: bool, u: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(ctx, window: Window, vmap: bool, given: Inputs | None, u: Tensor, *tensors: Tensor) -> Tensor:
         """The output of the last layer."""
         keep = any(ctx.needs_input_grad)
-        run = window.propagation(vmap, u, tensors, keep)
+        run = window.propagation(vmap, u, tensors[: len(window.block.columns)], keep, given)
         if keep:
-            ctx.window, ctx.run, ctx.u = window, run, hollow(u)
+            ctx.window, ctx.run, ctx.u, ctx.given = window, run, hollow(u), given
         output = window.output_of(run, u)
         # torch lets nobody write to a view that comes out of a function.
         return output.clone() if output._is_view() else output
 
     @staticmethod
     def backward(ctx, slope: Tensor):
-        """Gradients of the input and of the weights owned here."""
+        """Gradients of the input, of the weights owned here, and of further inputs."""
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "create_graph=True: a LayerParallel has no second derivatives; use to_sequential(model), a plain module"
@@ -427,9 +484,9 @@ class _PropagateWindow(torch.autograd.Function):
                 "backward(retain_graph=True) the first time"
             )
         keep = graph_is_kept()
-        columns, of_u = ctx.window.gradients_of(ctx.run, slope, ctx.u, keep, ctx.needs_input_grad[2])
+        columns, of_u = ctx.window.gradients_of(ctx.run, slope, ctx.u, keep, ctx.needs_input_grad[3], ctx.given)
         if not keep:
             # A loss that is still around would otherwise hold all states during the next forward pass.
             ctx.run = None
-        wanted = ctx.needs_input_grad[3:]
-        return None, None, of_u, *(column if want else None for column, want in zip(columns, wanted, strict=True))
+        wanted = ctx.needs_input_grad[4:]
+        return None, None, None, of_u, *(column if want else None for column, want in zip(columns, wanted, strict=True))

@@ -5,11 +5,14 @@ Shape letters: `n` layers, `m` of them evaluated at once, `p` numbers of a row, 
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import prod
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +31,7 @@ from xbraid_py.layers.norm_dropout import (
 _BATCH_NORMS = nn.modules.batchnorm._NormBase
 _DROPOUTS = nn.modules.dropout._DropoutNd
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 _RANDOM_NUMBERS = threading.RLock()  # ranks that are threads share one generator
 
 
@@ -70,6 +74,10 @@ class ModuleBlock:
     ----------
     columns : tuple of Column
         What a row of weights consists of.
+    takes_time : bool
+        Whether the module asks for the time of its layer, by a parameter `t` of its `forward`.
+    times : sequence of float or None
+        These times, by the numbers of the layers.
     frozen : dict of str to Module
         Batch normalizations that came in evaluation mode, by their names: their statistics stay as they are.
 
@@ -99,6 +107,10 @@ class ModuleBlock:
         found = [Column(name, p.shape, True) for name, p in module.named_parameters()]
         found += [Column(name, b.shape, False) for name, b in module.named_buffers() if name in statistics]
         self.columns = tuple(found)
+        # A module that depends on the time gets that of its layer: (number of layers) of them, if they are set.
+        self.times: Sequence[float] | None = None
+        names = list(inspect.signature(module.forward).parameters)
+        self.takes_time, self._time_first = "t" in names, names[:1] == ["t"]
         if not self.columns:
             raise ValueError(f"block={type(module).__name__} has no weights; its layers could not differ")
         types = {p.dtype for p in module.parameters()}
@@ -165,6 +177,8 @@ class ModuleBlock:
         draw: int = 0,
         layer: int = 0,
         norm_inputs: NormInputs | None = None,
+        inputs: tuple = (),
+        named: Mapping[str, Any] = _NOTHING,
     ) -> Tensor:
         """F(u), or the next state, (*S), with these columns of a layer; `norm_inputs` gets what its norms are given."""
         # `torch.func.functional_call` takes twice as long as a small block.
@@ -174,25 +188,37 @@ class ModuleBlock:
         try:
             self._put(tensors)
             with masks, norms:
-                end = self.module(u)
+                if self.times is None:
+                    end = self.module(u, *inputs, **named)
+                elif self._time_first:
+                    end = self.module(self.times[layer], u, *inputs, **named)
+                else:
+                    end = self.module(u, *inputs, **{"t": self.times[layer], **named})
             return end if self.returns is None else end[self.returns]
         finally:
             self._put(kept)
 
     def batched(self, tensors: Sequence[Tensor], u: Tensor, norm_inputs: NormInputs | None = None) -> Tensor:
         """F(u) of m layers at once: columns (m, *shape), states (m, *S); `norm_inputs` as above."""
-        names = [column.name for column in self.columns]
 
         def one(tensors, u):
             found = NormInputs()
             with within(found) if self._norms else nullcontext():
-                change = torch.func.functional_call(self.module, dict(zip(names, tensors, strict=True)), (u,))
-            return change if self.returns is None else change[self.returns], found.inputs
+                change = self.functional(tensors, u)
+            return change, found.inputs
 
         change, inputs = torch.func.vmap(one)(tuple(tensors), u)
         if norm_inputs is not None:
             norm_inputs.inputs.update(inputs)
         return change
+
+    def functional(
+        self, tensors: Sequence[Tensor], u: Tensor, inputs: tuple = (), named: Mapping[str, Any] = _NOTHING
+    ) -> Tensor:
+        """The same of one layer, as `torch.func` wants it."""
+        weights = {column.name: tensor for column, tensor in zip(self.columns, tensors, strict=False)}
+        end = torch.func.functional_call(self.module, weights, (u, *inputs), dict(named))
+        return end if self.returns is None else end[self.returns]
 
     def check_mode(self) -> None:
         """Raise `ValueError` if a part of the module would change from one evaluation of a layer to the next."""

@@ -1,0 +1,174 @@
+"""What a stack is called with: a state of one tensor or of several, and inputs that every layer gets beside it.
+
+Shape letters: `N` layers, `n` of them owned here, `B` batch, `q` numbers of the further inputs that need gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xbraid_py.comm import Communicator
+from xbraid_py.comm.partition import Partition
+from xbraid_py.comm.tree import TreeSum, nodes_between
+from xbraid_py.layer_parallel.pipeline import Portions
+from xbraid_py.layers.bound import Bound, Packing, flatten
+from xbraid_py.layers.dense import DenseBlock
+from xbraid_py.layers.module_block import ModuleBlock
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
+class Inputs:
+    """The inputs of one call of a stack.
+
+    Where a batch is cut into portions, so are tensors that have as many rows on their first axis as there are samples;
+    all others go to each portion whole.
+
+    Parameters
+    ----------
+    u : tensor or tree of tensors
+    inputs, named
+        What each layer gets beside its state: trees of tensors and of anything else.
+
+    Attributes
+    ----------
+    state : (B, ...) tensor
+        u, packed into one tensor if it is several.
+    tensors : list of Tensor
+        The further inputs that need gradients.
+    key : tuple
+        What all ranks must pass alike.
+    form : tuple
+        What of it decides whether a block can be evaluated.
+
+    Raises
+    ------
+    ValueError
+        If u is no state, or a further input that needs a gradient has another type than the state.
+    """
+
+    def __init__(self, u: Any, inputs: Sequence[Any], named: Mapping[str, Any]):
+        self.packing: Packing | None = None
+        self.state: Tensor = u
+        if not isinstance(u, Tensor):
+            self.state, self.packing = Packing.of(u)
+        self._leaves, self._structure = flatten((tuple(inputs), dict(named)))
+        self.has_further = bool(inputs or named)
+        with_grad = torch.is_grad_enabled()
+        self._wanted = [
+            n for n, leaf in enumerate(self._leaves) if with_grad and isinstance(leaf, Tensor) and leaf.requires_grad
+        ]
+        self.tensors: list[Tensor] = [self._leaves[n] for n in self._wanted]
+        for tensor in self.tensors:
+            if (tensor.dtype, tensor.device) != (self.state.dtype, self.state.device):
+                raise ValueError(
+                    f"a further input with a gradient is {tensor.dtype} on {tensor.device}, the state "
+                    f"{self.state.dtype} on {self.state.device}; use .to(...)"
+                )
+        packed = None if self.packing is None else (str(self.packing.structure), self.packing.shapes)
+        shapes = tuple(
+            (tuple(leaf.shape), leaf.dtype, n in self._wanted) if isinstance(leaf, Tensor) else None
+            for n, leaf in enumerate(self._leaves)
+        )
+        self.form = (packed, str(self._structure), shapes)
+        self.key = (*self.form, tuple(_said(leaf) for leaf in self._leaves if not isinstance(leaf, Tensor)))
+
+    def user_state(self, state: Tensor) -> Any:
+        """The output in the form of u."""
+        return state if self.packing is None else self.packing.unpack(state)
+
+    def bound(self, block: ModuleBlock, portions: Portions | None = None, number: int = 0) -> Bound:
+        """A block with these inputs, or with those of one portion."""
+        leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        if portions is not None and len(portions) > 1:
+            leaves = [self._part(leaf, portions, number) for leaf in leaves]
+
+        def arguments(tensors: Sequence[Tensor]) -> tuple[tuple, dict]:
+            own = list(leaves)
+            for n, tensor in zip(self._wanted, tensors, strict=True):
+                own[n] = tensor
+            return self._structure.build(own)
+
+        return Bound(block, [leaves[n] for n in self._wanted], arguments, self.packing)
+
+    def check(self, block: ModuleBlock, spatial: Any, noise: bool) -> None:
+        """Raise `ValueError` if layers of that block cannot have such inputs, with these options of their stack."""
+        if type(block.module) is DenseBlock:
+            raise ValueError("a DenseBlock takes a state of one tensor and nothing else; leave further inputs out")
+        if self.packing is not None and spatial is not None:
+            raise ValueError(f"spatial={spatial} is for states of one tensor; leave it out")
+        if noise and any(self._is_cut(leaf) for leaf in self._leaves):
+            raise ValueError(
+                "accuracy: noise is estimated from a part of the samples, and further inputs have a row for each; use "
+                "GradientControl(noise=0)"
+            )
+
+    def gradients(
+        self, further: Mapping[int, Tensor], portions: Portions, partition: Partition, comm: Communicator
+    ) -> list[Tensor]:
+        """Gradients of `tensors`, the same on every rank and of the same bits on any number of them; collective.
+
+        Parameters
+        ----------
+        further : mapping of int to (n, q) tensor
+            For each portion the gradients that the layers owned here give, a row for each.
+        portions : Portions
+        partition : Partition
+            Of the layers.
+        comm : Communicator
+        """
+        cut = [self._is_cut(tensor) and len(portions) > 1 for tensor in self.tensors]
+        parts: list[list[Tensor]] = [[] for _ in self.tensors]
+        for number in range(len(portions)):
+            whole = self.tensors if len(portions) == 1 else [self._part(t, portions, number) for t in self.tensors]
+            sizes = [tensor.numel() for tensor in whole]
+            rows = further.get(number)
+            if rows is None:
+                rows = self.state.new_empty((0, sum(sizes)))
+            split = sum_over_layers(rows.contiguous(), partition, comm).split(sizes)
+            for found, part, tensor in zip(parts, split, whole, strict=True):
+                found.append(part.view(tensor.shape))
+        return [torch.cat(found) if is_cut else _tree_sum(found) for found, is_cut in zip(parts, cut, strict=True)]
+
+    def _is_cut(self, leaf: Any) -> bool:
+        return isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == len(self.state)
+
+    def _part(self, leaf: Any, portions: Portions, number: int) -> Any:
+        if not self._is_cut(leaf):
+            return leaf
+        # Samples lie on the first axis of what the user gives, wherever a state has them.
+        share = Portions.of(len(leaf), len(portions))
+        return share.part(leaf, number)
+
+
+def sum_over_layers(rows: Tensor, partition: Partition, comm: Communicator) -> Tensor:
+    """The sum (q,) of rows (n, q) of the layers of all ranks, in one fixed tree; collective."""
+    total = partition.num_rows
+    spans = [(partition.first(r), partition.first(r) + partition.count(r)) for r in range(comm.size)]
+    places = [nodes_between(total, *span) for span in spans]
+    own = TreeSum(total)
+    for n, row in enumerate(rows):
+        own.add(spans[comm.rank][0] + n, row)
+    values = [value for _, _, value in own.nodes()]
+    here = torch.stack(values) if values else rows.new_empty((0, rows.shape[1]))
+    every = comm.allgather(here, [len(each) for each in places])
+    whole = TreeSum(total)
+    for (level, index), value in zip((place for each in places for place in each), every, strict=True):
+        whole.add(index, value, level)
+    return whole.result()
+
+
+def _tree_sum(parts: Sequence[Tensor]) -> Tensor:
+    sums = TreeSum(len(parts))
+    for number, part in enumerate(parts):
+        sums.add(number, part)
+    return sums.result()
+
+
+def _said(leaf: Any) -> str:
+    """What an input is, alike in all processes."""
+    return repr(leaf) if isinstance(leaf, _PLAIN) else type(leaf).__qualname__
