@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 import pytest
 from kinds import KINDS, program, words_of
+from model_zoo import package
 from processes import PROJECT
 
 from xbraid_py.comm import SerialCommunicator
@@ -84,6 +85,8 @@ def wrong_of(driver: str, out, log) -> list[str]:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_numbers_at_the_edge(driver, tmp_path):
+    if driver == "finetune":
+        package("transformers")
     program(driver), base(driver, tmp_path)  # what the process needs is there before its memory is limited
     found, log = tmp_path / "found", tmp_path / "log"
     child = os.fork()

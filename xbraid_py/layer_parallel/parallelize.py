@@ -229,6 +229,7 @@ class ParallelBlocks(nn.Module):
                         column.name: (tensor[layer], wanted)
                         for column, (tensor, wanted) in zip(columns, tensors, strict=True)
                     },
+                    window.block.module,
                 )
                 module.train(self.stack.training)
                 for name in window.block.frozen:

@@ -167,8 +167,8 @@ def take_weights(block: nn.Module) -> None:
                 part._parameters[key] = made.setdefault(id(p), nn.Parameter(empty, requires_grad=p.requires_grad))
 
 
-def give_weights(block: nn.Module, tensors: Mapping[str, tuple[Tensor, bool]]) -> None:
-    """The opposite: weights and buffers by their names, and whether they learn."""
+def give_weights(block: nn.Module, tensors: Mapping[str, tuple[Tensor, bool]], like: nn.Module) -> None:
+    """The opposite: weights and buffers by their names, and whether they learn; other buffers of a type as there."""
     made: dict[int, nn.Parameter] = {}
     for name, p in block.named_parameters():
         tensor, wanted = tensors[name]
@@ -177,6 +177,7 @@ def give_weights(block: nn.Module, tensors: Mapping[str, tuple[Tensor, bool]]) -
         for key, p in part._parameters.items():
             if p is not None:
                 part._parameters[key] = made[id(p)]
-    for name, buffer in block.named_buffers():
-        if name in tensors:
-            buffer.copy_(tensors[name][0])
+    for name, buffer in list(block.named_buffers()):
+        above, _, last = name.rpartition(".")
+        value = tensors[name][0].clone() if name in tensors else buffer.to(like.get_buffer(name))
+        block.get_submodule(above)._buffers[last] = value

@@ -21,6 +21,7 @@ RECIPES = {
     "mnist": "digits",
     "sequences": "sequences",
     "transformer": "text",
+    "finetune": "finetune",
 }
 
 
