@@ -11,7 +11,7 @@ from blocks import SOLVES, UNCHECKED, B, C, L, distance, gradients, loop_gradien
 from torch import nn
 
 import xbraid_py.nn
-from xbraid_py import MGRIT, LayerParallel, PipelineParallel, Splines
+from xbraid_py import MGRIT, LayerParallel, PipelineParallel, Splines, broadcast_loss, to_sequential
 from xbraid_py.layers.module_block import own_random_numbers
 
 RANKS = pytest.mark.ranks(1, 2, 3)
@@ -317,6 +317,59 @@ def test_kinds_in_turn_are_one_layer(spmd, solve):
         for n, block in enumerate(exact["blocks"]):
             for name, p in block.named_parameters():
                 assert distance(found["weights"][f"blocks.{n % 3}.{name}"][n // 3], p.grad) < 1e-11
+
+
+# ---- Plain modules again, and outputs on one rank
+
+
+@RANKS
+@pytest.mark.parametrize("make", [Block, Tuple])
+@pytest.mark.parametrize("period", [1, 3])
+def test_plain_modules_again(spmd, make, period):
+    def alternating() -> nn.ModuleList:
+        with own_random_numbers(3):
+            return nn.ModuleList(make(n, C if period == 3 and n % 3 == 0 else 2 * C) for n in range(9)).double()
+
+    def body(comm):
+        stack = LayerParallel.from_blocks(alternating(), comm, returns=0 if make is Tuple else None)
+        assert stack.period == period
+        module = to_sequential(stack)
+        return module(input_of()).detach()
+
+    exact = plain(alternating(), input_of())
+    for found in spmd(body):
+        assert torch.equal(found, exact["output"])
+
+
+@RANKS
+def test_the_output_on_the_last_rank_alone(spmd):
+    def body(comm):
+        stack = LayerParallel.from_blocks(made(9), comm, mgrit=SOLVES["V"], accuracy=UNCHECKED, output="last")
+        loss = broadcast_loss(loss_of(stack(input_of())), stack.comm, stack.last_rank)
+        loss.backward()
+        return loss.item(), gradients(stack)
+
+    exact = plain(made(9), input_of())
+    for loss, weights in spmd(body):
+        assert loss == pytest.approx(loss_of(exact["output"]).item(), rel=1e-12)
+        assert distance(weights, loop_gradients(exact["blocks"])) < 1e-12
+
+
+def test_options_that_blocks_which_exist_do_not_have():
+    with pytest.raises(ValueError, match="leave splines out"):
+        LayerParallel.from_blocks(made(6), splines=Splines(3, 1))
+    with pytest.raises(ValueError, match="form='sum' must be increment"):
+        LayerParallel.from_blocks(made(6), form="sum")
+
+
+def test_blocks_that_take_turns_have_no_times():
+    class Timed(Other):
+        def forward(self, u, t):
+            return super().forward(u) * (1.0 + t)
+
+    blocks = nn.ModuleList(Timed() if n % 2 else Block() for n in range(6)).double()
+    with pytest.raises(ValueError, match="asks for the time t of its layer, and blocks that take turns are one layer"):
+        LayerParallel.from_blocks(blocks)
 
 
 # ---- What is no list of blocks

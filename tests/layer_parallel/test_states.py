@@ -11,7 +11,7 @@ from blocks import SOLVES, B, C, L, distance, gradients, loss_of, reduced
 from existing import LAYERS, Decoder, decoder_inputs, input_of, made, stack_of
 from torch import nn
 
-from xbraid_py import LayerParallel
+from xbraid_py import LayerParallel, to_sequential
 
 RANKS = pytest.mark.ranks(1, 2, 3)
 
@@ -181,7 +181,7 @@ def test_blocks_that_depend_on_the_time(spmd, make, way):
         u = input_of().requires_grad_()
         output = stack(u)
         loss_of(output).backward()
-        return output.detach(), u.grad
+        return output.detach(), u.grad, to_sequential(stack)(u).detach()
 
     u = input_of().requires_grad_()
     x = u
@@ -190,8 +190,9 @@ def test_blocks_that_depend_on_the_time(spmd, make, way):
             *((n * T / count, x) if make is TimeFirst else (x,)), **({} if make is TimeFirst else {"t": n * T / count})
         )
     loss_of(x).backward()
-    for output, back in spmd(body):
+    for output, back, module in spmd(body):
         assert distance(output, x.detach()) < 1e-12 and distance(back, u.grad) < 1e-12
+        assert distance(module, x.detach()) < 1e-14
 
 
 # ---- Inference mode

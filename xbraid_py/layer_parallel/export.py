@@ -6,6 +6,7 @@ Shape letters: `N` layers, `B` batch, `S` shape of a state.
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections.abc import Sequence
 
@@ -37,7 +38,17 @@ class ResidualStep(nn.Module):
     frozen : sequence of str
         Names of parts of the block that `train()` leaves in evaluation mode: batch normalizations with frozen
         statistics.
+
+    Attributes
+    ----------
+    returns : int, str or None
+        Which entry of what the block gives counts, if it gives several.
+    t : float or None
+        Time of the layer, for a block that asks for it.
     """
+
+    returns: int | str | None = None
+    t: float | None = None
 
     def __init__(self, block: nn.Module, h: float, frozen: Sequence[str] = ()):
         super().__init__()
@@ -45,7 +56,7 @@ class ResidualStep(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """u (*S) to (*S)."""
-        return u + self.h * self.block(u)
+        return u + self.h * given(self.block, u, self.returns, self.t)
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -66,7 +77,15 @@ class MapStep(nn.Module):
         B; maps a state, and further inputs, to the next state.
     frozen : sequence of str
         As of `ResidualStep`.
+
+    Attributes
+    ----------
+    returns, t
+        As of `ResidualStep`.
     """
+
+    returns: int | str | None = None
+    t: float | None = None
 
     def __init__(self, block: nn.Module, frozen: Sequence[str] = ()):
         super().__init__()
@@ -74,13 +93,23 @@ class MapStep(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """u (*S) to (*S)."""
-        return self.block(u)
+        return given(self.block, u, self.returns, self.t)
 
     def train(self, mode: bool = True):
         super().train(mode)
         for name in self.frozen:
             self.block.get_submodule(name).eval()
         return self
+
+
+def given(block: nn.Module, u: Tensor, returns: int | str | None, t: float | None) -> Tensor:
+    """What a block gives for u (*S), an entry of it or all, at a time or without one."""
+    if t is None:
+        end = block(u)
+    else:
+        is_first = next(iter(inspect.signature(block.forward).parameters)) == "t"
+        end = block(t, u) if is_first else block(u, t=t)
+    return end if returns is None else end[returns]
 
 
 class PlainDense(nn.Module):
@@ -230,7 +259,10 @@ def _of_window(window: Window) -> list[nn.Module]:
             if column.is_parameter:
                 place[column.name].requires_grad_(own.requires_grad)
         frozen = tuple(block.frozen)
-        steps.append(MapStep(module, frozen) if block.is_map else ResidualStep(module, h, frozen))
+        step = MapStep(module, frozen) if block.is_map else ResidualStep(module, h, frozen)
+        step.returns = block.returns
+        step.t = None if block.times is None else block.times[window.place.first_layer + layer]
+        steps.append(step)
     return steps
 
 

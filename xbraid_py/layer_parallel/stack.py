@@ -236,13 +236,13 @@ class LayerParallel(nn.Module):
                     f"{first_difference(found)}; a coarse layer stands for like ones, so use "
                     f"mgrit=MGRIT(cycle='pipeline'), or PipelineParallel(blocks)"
                 )
+            if period is not None and period > 1:
+                found = [Pattern(found[i : i + period], returns, h) for i in range(0, len(found), period)]
+                form, returns = "map", None
         if period is None:
             is_plain = returns is None and h is None
             modules = found if is_plain else [Step(block, returns, h) for block in found]
             return PipelineParallel(modules, comm, **of_pipeline)
-        if period > 1:
-            found = [Pattern(found[i : i + period], returns, h) for i in range(0, len(found), period)]
-            form, returns = "map", None
         stack = cls(Existing(found), len(found), T, comm, form=form, returns=returns, **options)
         stack.period = period
         return stack

@@ -184,7 +184,8 @@ class Window(nn.Module):
         if key not in self._batched:
             # On one rank: what is looked at are warnings, and they are those of all threads.
             first = self.comm.rank == 0
-            self._batched[key] = self.comm.bcast(has_batched_form(self.block, u) if first else None)
+            with torch.inference_mode(False):
+                self._batched[key] = self.comm.bcast(has_batched_form(self.block, u) if first else None)
         return self._batched[key]
 
     def solver_state(self) -> dict:
@@ -238,7 +239,8 @@ class Window(nn.Module):
                     raise ValueError(f"spatial={spatial} is for blocks of convolutions; a DenseBlock has no pixels")
                 coarse = torch.Size((*u.shape[: -len(transfer.pixels)], *transfer.coarse_pixels))
                 try:
-                    block.check_state(coarse, u)
+                    with torch.inference_mode(False):
+                        block.check_state(coarse, u)
                 except RuntimeError as error:
                     raise ValueError(
                         f"spatial: the block cannot be evaluated for states {tuple(coarse)} of a coarse level "

@@ -6,6 +6,7 @@ Shape letters: `N` blocks, `p` of them in a pattern.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from itertools import zip_longest
 from types import FunctionType, MethodType
@@ -73,10 +74,21 @@ class Pattern(nn.Module):
     blocks : sequence of nn.Module
     returns, h
         As of `Step`.
+
+    Raises
+    ------
+    ValueError
+        If a block asks for the time of its layer.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], returns: int | str | None = None, h: float | None = None):
         super().__init__()
+        for block in blocks:
+            if "t" in inspect.signature(block.forward).parameters:
+                raise ValueError(
+                    f"block={type(block).__name__} asks for the time t of its layer, and blocks that take turns are "
+                    f"one layer; use one kind of block, or PipelineParallel without times"
+                )
         self.blocks, self.returns, self.h = nn.ModuleList(blocks), returns, h
 
     def forward(self, u, *inputs, **named):

@@ -242,8 +242,9 @@ class ModuleSteps:
     @property
     def _is_whole(self) -> bool:
         """Whether a step is what the block gives, and not a sum."""
-        is_one = not isinstance(self.h, Tensor) and self.h == 1.0
-        return self.block.is_map and is_one and self.scheme == "euler" and not self.transfers
+        if not self.block.is_map or isinstance(self.h, Tensor):
+            return False
+        return self.h == 1.0 and self.scheme == "euler" and not self.transfers
 
     def _advanced(
         self, weights: Sequence[Tensor], u: Tensor, row: int | slice, norm_inputs: NormInputs | None
