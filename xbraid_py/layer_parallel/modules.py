@@ -6,6 +6,7 @@ Shape letters: `N` modules, `n` of them owned here, `B` batch, `M` portions.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from xbraid_py.kernels import BACKEND
 from xbraid_py.layer_parallel.habits import as_any_module, check_not_again
 from xbraid_py.layer_parallel.pipeline import Portions
 from xbraid_py.layer_parallel.solves import graph_is_kept
+from xbraid_py.layers.autocast import Cast
 from xbraid_py.layers.module_block import own_random_numbers
 from xbraid_py.layers.norm_dropout import Dropout, at_position
 from xbraid_py.mgrit import MGRIT
@@ -321,6 +323,7 @@ class _Call:
         self.model, self.comm, self.u, self.keep = model, model.comm, u.detach(), keep
         self.weights = [weight for weight in weights if weight.requires_grad]
         self.draw = model._draws
+        self.cast = Cast.current(u.device.type)
         self.portions = Portions.of(len(u), model._options.portions_of(len(u)))
         rows, rank = model.partition, self.comm.rank
         is_used = rows.count(rank) > 0
@@ -384,7 +387,8 @@ class _Call:
         draw = self.draw + number * (1 << 40)
         start = state.detach()
         start.requires_grad_(self.with_start and start.is_floating_point())
-        with torch.enable_grad():
+        # In the backward pass what was cast forwards is cast again.
+        with torch.enable_grad(), self.cast.context() if self.cast else nullcontext():
             # A copy, which a module may write to.
             return start, self.model._through(start.clone(), draw)
 

@@ -19,6 +19,7 @@ from xbraid_py.layer_parallel.inputs import Inputs
 from xbraid_py.layer_parallel.pipeline import Pipelined, PortionMoments, Portions, moments_of
 from xbraid_py.layer_parallel.solves import Propagation, Solvers, graph_is_kept, hollow
 from xbraid_py.layer_parallel.weights import StackedWeights
+from xbraid_py.layers.autocast import blocks_cast, cast_again, cast_kept, is_casting
 from xbraid_py.layers.dense import DenseBlock, ResidualSteps
 from xbraid_py.layers.existing import Existing
 from xbraid_py.layers.module_block import ModuleBlock
@@ -149,6 +150,7 @@ class Window(nn.Module):
         return range(partition.first(rank), partition.first(rank) + partition.count(rank))
 
     @as_any_module
+    @blocks_cast
     def forward(self, u: Tensor, given: Inputs | None = None) -> Tensor:
         """Output of the last layer for the input u (*S) of the first one; see `LayerParallel.forward`."""
         self._agree_on_input(u, given)
@@ -170,6 +172,8 @@ class Window(nn.Module):
         The same on any number of ranks, and in every run. Collective at the first call with such a shape.
         """
         if self._is_dense or self.block.is_random or self.block.times is not None or self.solvers.are_pipelined:
+            return False
+        if is_casting() or self.block.is_cast:  # which a batched form goes past
             return False
         if self.settings.vmap is not None:
             return self.settings.vmap
@@ -463,6 +467,7 @@ class _PropagateWindow(torch.autograd.Function):
     """`apply(window, vmap, given, u, *tensors, *further)`: a solve for states forwards, one for adjoints backwards."""
 
     @staticmethod
+    @cast_kept
     def forward(ctx, window: Window, vmap: bool, given: Inputs | None, u: Tensor, *tensors: Tensor) -> Tensor:
         """The output of the last layer."""
         keep = any(ctx.needs_input_grad)
@@ -474,6 +479,7 @@ class _PropagateWindow(torch.autograd.Function):
         return output.clone() if output._is_view() else output
 
     @staticmethod
+    @cast_again
     def backward(ctx, slope: Tensor):
         """Gradients of the input, of the weights owned here, and of further inputs."""
         if torch.is_grad_enabled():

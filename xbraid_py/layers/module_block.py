@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xbraid_py.layers.autocast import as_state, block_context
 from xbraid_py.layers.existing import Counter
 from xbraid_py.layers.norm_dropout import (
     Dropout,
@@ -78,6 +79,8 @@ class ModuleBlock:
         Whether the module asks for the time of its layer, by a parameter `t` of its `forward`.
     times : sequence of float or None
         These times, by the numbers of the layers.
+    is_cast : bool
+        Whether the module has made a shorter type than that of its state, as under an autocast.
     frozen : dict of str to Module
         Batch normalizations that came in evaluation mode, by their names: their statistics stay as they are.
 
@@ -126,6 +129,7 @@ class ModuleBlock:
         for number, (_, part) in enumerate(named):
             part.number = number
         self._norms = dict(named)
+        self.is_cast = False
         self.frozen = {
             name: part for name, part in module.named_modules() if isinstance(part, _BATCH_NORMS) and not part.training
         }
@@ -187,14 +191,17 @@ class ModuleBlock:
         norms = within(norm_inputs or NormInputs()) if self._norms else nullcontext()
         try:
             self._put(tensors)
-            with masks, norms:
+            with masks, norms, block_context():
                 if self.times is None:
                     end = self.module(u, *inputs, **named)
                 elif self._time_first:
                     end = self.module(self.times[layer], u, *inputs, **named)
                 else:
                     end = self.module(u, *inputs, **{"t": self.times[layer], **named})
-            return end if self.returns is None else end[self.returns]
+            end = end if self.returns is None else end[self.returns]
+            found = as_state(end, u)
+            self.is_cast = self.is_cast or (found is not end and isinstance(end, Tensor))
+            return found
         finally:
             self._put(kept)
 
