@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
+import numpy as np
 import pytest
 import reference as ref
 import torch
 from blocks import SOLVES, UNCHECKED, B, C, L, distance, gradients, loop_gradients, loss_of, reduced
 from torch import nn
 
-import xbraid_py.nn
 from xbraid_py import MGRIT, LayerParallel, PipelineParallel, Splines, broadcast_loss, to_sequential
 from xbraid_py.layers.module_block import own_random_numbers
 
 RANKS = pytest.mark.ranks(1, 2, 3)
 PIPELINE = MGRIT(cycle="pipeline", portions=3)
+
+
+class Scale:
+    """A function with a state, and no dict of attributes."""
+
+    __slots__ = ("block", "by")
+
+    def __init__(self, by: float):
+        self.by = by
 
 
 class Block(nn.Module):
@@ -25,6 +35,10 @@ class Block(nn.Module):
         super().__init__()
         self.up, self.down, self.norm = nn.Linear(C, width), nn.Linear(width, C), nn.LayerNorm(C)
         self.layer_idx, self.gain = layer_idx, gain
+        # Alike in all blocks, and others in each.
+        self.act, self.scale_by, self.array = partial(torch.clamp, min=0), Scale(1.0), np.zeros(2)
+        self.itself, self.scale_by.block = [self], self
+        self.configuration = {"heads": (2, [3]), "act": lambda u: u * gain}
         self.register_buffer("shift", torch.full((C,), shift))
 
     def forward(self, u):
@@ -151,6 +165,9 @@ DIFFERENT = {
     "attribute": (lambda b: setattr(b, "gain", 0.5), "blocks[0] and blocks[4] differ: gain is 0.25 and 0.5"),
     "attribute of a part": (lambda b: setattr(b.norm, "eps", 0.1), "differ: norm.eps is 1e-05 and 0.1"),
     "further attribute": (lambda b: setattr(b, "scale", 2), "differ: scale is missing and 2"),
+    "function": (lambda b: setattr(b, "act", partial(torch.clamp, min=1)), "differ: act is functools.partial"),
+    "object": (lambda b: setattr(b, "scale_by", Scale(2.0)), "differ: scale_by is "),
+    "array": (lambda b: setattr(b, "array", np.ones(2)), "differ: array is array([0., 0.]) and array([1., 1.])"),
     "buffer": (lambda b: b.shift.fill_(1.0), "the buffer shift is [0.0, 0.0, 0.0, 0.0] and [1.0, 1.0, 1.0, 1.0]"),
     "width": (lambda b: setattr(b, "up", nn.Linear(C, C).double()), "differ: shape of up.weight is (8, 4) and (4, 4)"),
     "class": (lambda b: setattr(b, "norm", nn.Identity()), "differ: norm.class is LayerNorm and Identity"),
@@ -442,62 +459,3 @@ def test_returns_is_checked(spmd):
             "makes tuple of a state" in untold and "use returns=0 if its first entry is the one that counts" in untold
         )
         assert "returns=5: block=Tuple gives nothing of that number or name" in wrong
-
-
-# ---- Names
-
-
-class Names(nn.Module):
-    """Parts and weights whose names are those of attributes of a stack's own."""
-
-    def __init__(self, moving: bool = False):
-        super().__init__()
-        self.block = nn.Sequential(xbraid_py.nn.MovingBatchNorm1d(C) if moving else nn.Identity(), nn.Linear(C, C))
-        self.partition, self.splines = nn.Linear(C, C), nn.Linear(C, C)
-        for name in ("comm", "device", "dtype", "tensors", "divided", "gathered", "statistics", "layers", "windows"):
-            self.register_parameter(name, nn.Parameter(torch.rand(C)))
-
-    def forward(self, u):
-        u = self.splines(torch.tanh(self.partition(torch.tanh(self.block(u)))))
-        return u * self.comm * self.device * self.dtype + self.tensors * self.divided * self.gathered + self.statistics
-
-
-@RANKS
-@pytest.mark.parametrize("windows", [1, 2])
-def test_parts_of_any_name(spmd, windows):
-    def body(comm):
-        stack = LayerParallel(
-            lambda: Names().double(), 6, comm=comm, mgrit=MGRIT(max_levels=1), windows=windows, form="increment"
-        )
-        u = input_of().requires_grad_()
-        output = stack(u)
-        loss_of(output).backward()
-        state = stack.state_dict()
-        again = LayerParallel(lambda: Names().double(), 6, comm=comm, seed=1, mgrit=MGRIT(max_levels=1))
-        again.load_state_dict(state)
-        with torch.no_grad():
-            return output.detach(), gradients(stack), state, again.eval()(input_of())
-
-    results = spmd(body)
-    state, modules, x = results[0][2], [], input_of()
-    for n in range(6):
-        modules.append(Names().double())
-        modules[n].load_state_dict({key.removeprefix("layers."): value[n] for key, value in state.items()})
-        x = x + 1.0 / 6 * modules[n](x)
-    loss_of(x).backward()
-    for output, weights, _, again in results:
-        assert distance(output, x) < 1e-13 and distance(again, x) < 1e-13
-        for name, p in modules[3].named_parameters():
-            if p.grad is not None:
-                assert distance(weights[name][3], p.grad) < 1e-12
-
-
-@RANKS
-def test_norms_below_a_part_of_such_a_name(spmd):
-    def body(comm):
-        stack = LayerParallel(lambda: Names(True).double(), 4, comm=comm, form="increment")
-        stack(input_of().flatten(0, 1))
-        return stack.state_dict()["layers.block.0.running_mean"]
-
-    for means in spmd(body):
-        assert means.any(1).all(), "they have moved"

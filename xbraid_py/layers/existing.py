@@ -20,7 +20,6 @@ COUNTERS = ("layer_idx", "layer_index", "layer_id")
 _BATCH_NORMS = nn.modules.batchnorm._NormBase
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _MODULES_OWN = frozenset(vars(nn.Module())) - {"training"}
-_DEPTH = 6  # of attributes of attributes
 _MISSING = object()
 
 
@@ -190,20 +189,26 @@ def first_difference(blocks: Sequence[nn.Module]) -> str:
     return "all blocks are alike"
 
 
-def difference(a: nn.Module, b: nn.Module) -> str | None:
-    """In what two blocks differ beside the values of their weights and their `COUNTERS`; None if in nothing."""
-    for (name, part), (other_name, other) in zip_longest(a.named_modules(), b.named_modules(), fillvalue=("", None)):
+def difference(a: nn.Module, b: nn.Module, seen: set[tuple[int, int]] | None = None) -> str | None:
+    """In what two blocks differ beside the values of their weights and their `COUNTERS`; None if in nothing.
+
+    `seen` holds the pairs of objects that are compared already, which may hold each other.
+    """
+    seen = set() if seen is None else seen
+    pairs = list(zip_longest(a.named_modules(), b.named_modules(), fillvalue=("", None)))
+    seen.update((id(part), id(other)) for (_, part), (_, other) in pairs)
+    for (name, part), (other_name, other) in pairs:
         if part is None or other is None or name != other_name:
             return f"one has a part {(other_name if part is None else name)!r}, and the other has not"
         if not _same_class(part, other):
             return f"{_place(name, 'class')} is {type(part).__name__} and {type(other).__name__}"
-        found = _of_tensors(name, part, other) or _of_attributes(name, part, other)
+        found = _of_tensors(name, part, other, seen) or _of_attributes(name, part, other, seen)
         if found is not None:
             return found
     return None
 
 
-def _of_tensors(name: str, a: nn.Module, b: nn.Module) -> str | None:
+def _of_tensors(name: str, a: nn.Module, b: nn.Module, seen: set) -> str | None:
     for mine, others in ((a._parameters, b._parameters), (a._buffers, b._buffers)):
         for key in dict.fromkeys([*mine, *others]):
             p, q, place = mine.get(key), others.get(key), _place(name, key)
@@ -214,18 +219,18 @@ def _of_tensors(name: str, a: nn.Module, b: nn.Module) -> str | None:
                     return f"{what} of {place} is {x} and {y}"
             if mine is a._parameters or (isinstance(a, _BATCH_NORMS) and key in _STATISTICS):
                 continue
-            if not _same(p, q):
+            if not _same(p, q, seen):
                 return f"the buffer {place} is {_shown(p)} and {_shown(q)}"
     return None
 
 
-def _of_attributes(name: str, a: nn.Module, b: nn.Module) -> str | None:
+def _of_attributes(name: str, a: nn.Module, b: nn.Module, seen: set) -> str | None:
     mine, others = vars(a), vars(b)
     for key in dict.fromkeys([*mine, *others]):
         x, y = mine.get(key, _MISSING), others.get(key, _MISSING)
         if key in _MODULES_OWN or (key in COUNTERS and isinstance(x, int) and isinstance(y, int)):
             continue
-        if not _same(x, y):
+        if not _same(x, y, seen):
             return f"{_place(name, key)} is {_shown(x)} and {_shown(y)}"
     return None
 
@@ -249,15 +254,18 @@ def _same_class(a: Any, b: Any) -> bool:
     return x is y or (x.__qualname__ == y.__qualname__ and x.__bases__ == y.__bases__)
 
 
-def _same(a: Any, b: Any, depth: int = 0) -> bool:
+def _same(a: Any, b: Any, seen: set[tuple[int, int]]) -> bool:
     """Whether two attributes are alike, as far as can be seen."""
     if a is b:
         return True
-    if not _same_class(a, b) or depth > _DEPTH:
+    if not _same_class(a, b):
         return False
-    again: Callable[[Any, Any], bool] = lambda x, y: _same(x, y, depth + 1)  # noqa: E731
+    again: Callable[[Any, Any], bool] = lambda x, y: _same(x, y, seen)  # noqa: E731
     if isinstance(a, nn.Module):
-        return difference(a, b) is None
+        if (id(a), id(b)) in seen:
+            return True
+        seen.add((id(a), id(b)))
+        return difference(a, b, seen) is None
     if isinstance(a, Tensor):
         return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
@@ -270,9 +278,16 @@ def _same(a: Any, b: Any, depth: int = 0) -> bool:
     if isinstance(a, FunctionType):
         cells = ([cell.cell_contents for cell in f.__closure__ or ()] for f in (a, b))
         return a.__code__ is b.__code__ and all(map(again, *cells)) and again(a.__defaults__, b.__defaults__)
-    try:
-        if bool(a == b):
+    if type(a).__eq__ is object.__eq__:
+        if (id(a), id(b)) in seen:
             return True
-    except (TypeError, ValueError, RuntimeError):
-        pass
-    return type(a).__eq__ is object.__eq__ and hasattr(a, "__dict__") and again(vars(a), vars(b))
+        seen.add((id(a), id(b)))
+        # What a copy would be made of.
+        try:
+            return again(a.__reduce_ex__(2), b.__reduce_ex__(2))
+        except TypeError:
+            return False
+    found = a == b
+    if hasattr(found, "all"):
+        return a.shape == b.shape and bool(found.all())
+    return bool(found)
