@@ -61,6 +61,7 @@ _HOMES = {
     ),
     "layer_parallel.export": ("ResidualStep", "to_sequential"),
     "layer_parallel.parallelize": ("parallelize",),
+    "layer_parallel.rates": ("GradScaler", "layer_lr"),
     "layer_parallel.sequence": ("ParallelGRU", "SequenceRecord"),
     "layers.checking": ("PropagatorReport", "check_propagator"),
     "layers.dense": ("DenseBlock", "DenseLayer", "ResidualSteps"),

@@ -1,0 +1,103 @@
+"""What an optimizer and a loss scale have to know of a stack: rates by depth, and overflows on other ranks.
+
+Shape letters: `N` layers, `n` of them owned here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from xbraid_py.comm import as_communicator
+from xbraid_py.layer_parallel.stack import LayerParallel
+
+
+def layer_lr(
+    optimizer: torch.optim.Optimizer, model: nn.Module, decay: float
+) -> tuple[RemovableHandle, RemovableHandle]:
+    """Rates by depth: layer n of N learns with decay^(N - 1 - n) times the rate of its parameters' group.
+
+    Layers share a parameter, so groups of an optimizer cannot tell them apart. What a step changes is scaled instead:
+    for SGD, Adam, AdamW and all whose steps are proportional to their rate that is what a group for each layer does,
+    weight decay included. To scale gradients would do nothing with Adam. It costs a copy of the weights in each step.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+    model : nn.Module
+        A `LayerParallel`, or a module that holds some.
+    decay : float
+        Above 0, at most 1.
+
+    Returns
+    -------
+    tuple of RemovableHandle
+        Their `remove()` ends it.
+
+    Raises
+    ------
+    ValueError
+        If the model holds no stack, or one of splines, whose coefficients belong to no layer; if the optimizer does
+        not have the weights of a stack.
+    """
+    if not 0.0 < decay <= 1.0:
+        raise ValueError(f"decay={decay} must be above 0 and at most 1; use 0.8")
+    stacks = [part for part in model.modules() if isinstance(part, LayerParallel)]
+    if not stacks:
+        raise ValueError(f"model={type(model).__name__} holds no LayerParallel; use a group for each of its layers")
+    have = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    factors: dict[nn.Parameter, Tensor] = {}
+    for stack in stacks:
+        for window in stack.windows:
+            if window.layers.splines is not None:
+                raise ValueError("layer_lr: coefficients of splines belong to no layer; leave splines out")
+            numbers = [window.place.first_layer + layer for layer in window.own_layers]
+            own = torch.tensor([decay ** (stack.grid.num_layers - 1 - n) for n in numbers], dtype=torch.float64)
+            for name, p in window.layers.named_parameters():
+                if id(p) not in have:
+                    raise ValueError(f"optimizer does not have {name} of the stack; use model.parameters() for it")
+                factors[p] = own.to(p).view(-1, *(1,) * (p.dim() - 1))
+    before: dict[nn.Parameter, Tensor] = {}
+
+    @torch.no_grad()
+    def keep(*_: Any) -> None:
+        before.update({p: p.detach().clone() for p in factors})
+
+    @torch.no_grad()
+    def scale(*_: Any) -> None:
+        for p, factor in factors.items():
+            old = before.pop(p)
+            p.copy_(old + factor * (p - old))
+
+    return optimizer.register_step_pre_hook(keep), optimizer.register_step_post_hook(scale)
+
+
+class GradScaler(torch.amp.GradScaler):
+    """`torch.amp.GradScaler` for weights on several ranks: where one finds an overflow, all leave the step out.
+
+    Each rank looks at the gradients of its own layers. Without a word from the others some would make a step that the
+    rest leaves out, and scales would go apart.
+
+    Parameters
+    ----------
+    comm : Communicator or mpi4py.MPI.Comm, optional
+        That of the stack.
+    device : str
+    **options
+        As of `torch.amp.GradScaler`.
+    """
+
+    def __init__(self, comm: Any = None, device: str = "cpu", **options: Any):
+        super().__init__(device, **options)
+        self.comm = as_communicator(comm)
+
+    def _unscale_grads_(self, *arguments: Any, **named: Any) -> dict[torch.device, Tensor]:
+        found = super()._unscale_grads_(*arguments, **named)
+        own = torch.tensor([float(any(bool(flag) for flag in found.values()))])
+        anywhere = float(self.comm.allgather(own, (1,) * self.comm.size).max())
+        for flag in found.values():
+            flag.fill_(anywhere)
+        return found
