@@ -22,6 +22,7 @@ RECIPES = {
     "sequences": "sequences",
     "transformer": "text",
     "finetune": "finetune",
+    "translate": "translate",
 }
 
 

@@ -1,0 +1,237 @@
+"""Translation as a job: an encoder and a decoder that learn pairs of sequences, each parallel in its layers.
+
+Shape letters: `B` pairs, `S` tokens of a sequence, `V` tokens, that before a translation included, `d` features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from xbraid_py.comm import Communicator
+from xbraid_py.comm.replicas import ProcessGrid
+from xbraid_py.data.pairs import START, TASKS, pairs, shifted
+from xbraid_py.layer_parallel.accuracy import GradientControl
+from xbraid_py.layer_parallel.export import to_sequential
+from xbraid_py.layer_parallel.minibatch.state import MinibatchState
+from xbraid_py.layer_parallel.minibatch.updates import Batch, evaluate
+from xbraid_py.layer_parallel.parallelize import parallelize
+from xbraid_py.layers.module_block import own_random_numbers
+from xbraid_py.mgrit import MGRIT
+from xbraid_py.planner import TRANSFORMER, Layer
+from xbraid_py.recipes.minibatch import MinibatchOptions, MinibatchTraining, network_of, prepare
+from xbraid_py.recipes.text import rate
+from xbraid_py.run.engine import Row, free
+from xbraid_py.run.store.read import Checkpoint
+
+_VALIDATION_BATCH = 64
+_VALIDATION = 1 << 40  # steps of the draws that no update has
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranslateOptions(MinibatchOptions):
+    """The translation job.
+
+    Parameters
+    ----------
+    task
+        What a translation is: the sequence in reverse, or sorted (reverse, sort).
+    length
+        Tokens of a sequence.
+    num_tokens
+        Different ones.
+    num_layers
+        Blocks of the encoder, and of the decoder.
+    width
+        Features of a token's state.
+    heads
+        Of the attention; divides width.
+    updates
+        Weight updates.
+    learning_rate
+        Of AdamW, after the warm-up; from there it falls to a tenth along a cosine.
+    warmup
+        Updates over which the learning rate rises.
+    weight_decay
+        Of AdamW.
+    seed
+        Of initial weights and of the pairs.
+    validation_batches
+        Of 64 pairs, in a validation.
+    accuracy
+        What is asked of the gradients.
+    """
+
+    task: str = "reverse"
+    length: int = 8
+    num_tokens: int = 16
+    num_layers: int = 8
+    width: int = 32
+    heads: int = 4
+    updates: int = 600
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    warmup: int = 40
+    weight_decay: float = 0.01
+    clip: float | None = 1.0
+    validate_every: int = free(100)
+    validation_batches: int = free(4)
+    checkpoint_every: int = free(100)
+    out: Path = free(Path("runs/translate"))
+    mgrit: MGRIT | None = field(default=None, metadata={"members": MGRIT(coarse_parts=1)})
+    accuracy: GradientControl = GradientControl()
+
+    @property
+    def depth(self) -> int:
+        return self.num_layers
+
+    @property
+    def layer(self) -> Layer:
+        return TRANSFORMER
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_least(10, length=1, num_tokens=1, updates=1, warmup=0, validation_batches=1)
+        self.require_least(4, num_layers=2, width=1, heads=1)
+        self.require_most(1000, num_layers=10_000, width=10_000, heads=10_000, length=100_000, num_tokens=1_000_000)
+        if self.task not in TASKS:
+            raise ValueError(f"task={self.task!r} must be reverse or sort; use reverse")
+        if self.width % self.heads:
+            raise ValueError(f"heads={self.heads} must divide width={self.width}; use 1")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise ValueError(f"weight_decay={self.weight_decay} must be at least 0 and finite; use 0.01")
+
+
+class Translator(nn.Module):
+    """Logits (B, S, V) of the tokens of translations, from pairs (B, 2, S): sequences, and what the decoder is shown.
+
+    Parameters
+    ----------
+    options : TranslateOptions
+    """
+
+    def __init__(self, options: TranslateOptions):
+        super().__init__()
+        num_tokens, width = options.num_tokens + 1, options.width
+        self.embedding, self.places = nn.Embedding(num_tokens, width), nn.Embedding(options.length, width)
+        depth = options.num_layers
+        form = {"dim_feedforward": 4 * width, "dropout": 0.0, "batch_first": True, "norm_first": True}
+        layer = nn.TransformerEncoderLayer(width, options.heads, **form)
+        encoder = nn.TransformerEncoder(layer, depth, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.body = nn.Transformer(width, options.heads, num_decoder_layers=depth, custom_encoder=encoder, **form)
+        self.head = nn.Linear(width, num_tokens)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        sources, before = inputs.unbind(1)
+        length = inputs.shape[2]
+        places = self.places(torch.arange(length, device=inputs.device))
+        mask = torch.ones(length, length, dtype=torch.bool, device=inputs.device).triu(1)
+        states = self.body(self.embedding(sources) + places, self.embedding(before) + places, tgt_mask=mask)
+        return self.head(states)
+
+
+def prepare_translate(options: TranslateOptions, comm: Communicator) -> Callable[[], Row]:
+    """Check everything, without a message; returns the run."""
+    options, plan = options.planned(comm.size)
+
+    def make(model: nn.Module, grid: ProcessGrid) -> TranslateTraining:
+        return TranslateTraining(options, model, grid, comm)
+
+    return prepare("translate", "translate", options, comm, partial(build, options), make, {}, plan)
+
+
+def network(checkpoint: Checkpoint) -> nn.Module:
+    """The trained network of a checkpoint as a plain module, from pairs (B, 2, S) to logits (B, S, V)."""
+    return to_sequential(network_of(checkpoint, TranslateOptions, build))
+
+
+def build(options: TranslateOptions, comm: Communicator | None) -> nn.Module:
+    """The network: the layers of the encoder, and those of the decoder, in a stack each."""
+    with own_random_numbers(options.seed):
+        model = Translator(options)
+    more = {**options.solvers, "accuracy": options.accuracy, "seed": options.seed}
+    for half in ("encoder", "decoder"):
+        parallelize(model, comm, f"body.{half}.layers", form="map", **more)
+    return model
+
+
+class TranslateTraining(MinibatchTraining):
+    """A translator that learns by AdamW."""
+
+    def __init__(self, options: TranslateOptions, model: nn.Module, grid: ProcessGrid, comm: Communicator):
+        optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, weight_decay=options.weight_decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: rate(options, update))
+        trained = MinibatchState(model=model, optimizer=optimizer, comm=comm, scheduler=schedule, grid=grid)
+        super().__init__(options, trained, options.updates)
+
+    def batches(self, done: int) -> Iterator[Batch]:
+        for step in range(done, self.total):
+            yield self._pairs(self.options.batch_size, step)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross entropy of logits (B, S, V) and tokens (B, S), in nats per token."""
+        return nn.functional.cross_entropy(outputs.flatten(0, 1), targets.flatten())
+
+    def validate(self) -> Row:
+        def found(measure: Callable[[Tensor, Tensor], Tensor]) -> float:
+            numbers = range(self.options.validation_batches)
+            batches = (self._pairs(_VALIDATION_BATCH, _VALIDATION + number) for number in numbers)
+            return evaluate(self.trained.model, batches, measure, self.trained.grid)
+
+        return {"val_loss": found(self.loss), "val_accuracy": found(_share_of_tokens)}
+
+    def draw(self, rows: list[Row], figures: Path) -> Row | None:
+        plain = to_sequential(self.trained.model)
+        super().draw(rows, figures)
+        if not rows:
+            return None
+        (inputs, targets) = self._pairs(_VALIDATION_BATCH, _VALIDATION)
+        found = translate(plain, inputs[:, 0])
+        lines = [
+            f"{' '.join(map(str, source.tolist()))} -> {' '.join(map(str, end.tolist()))}"
+            for source, end in zip(inputs[:8, 0], found[:8], strict=True)
+        ]
+        (self.options.out / "sample.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return {"translated": float((found == targets).all(1).double().mean())}
+
+    def say(self, row: Row) -> str:
+        return (
+            f"\nvalidation: {row['val_loss']:.4f} nats per token, {100 * row['val_accuracy']:.2f} % of the tokens, "
+            f"{row['seconds']:.1f} seconds of training; translations are in {self.options.out / 'sample.txt'}"
+        )
+
+    def _pairs(self, number: int, step: int) -> Batch:
+        """A batch of so many pairs: what goes into the network, and the translations."""
+        options = self.options
+        sources, targets = pairs(options.task, options.num_tokens, options.length, number, options.seed, step)
+        return torch.stack([sources, shifted(targets)], 1), targets
+
+
+@torch.no_grad()
+def translate(model: nn.Module, sources: Tensor) -> Tensor:
+    """Translations (B, S) of sequences (B, S), each token the likeliest behind those before it.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Like a `Translator`; without ranks, or called on all of them.
+    sources : (B, S) tensor of int64
+    """
+    was_training = model.training
+    model.eval()
+    before = torch.full_like(sources, START)
+    for place in range(sources.shape[1]):
+        found = model(torch.stack([sources, before], 1)).argmax(-1)
+        # What stands behind is not seen.
+        before[:, place + 1 : place + 2] = found[:, place : place + 1][:, : before.shape[1] - place - 1]
+    model.train(was_training)
+    return found
+
+
+def _share_of_tokens(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs.argmax(-1) == targets).double().mean()
