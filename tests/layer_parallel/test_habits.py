@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -350,3 +352,11 @@ def test_inputs_of_all_ranks_are_compared_where_it_is_asked_for(spmd, name, monk
     messages = spmd(body)
     assert len(set(messages)) == 1 and "inputs (XBRAID_CHECK_INPUTS=1): tensor 0=" in messages[0]
     assert "on rank 1" in messages[0] and "with digest" in messages[0]
+
+
+def test_the_table_of_the_docs_names_tests_that_are_there():
+    page = Path(__file__).resolve().parents[2] / "docs" / "pytorch.md"
+    rows = [row for row in page.read_text().splitlines() if row.startswith("| ")][1:]
+    found = [re.findall(r"\]\((.+?)\)", row.rsplit("|", 2)[1]) for row in rows]
+    assert len(rows) > 20 and all(found)
+    assert all((page.parent / file).is_file() for files in found for file in files)

@@ -12,7 +12,7 @@ import torch
 from blocks import CASES, UNCHECKED, C, Case, Mlp, distance, gradients, loop_gradients, loss_of, unstacked
 from torch import nn
 
-from xbraid_py import MGRIT, LayerParallel, PipelineParallel
+from xbraid_py import MGRIT, LayerParallel, ParallelGRU, PipelineParallel
 from xbraid_py.layers.module_block import own_random_numbers
 
 N, T = 9, 2.0
@@ -152,3 +152,22 @@ def test_modules_one_behind_the_other(spmd, recompute):
         return [distance(a.detach().float(), b.detach().float()) for a, b in pairs]
 
     assert all(max(found) < 1e-6 for found in spmd(body))
+
+
+@pytest.mark.ranks(1, 3)
+def test_a_recurrent_network_casts_nothing(spmd):
+    """Called with what an autocast has made shorter, and gone back through under it: as without."""
+
+    def body(comm):
+        model = ParallelGRU(3, C, comm=comm, windows=2)
+        x = torch.randn(9, 2, 3, generator=torch.Generator().manual_seed(1)).to(SHORT)
+        found = []
+        for cast in (False, True):
+            model.zero_grad()
+            with torch.autocast("cpu", SHORT, enabled=cast):
+                output, end = model(x if cast else x.float())
+                (loss_of(output.float()) + end.sum()).backward()
+            found.append([output.detach(), end.detach(), *(p.grad.clone() for p in model.parameters())])
+        return [torch.equal(a, b) for a, b in zip(*found, strict=True)]
+
+    assert all(all(same) for same in spmd(body))

@@ -104,13 +104,14 @@ def cast_kept(forward: Callable) -> Callable:
 
 
 def cast_again(backward: Callable) -> Callable:
-    """A `backward(ctx, slope)` whose blocks are evaluated as forwards, whatever is on around it."""
+    """A `backward(ctx, *slopes)` whose blocks are evaluated as forwards, whatever is on around it."""
 
     @wraps(backward)
-    def wrapped(ctx, slope):
-        if ctx.cast is None and not torch.is_autocast_enabled(slope.device.type):
-            return backward(ctx, slope)
-        with _blocks_in(ctx.cast, slope.device.type):
-            return backward(ctx, slope)
+    def wrapped(ctx, *slopes):
+        device = next((slope.device.type for slope in slopes if isinstance(slope, Tensor)), "cpu")
+        if ctx.cast is None and not torch.is_autocast_enabled(device):
+            return backward(ctx, *slopes)
+        with _blocks_in(ctx.cast, device):
+            return backward(ctx, *slopes)
 
     return wrapped

@@ -20,6 +20,7 @@ from xbraid_py.kernels import BACKEND
 from xbraid_py.layer_parallel.habits import compare_inputs
 from xbraid_py.layer_parallel.sequence.window import LayerWeights, SequencePlan, SequenceWindow
 from xbraid_py.layer_parallel.solves import check_portions, for_adjoint, graph_is_kept
+from xbraid_py.layers.autocast import cast_again, cast_kept
 from xbraid_py.layers.gru import COARSE, KINDS, GruCell
 from xbraid_py.layers.module_block import own_random_numbers
 from xbraid_py.mgrit.levels import Solution
@@ -192,6 +193,12 @@ class ParallelGRU(nn.Module):
         ValueError
             If a tensor does not fit, or the ranks differ in shape, type or mode.
         """
+        kind = self.weight_ih_l0.device.type
+        if torch.is_autocast_enabled(kind):
+            # Nothing is cast: states and adjoints are in the type of the weights.
+            x, h_0 = (t.to(self.weight_ih_l0.dtype) if isinstance(t, Tensor) else t for t in (x, h_0))
+            with torch.autocast(kind, enabled=False):
+                return self.forward(x, h_0)
         self._agree(x, h_0)
         compare_inputs(self.comm, x, h_0)
         if self.batch_first:
@@ -373,6 +380,7 @@ class _PropagateSequence(torch.autograd.Function):
     """`apply(gru, x, start, *weights)` gives the output and the states behind the sequence."""
 
     @staticmethod
+    @cast_kept
     def forward(ctx, gru: ParallelGRU, x: Tensor, start: Tensor, *weights: Tensor):
         """Output (L, B, H), or the steps owned here, or None; and states (D, B, H)."""
         keep = any(ctx.needs_input_grad)
@@ -390,6 +398,7 @@ class _PropagateSequence(torch.autograd.Function):
         return output, end
 
     @staticmethod
+    @cast_again
     def backward(ctx, slope: Tensor | None, of_end: Tensor | None):
         """Gradients of the input, of the states before the sequence, and of the weights."""
         if torch.is_grad_enabled():
