@@ -138,8 +138,9 @@ class Soak:
         for bench in self.benches:
             chain = Chain(bench, "last")
             chain.finish()
-        yield from (f"{path}: shared memory" for path in set(SHARED.glob("*")) - before)
-        yield from (f"{path}: temporary" for path in scratch.iterdir())
+        # Other jobs on this machine have memory of their own; a folder of torch is for all that come later.
+        yield from (f"{path}: shared memory" for path in set(SHARED.glob("*")) - before if not _is_mapped(path))
+        yield from (f"{path}: temporary" for path in scratch.iterdir() if not path.name.startswith("torchinductor"))
         yield from (f"{path}: temporary" for path in self.folder.rglob("*.tmp*"))
         for number in filter(str.isdigit, os.listdir("/proc")):
             try:
@@ -153,6 +154,17 @@ class Soak:
                 take(path.parent).release()
             except ValueError as held:
                 yield str(held)
+
+
+def _is_mapped(path: Path) -> bool:
+    """Whether a process that lives has a file in its memory."""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            if str(path) in maps.read_text():
+                return True
+        except OSError:
+            continue
+    return False
 
 
 def main() -> int:
