@@ -88,6 +88,23 @@ def modules(given, comm) -> float:
     return xb.PipelineParallel(plain, given)(torch.ones(4, 2)).sum().item()
 
 
+def parallelized(given, comm) -> float:
+    with own_random_numbers(0):
+        blocks = [torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh()) for _ in range(N)]
+    model = xb.parallelize(torch.nn.Sequential(*blocks), given, form="map", mgrit=OPTIONS)
+    return model(torch.ones(4, 3)).sum().item()
+
+
+def scaler(given, comm) -> float:
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], 0.1)
+    made = xb.GradScaler(given, init_scale=4.0, device="cpu")
+    made.scale(weight.sum() * (float("inf") if comm.rank == comm.size - 1 else 1.0)).backward()
+    made.step(optimizer)  # of no rank: one has an overflow
+    made.update()
+    return weight.sum().item() + made.get_scale()
+
+
 def stages(given, comm) -> float:
     with own_random_numbers(0):
         plain = xb.ImageResNet((5, 5), (4, 8), norm="group")
@@ -102,6 +119,7 @@ def grid(given, comm) -> float:
 
 CALLS: dict[str, Callable] = {
     "DenseResNet": network,
+    "GradScaler": scaler,
     "LayerParallel": stack,
     "ParallelGRU": gru,
     "PipelineParallel": modules,
@@ -111,6 +129,7 @@ CALLS: dict[str, Callable] = {
     "as_communicator": lambda given, comm: float(xb.as_communicator(given).size == comm.size),
     "broadcast_batch": lambda given, comm: xb.broadcast_batch(torch.tensor([2.0 + comm.rank]), given).item(),
     "broadcast_loss": shared_loss,
+    "parallelize": parallelized,
     "parallel_stages": stages,
 }
 

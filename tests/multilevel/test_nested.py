@@ -22,7 +22,7 @@ CYCLES = {"V": MIXED, "F": F_CYCLES, "lagged": ONE_SHOT}
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(refinements=-1), "refinements=-1 must be at least 0; use 2"),
+        (dict(refinements=-1), "refinements=-1 must be at least 0 and at most 20; use 2"),
         (
             dict(refinements=1, updates=(5, 5, 5)),
             "updates=[5, 5, 5] must have refinements + 1 = 2 numbers, the coarsest level first; use [100, 100]",
