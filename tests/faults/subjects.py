@@ -13,7 +13,7 @@ from processes import PROJECT
 ANY_RANKS = ((2, 0), (3, 1), (4, 3), (2, 1), (3, 0), (4, 2), (3, 2), (1, 0), (4, 1), (4, 0))
 TWO_RANKS = ((2, 0), (2, 1))
 # A run is begun on any number of ranks, and the plan by rule may take another solver on more of them.
-# MG/OPT keeps no start of the lagged cycle in its checkpoints: with that it goes on to the tolerance of the solves only.
+# MG/OPT keeps no start of the lagged cycle in its checkpoints: with that it goes on to the tolerance of its solves.
 _SOLVER, _EXACT = "--mgrit.cycle=lagged", "--mgrit.cycle=pipeline"
 
 
