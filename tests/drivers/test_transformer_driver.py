@@ -15,7 +15,7 @@ from processes import PROJECT, run_job
 from xbraid_py.cli import main
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.data import text
-from xbraid_py.recipes.text import rate
+from xbraid_py.recipes.adamw import rate
 from xbraid_py.run.options import OptionError, parse
 
 pytestmark = pytest.mark.timeout(400)

@@ -9,7 +9,7 @@ import importlib
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -22,17 +22,14 @@ from xbraid_py.comm import Communicator
 from xbraid_py.comm.agreement import hold
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.data import text
-from xbraid_py.layer_parallel.accuracy import GradientControl
 from xbraid_py.layer_parallel.export import to_sequential
-from xbraid_py.layer_parallel.minibatch.state import MinibatchState, weights_by_name
+from xbraid_py.layer_parallel.minibatch.state import weights_by_name
 from xbraid_py.layer_parallel.minibatch.updates import Batch, evaluate
 from xbraid_py.layer_parallel.parallelize import parallelize
 from xbraid_py.layers.module_block import own_random_numbers
 from xbraid_py.layers.transformer import generate
-from xbraid_py.mgrit import MGRIT
-from xbraid_py.planner import TRANSFORMER, Layer
-from xbraid_py.recipes.minibatch import MinibatchOptions, MinibatchTraining, network_of, prepare
-from xbraid_py.recipes.text import rate
+from xbraid_py.recipes.adamw import AdamWOptions, AdamWTraining
+from xbraid_py.recipes.minibatch import network_of, prepare
 from xbraid_py.run.engine import Row, free
 from xbraid_py.run.store.read import Checkpoint
 
@@ -42,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(MinibatchOptions):
+class FinetuneOptions(AdamWOptions):
     """The fine-tuning job.
 
     Parameters
@@ -53,76 +50,35 @@ class FinetuneOptions(MinibatchOptions):
         Text: python (its manual), generated, or a text file in UTF-8. Tokens are its bytes.
     num_characters
         Take only so many characters of it, the first ones; all if not given.
-    num_layers
-        Blocks.
-    width
-        Features of a byte's state.
-    heads
-        Of the attention; divides width.
     context
         Bytes that the model looks back on.
     dropout
         Probability behind attention and perceptron, with masks that depend on the layer and the update alone.
-    updates
-        Weight updates.
-    learning_rate
-        Of AdamW, after the warm-up; from there it falls to a tenth along a cosine.
-    warmup
-        Updates over which the learning rate rises.
     weight_decay
         Of AdamW, for matrices; biases and norms have none.
     seed
         Of initial weights, of the stretches and of a generated text.
-    validation_batches
-        Of 64 stretches, in a validation.
     sample
         Bytes that the trained model writes at the end, into sample.txt of the out folder.
-    accuracy
-        What is asked of the gradients.
     """
 
     model: Path | None = None
     source: str = "python"
     num_characters: int | None = None
-    num_layers: int = 16
-    width: int = 64
-    heads: int = 4
     context: int = 64
     dropout: float = 0.0
-    updates: int = 400
-    batch_size: int = 16
     learning_rate: float = 1e-3
-    warmup: int = 20
-    weight_decay: float = 0.01
-    clip: float | None = 1.0
-    validate_every: int = free(50)
-    validation_batches: int = free(8)
     sample: int = free(300)
-    checkpoint_every: int = free(50)
     out: Path = free(Path("runs/finetune"))
-    mgrit: MGRIT | None = field(default=None, metadata={"members": MGRIT(coarse_parts=1)})
-    accuracy: GradientControl = GradientControl()
-
-    @property
-    def depth(self) -> int:
-        return self.num_layers
-
-    @property
-    def layer(self) -> Layer:
-        return TRANSFORMER
 
     def __post_init__(self):
         super().__post_init__()
-        self.require_least(10, context=1, updates=1, warmup=0, validation_batches=1, sample=0, num_characters=1)
-        self.require_least(4, num_layers=2, width=1, heads=1)
-        self.require_most(1000, num_layers=10_000, width=10_000, context=1_000_000, heads=10_000)
+        self.require_least(10, context=1, sample=0, num_characters=1)
+        self.require_heads()
+        self.require_most(1000, context=1_000_000)
         self.require_most(100_000, num_characters=10**8)
-        if self.width % self.heads:
-            raise ValueError(f"heads={self.heads} must divide width={self.width}; use 1")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1; use 0.1")
-        if not 0 <= self.weight_decay < float("inf"):
-            raise ValueError(f"weight_decay={self.weight_decay} must be at least 0 and finite; use 0.01")
 
 
 def prepare_finetune(options: FinetuneOptions, comm: Communicator) -> Callable[[], Row]:
@@ -209,7 +165,7 @@ def _transformers() -> ModuleType:
     return package
 
 
-class FinetuneTraining(MinibatchTraining):
+class FinetuneTraining(AdamWTraining):
     """A GPT-2 that learns a text, given as the bytes for training and those for validation, by AdamW."""
 
     def __init__(
@@ -220,10 +176,7 @@ class FinetuneTraining(MinibatchTraining):
         grid: ProcessGrid,
         comm: Communicator,
     ):
-        optimizer = torch.optim.AdamW(groups(model, options.weight_decay), options.learning_rate)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: rate(options, update))
-        trained = MinibatchState(model=model, optimizer=optimizer, comm=comm, scheduler=schedule, grid=grid)
-        super().__init__(options, trained, options.updates)
+        super().__init__(options, model, groups(model, options.weight_decay), grid, comm)
         self.training, self.validation = tokens
 
     def batches(self, done: int) -> Iterator[Batch]:

@@ -6,7 +6,7 @@ Shape letters: `B` pairs, `S` tokens of a sequence, `V` tokens, that before a tr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -16,16 +16,12 @@ from torch import Tensor, nn
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.data.pairs import START, TASKS, pairs, shifted
-from xbraid_py.layer_parallel.accuracy import GradientControl
 from xbraid_py.layer_parallel.export import to_sequential
-from xbraid_py.layer_parallel.minibatch.state import MinibatchState
 from xbraid_py.layer_parallel.minibatch.updates import Batch, evaluate
 from xbraid_py.layer_parallel.parallelize import parallelize
 from xbraid_py.layers.module_block import own_random_numbers
-from xbraid_py.mgrit import MGRIT
-from xbraid_py.planner import TRANSFORMER, Layer
-from xbraid_py.recipes.minibatch import MinibatchOptions, MinibatchTraining, network_of, prepare
-from xbraid_py.recipes.text import rate
+from xbraid_py.recipes.adamw import AdamWOptions, AdamWTraining
+from xbraid_py.recipes.minibatch import network_of, prepare
 from xbraid_py.run.engine import Row, free
 from xbraid_py.run.store.read import Checkpoint
 
@@ -34,7 +30,7 @@ _VALIDATION = 1 << 40  # steps of the draws that no update has
 
 
 @dataclass(frozen=True, kw_only=True)
-class TranslateOptions(MinibatchOptions):
+class TranslateOptions(AdamWOptions):
     """The translation job.
 
     Parameters
@@ -47,24 +43,8 @@ class TranslateOptions(MinibatchOptions):
         Different ones.
     num_layers
         Blocks of the encoder, and of the decoder.
-    width
-        Features of a token's state.
-    heads
-        Of the attention; divides width.
-    updates
-        Weight updates.
-    learning_rate
-        Of AdamW, after the warm-up; from there it falls to a tenth along a cosine.
-    warmup
-        Updates over which the learning rate rises.
-    weight_decay
-        Of AdamW.
     seed
         Of initial weights and of the pairs.
-    validation_batches
-        Of 64 pairs, in a validation.
-    accuracy
-        What is asked of the gradients.
     """
 
     task: str = "reverse"
@@ -72,39 +52,22 @@ class TranslateOptions(MinibatchOptions):
     num_tokens: int = 16
     num_layers: int = 8
     width: int = 32
-    heads: int = 4
     updates: int = 600
     batch_size: int = 64
     learning_rate: float = 2e-3
     warmup: int = 40
-    weight_decay: float = 0.01
-    clip: float | None = 1.0
     validate_every: int = free(100)
     validation_batches: int = free(4)
     checkpoint_every: int = free(100)
     out: Path = free(Path("runs/translate"))
-    mgrit: MGRIT | None = field(default=None, metadata={"members": MGRIT(coarse_parts=1)})
-    accuracy: GradientControl = GradientControl()
-
-    @property
-    def depth(self) -> int:
-        return self.num_layers
-
-    @property
-    def layer(self) -> Layer:
-        return TRANSFORMER
 
     def __post_init__(self):
         super().__post_init__()
-        self.require_least(10, length=1, num_tokens=1, updates=1, warmup=0, validation_batches=1)
-        self.require_least(4, num_layers=2, width=1, heads=1)
-        self.require_most(1000, num_layers=10_000, width=10_000, heads=10_000, length=100_000, num_tokens=1_000_000)
+        self.require_least(10, length=1, num_tokens=1)
+        self.require_heads()
+        self.require_most(1000, length=100_000, num_tokens=1_000_000)
         if self.task not in TASKS:
             raise ValueError(f"task={self.task!r} must be reverse or sort; use reverse")
-        if self.width % self.heads:
-            raise ValueError(f"heads={self.heads} must divide width={self.width}; use 1")
-        if not 0 <= self.weight_decay < float("inf"):
-            raise ValueError(f"weight_decay={self.weight_decay} must be at least 0 and finite; use 0.01")
 
 
 class Translator(nn.Module):
@@ -160,14 +123,11 @@ def build(options: TranslateOptions, comm: Communicator | None) -> nn.Module:
     return model
 
 
-class TranslateTraining(MinibatchTraining):
+class TranslateTraining(AdamWTraining):
     """A translator that learns by AdamW."""
 
     def __init__(self, options: TranslateOptions, model: nn.Module, grid: ProcessGrid, comm: Communicator):
-        optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, weight_decay=options.weight_decay)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: rate(options, update))
-        trained = MinibatchState(model=model, optimizer=optimizer, comm=comm, scheduler=schedule, grid=grid)
-        super().__init__(options, trained, options.updates)
+        super().__init__(options, model, model.parameters(), grid, comm)
 
     def batches(self, done: int) -> Iterator[Batch]:
         for step in range(done, self.total):
