@@ -117,6 +117,7 @@ def options_of(kind: Kind, out: Path, *words: str) -> Any:
 def run(kind: Kind, comm: Communicator, out: Path, *words: str) -> Any:
     """Set up and run the job of a kind in a folder, as its driver does."""
     torch.manual_seed(7)  # not what a run depends on
+    comm.barrier()  # ranks that are threads share one generator: nobody draws before the last one has come here
     return program(kind.driver).setup(options_of(kind, out, *words), comm)()
 
 
