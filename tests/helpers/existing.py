@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reference as ref
 import torch
-from blocks import SOLVES, UNCHECKED, B, C, L
+from blocks import SOLVES, UNCHECKED, B, C, L, loss_of
 from torch import nn
 
 from xbraid_py import MGRIT, LayerParallel
@@ -73,3 +73,15 @@ def decoder_inputs(with_gradients: bool) -> tuple[tuple, dict]:
 
 def input_of() -> torch.Tensor:
     return ref.random(B, L, C, seed=1)
+
+
+def plain(count: int, kind, u, inputs=(), named=None, of=lambda y: y) -> dict:
+    """Output of the loop over so many blocks, and what is summed up as its loss sends back to their weights."""
+    blocks = made(count, kind)
+    x = u
+    for block in blocks:
+        x = block(x, *inputs, **(named or {}))
+    loss_of(of(x)).backward()
+    names = [name for name, _ in blocks[0].named_parameters()]
+    rows = {name: torch.stack([dict(b.named_parameters())[name].grad for b in blocks]) for name in names}
+    return {"output": x, "weights": rows}

@@ -1,4 +1,4 @@
-"""Further inputs of the layers, states of several tensors and times of layers, against the plain loop over blocks."""
+"""Further inputs of the layers, with gradients and without, against the plain loop over the blocks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import reference as ref
 import torch
 from blocks import SOLVES, UNCHECKED, B, C, L, distance, gradients, loss_of, reduced
-from existing import LAYERS, WAYS, Decoder, decoder_inputs, input_of, made, stack_of
+from existing import LAYERS, WAYS, Decoder, decoder_inputs, input_of, made, plain, stack_of
 from torch import nn
 
 import xbraid_py.nn
@@ -17,17 +17,6 @@ RANKS = pytest.mark.ranks(1, 2, 3)
 
 def tensors_of(inputs: tuple, named: dict) -> dict:
     return {"memory": inputs[0], "table": named["tables"][0], "gain": named["option"]["gain"]}
-
-
-def plain(count: int, kind, u, inputs=(), named=None, of=lambda y: y) -> dict:
-    blocks = made(count, kind)
-    x = u
-    for block in blocks:
-        x = block(x, *inputs, **(named or {}))
-    loss_of(of(x)).backward()
-    names = [name for name, _ in blocks[0].named_parameters()]
-    rows = {name: torch.stack([dict(b.named_parameters())[name].grad for b in blocks]) for name in names}
-    return {"output": x, "weights": rows}
 
 
 @RANKS

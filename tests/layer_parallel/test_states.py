@@ -8,23 +8,12 @@ import pytest
 import reference as ref
 import torch
 from blocks import SOLVES, B, C, L, distance, gradients, loss_of, reduced
-from existing import LAYERS, Decoder, decoder_inputs, input_of, made, stack_of
+from existing import LAYERS, Decoder, decoder_inputs, input_of, made, plain, stack_of
 from torch import nn
 
 from xbraid_py import LayerParallel, to_sequential
 
 RANKS = pytest.mark.ranks(1, 2, 3)
-
-
-def plain(count: int, kind, u, inputs=(), named=None, of=lambda y: y) -> dict:
-    blocks = made(count, kind)
-    x = u
-    for block in blocks:
-        x = block(x, *inputs, **(named or {}))
-    loss_of(of(x)).backward()
-    names = [name for name, _ in blocks[0].named_parameters()]
-    rows = {name: torch.stack([dict(b.named_parameters())[name].grad for b in blocks]) for name in names}
-    return {"output": x, "weights": rows}
 
 
 # ---- States of several tensors
