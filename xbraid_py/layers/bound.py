@@ -155,6 +155,10 @@ class Bound(ModuleBlock):
         self.columns = (*block.columns, *(Column(f"inputs.{n}", t.shape, True) for n, t in enumerate(self.further)))
         self.row_size = sum(column.size for column in self.columns)
 
+    @property
+    def is_plain(self) -> bool:
+        return False
+
     def rows(self, theta: Tensor) -> Tensor:
         """Rows (n, p) of weights with the further inputs behind them."""
         if not self.further:

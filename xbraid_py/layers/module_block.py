@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xbraid_py.layers.autocast import as_state, block_context
+from xbraid_py.layers.autocast import as_state, block_context, is_casting
 from xbraid_py.layers.existing import Counter
 from xbraid_py.layers.norm_dropout import (
     Dropout,
@@ -204,6 +204,29 @@ class ModuleBlock:
             return found
         finally:
             self._put(kept)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but the weights of a layer makes it different from another, as masks, norms or times do."""
+        return not (self._dropouts or self._norms or is_casting()) and self.times is None and self.returns is None
+
+    def along(self, rows: Sequence[Sequence[Tensor]], u: Tensor, h: float) -> Tensor:
+        """u (*S) through the layers with these columns, one after the other; of a plain module.
+
+        The same as to call it for each, without what that does for modules of other kinds: a layer of an MLP takes
+        little longer.
+        """
+        module, is_map, put = self.module, self.is_map, self._put
+        is_whole = is_map and h == 1.0
+        kept = [places[0][0][places[0][1]] for places in self._places]
+        try:
+            for tensors in rows:
+                put(tensors)
+                end = as_state(module(u), u)
+                u = end if is_whole else u + h * (end - u if is_map else end)
+        finally:
+            put(kept)
+        return u
 
     def batched(self, tensors: Sequence[Tensor], u: Tensor, norm_inputs: NormInputs | None = None) -> Tensor:
         """F(u) of m layers at once: columns (m, *shape), states (m, *S); `norm_inputs` as above."""

@@ -145,6 +145,7 @@ class ModuleSteps:
         if not len(points):
             return ends
         columns = self.block.split(self.theta.detach())
+        is_plain = tau is None and inputs is None and moments is None and self._is_plain
         with torch.set_grad_enabled(tape is not None):
             # Batched, all intervals are one long state; else one interval after the other.
             for k in [slice(None)] if self.vmap else range(len(points)):
@@ -160,8 +161,11 @@ class ModuleSteps:
                         moments.take(row, norm_inputs)
                     return x
 
-                place = partial(self._place, first // self.parts, length=cfactor)
-                x = sweep(x, range(cfactor), self.parts, advance, place, tau, inputs)
+                if is_plain:
+                    x = self.block.along(weights, x, self.h)
+                else:
+                    place = partial(self._place, first // self.parts, length=cfactor)
+                    x = sweep(x, range(cfactor), self.parts, advance, place, tau, inputs)
                 if tape is not None:
                     tape.graphs[first] = _Graph(start, leaves, x)
                 ends[k] = x.detach()
@@ -245,6 +249,13 @@ class ModuleSteps:
         if not self.block.is_map or isinstance(self.h, Tensor):
             return False
         return self.h == 1.0 and self.scheme == "euler" and not self.transfers
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether all steps are u + h F(u), or what the block gives, of a plain module."""
+        if self.vmap or self.transfers or self.scheme != "euler" or isinstance(self.h, Tensor):
+            return False
+        return self.block.is_plain
 
     def _advanced(
         self, weights: Sequence[Tensor], u: Tensor, row: int | slice, norm_inputs: NormInputs | None
