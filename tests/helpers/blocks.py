@@ -213,3 +213,22 @@ def reduced(comm, call: Callable[[], object]) -> str | None:
     except (ValueError, TypeError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def copied(state) -> dict:
+    return {name: value.clone() for name, value in state.items()}
+
+
+def run_updates(model, case: Case, updates: int = 2) -> list:
+    """Outputs, gradients and states of some updates."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    record = []
+    for update in range(updates):
+        optimizer.zero_grad()
+        u = case.input(update).requires_grad_()
+        output = model(u)
+        loss_of(output).backward()
+        found = {"output": output.detach(), "input": u.grad, "weights": gradients(model)}
+        optimizer.step()
+        record.append(found | {"state": copied(model.state_dict())})
+    return record

@@ -9,7 +9,21 @@ import weakref
 
 import pytest
 import torch
-from blocks import CASES, SOLVES, UNCHECKED, C, Case, distance, gradients, linear, loss_of, reduced, unstacked
+from blocks import (
+    CASES,
+    SOLVES,
+    UNCHECKED,
+    C,
+    Case,
+    copied,
+    distance,
+    gradients,
+    linear,
+    loss_of,
+    reduced,
+    run_updates,
+    unstacked,
+)
 from normed import SHAPES, Normed
 from torch import nn
 
@@ -33,25 +47,6 @@ def windowed(case: Case, comm, num_layers: int, windows: int, solve: str = "V", 
     return LayerParallel(case.block, num_layers, T, comm, windows=windows, **{**defaults, **options})
 
 
-def copied(state) -> dict:
-    return {name: value.clone() for name, value in state.items()}
-
-
-def run(model, case: Case, updates: int = 2) -> list:
-    """Outputs, gradients and states of some updates."""
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    record = []
-    for update in range(updates):
-        optimizer.zero_grad()
-        u = case.input(update).requires_grad_()
-        output = model(u)
-        loss_of(output).backward()
-        found = {"output": output.detach(), "input": u.grad, "weights": gradients(model)}
-        optimizer.step()
-        record.append(found | {"state": copied(model.state_dict())})
-    return record
-
-
 @pytest.mark.parametrize(
     ("block", "num_layers", "windows", "solve", "recompute"),
     [
@@ -67,9 +62,9 @@ def test_converged_windows_equal_one_stack(spmd, block, num_layers, windows, sol
     options = {"mgrit": MGRIT(intervals=2, tol=0.0)} if solve == "default" else {"solve": solve}
 
     def body(comm):
-        return run(windowed(case, comm, num_layers, windows, recompute=recompute, **options), case)
+        return run_updates(windowed(case, comm, num_layers, windows, recompute=recompute, **options), case)
 
-    exact = run(case.stack(None, num_layers, T, "exact"), case)
+    exact = run_updates(case.stack(None, num_layers, T, "exact"), case)
     for found in spmd(body):
         for mine, wanted in zip(found, exact, strict=True):
             assert all(distance(mine[key], wanted[key]) < 1e-10 for key in ("output", "input", "weights"))
@@ -82,8 +77,8 @@ def test_converged_windows_equal_one_stack(spmd, block, num_layers, windows, sol
 def test_exact_windows_are_bitwise_one_stack(spmd, block, windows):
     """2 / 11, times 3 layers, divided by 3 is another number; with 5 ranks some have no layer of a window."""
     case = ALL[block]
-    exact = run(case.stack(None, 11, T, "exact"), case)
-    for found in spmd(lambda comm: run(windowed(case, comm, 11, windows, "exact"), case)):
+    exact = run_updates(case.stack(None, 11, T, "exact"), case)
+    for found in spmd(lambda comm: run_updates(windowed(case, comm, 11, windows, "exact"), case)):
         for mine, wanted in zip(found, exact, strict=True):
             assert mine["output"].equal(wanted["output"]) and mine["input"].equal(wanted["input"])
             for key in ("weights", "state"):
@@ -96,9 +91,9 @@ def test_windows_of_a_grid_with_steps_of_several_lengths(spmd):
 
     def body(comm):
         model = LayerParallel(case.block, grid, comm=comm, windows=2, mgrit=SOLVES["V"], accuracy=UNCHECKED, vmap=False)
-        return run(model, case)
+        return run_updates(model, case)
 
-    exact = run(LayerParallel(case.block, grid, mgrit=SOLVES["exact"]), case)
+    exact = run_updates(LayerParallel(case.block, grid, mgrit=SOLVES["exact"]), case)
     for found in spmd(body):
         for mine, wanted in zip(found, exact, strict=True):
             assert all(distance(mine[key], wanted[key]) < 1e-10 for key in ("output", "input", "weights", "state"))
@@ -198,7 +193,7 @@ def test_state_goes_from_any_number_of_windows_to_any_other(spmd):
         models += [windowed(case, comm, 12, w, seed=1) for w in (1, 2, 4)]
         states = [copied(model.state_dict()) for model in models]
         first = all(state[name].equal(value) for state in states for name, value in states[0].items())
-        run(models[2], case)
+        run_updates(models[2], case)
         trained = copied(nn.Sequential(models[2]).state_dict())
         found = []
         for model in (models[0], models[3]):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from xbraid_py.comm import Communicator
+from xbraid_py.comm.partition import Partition
 from xbraid_py.layer_parallel.accuracy import TIGHTER, Controller, SolveRecord
 from xbraid_py.layers.module_steps import Tape
 from xbraid_py.layers.pixels import PixelTransfer, SpatialCoarsening
@@ -36,6 +37,8 @@ class Solvers:
     grid : LayerGrid
     comm : Communicator
     spatial : SpatialCoarsening, optional
+    owner : int, optional
+        The rank that has all these layers; they are propagated one after the other then, whatever the options.
 
     Raises
     ------
@@ -51,14 +54,19 @@ class Solvers:
         grid: LayerGrid,
         comm: Communicator,
         spatial: SpatialCoarsening | None = None,
+        owner: int | None = None,
     ):
-        self.options, self.adjoint, self.grid, self.comm, self.spatial = options, adjoint, grid, comm, spatial
+        self.options, self.adjoint, self.grid, self.comm = options, adjoint, grid, comm
+        self.spatial, self.owner = spatial, owner
         check_portions(options, adjoint)
         if spatial is not None:
             spatial.check(options)
             spatial.check(adjoint)
-        self.hierarchy = Hierarchy.plan(options, grid, comm.size)
-        backwards = Hierarchy.plan(adjoint, grid, comm.size)
+        if owner is None:
+            self.hierarchy, backwards = (Hierarchy.plan(each, grid, comm.size) for each in (options, adjoint))
+        else:
+            rows = Partition(tuple(grid.num_layers * (rank > owner) for rank in range(comm.size + 1)))
+            self.hierarchy = backwards = Hierarchy((Level(0, grid, None, 0, rows, rows),))
         if backwards.intervals != self.hierarchy.intervals and len(backwards.levels) > 1 < len(self.hierarchy.levels):
             raise ValueError(
                 f"cfactor={adjoint.cfactor} of adjoint makes other intervals than cfactor={options.cfactor} of mgrit; "
@@ -75,7 +83,7 @@ class Solvers:
         return self  # nothing in it changes
 
     def __reduce__(self):
-        return Solvers, (self.options, self.adjoint, self.grid, self.comm, self.spatial)
+        return Solvers, (self.options, self.adjoint, self.grid, self.comm, self.spatial, self.owner)
 
     @property
     def are_pipelined(self) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import accumulate
-from math import lcm, prod
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,13 +14,13 @@ from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator, as_communicator
 from xbraid_py.comm.agreement import same_arguments, together
-from xbraid_py.comm.partition import Partition, require_multiple
 from xbraid_py.kernels import BACKEND
 from xbraid_py.layer_parallel.accuracy import GradientControl, SolveRecord
 from xbraid_py.layer_parallel.inputs import Inputs
+from xbraid_py.layer_parallel.layout import Cut, Settings
 from xbraid_py.layer_parallel.modules import PipelineParallel
-from xbraid_py.layer_parallel.solves import Solvers, for_adjoint
-from xbraid_py.layer_parallel.window import Place, Settings, Window
+from xbraid_py.layer_parallel.solves import for_adjoint
+from xbraid_py.layer_parallel.window import Window
 from xbraid_py.layers.existing import Existing, Pattern, Step, checked, first_difference, period_of
 from xbraid_py.layers.pixels import SpatialCoarsening
 from xbraid_py.layers.splines import Splines
@@ -82,6 +81,11 @@ class LayerParallel(nn.Module):
     windows : int
         W. Where it does not divide the number of layers, the first windows have one layer more, or one interval more
         where a coarsening factor is given.
+    serial_ends : (int, int)
+        So many layers before and behind the others are not for the solver: they are propagated exactly, one after the
+        other, on the ranks of the first and of the last of the others. Where the first and the last layers change the
+        state most, as in transformers, this makes the gradient better than as many sweeps more; it costs their time.
+        The "buffer layers" of "Layer-Parallel Training for Transformers" (arXiv 2601.09026). Only with `windows=1`.
     mgrit : MGRIT, optional
         Of the states. The default solves until the relative change is below 1e-2; `MGRIT(cycle="pipeline")` is exact.
     adjoint : MGRIT, optional
@@ -108,6 +112,8 @@ class LayerParallel(nn.Module):
         layer n. Buffers that differ from layer to layer keep a row for each layer. Only in one piece.
     spatial : SpatialCoarsening, optional
         Fewer pixels on coarse levels, for blocks of convolutions.
+    compile : bool
+        Evaluate blocks by `torch.compile`, which takes a minute at the first call (docs/pytorch.md says where it pays).
 
     Attributes
     ----------
@@ -138,6 +144,7 @@ class LayerParallel(nn.Module):
         form: Literal["increment", "map"] | None = None,
         returns: int | str | None = None,
         windows: int = 1,
+        serial_ends: tuple[int, int] = (0, 0),
         mgrit: MGRIT | None = None,
         adjoint: MGRIT | None = None,
         accuracy: GradientControl | None = None,
@@ -147,16 +154,24 @@ class LayerParallel(nn.Module):
         recompute: Recompute = False,
         splines: Splines | None = None,
         spatial: SpatialCoarsening | None = None,
+        compile: bool = False,
     ):
         super().__init__()
         self.comm: Communicator = as_communicator(comm)
         options = mgrit or MGRIT()
         backwards = for_adjoint(adjoint, options)
         with together(self.comm):
-            _check(block, form, windows, output, recompute, splines)
+            _check(block, form, windows, serial_ends, output, recompute, splines)
             self.grid = num_layers if isinstance(num_layers, LayerGrid) else LayerGrid(num_layers, T)
-            counts = _counts(self.grid.num_layers, windows, options, backwards)
-            solvers = [Solvers(options, backwards, grid, self.comm, spatial) for grid in _pieces(self.grid, counts)]
+            cut = Cut(
+                windows=windows,
+                serial_ends=tuple(serial_ends),
+                options=options,
+                adjoint=backwards,
+                output=output,
+                spatial=spatial,
+            )
+            pieces = cut.pieces(self.grid, self.comm)
         if windows > 1:
             recompute = "all" if recompute in (True, "all") else "states"
         settings = Settings(
@@ -167,15 +182,14 @@ class LayerParallel(nn.Module):
             recompute=recompute,
             form=form,
             returns=returns,
+            compile=compile,
         )
-        arguments = {"grid": self.grid, "windows": windows, "mgrit": options, "adjoint": backwards, "splines": splines}
-        same_arguments(self.comm, arguments | {"spatial": spatial} | vars(settings), kernels=BACKEND)
-        made = [
-            Window(block, each, settings, place, splines)
-            for each, place in zip(solvers, _places(self.grid, counts, self.comm.size), strict=True)
-        ]
+        arguments = {"grid": self.grid, "splines": splines} | vars(cut) | vars(settings)
+        same_arguments(self.comm, arguments, kernels=BACKEND)
+        made = [Window(block, solvers, settings, place, splines) for solvers, place in pieces]
+        self._main = cut.main
         # Parameters have the names of their layers, in several windows behind the number of the window.
-        if windows == 1:
+        if len(made) == 1:
             self.windows, self.layers = tuple(made), made[0].layers
         else:
             self.windows = nn.ModuleList(made)
@@ -269,8 +283,9 @@ class LayerParallel(nn.Module):
 
     @property
     def record(self) -> SolveRecord | None:
-        """What the last forward and backward solve did; of several windows the last solve of all, in the first one."""
-        return self.windows[0].record
+        """What the last forward and backward solve did: of the inner layers, where there are serial ends; of several
+        windows the last solve of all, in the first one."""
+        return self.windows[self._main].record
 
     @property
     def records(self) -> list[SolveRecord | None]:
@@ -317,7 +332,7 @@ class LayerParallel(nn.Module):
 
     def table(self) -> str:
         """The levels of the solver, of the first window, as text."""
-        solvers = self.windows[0].solvers
+        solvers = self.windows[self._main].solvers
         return solvers.hierarchy.table(solvers.options)
 
     def solver_state(self) -> dict:
@@ -326,12 +341,13 @@ class LayerParallel(nn.Module):
         A stack with another number of windows takes it too.
         """
         states = [window.solver_state() for window in self.windows]
-        return states[0] if len(states) == 1 else {**states[0], "windows": states}
+        return states[0] if len(states) == 1 else {**states[self._main], "windows": states}
 
     def load_solver_state(self, state: dict) -> None:
         """The opposite of `solver_state`; of another number of windows each takes what that of the first one was."""
         states = state.get("windows", [state])
         if len(states) != len(self.windows):
+            # Parts without iterations take from it the number of the update alone.
             states = [state] * len(self.windows)
         for window, own in zip(self.windows, states, strict=True):
             window.load_solver_state(own)
@@ -356,7 +372,7 @@ def _pipeline_options(options: dict) -> dict | None:
     return more | {"portions": portions, "recompute": bool(more.get("recompute"))}
 
 
-def _check(block, form, windows, output, recompute, splines) -> None:
+def _check(block, form, windows, serial_ends, output, recompute, splines) -> None:
     """Raise an error for an argument that is no such thing."""
     if isinstance(block, list | tuple | nn.ModuleList | nn.Sequential):
         raise TypeError(
@@ -372,6 +388,11 @@ def _check(block, form, windows, output, recompute, splines) -> None:
         )
     if not isinstance(windows, int):
         raise TypeError(f"windows={windows!r} must be an integer; use 4")
+    ends = tuple(serial_ends) if isinstance(serial_ends, tuple | list) else ()
+    if len(ends) != 2 or not all(isinstance(count, int) and count >= 0 for count in ends):
+        raise ValueError(f"serial_ends={serial_ends!r} must be two numbers of layers from 0 on; use (2, 2)")
+    if any(ends) and splines is not None:
+        raise ValueError(f"serial_ends={serial_ends} must be (0, 0) with splines, which run through all layers")
     if output not in ("all", "last"):
         raise ValueError(f"output={output!r} must be all or last; use all")
     if recompute not in get_args(Recompute):
@@ -381,65 +402,6 @@ def _check(block, form, windows, output, recompute, splines) -> None:
             raise TypeError(f"splines={splines!r} must be Splines or None; use Splines(8)")
         if windows != 1:
             raise ValueError(f"splines={splines} must be None with windows={windows}; use windows=1")
-
-
-# ---- Windows
-
-
-def _counts(num_layers: int, windows: int, *options: MGRIT) -> tuple[int, ...]:
-    """Layers of each window: whole intervals where their length is given."""
-    if windows == 1:
-        return (num_layers,)
-    unit = lcm(*(_length(each, num_layers) for each in options))
-    require_multiple("num_layers", num_layers, unit, "cfactor")
-    if not 1 <= windows <= num_layers // unit:
-        what = f"intervals of {unit} layers" if unit > 1 else "layers"
-        most = num_layers // unit
-        raise ValueError(
-            f"windows={windows} must be at least 1, and at most the {most} {what} of num_layers={num_layers}; "
-            f"use {min(max(windows, 1), most)}"
-        )
-    return Partition.balanced(num_layers // unit, windows).refine(unit).counts
-
-
-def _length(options: MGRIT, num_layers: int) -> int:
-    """Layers that a window has to have a multiple of."""
-    if options.cfactor is None and options.cycle == "lagged":
-        return 1  # which makes intervals of what there is
-    given = len(options.cfactor) if isinstance(options.cfactor, tuple) else 1
-    return prod(options.cfactor_of(level, num_layers) or 1 for level in range(given))
-
-
-def _firsts(counts: tuple[int, ...]) -> list[int]:
-    """The first layer of each window."""
-    return [sum(counts[:number]) for number in range(len(counts))]
-
-
-def _pieces(grid: LayerGrid, counts: tuple[int, ...]) -> list[LayerGrid]:
-    """The grids of the windows."""
-    if len(counts) == 1:
-        return [grid]
-    found = []
-    for first, count in zip(_firsts(counts), counts, strict=True):
-        lengths = None if grid.is_uniform else grid.lengths[first : first + count]
-        found.append(LayerGrid(count, sum(grid.sizes(first, count)), lengths))
-    return found
-
-
-def _places(grid: LayerGrid, counts: tuple[int, ...], num_ranks: int) -> list[Place]:
-    """Where the windows are in the stack."""
-    if len(counts) == 1:
-        return [Place()]
-    return [
-        Place(
-            first_layer=first,
-            h=grid.h if grid.is_uniform else None,
-            keeper=number % num_ranks,
-            is_first=number == 0,
-            is_last=number == len(counts) - 1,
-        )
-        for number, first in enumerate(_firsts(counts))
-    ]
 
 
 def _join(stack: LayerParallel, state: dict, prefix: str, local_metadata) -> None:

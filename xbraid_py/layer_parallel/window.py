@@ -6,16 +6,17 @@ Shape letters: `n` layers owned here, `B` batch, `S` shape of a state, the batch
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.agreement import agree
-from xbraid_py.layer_parallel.accuracy import Controller, GradientControl, SolveRecord
+from xbraid_py.layer_parallel.accuracy import Controller, SolveRecord
 from xbraid_py.layer_parallel.habits import as_any_module, check_not_again
 from xbraid_py.layer_parallel.inputs import Inputs
+from xbraid_py.layer_parallel.layout import Place, Settings
 from xbraid_py.layer_parallel.pipeline import Pipelined, PortionMoments, Portions, moments_of
 from xbraid_py.layer_parallel.solves import Propagation, Solvers, graph_is_kept, hollow
 from xbraid_py.layer_parallel.weights import StackedWeights
@@ -37,43 +38,6 @@ LEAST_INTERVALS = 8
 MOST_NUMBERS = 1 << 16
 MOST_WEIGHTS = 1 << 14
 _PORTION = 1 << 40  # from the number of an update to that of its next portion, as masks of dropout have them
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where a window is in its stack.
-
-    Parameters
-    ----------
-    first_layer : int
-        Its first layer in the stack, whose numbers initial weights and masks of dropout depend on.
-    h : float, optional
-        Step size, where T / N of the window would be another number in the last bit.
-    keeper : int, optional
-        The rank that keeps the input between forward and backward pass, if nothing else is kept; by default the owner
-        of the first layer.
-    is_first, is_last : bool
-        Whether the input and the output are those of the stack; others are on all ranks.
-    """
-
-    first_layer: int = 0
-    h: float | None = None
-    keeper: int | None = None
-    is_first: bool = True
-    is_last: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What all windows of a stack do alike; as of `LayerParallel`."""
-
-    accuracy: GradientControl
-    output: str
-    seed: int
-    vmap: bool | None
-    recompute: bool | str
-    form: str | None = None
-    returns: int | str | None = None
 
 
 class Window(nn.Module):
@@ -379,7 +343,7 @@ class Window(nn.Module):
             through=through,
             end=lambda number, x: portions.put(end, number, x),
         )
-        return self._spread(end, u, self.last_rank, self.place.is_last)
+        return self._spread(end, u, self.last_rank, self.place.has_all_output)
 
     def _portions(self, u: Tensor, count: int) -> Portions:
         """So many portions of the samples of an input u (*S), in states as the steps take them."""
@@ -437,7 +401,7 @@ class Window(nn.Module):
 
     def output_of(self, run: Propagation, like: Tensor) -> Tensor:
         """The output of a forward solve, in the shape of the input, wherever it is wanted; once."""
-        return self._spread(run.take_end(), like, self.last_rank, self.place.is_last)
+        return self._spread(run.take_end(), like, self.last_rank, self.place.has_all_output)
 
     def gradients_of(
         self, run: Propagation, slope: Tensor, like: Tensor, keep: bool, with_input: bool, given: Inputs | None
@@ -447,17 +411,17 @@ class Window(nn.Module):
         """
         own = self.comm.rank == self.last_rank
         gradient, back, self.record = run.backward(self._state(slope) if own else None, keep)
-        of_u = self._spread(back, like, self.first_rank, self.place.is_first) if with_input else None
+        of_u = self._spread(back, like, self.first_rank, self.place.has_all_input) if with_input else None
         columns = self.block.split(gradient)
         if given is not None and given.tensors:
             portions = self._portions(like, self._count(len(like)) if self.solvers.are_pipelined else 1)
             columns += given.gradients(run.further, portions, self.solvers.partition, self.comm)
         return columns, of_u
 
-    def _spread(self, state: Tensor | None, like: Tensor, root: int, is_end: bool) -> Tensor:
-        """A state of rank `root`, in the user's shape: on all ranks, or, at an end, there and 0 elsewhere."""
+    def _spread(self, state: Tensor | None, like: Tensor, root: int, on_all: bool) -> Tensor:
+        """A state of rank `root`, in the user's shape: on all ranks, or there and 0 elsewhere."""
         own = self.comm.rank == root
-        if self.settings.output == "all" or not is_end:
+        if on_all:
             found = self._user_state(state, like) if own else like.new_empty(like.shape)
             return self.comm.broadcast(found, root)
         return self._user_state(state, like) if own else torch.zeros_like(like)
