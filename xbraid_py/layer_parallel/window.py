@@ -415,7 +415,7 @@ class Window(nn.Module):
         columns = self.block.split(gradient)
         if given is not None and given.tensors:
             portions = self._portions(like, self._count(len(like)) if self.solvers.are_pipelined else 1)
-            columns += given.gradients(run.further, portions, self.solvers.partition, self.comm)
+            columns += given.gradients(run.further, portions, self.solvers.partition, self.comm, gradient.dtype)
         return columns, of_u
 
     def _spread(self, state: Tensor | None, like: Tensor, root: int, on_all: bool) -> Tensor:
