@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.kernels.activation import ACTIVATIONS
 from xbraid_py.layers.dense import ResidualSteps
-from xbraid_py.layers.gru import GruCell, GruSteps, affine
+from xbraid_py.layers.gated import GatedSteps, affine
+from xbraid_py.layers.gru import GruCell
 from xbraid_py.mgrit import MGRIT, Hierarchy, Solver
 from xbraid_py.mgrit.equations import Forward
 from xbraid_py.mgrit.grid import LayerGrid
@@ -105,10 +106,10 @@ class Gru:
     inputs: Tensor
 
     @cached_property
-    def steps(self) -> GruSteps:
+    def steps(self) -> GatedSteps:
         """The same for MGRIT."""
         cell = GruCell(self.weight.shape[1])
-        return GruSteps(cell, self.inputs, self.weight, self.bias, self.inputs.new_ones(len(self.inputs)))
+        return GatedSteps(cell, self.inputs, self.weight, self.bias, self.inputs.new_ones(len(self.inputs)))
 
     def __len__(self):
         return len(self.inputs)
@@ -235,7 +236,7 @@ def count(step: Callable[[Tensor], Tensor], guess: Tensor, exact: Tensor, most: 
 
 
 def count_sweeps(
-    problems: list[tuple[ResidualSteps | GruSteps, Tensor]], exact: Tensor, most: int, columns: bool
+    problems: list[tuple[ResidualSteps | GatedSteps, Tensor]], exact: Tensor, most: int, columns: bool
 ) -> list[int | None]:
     """The same for fine sweeps of MGRIT, warm-started by the problems before the last one."""
     found: list[int | None] = []
@@ -269,7 +270,7 @@ class Case:
     before: Chain
     after: Chain
     start: Tensor
-    steps: tuple[ResidualSteps | GruSteps, ResidualSteps | GruSteps]
+    steps: tuple[ResidualSteps | GatedSteps, ResidualSteps | GatedSteps]
     change: float  # relative change of the weights by the update
 
 

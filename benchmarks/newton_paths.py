@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from xbraid_py.layers.dense import DenseLayer, ResidualSteps
-from xbraid_py.layers.gru import GruCell, GruSteps
+from xbraid_py.layers.gated import GatedSteps
+from xbraid_py.layers.gru import GruCell
 from xbraid_py.planner import CLUSTER, SHARED_MEMORY, Costs, Machine, Planner, SolveCosts, StepCost, candidates
 
 NODE = Machine(32, 32, SHARED_MEMORY, CLUSTER)  # the nodes that are simulated, as in benchmarks/scaling.py
@@ -199,7 +200,7 @@ def gru_rates(hidden: int, batch: int, seconds: float) -> Rates:
         step = least(lambda: gru(x), seconds) / length
     weight, bias = gru.weight_hh_l0.detach(), gru.bias_hh_l0.detach()
     inputs, ones = torch.randn(length, samples, 3 * hidden), torch.ones(length)
-    steps = GruSteps(GruCell(hidden), inputs, weight, bias, ones)
+    steps = GatedSteps(GruCell(hidden), inputs, weight, bias, ones)
     states, gradient = torch.randn(length, samples, hidden), torch.empty(length, samples, 3 * hidden)
     relaxed = least(lambda: steps.relax(states[:8], length // 8), seconds) / length
     ours = least(lambda: steps.relax(states[:1], length), seconds) / length

@@ -11,7 +11,7 @@ from xbraid_py import MGRIT, ParallelGRU
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.partition import Partition
 from xbraid_py.layer_parallel.sequence.window import SequencePlan, chained_sum, padded
-from xbraid_py.layers.gru import KINDS
+from xbraid_py.layers.gated import KINDS
 
 # ---- Equal to the loop
 

@@ -8,7 +8,8 @@ import torch
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.partition import Partition
-from xbraid_py.layers.gru import GruCell, GruSteps, Sizes
+from xbraid_py.layers.gated import GatedSteps, Sizes
+from xbraid_py.layers.gru import GruCell
 from xbraid_py.mgrit.equations import Adjoint, Forward
 
 M, B, H = 6, 3, 5
@@ -37,7 +38,7 @@ def slow_step(kind, h, a, weight, bias, size, count=1):
 
 def steps_of(kind, n=M, coarse="compose", h=None, bias=True, sources=False):
     h = torch.full((n,), 0.7, dtype=torch.float64) if h is None else h
-    return GruSteps(
+    return GatedSteps(
         GruCell(H, kind),
         drawn(n, B, 3 * H),
         drawn(3 * H, H),
@@ -173,7 +174,7 @@ def test_states_that_have_changed_are_linearized_again():
     first = steps.relax_adjoint(states, v, 1)
     assert torch.equal(steps.relax_adjoint(states, v, 1), first)
     states += 1.0
-    fresh = GruSteps(steps.cell, steps.theta, steps.weight, steps.bias, steps.h)
+    fresh = GatedSteps(steps.cell, steps.theta, steps.weight, steps.bias, steps.h)
     assert torch.equal(steps.relax_adjoint(states, v, 1), fresh.relax_adjoint(states, v, 1))
     assert not torch.equal(steps.relax_adjoint(states, v, 1), first)
 
@@ -204,7 +205,7 @@ def test_a_composed_step_is_exact_where_the_gates_stand_still(kind):
     start, still = drawn(1, B, H), torch.zeros(3 * H, H, dtype=torch.float64)
     found = {}
     for coarse in ("compose", "euler"):
-        steps = GruSteps(GruCell(H, kind), a.expand(n, B, 3 * H), still, None, h, coarse)
+        steps = GatedSteps(GruCell(H, kind), a.expand(n, B, 3 * H), still, None, h, coarse)
         fine = steps.relax(start, n)
         found[coarse] = float((steps.coarsen(n, "average", "euler").relax(start, 1) - fine).abs().max())
     assert found["compose"] < 1e-14 < 1e-3 < found["euler"]
@@ -218,7 +219,7 @@ def test_rows_go_to_other_ranks(spmd):
         h = torch.arange(8, dtype=torch.float64)
         source, target = Partition.balanced(8, comm.size), Partition((0,) * comm.size + (8,))
         own = slice(source.first(comm.rank), source.first(comm.rank) + source.count(comm.rank))
-        steps = GruSteps(GruCell(H), theta[own], weight, None, h[own], counts=h[own], sources=sources[own])
+        steps = GatedSteps(GruCell(H), theta[own], weight, None, h[own], counts=h[own], sources=sources[own])
         moved = steps.redistribute(comm, source, target)
         wanted = slice(0, 8 if comm.rank == comm.size - 1 else 0)
         pairs = ((moved.theta, theta), (moved.h, h), (moved.counts, h), (moved.sources, sources))

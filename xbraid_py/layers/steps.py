@@ -50,7 +50,7 @@ def coarse_rows(theta: Tensor, h: float | Tensor, length: int, weights: str) -> 
     """Weights (n / length, ...) and sizes of steps that stand for `length` rows each.
 
     `weights` is "inject", those of the first row, or "average", the mean over the time of the rows. Sizes `h` are one
-    number, or (n,).
+    number, (n,), or (n, B) where those of samples differ.
     """
     size = sums(h, length) if isinstance(h, Tensor) else length * h
     if weights == "inject":
@@ -59,7 +59,9 @@ def coarse_rows(theta: Tensor, h: float | Tensor, length: int, weights: str) -> 
         return sums(theta, length).div_(length), size
     # Steps that pad a sequence have size 0, and so may all of a coarse one.
     whole = size.clamp_min(torch.finfo(size.dtype).tiny)
-    shares = [(h[j::length] / whole).view(-1, *(1,) * (theta.dim() - 1)) for j in range(length)]
+    # Sizes are those of all samples, or there is one for each.
+    shape = (*h.shape[1:], *(1,) * (theta.dim() - h.dim()))
+    shares = [(h[j::length] / whole).view(len(size), *shape) for j in range(length)]
     coarse = theta[::length] * shares[0]
     for j in range(1, length):
         coarse.addcmul_(theta[j::length], shares[j])

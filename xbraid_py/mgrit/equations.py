@@ -132,7 +132,8 @@ class Adjoint:
             if isinstance(h, Tensor):
                 # Steps that pad a sequence have size 0.
                 whole = linear.steps.h[:, None].clamp_min(torch.finfo(h.dtype).tiny)
-                share = (h.unflatten(0, (-1, length)) / whole).view(-1, length, *[1] * (added.dim() - 1))
+                share = h.unflatten(0, (-1, length)) / whole
+                share = share.reshape(*share.shape, *[1] * (target.dim() - share.dim()))
                 target.add_(share * added[:, None])
             else:
                 target.add_(added.div_(length)[:, None])

@@ -21,7 +21,8 @@ from xbraid_py.layer_parallel.habits import compare_inputs
 from xbraid_py.layer_parallel.sequence.window import LayerWeights, SequencePlan, SequenceWindow
 from xbraid_py.layer_parallel.solves import check_portions, for_adjoint, graph_is_kept
 from xbraid_py.layers.autocast import cast_again, cast_kept
-from xbraid_py.layers.gru import COARSE, KINDS, GruCell
+from xbraid_py.layers.gated import COARSE, KINDS
+from xbraid_py.layers.gru import GruCell
 from xbraid_py.layers.module_block import own_random_numbers
 from xbraid_py.mgrit.levels import Solution
 from xbraid_py.mgrit.options import MGRIT
@@ -90,7 +91,7 @@ class ParallelGRU(nn.Module):
         The sequence is cut in so many stretches, solved one after the other by all ranks. Only the state before each is
         kept, and the backward pass solves it again: memory of one window, for one more forward solve.
     coarse : {"compose", "euler"}
-        Coarse steps; see `xbraid_py.layers.gru.GruSteps`.
+        Coarse steps; see `xbraid_py.layers.gated.GatedSteps`.
     seed : int
         Of initial weights.
     device, dtype

@@ -17,7 +17,7 @@ from xbraid_py.comm import Communicator
 from xbraid_py.comm.partition import Partition
 from xbraid_py.layer_parallel.pipeline import Portions
 from xbraid_py.layer_parallel.solves import Solvers
-from xbraid_py.layers.gru import GruCell, GruSteps, affine
+from xbraid_py.layers.gated import GatedCell, GatedSteps, affine
 from xbraid_py.mgrit.equations import Adjoint, Forward
 from xbraid_py.mgrit.grid import LayerGrid
 from xbraid_py.mgrit.levels import Solution
@@ -116,7 +116,7 @@ class _Layer:
     """What a layer leaves for its adjoint: its input (n, B, F), its steps, the states (n, B, H) they start from."""
 
     x: Tensor
-    steps: GruSteps
+    steps: GatedSteps
     states: Tensor
 
 
@@ -140,7 +140,7 @@ class SequenceWindow:
     plan : SequencePlan
     index : int
         Number of the window.
-    cell : GruCell
+    cell : GatedCell
     weights : sequence of LayerWeights
         Of all layers, the lowest first.
     x : (n, B, F) tensor
@@ -150,7 +150,7 @@ class SequenceWindow:
     dt : float
         Step size.
     coarse : {"compose", "euler"}
-        See `GruSteps`.
+        See `GatedSteps`.
     exact : bool
         One step after the other.
 
@@ -168,7 +168,7 @@ class SequenceWindow:
         self,
         plan: SequencePlan,
         index: int,
-        cell: GruCell,
+        cell: GatedCell,
         weights: Sequence[LayerWeights],
         x: Tensor,
         starts: Sequence[Tensor],
@@ -189,10 +189,10 @@ class SequenceWindow:
         self.ends: list[Tensor] = []
         self.solutions: list[Solution] = []
 
-        def layer_of(x: Tensor, layer: LayerWeights) -> tuple[GruSteps, Tensor]:
+        def layer_of(x: Tensor, layer: LayerWeights) -> tuple[GatedSteps, Tensor]:
             """Its steps for inputs (n, B, F), and room for the states they start from."""
             a = affine(x, layer.of_input, layer.input_bias)
-            steps = GruSteps(cell, a, layer.of_state, layer.state_bias, h, coarse)
+            steps = GatedSteps(cell, a, layer.of_state, layer.state_bias, h, coarse)
             return steps, x.new_empty((*x.shape[:2], cell.hidden_size))
 
         if plan.solvers.are_pipelined:
@@ -214,7 +214,7 @@ class SequenceWindow:
         return Portions.of(samples, self.plan.solvers.options.portions_of(samples), 1)
 
     def _follow(
-        self, x: Tensor, starts: Sequence[Tensor], layer_of: Callable[[Tensor, LayerWeights], tuple[GruSteps, Tensor]]
+        self, x: Tensor, starts: Sequence[Tensor], layer_of: Callable[[Tensor, LayerWeights], tuple[GatedSteps, Tensor]]
     ) -> None:
         """The forward solves, exactly: each portion through the steps of a rank, in all layers, and on to the next."""
         portions, first = self._portions(x.shape[1]), torch.stack(list(starts))
