@@ -49,7 +49,7 @@ class Settings:
     recompute: bool | str
     form: str | None = None
     returns: int | str | None = None
-    compile: bool = False
+    compile: bool | str = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +117,7 @@ class Cut:
                 f"serial_ends={self.serial_ends} with cycle='pipeline', which is exact in all layers; leave it out"
             )
         if self.windows != 1:
-            raise ValueError(
-                f"serial_ends={self.serial_ends} need windows=1, not windows={self.windows}"
-            )
+            raise ValueError(f"serial_ends={self.serial_ends} need windows=1, not windows={self.windows}")
         middle = self._solvers(_part(grid, before, inner), comm)
         # The ends lie where the inner part begins and ends, so that no state has to go anywhere.
         parts = (

@@ -112,8 +112,9 @@ class LayerParallel(nn.Module):
         layer n. Buffers that differ from layer to layer keep a row for each layer. Only in one piece.
     spatial : SpatialCoarsening, optional
         Fewer pixels on coarse levels, for blocks of convolutions.
-    compile : bool
-        Evaluate blocks by `torch.compile`, which takes a minute at the first call (docs/pytorch.md says where it pays).
+    compile : bool or str
+        Evaluate blocks by `torch.compile`, with a backend of that name; the first call takes up to a minute then, and
+        docs/pytorch.md says where it pays.
 
     Attributes
     ----------
@@ -154,14 +155,14 @@ class LayerParallel(nn.Module):
         recompute: Recompute = False,
         splines: Splines | None = None,
         spatial: SpatialCoarsening | None = None,
-        compile: bool = False,
+        compile: bool | str = False,
     ):
         super().__init__()
         self.comm: Communicator = as_communicator(comm)
         options = mgrit or MGRIT()
         backwards = for_adjoint(adjoint, options)
         with together(self.comm):
-            _check(block, form, windows, serial_ends, output, recompute, splines)
+            _check(block, form, windows, serial_ends, output, recompute, splines, compile)
             self.grid = num_layers if isinstance(num_layers, LayerGrid) else LayerGrid(num_layers, T)
             cut = Cut(
                 windows=windows,
@@ -372,7 +373,7 @@ def _pipeline_options(options: dict) -> dict | None:
     return more | {"portions": portions, "recompute": bool(more.get("recompute"))}
 
 
-def _check(block, form, windows, serial_ends, output, recompute, splines) -> None:
+def _check(block, form, windows, serial_ends, output, recompute, splines, compile) -> None:
     """Raise an error for an argument that is no such thing."""
     if isinstance(block, list | tuple | nn.ModuleList | nn.Sequential):
         raise TypeError(
@@ -397,6 +398,8 @@ def _check(block, form, windows, serial_ends, output, recompute, splines) -> Non
         raise ValueError(f"output={output!r} must be all or last; use all")
     if recompute not in get_args(Recompute):
         raise ValueError(f"recompute={recompute!r} must be False, True, states or all; use False")
+    if not isinstance(compile, bool | str):
+        raise TypeError(f"compile={compile!r} must be True, False, or the name of a backend; use True")
     if splines is not None:
         if not isinstance(splines, Splines):
             raise TypeError(f"splines={splines!r} must be Splines or None; use Splines(8)")

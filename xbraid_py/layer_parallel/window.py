@@ -85,6 +85,10 @@ class Window(nn.Module):
             settings.returns,
         )
         self.block = self.layers.block
+        if settings.compile:
+            if self._is_dense:
+                raise ValueError(f"compile={settings.compile!r}: a DenseBlock has kernels of its own; leave it out")
+            self.block.compile("inductor" if settings.compile is True else settings.compile)
         self._draws = 0
         self._checked: set[tuple] = set()
         self._batched: dict[tuple, bool] = {}
@@ -137,7 +141,7 @@ class Window(nn.Module):
         """
         if self._is_dense or self.block.is_random or self.block.times is not None or self.solvers.are_pipelined:
             return False
-        if is_casting() or self.block.is_cast:  # which a batched form goes past
+        if is_casting() or self.block.is_cast or self.block.compiled:  # which a batched form goes past
             return False
         if self.settings.vmap is not None:
             return self.settings.vmap
@@ -194,6 +198,13 @@ class Window(nn.Module):
         key = (call, dtype, device, None if given is None else given.form)
         if key in self._checked:
             return
+        with self.block.not_compiled():
+            self._check_block(u, given)
+        self._checked.add(key)
+
+    def _check_block(self, u: Tensor, given: Inputs | None) -> None:
+        """Raise `ValueError` unless the block can be evaluated for states as u (*S), and means the same everywhere."""
+        training = self.layers.training
         self.block.check_mode()
         block = self._block(given)
         if given is not None:
@@ -216,7 +227,6 @@ class Window(nn.Module):
                     ) from error
         if self.solvers.are_pipelined or not (training or torch.is_grad_enabled()):
             self._check_portions(u, given)
-        self._checked.add(key)
 
     @torch.no_grad()
     def _check_portions(self, u: Tensor, given: Inputs | None) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from xbraid_py.layers.autocast import as_state, block_context, is_casting
+from xbraid_py.layers.compiled import Compiled
 from xbraid_py.layers.existing import Counter
 from xbraid_py.layers.norm_dropout import (
     Dropout,
@@ -79,6 +80,8 @@ class ModuleBlock:
         Whether the module asks for the time of its layer, by a parameter `t` of its `forward`.
     times : sequence of float or None
         These times, by the numbers of the layers.
+    compiled : Compiled or None
+        What evaluates the module in its place.
     is_cast : bool
         Whether the module has made a shorter type than that of its state, as under an autocast.
     frozen : dict of str to Module
@@ -130,6 +133,7 @@ class ModuleBlock:
             part.number = number
         self._norms = dict(named)
         self.is_cast = False
+        self.compiled: Compiled | None = None
         self.frozen = {
             name: part for name, part in module.named_modules() if isinstance(part, _BATCH_NORMS) and not part.training
         }
@@ -185,6 +189,10 @@ class ModuleBlock:
         named: Mapping[str, Any] = _NOTHING,
     ) -> Tensor:
         """F(u), or the next state, (*S), with these columns of a layer; `norm_inputs` gets what its norms are given."""
+        if self.compiled is not None:
+            with block_context():
+                end = self.compiled(tensors, u, inputs, named)
+            return self._state_of(end, u)
         # `torch.func.functional_call` takes twice as long as a small block.
         kept = [places[0][0][places[0][1]] for places in self._places]
         masks = at_position(self.seed, draw, layer) if self._dropouts else nullcontext()
@@ -198,17 +206,49 @@ class ModuleBlock:
                     end = self.module(self.times[layer], u, *inputs, **named)
                 else:
                     end = self.module(u, *inputs, **{"t": self.times[layer], **named})
-            end = end if self.returns is None else end[self.returns]
-            found = as_state(end, u)
-            self.is_cast = self.is_cast or (found is not end and isinstance(end, Tensor))
-            return found
+            return self._state_of(end, u)
         finally:
             self._put(kept)
+
+    def _state_of(self, end: Any, u: Any) -> Any:
+        """Of what the module gives for u the entry that counts, in the type of a state."""
+        end = end if self.returns is None else end[self.returns]
+        found = as_state(end, u)
+        self.is_cast = self.is_cast or (found is not end and isinstance(end, Tensor))
+        return found
 
     @property
     def is_plain(self) -> bool:
         """Whether nothing but the weights of a layer makes it different from another, as masks, norms or times do."""
-        return not (self._dropouts or self._norms or is_casting()) and self.times is None and self.returns is None
+        differ = self._dropouts or self._norms or self.compiled or is_casting()
+        return not differ and self.times is None and self.returns is None
+
+    def compile(self, backend: str) -> None:
+        """Evaluate the module by `torch.compile` from now on.
+
+        Raises
+        ------
+        ValueError
+            If it asks for more than its weights and its state: the layer's masks, its statistics, or its time.
+        """
+        what = "the time of its layer" if self.takes_time else None
+        if self._dropouts or self._norms:
+            what = f"{type((self._dropouts or [*self._norms.values()])[0]).__name__}, which asks for its layer"
+        if what is not None:
+            raise ValueError(
+                f"compile={backend!r}: block={type(self.module).__name__} has {what}, and compiled code is the same "
+                f"for all layers; leave compile out"
+            )
+        self.compiled = Compiled(self.module, [column.name for column in self.columns], backend)
+
+    @contextmanager
+    def not_compiled(self) -> Iterator[None]:
+        """What is evaluated within, once or twice, is not worth the minute that compiling takes."""
+        kept, self.compiled = self.compiled, None
+        try:
+            yield
+        finally:
+            self.compiled = kept
 
     def along(self, rows: Sequence[Sequence[Tensor]], u: Tensor, h: float) -> Tensor:
         """u (*S) through the layers with these columns, one after the other; of a plain module.
