@@ -192,6 +192,23 @@ class Inputs(Further):
             )
 
 
+def part_error(what: str, use: str, error: Exception | None = None) -> ValueError:
+    """The error for a block or module that makes something else of some of the samples than of all, or has an error.
+
+    `use` is the option with which samples are not cut into portions.
+    """
+    if error is not None:
+        return ValueError(
+            f"{what} cannot be evaluated for some of the samples ({error}): a tensor with a row for each of them, such "
+            f"as a mask, must be a further input, stack(u, mask), to be cut with them; one that only happens to have "
+            f"as many rows needs another axis, table[None]; or use {use}"
+        )
+    return ValueError(
+        f"{what} makes something else of some of the samples than of all: they must be on the first axis, and not be "
+        f"mixed, nor may further inputs that are the same for all have as many rows (use table[None]); use {use}"
+    )
+
+
 def sum_over_layers(rows: Tensor, partition: Partition, comm: Communicator) -> Tensor:
     """The sum (q,) of rows (n, q) of the layers of all ranks, in one fixed tree; collective."""
     total = partition.num_rows

@@ -5,8 +5,9 @@ Shape letters: `N` modules, `n` of them owned here, `B` batch, `M` portions.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -16,34 +17,33 @@ from torch import Tensor, nn
 from xbraid_py.comm import Communicator, as_communicator
 from xbraid_py.comm.agreement import agree, same_arguments, together
 from xbraid_py.comm.partition import Partition
-from xbraid_py.comm.tree import TreeSum
 from xbraid_py.kernels import BACKEND
 from xbraid_py.layer_parallel.habits import as_any_module, check_not_again
+from xbraid_py.layer_parallel.inputs import Further
+from xbraid_py.layer_parallel.module_call import Passage, Plan, PropagateModules
 from xbraid_py.layer_parallel.pipeline import Portions
-from xbraid_py.layer_parallel.solves import graph_is_kept
 from xbraid_py.layers.autocast import Cast
 from xbraid_py.layers.module_block import own_random_numbers
-from xbraid_py.layers.norm_dropout import Dropout, at_position
+from xbraid_py.layers.norm_dropout import Dropout
+from xbraid_py.layers.trees import Form, flatten
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.mgrit.pipeline import follow
 
 _BATCH_NORMS, _DROPOUTS = nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd
-_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_AXES = 14  # of a state, at most
 
 
 class PipelineParallel(nn.Module):
     """Modules one behind the other, as in `torch.nn.Sequential`, each on one rank; exact, on any number of ranks.
 
-    Modules may be of any kind, and change the shape of a state; no coarse level is needed, as `LayerParallel` needs
-    layers of one kind for. Samples, on the first axis, are cut into portions: while one rank works on a portion, the
-    rank before it works on the next. With M portions and P ranks of equal work a step takes (M + P - 1) / (M P) of the
-    time of one rank.
+    Modules may be of any kind, and change a state's shape, its type and its structure, if it is several tensors; no
+    coarse level is needed, as `LayerParallel` needs layers of one kind for. Samples, on the first axis, are cut into
+    portions: while one rank works on a portion, the rank before it works on the next. With M portions and P ranks of
+    equal work a step takes (M + P - 1) / (M P) of the time of one rank.
 
     Every rank of the communicator makes the module, calls it with the same batch, and calls `backward`. What lies
     around it (head, loss) is computed on every rank alike. `parameters()` are those of the modules owned here;
     `state_dict()` is collective and holds all, on every rank. Gradients of the weights are summed over the portions in
-    one fixed tree, so results are bitwise the same on any number of ranks.
+    one fixed tree, and those of further inputs, which every rank gets, over the modules too, so results are bitwise the
+    same on any number of ranks.
 
     Graphs of all portions are kept from the forward to the backward pass, since the loss is computed in between; with
     `recompute` only the states between the ranks are.
@@ -122,8 +122,9 @@ class PipelineParallel(nn.Module):
         # Of any rank: what is refused for its masks is refused by all ranks.
         self._is_random = bool(self.comm.allgather(torch.tensor([has_masks]), (1,) * self.comm.size).any())
         self._draws = 0
-        # Shape and type: of the output by what a batch was like, of portions that come to this rank and leave it.
-        self._forms: dict[tuple, tuple[tuple[int, ...], torch.dtype]] = {}
+        # Of the output by what a call was like, of portions that come to this rank and leave it.
+        self._forms: dict[tuple, Form | None] = {}
+        self._checked: set[tuple] = set()
         self.register_state_dict_post_hook(_gather)
         self.register_load_state_dict_pre_hook(_own_alone)
 
@@ -143,40 +144,74 @@ class PipelineParallel(nn.Module):
         return [int(number) for number in self.layers]
 
     @as_any_module
-    def forward(self, u: Tensor) -> Tensor:
+    def forward(self, u: Any, *inputs: Any, **named: Any) -> Any:
         """Output (B, ...) of the last module for the input u (B, ...) of the first one.
 
         Collective: every rank calls it, with an input of the same shape, in the same mode.
 
+        Parameters
+        ----------
+        u : tensor, or tree of tensors
+            The state of the first module, with the samples on the first axis of all its tensors. Modules may change its
+            structure, its shapes and its types.
+        *inputs, **named
+            Further inputs, which every module gets behind its state, as of `LayerParallel`.
+
         Raises
         ------
         ValueError
-            If the ranks differ in shape, type or mode; if portions would change what a module does, or a module does
-            not keep the samples on the first axis.
+            If the ranks differ in shape, type or mode; if portions would change what a module does, a module takes no
+            such inputs, or does not keep the samples on the first axis. In the first call of a kind the error of a
+            module is one of all ranks.
         """
+        leaves, structure = flatten(u)
         message = key = None
-        if not isinstance(u, Tensor) or u.dim() == 0 or not len(u):
+        if not leaves or not all(isinstance(leaf, Tensor) and leaf.dim() and len(leaf) for leaf in leaves):
             kind = tuple(u.shape) if isinstance(u, Tensor) else type(u).__name__
-            message = f"u={kind} must be a tensor whose first axis is the samples, at least one"
+            message = f"u={kind} must be a tensor whose first axis is the samples, at least one, or a tree of such"
+        elif len({len(leaf) for leaf in leaves}) > 1:
+            counts = " and ".join(map(str, sorted({len(leaf) for leaf in leaves})))
+            message = f"u has tensors of {counts} samples on their first axes; use one number"
         else:
-            key = self._key(u)
-        agree(self.comm, (message, key), "shape and mode of the input")
+            form, given = Form.of(leaves, structure), Further(inputs, named, len(leaves[0]))
+            cast = Cast.current(leaves[0].device.type)
+            asks = tuple(leaf.requires_grad for leaf in leaves)
+            key = (f"{form}", asks, given.form, torch.is_grad_enabled(), self.training, cast)
+        agree(self.comm, (message, key, given.key if key else None), "shape and mode of the input")
         if message:
             raise ValueError(message)
+        portions = Portions.of(len(leaves[0]), self._options.portions_of(len(leaves[0])))
         if key not in self._forms:
-            failed = self.comm.first_error(self._problem(self._options.portions_of(len(u))))
+            failed = self.comm.first_error(self._problem(len(portions), inputs, named))
             if failed is not None:
                 raise ValueError(failed[1])
         if self.training:
             if self._is_random:
                 check_not_again("PipelineParallel", "dropout")
             self._draws += 1
+        plan = Plan(
+            comm=self.comm,
+            partition=self.partition,
+            modules=self.layers,
+            portions=portions,
+            form=form,
+            given=given,
+            key=key,
+            forms=self._forms,
+            seed=self.seed,
+            draw=self._draws,
+            cast=cast,
+            recompute=self.recompute,
+            output=self.output,
+        )
+        self._check_cut(plan, leaves)
         weights = tuple(self.parameters())
         # All ranks take part in the backward pass, those without a weight as well.
         wanted = torch.is_grad_enabled() and any(p.requires_grad for p in weights)
         flags = self.comm.allgather(torch.tensor([int(wanted)]), (1,) * self.comm.size)
         anchor = torch.zeros((), requires_grad=bool(flags.any()))
-        return _PropagateModules.apply(self, key, anchor, u, *weights)
+        ends = PropagateModules.apply(plan, anchor, *leaves, *given.tensors, *weights)
+        return self._forms[key].structure.build(ends)
 
     def solver_state(self) -> dict:
         """What a checkpoint keeps beside `state_dict()`: the number of calls in training, for masks of dropout."""
@@ -191,11 +226,8 @@ class PipelineParallel(nn.Module):
 
     # ---- What a call is like
 
-    def _key(self, u: Tensor) -> tuple:
-        return tuple(u.shape), u.dtype, torch.is_grad_enabled(), self.training, u.requires_grad
-
-    def _problem(self, portions: int) -> str | None:
-        """What is wrong with the modules owned here, for so many portions."""
+    def _problem(self, portions: int, inputs: tuple, named: dict[str, Any]) -> str | None:
+        """What is wrong with the modules owned here, for so many portions and such further inputs."""
         for number, module in self.layers.items():
             for name, part in module.named_modules():
                 what = f"module {number} has {type(part).__name__} ({name})"
@@ -210,28 +242,27 @@ class PipelineParallel(nn.Module):
                         f"{what}, whose masks depend on the number of ranks; use xbraid_py.nn.Dropout({part.p}), whose "
                         f"mask depends on the module and the update alone"
                     )
+            if inputs or named:
+                try:
+                    inspect.signature(module.forward).bind(None, *inputs, **named)
+                except TypeError as error:
+                    return (
+                        f"module {number} ({type(module).__name__}) cannot take the further inputs ({error}), and all "
+                        f"modules get all of them; use a module around it whose forward(u, *inputs, **named) leaves "
+                        f"them out"
+                    )
         return None
 
-    def _through(self, state: Tensor, draw: int) -> Tensor:
-        """A portion through the modules owned here."""
-        samples = len(state)
-        for number, module in self.layers.items():
-            with at_position(self.seed, draw, int(number)):
-                state = module(state)
-            if not isinstance(state, Tensor) or not state.dim() or len(state) != samples:
-                kind = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
-                raise ValueError(
-                    f"module {number} ({type(module).__name__}) makes {kind} of {samples} samples; they must stay on "
-                    f"the first axis of one tensor"
-                )
-        return state
-
-    def _spread(self, state: Tensor | None, like: Tensor, root: int) -> Tensor:
-        """A state of rank `root`: on all ranks, or there, and 0 elsewhere."""
-        own = self.comm.rank == root
-        if self.output == "all":
-            return self.comm.broadcast(state if own else like.new_empty(like.shape), root)
-        return state if own else like.new_zeros(like.shape)
+    def _check_cut(self, plan: Plan, leaves: list[Tensor]) -> None:
+        """Raise `ValueError`, on all ranks, if further inputs are cut into portions that belong to no samples."""
+        cut = (plan.given.cut, str(plan.form.structure), plan.key[2][0])
+        if len(plan.portions) == 1 or not any(plan.given.cut) or cut in self._checked:
+            return
+        if not (self._is_random and self.training):
+            whole = replace(plan, portions=Portions.of(len(leaves[0]), 1), key=(*plan.key, "whole"))
+            with torch.no_grad():
+                Passage(whole, leaves, (), False, plan.portions)
+        self._checked.add(cut)
 
 
 def _check(modules: list, costs: list[float] | None, output: str) -> None:
@@ -311,182 +342,3 @@ def _own_alone(model: PipelineParallel, state, prefix, local_metadata, strict, m
     for key in [key for key in state if key.startswith(start)]:
         if key.removeprefix(start).split(".")[0] in others:
             del state[key]
-
-
-# ---- One call
-
-
-class _Call:
-    """One forward pass of all portions, and the backward pass that belongs to it."""
-
-    def __init__(self, model: PipelineParallel, u: Tensor, weights: tuple[Tensor, ...], key: tuple, keep: bool):
-        self.model, self.comm, self.u, self.keep = model, model.comm, u.detach(), keep
-        self.weights = [weight for weight in weights if weight.requires_grad]
-        self.draw = model._draws
-        self.cast = Cast.current(u.device.type)
-        self.portions = Portions.of(len(u), model._options.portions_of(len(u)))
-        rows, rank = model.partition, self.comm.rank
-        is_used = rows.count(rank) > 0
-        self.begins = is_used and rows.neighbor(rank, -1) is None
-        self.finishes = is_used and rows.neighbor(rank, +1) is None
-        self.with_start = is_used and (not self.begins or u.requires_grad)
-        # By portion: input and output, with the graph between; without it, the input alone.
-        self.kept: dict[int, tuple[Tensor, Tensor | None]] = {}
-        self.ends: dict[int, Tensor] = {}
-        self.call = key
-        follow(
-            self.comm,
-            rows,
-            +1,
-            range(len(self.portions)),
-            begin=lambda number: self.portions.part(self.u, number),
-            template=self._expected,
-            through=self._forward,
-            end=lambda number, state: self.ends.update({number: state}),
-        )
-        end = torch.cat([self.ends.pop(number) for number in sorted(self.ends)]) if self.finishes else None
-        if self.call not in model._forms:
-            form = (tuple(end.shape), end.dtype) if self.finishes else None
-            model._forms[self.call] = self.comm.bcast(form, model.last_rank)
-        shape, dtype = model._forms[self.call]
-        self.end, self.like = end, u.new_empty((), dtype=dtype).expand(shape)
-
-    def _form(self, number: int) -> tuple:
-        return self.portions.rows.count(number), self.call
-
-    def _expected(self, number: int) -> Tensor:
-        """A tensor for the state of a portion that comes from the rank before; at first its form does."""
-        forms, key = self.model._forms, ("arrives", *self._form(number))
-        if key not in forms:
-            behind = self.model.partition.neighbor(self.comm.rank, -1)
-            kind, axes, *sizes = self.comm.recv(torch.empty(_AXES + 2, dtype=torch.int64), behind).tolist()
-            forms[key] = tuple(sizes[:axes]), _TYPES[kind]
-        shape, dtype = forms[key]
-        return self.u.new_empty(shape, dtype=dtype)
-
-    def _announce(self, number: int, state: Tensor) -> None:
-        """Tell the rank behind what a portion looks like, once; later ones must look the same."""
-        forms, key = self.model._forms, ("leaves", *self._form(number))
-        form = tuple(state.shape), state.dtype
-        if key not in forms:
-            if state.dtype not in _TYPES or state.dim() > _AXES:
-                raise ValueError(
-                    f"a state {form[0]} {form[1]} cannot go to the next rank; use at most {_AXES} axes of {_TYPES}"
-                )
-            sizes = [*form[0], *[0] * (_AXES - state.dim())]
-            told = torch.tensor([_TYPES.index(state.dtype), state.dim(), *sizes], dtype=torch.int64)
-            self.comm.isend(told, self.model.partition.neighbor(self.comm.rank, +1))()
-            forms[key] = form
-        elif forms[key] != form:
-            raise ValueError(
-                f"a state {form[0]} {form[1]} was {forms[key][0]} {forms[key][1]} before, for such an input"
-            )
-
-    def _graph(self, number: int, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Input and output of the modules owned here, with the graph between."""
-        draw = self.draw + number * (1 << 40)
-        start = state.detach()
-        start.requires_grad_(self.with_start and start.is_floating_point())
-        # In the backward pass what was cast forwards is cast again.
-        with torch.enable_grad(), self.cast.context() if self.cast else nullcontext():
-            # A copy, which a module may write to.
-            return start, self.model._through(start.clone(), draw)
-
-    def _forward(self, number: int, state: Tensor) -> Tensor:
-        if self.keep and not self.model.recompute:
-            start, end = self.kept[number] = self._graph(number, state)
-            end = end.detach()
-        else:
-            with torch.no_grad():
-                end = self.model._through(state.clone(), self.draw + number * (1 << 40))
-            if self.keep:
-                self.kept[number] = state, None
-        end = end.contiguous()
-        if not self.finishes:
-            self._announce(number, end)
-        return end
-
-    def backward(self, slope: Tensor, keep: bool) -> tuple[Tensor | None, list[Tensor]]:
-        """Gradients of the input (B, ...), on its owner, and of the weights owned here that ask for one.
-
-        Parameters
-        ----------
-        slope : (B, ...) tensor
-            Gradient of the output, on the owner of the last module.
-        keep : bool
-            Whether this may be called again.
-        """
-        sums = [TreeSum(len(self.portions)) for _ in self.weights]
-        wants_back = self.begins and self.with_start and self.u.is_floating_point()
-        back = torch.empty_like(self.u, memory_format=torch.contiguous_format) if wants_back else None
-
-        def through(number: int, v: Tensor) -> Tensor:
-            start, end = self.kept[number] if keep else self.kept.pop(number)
-            if end is None:
-                start, end = self._graph(number, start)
-            asked = [*([start] if start.requires_grad else []), *self.weights]
-            found = [v]
-            if end.requires_grad and asked:
-                options = {"retain_graph": keep, "allow_unused": True, "materialize_grads": True}
-                found = list(torch.autograd.grad(end, asked, v, **options))
-            elif asked:
-                found = [torch.zeros_like(each) for each in asked]
-            after = found.pop(0) if start.requires_grad else v
-            for tree, gradient in zip(sums, found, strict=True) if asked else ():
-                # It may be the memory of another gradient too.
-                tree.add(number, gradient)
-            return after.contiguous()
-
-        follow(
-            self.comm,
-            self.model.partition,
-            -1,
-            range(len(self.portions)),
-            begin=lambda number: self.portions.part(slope, number),
-            template=self._awaited,
-            through=through,
-            end=lambda number, v: None if back is None else self.portions.put(back, number, v),
-        )
-        return back, [tree.result() for tree in sums]
-
-    def _awaited(self, number: int) -> Tensor:
-        """A tensor for the slope of a portion, which is like the state that went to the rank behind."""
-        shape, dtype = self.model._forms["leaves", *self._form(number)]
-        return self.u.new_empty(shape, dtype=dtype)
-
-
-class _PropagateModules(torch.autograd.Function):
-    """`apply(model, key, anchor, u, *weights)`: all portions forwards; backwards, their slopes."""
-
-    @staticmethod
-    def forward(ctx, model: PipelineParallel, key: tuple, anchor: Tensor, u: Tensor, *weights: Tensor) -> Tensor:
-        """The output of the last module."""
-        keep = any(ctx.needs_input_grad)
-        call = _Call(model, u, weights, key, keep)
-        if keep:
-            ctx.model, ctx.call = model, call
-        end, call.end = call.end, None
-        return model._spread(end, call.like, model.last_rank)
-
-    @staticmethod
-    def backward(ctx, slope: Tensor):
-        """Gradients of the input and of the weights owned here."""
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "create_graph=True: a PipelineParallel has no second derivatives; use torch.nn.Sequential"
-            )
-        call, model = ctx.call, ctx.model
-        if call is None:
-            raise RuntimeError(
-                "backward through a PipelineParallel a second time: what its forward pass kept has been freed; use "
-                "backward(retain_graph=True) the first time"
-            )
-        keep = graph_is_kept()
-        back, found = call.backward(slope.contiguous(), keep)
-        of_u = model._spread(back, call.u, model.first_rank) if ctx.needs_input_grad[3] else None
-        if not keep:
-            # A loss that is still around would otherwise hold all graphs during the next forward pass.
-            ctx.call = None
-        own = iter(found)
-        wanted = ctx.needs_input_grad[4:]
-        return None, None, None, of_u, *(next(own) if want else None for want in wanted)

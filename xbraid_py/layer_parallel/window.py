@@ -15,7 +15,7 @@ from xbraid_py.comm import Communicator
 from xbraid_py.comm.agreement import agree
 from xbraid_py.layer_parallel.accuracy import Controller, SolveRecord
 from xbraid_py.layer_parallel.habits import as_any_module, check_not_again
-from xbraid_py.layer_parallel.inputs import Inputs
+from xbraid_py.layer_parallel.inputs import Inputs, part_error
 from xbraid_py.layer_parallel.layout import Place, Settings
 from xbraid_py.layer_parallel.pipeline import Pipelined, PortionMoments, Portions, moments_of
 from xbraid_py.layer_parallel.solves import Propagation, Solvers, graph_is_kept, hollow
@@ -236,27 +236,18 @@ class Window(nn.Module):
             return
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(u.shape, generator=generator, dtype=u.dtype).to(u.device)
-        block = self._block(given)
+        what, block = f"block={type(self.block.module).__name__}", self._block(given)
         tensors = block.tensors_of(block.module)
         whole = block(tensors, x)
         try:
             block = self._block(given, portions, 1)
             part = block(block.tensors_of(block.module), portions.part(x, 1))
         except RuntimeError as error:
-            raise ValueError(
-                f"block={type(block.module).__name__} cannot be evaluated for some of the samples ({error}): a tensor "
-                f"with a row for each of them, such as a mask, must be a further input, stack(u, mask), to be cut with "
-                f"them; one that only happens to have as many rows needs another axis, table[None]; or use "
-                f"MGRIT(portions=1)"
-            ) from error
+            raise part_error(what, "MGRIT(portions=1)", error) from error
         # Up to rounding, which sums of other lengths have.
         if (portions.part(whole, 1) - part).norm() > 1e-2 * part.norm():
             pipeline = "cycle='pipeline', " if self.solvers.are_pipelined else ""
-            raise ValueError(
-                f"block={type(self.block.module).__name__} makes something else of some of the samples than of all: "
-                f"they must be on the first axis, and not be mixed, nor may further inputs that are the same for all "
-                f"have as many rows (use table[None]); use MGRIT({pipeline}portions=1)"
-            )
+            raise part_error(what, f"MGRIT({pipeline}portions=1)")
 
     def _portions_of_call(self, u: Tensor) -> Portions:
         """The portions that a call with u (*S) goes through the layers in."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -27,6 +28,15 @@ class Structure:
     def is_leaf(self) -> bool:
         """Whether there are no containers at all."""
         return self.spec.is_leaf() and self.inside == (None,)
+
+    @property
+    def count(self) -> int:
+        """Leaves of the tree."""
+        return sum(1 if each is None else each[1].count for each in self.inside)
+
+    def __reduce__(self):
+        # A tree is what other versions of torch can read, too.
+        return _structure_of, (self.build([None] * self.count),)
 
     def build(self, leaves: Sequence[Any]) -> Any:
         """The tree with these leaves."""
@@ -63,6 +73,15 @@ def flatten(tree: Any) -> tuple[list[Any], Structure]:
             leaves.append(top)
             inside.append(None)
     return leaves, Structure(spec, tuple(inside))
+
+
+def has_slopes(dtype: torch.dtype) -> bool:
+    """Whether numbers of a type have gradients."""
+    return dtype.is_floating_point or dtype.is_complex
+
+
+def _structure_of(tree: Any) -> Structure:
+    return flatten(tree)[1]
 
 
 @dataclass(frozen=True)
@@ -150,10 +169,10 @@ class Form:
         """That of the tree with these leaves."""
         return cls(structure, tuple(tuple(leaf.shape) for leaf in leaves), tuple(leaf.dtype for leaf in leaves))
 
-    @property
+    @cached_property
     def slopes(self) -> Form:
         """That of the gradients: of the tensors that have any, as a list."""
-        kept = [n for n, dtype in enumerate(self.dtypes) if dtype.is_floating_point or dtype.is_complex]
+        kept = [n for n, dtype in enumerate(self.dtypes) if has_slopes(dtype)]
         _, structure = flatten([None] * len(kept))
         return Form(structure, tuple(self.shapes[n] for n in kept), tuple(self.dtypes[n] for n in kept))
 
