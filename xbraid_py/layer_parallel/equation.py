@@ -64,6 +64,11 @@ class Trajectory:
         """The state at the last of the times."""
         return self.states[-1]
 
+    @property
+    def factors(self) -> list[float]:
+        """What each iteration has made of the norm of the residual before it."""
+        return [after / before for before, after in zip(self.norms, self.norms[1:], strict=False) if before > 0.0]
+
 
 def solve(
     stepper: TimeStepper,
