@@ -8,12 +8,11 @@ constants = torch.tensor([10.0, 28.0, 8 / 3], dtype=torch.float64, requires_grad
 u0 = torch.tensor([1.0, 1.0, 20.0], dtype=torch.float64, requires_grad=True)
 
 
-def field(u):
-    (x, y, z), (sigma, rho, beta) = u, constants
-    return torch.stack([sigma * (y - x), x * (rho - z) - y, x * y - beta * z])
-
-
 def step(u, t0, t1):
+    def field(u):
+        (x, y, z), (sigma, rho, beta) = u, constants
+        return torch.stack([sigma * (y - x), x * (rho - z) - y, x * y - beta * z])
+
     h, a = t1 - t0, field(u)
     c = field(u + h / 2 * (b := field(u + h / 2 * a)))
     return u + h / 6 * (a + 2 * b + 2 * c + field(u + h * c))
