@@ -44,7 +44,7 @@ keep_freed_memory()
 # The public names and their modules. A name is loaded when it is first asked for: what looks at a run from outside
 # needs no torch.
 _HOMES = {
-    "comm": ("Communicator", "LaunchError", "as_communicator"),
+    "comm": ("Communicator", "LaunchError", "as_communicator", "world"),
     "comm.agreement": ("RunError",),
     "comm.partition": ("Partition",),
     "comm.replicas": ("ProcessGrid", "broadcast_batch"),
@@ -59,16 +59,19 @@ _HOMES = {
             "broadcast_loss",
         ),
     ),
+    "layer_parallel.equation": ("Trajectory", "solve"),
     "layer_parallel.export": ("ResidualStep", "to_sequential"),
+    "layer_parallel.minibatch.checkpoint": ("load_checkpoint", "save_checkpoint"),
     "layer_parallel.parallelize": ("parallelize",),
-    "layer_parallel.rates": ("GradScaler", "layer_lr"),
-    "layer_parallel.sequence": ("ParallelGRU", "SequenceRecord"),
+    "layer_parallel.rates": ("GradScaler", "layer_lr", "param_groups"),
+    "layer_parallel.sequence": ("ParallelGRU", "ParallelLSTM", "SequenceRecord"),
     "layers.checking": ("PropagatorReport", "check_propagator"),
     "layers.dense": ("DenseBlock", "DenseLayer", "ResidualSteps"),
     "layers.image_resnet": ("ImageResNet",),
     "layers.pixels": ("SpatialCoarsening",),
     "layers.steps": ("error_norms", "local_errors", "output_error"),
     "layers.splines": ("Splines",),
+    "layers.time_steps": ("TimeStepper",),
     "mgrit": ("MGRIT", "Adjoint", "Forward", "Hierarchy", "LayerGrid", "Propagator", "Solution", "Solver"),
     "multilevel": (
         *("AdaptiveOptions", "MGOpt", "MGOptOptions", "NestedIteration", "NestedOptions", "ResNetTraining"),

@@ -10,7 +10,8 @@ from sequence_cases import CONVERGED, EXACT, B, D, F, H, L, distance, drawn, mad
 from xbraid_py import MGRIT, ParallelGRU
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.partition import Partition
-from xbraid_py.layer_parallel.sequence.window import SequencePlan, chained_sum, padded
+from xbraid_py.layer_parallel.sequence.plan import SequencePlan, padded
+from xbraid_py.layer_parallel.sequence.window import chained_sum
 from xbraid_py.layers.gated import KINDS
 
 # ---- Equal to the loop

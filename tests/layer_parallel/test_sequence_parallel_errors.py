@@ -36,8 +36,10 @@ def test_bad_arguments_are_refused_on_all_ranks(spmd, options, message):
     ("x", "h_0", "message"),
     [
         (np.zeros((L, B, F)), None, "x=ndarray must be a tensor (L, B, F)"),
-        (torch.zeros(L, F).double(), None, "x has shape (29, 4)"),
-        (torch.zeros(L, B, F + 1).double(), None, "it must be (L, B, F) with F=input_size=4"),
+        ([torch.zeros(L, F)], None, "x=list must be a tensor (L, B, F) or (L, F), or a PackedSequence; use torch.nn."),
+        (torch.zeros(L).double(), None, "x has shape (29,)"),
+        (torch.zeros(L, F + 1).double(), None, "x has shape (29, 5)"),
+        (torch.zeros(L, B, F + 1).double(), None, "it must be (L, B, F), or (L, F), with F=input_size=4"),
         (torch.zeros(0, B, F).double(), None, "and not empty"),
         (torch.zeros(L, B, F), None, "x is torch.float32 on cpu, the weights are torch.float64 on cpu; use x.to(...)"),
         (torch.zeros(L, B, F).double(), torch.zeros(1, B, H).double(), "h_0=(1, 3, 5) must be a tensor"),

@@ -54,7 +54,7 @@ def _laid_out(output: Tensor, u: Tensor) -> Tensor:
     return output.contiguous(memory_format=layout)
 
 
-def check_not_again(kind: str, what: str) -> None:
+def check_not_again(kind: str, what: str, instead: str = "recompute=True") -> None:
     """Raise `RuntimeError` if this is the evaluation of a forward pass again, within a backward pass.
 
     Parameters
@@ -63,12 +63,14 @@ def check_not_again(kind: str, what: str) -> None:
         Of the module.
     what : str
         What it has that changes from one forward pass to the next.
+    instead : str
+        What saves memory, too.
     """
     task = getattr(torch._C, "_current_graph_task_id", None)
     if task is not None and task() != -1:
         raise RuntimeError(
             f"a {kind} with {what} is evaluated again in a backward pass, as by torch.utils.checkpoint around it, and "
-            f"would be another network than before: leave it out of the checkpoint, and use recompute=True in its place"
+            f"would be another network than before: leave it out of the checkpoint, and use {instead} in its place"
         )
 
 

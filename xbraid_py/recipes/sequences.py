@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from xbraid_py.comm import Communicator
 from xbraid_py.data import mnist
 from xbraid_py.data.mnist import ORDERS, sequences
+from xbraid_py.layer_parallel.accuracy import GradientControl
 from xbraid_py.layer_parallel.sequence.gru import ParallelGRU
 from xbraid_py.layers.module_block import own_random_numbers
 from xbraid_py.mgrit import MGRIT
@@ -48,6 +49,8 @@ class SequenceOptions(DigitOptions):
         Coarse steps: composed of fine ones with the same gates, or single long ones.
     windows
         Stretches that are solved one after the other: less memory, one more forward solve.
+    accuracy
+        What is asked of the gradients; by default nothing is measured.
     """
 
     order: Literal["rows", "columns", "pixels"] = "rows"
@@ -59,6 +62,7 @@ class SequenceOptions(DigitOptions):
     dt: float = 1.0
     coarse: Literal["compose", "euler"] = "compose"
     windows: int = free(1)
+    accuracy: GradientControl = GradientControl(gradient_error=1.0, check=0)
     epochs: int = 3
     batch_size: int = 100
     learning_rate: float = 3e-3
@@ -100,6 +104,7 @@ class Classifier(nn.Module):
                 batch_first=True,
                 comm=comm,
                 **options.solvers,
+                accuracy=options.accuracy,
                 kind=options.kind,
                 dt=options.dt,
                 coarse=options.coarse,
@@ -123,6 +128,7 @@ class Classifier(nn.Module):
             "adjoint_sweeps": max(record.adjoint_sweeps),
             "state_residual": max(record.forward_residuals),
             "adjoint_residual": max(record.adjoint_residuals),
+            "gradient_error": record.gradient_error,
         }
 
 

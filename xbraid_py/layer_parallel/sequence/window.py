@@ -1,14 +1,13 @@
-"""The windows of a sequence: who owns which steps, and one window through all stacked layers and back.
+"""One window of a sequence through stacked layers of one direction, and back.
 
-Shape letters: `n` steps of a window owned here in `K` intervals of `c`, `B` batch, `H` hidden size, `F` inputs of a
-layer.
+Shape letters: `n` steps of a window owned here in `K` intervals of `c`, `B` batch, `H` hidden size, `S` numbers of a
+state, the first H of which are the output, `G` gates, `F` inputs of a layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,104 +15,18 @@ from torch import Tensor
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.partition import Partition
 from xbraid_py.layer_parallel.pipeline import Portions
-from xbraid_py.layer_parallel.solves import Solvers
-from xbraid_py.layers.gated import GatedCell, GatedSteps, affine
+from xbraid_py.layer_parallel.sequence.plan import How, LayerWeights, SequencePlan
+from xbraid_py.layers.gated import GatedSteps, affine
 from xbraid_py.mgrit.equations import Adjoint, Forward
-from xbraid_py.mgrit.grid import LayerGrid
 from xbraid_py.mgrit.levels import Solution
-from xbraid_py.mgrit.options import MGRIT
 from xbraid_py.mgrit.pipeline import follow
-
-
-def padded(options: MGRIT, length: int) -> tuple[int, int]:
-    """The least number of steps from `length` on that all coarsenings divide that `options` ask for, and the levels.
-
-    Steps are added at the end where no factor divides a length; a level that would have fewer than `min_coarse` steps
-    is not made.
-    """
-    steps, unit, level = length, 1, 0
-    while True:
-        if level == 0 and options.cycle == "lagged" and options.cfactor is None:
-            # As many intervals as asked for, whatever the length.
-            factor = options.cfactor_of(0, options.intervals * -(-steps // options.intervals))
-        else:
-            factor = options.cfactor_of(level, steps)
-        if factor is None or -(-steps // factor) < options.min_coarse:
-            return steps * unit, level + 1
-        steps, unit, level = -(-steps // factor), unit * factor, level + 1
-
-
-@dataclass(frozen=True)
-class SequencePlan:
-    """Who owns which steps of a sequence of `length` steps, cut in windows.
-
-    Attributes
-    ----------
-    length : int
-        Steps of the sequence.
-    window : int
-        Steps of a window, padding included; the last one may be padded by more.
-    solvers : Solvers
-        Of a window.
-    """
-
-    length: int
-    window: int
-    solvers: Solvers
-
-    @classmethod
-    def make(
-        cls, options: MGRIT, adjoint: MGRIT, length: int, windows: int, dt: float, comm: Communicator
-    ) -> SequencePlan:
-        """The plan for `length` steps of size `dt` in so many windows, fewer if they would not have a step each."""
-        wanted = -(-length // min(windows, length))
-        window, levels = padded(options, wanted)
-        options, adjoint = (replace(each, max_levels=levels) for each in (options, adjoint))
-        return cls(length, window, Solvers(options, adjoint, LayerGrid(window, window * dt), comm))
-
-    @property
-    def partition(self) -> Partition:
-        """Owners of the steps of a window."""
-        return self.solvers.partition
-
-    @cached_property
-    def intervals(self) -> Partition:
-        """Owners of the intervals of a window, or of the blocks of steps where there are none."""
-        hierarchy = self.solvers.hierarchy
-        return hierarchy.blocks if self.solvers.are_pipelined else hierarchy.intervals
-
-    @property
-    def num_windows(self) -> int:
-        """Windows that have steps of the sequence."""
-        return -(-self.length // self.window)
-
-    def count(self, window: int) -> int:
-        """Steps of the sequence in a window."""
-        return min(self.window, self.length - window * self.window)
-
-    def own(self, window: int, rank: int) -> range:
-        """Steps of a window that belong to a rank and to the sequence."""
-        first, last = self.partition.bounds[rank : rank + 2]
-        count = self.count(window)
-        return range(window * self.window + min(first, count), window * self.window + min(last, count))
-
 
 _AT_ONCE = 1 << 22  # numbers of the summands of all intervals that are held at once
 
 
 @dataclass(frozen=True)
-class LayerWeights:
-    """The weights of one layer, as `torch.nn.GRU` has them; biases may be None."""
-
-    of_input: Tensor
-    of_state: Tensor
-    input_bias: Tensor | None
-    state_bias: Tensor | None
-
-
-@dataclass(frozen=True)
 class _Layer:
-    """What a layer leaves for its adjoint: its input (n, B, F), its steps, the states (n, B, H) they start from."""
+    """What a layer leaves for its adjoint: its input (n, B, F), its steps, the states (n, B, S) they start from."""
 
     x: Tensor
     steps: GatedSteps
@@ -140,25 +53,19 @@ class SequenceWindow:
     plan : SequencePlan
     index : int
         Number of the window.
-    cell : GatedCell
+    how : How
     weights : sequence of LayerWeights
         Of all layers, the lowest first.
     x : (n, B, F) tensor
         Inputs of the steps owned here; those that pad the sequence are not read.
-    starts : sequence of (B, H) tensor
+    starts : sequence of (B, S) tensor
         States of the layers before the window; read on the first rank.
-    dt : float
-        Step size.
-    coarse : {"compose", "euler"}
-        See `GatedSteps`.
-    exact : bool
-        One step after the other.
 
     Attributes
     ----------
     outputs : (n, B, H) tensor
         Of the uppermost layer.
-    ends : list of (B, H) tensor
+    ends : list of (B, S) tensor
         States of the layers behind the window, on every rank.
     solutions : list of Solution
         Of the layers.
@@ -168,44 +75,52 @@ class SequenceWindow:
         self,
         plan: SequencePlan,
         index: int,
-        cell: GatedCell,
+        how: How,
         weights: Sequence[LayerWeights],
         x: Tensor,
         starts: Sequence[Tensor],
-        *,
-        dt: float,
-        coarse: str,
-        exact: bool,
     ):
-        self.plan, self.comm, self.weights = plan, plan.solvers.comm, weights
-        partition, rank = plan.partition, self.comm.rank
-        self.first, self.exact = partition.first(rank), exact
+        self.plan, self.how, self.comm, self.weights = plan, how, plan.solvers.comm, weights
+        self.index, self.first = index, plan.partition.first(self.comm.rank)
         # Steps of the sequence; those behind them leave the state as it is.
         self.count = plan.count(index)
-        numbers = torch.arange(self.first, self.first + partition.count(rank), device=x.device)
-        h = dt * (numbers < self.count).to(x.dtype)
-        solver = plan.solvers.sequential if exact else plan.solvers.forward_at(0)
+        h = how.sizes(self._steps, range(index * plan.window, index * plan.window + self.count), x)
+        solver = plan.solvers.sequential if how.exact else plan.solvers.forward_at(how.level)
         self.layers: list[_Layer] = []
         self.ends: list[Tensor] = []
         self.solutions: list[Solution] = []
-
-        def layer_of(x: Tensor, layer: LayerWeights) -> tuple[GatedSteps, Tensor]:
-            """Its steps for inputs (n, B, F), and room for the states they start from."""
-            a = affine(x, layer.of_input, layer.input_bias)
-            steps = GatedSteps(cell, a, layer.of_state, layer.state_bias, h, coarse)
-            return steps, x.new_empty((*x.shape[:2], cell.hidden_size))
-
         if plan.solvers.are_pipelined:
-            self._follow(x, starts, layer_of)
+            self._follow(x, starts, h)
             return
-        for layer, start in zip(weights, starts, strict=True):
-            steps, states = layer_of(x, layer)
+        for number, (layer, start) in enumerate(zip(weights, starts, strict=True)):
+            if number and how.masks is not None:
+                x = x * self._masks(number - 1, x)
+            steps, states = self._made(x, layer, h)
             solution = solver.solve(Forward(steps, states, start), start)
             self.layers.append(_Layer(x, steps, states))
             self.solutions.append(replace(solution, warm=()))
             self.ends.append(self._from_owner(solution.end, start, plan.window - 1))
-            x = self._outputs(states, self.ends[-1])
+            x = self._outputs(self._of(states), self._of(self.ends[-1]))
         self.outputs = x
+
+    @property
+    def _steps(self) -> range:
+        """Numbers of the steps owned here, in the sequence."""
+        return self.plan.steps(self.index, self.comm.rank)
+
+    def _made(self, x: Tensor, layer: LayerWeights, h: Tensor) -> tuple[GatedSteps, Tensor]:
+        """The steps of a layer for inputs (n, B, F), and room for the states they start from."""
+        a, cell = affine(x, layer.of_input, layer.input_bias), self.how.cell
+        steps = GatedSteps(cell, a, layer.of_state, layer.state_bias, h, self.how.coarse)
+        return steps, x.new_empty((*x.shape[:2], cell.state_size))
+
+    def _of(self, states: Tensor) -> Tensor:
+        """The outputs (..., H) of states (..., S)."""
+        return states[..., : self.how.cell.hidden_size]
+
+    def _masks(self, layer: int, like: Tensor) -> Tensor:
+        """Factors (n, B, H) of dropout behind a layer; `like` (n, B, H) may have the first samples only."""
+        return self.how.masks.behind(layer, self._steps, like)[:, : like.shape[1]]
 
     # ---- Portions of the samples
 
@@ -213,25 +128,28 @@ class SequenceWindow:
         """Of the second axis, which is the samples' in all that is handed on."""
         return Portions.of(samples, self.plan.solvers.options.portions_of(samples), 1)
 
-    def _follow(
-        self, x: Tensor, starts: Sequence[Tensor], layer_of: Callable[[Tensor, LayerWeights], tuple[GatedSteps, Tensor]]
-    ) -> None:
+    def _follow(self, x: Tensor, starts: Sequence[Tensor], h: Tensor) -> None:
         """The forward solves, exactly: each portion through the steps of a rank, in all layers, and on to the next."""
         portions, first = self._portions(x.shape[1]), torch.stack(list(starts))
         self.parts: list[list[_Layer]] = [[] for _ in range(len(portions))]
-        self.outputs = x.new_empty((*x.shape[:2], first.shape[-1]))
+        self.outputs = x.new_empty((*x.shape[:2], self.how.cell.hidden_size))
+        masks = self._masks_between(self.outputs)
         # The steps from the last one of the sequence on have one output; see `_outputs`.
         tail = max(0, self.count - 1 - self.first)
 
         def through(number: int, states: Tensor) -> Tensor:
             rows, ends = portions.part(x, number), torch.empty_like(states)
-            for layer, start, end in zip(self.weights, states, ends, strict=True):
-                steps, kept = layer_of(rows, layer)
+            sizes = h if h.dim() == 1 else portions.part(h, number)
+            for d, (layer, start, end) in enumerate(zip(self.weights, states, ends, strict=True)):
+                if d and masks:
+                    rows = rows * portions.part(masks[d - 1], number)
+                steps, kept = self._made(rows, layer, sizes)
                 end.copy_(steps.relax(start[None], len(x), None, kept)[0])
                 self.parts[number].append(_Layer(rows, steps, kept))
-                rows = torch.empty_like(kept)
-                rows[:-1], rows[-1] = kept[1:], end
-                rows[tail:] = end
+                made, out = self._of(kept), self._of(end)
+                rows = torch.empty_like(made, memory_format=torch.contiguous_format)
+                rows[:-1], rows[-1] = made[1:], out
+                rows[tail:] = out
             portions.put(self.outputs, number, rows)
             return ends
 
@@ -241,8 +159,12 @@ class SequenceWindow:
         self.ends = list(self.comm.broadcast(last, root).unbind(0))
         self.solutions = [_SWEPT] * len(self.weights)
 
+    def _masks_between(self, like: Tensor) -> list[Tensor]:
+        """The factors of all layers but the last; none without dropout."""
+        return [] if self.how.masks is None else [self._masks(d, like) for d in range(len(self.weights) - 1)]
+
     def _hand_on(self, direction: int, portions: Portions, first: Tensor, last: Tensor, through) -> None:
-        """All portions one way, from the states (D, B, H) `first` to `last`."""
+        """All portions one way, from the states (D, B, S) `first` to `last`."""
         follow(
             self.comm,
             self.plan.partition,
@@ -260,7 +182,8 @@ class SequenceWindow:
         """As `backward`."""
         x = self.outputs
         portions, first = self._portions(x.shape[1]), torch.stack(carry)
-        depth, wide = len(self.weights), 3 * x.shape[-1]
+        depth, wide = len(self.weights), self.how.cell.gates * x.shape[-1]
+        masks = self._masks_between(x)
         # Gradients of the two affine maps of all samples: products with them are made of all portions together, so
         # that the sum over samples is that of one call. The last ranks make them while the first still propagate.
         of_input, of_state = ([x.new_empty((*x.shape[:2], wide)) for _ in range(depth)] for _ in range(2))
@@ -275,6 +198,7 @@ class SequenceWindow:
                 steps, v = layer.steps, after[d]
                 gradient = torch.empty_like(steps.theta)
                 if above is not None:
+                    above = self.how.of_state(above)
                     # Of the output of the last step owned here, the state behind it; of those before, see `_sources`.
                     # The end of the window is what all steps from the last one of the sequence on give.
                     v = v + self._of_last(above)
@@ -285,6 +209,8 @@ class SequenceWindow:
                 steps.forget()
                 if d or with_input:
                     above = affine(gradient, self.weights[d].of_input.t(), None)
+                if d and masks:
+                    above = above * portions.part(masks[d - 1], number)
             if with_input:
                 portions.put(of_x, number, above)
             return before
@@ -294,10 +220,13 @@ class SequenceWindow:
         found = []
         for number in range(depth):
             whole = [
-                torch.cat([getattr(part[number], name) for part in self.parts], 1)
+                torch.cat([of(part[number]) for part in self.parts], 1)
                 if self.parts[0]
                 else x.new_empty((0, x.shape[1], size))
-                for name, size in (("x", self.weights[number].of_input.shape[1]), ("states", x.shape[-1]))
+                for of, size in (
+                    (lambda layer: layer.x, self.weights[number].of_input.shape[1]),
+                    (lambda layer: self._of(layer.states), x.shape[-1]),
+                )
             ]
             pairs = zip((of_input[number], of_state[number]), whole, strict=True)
             by_x, by_h = (weight_gradient(g, values, self.plan.intervals, self.comm) for g, values in pairs)
@@ -329,9 +258,9 @@ class SequenceWindow:
         return self.comm.broadcast(state.contiguous() if own else torch.empty_like(like), root)
 
     def _outputs(self, states: Tensor, end: Tensor) -> Tensor:
-        """What the steps make: the input of each one's successor, and behind the last one the end of the window."""
-        found = torch.empty_like(states)
-        following = self.comm.shift(states[:1], self.plan.partition, -1) if len(states) else None
+        """What the steps make (n, B, H): the input of each one's successor, and the window's end."""
+        found = torch.empty_like(states, memory_format=torch.contiguous_format)
+        following = self.comm.shift(states[:1].contiguous(), self.plan.partition, -1) if len(states) else None
         if len(states):
             found[:-1] = states[1:]
             if following is not None:
@@ -349,20 +278,21 @@ class SequenceWindow:
         ----------
         slopes : (n, B, H) tensor or None
             Gradient of the outputs; those of the steps that pad the sequence are ignored.
-        carry : list of (B, H) tensor
+        carry : list of (B, S) tensor
             Gradients of the ends of the layers, the same on every rank; replaced by those of the starts.
         with_input : bool
         """
         if self.plan.solvers.are_pipelined:
             return self._follow_back(slopes, carry, with_input)
         plan, comm = self.plan, self.comm
-        solver = plan.solvers.sequential if self.exact else plan.solvers.adjoint_at(0)
+        solver = plan.solvers.sequential if self.how.exact else plan.solvers.adjoint_at(self.how.level)
         found: list[tuple[Tensor, ...]] = []
         solutions = []
         for number in reversed(range(len(self.layers))):
             layer, weights, start = self.layers[number], self.weights[number], carry[number]
             steps = layer.steps
             if slopes is not None:
+                slopes = self.how.of_state(slopes)
                 row = self.count - 1
                 last = slopes[row - self.first] if comm.rank == plan.partition.owner(row) else None
                 start = start + self._from_owner(last, start, row)
@@ -373,10 +303,12 @@ class SequenceWindow:
             carry[number] = self._from_owner(solution.end, start, 0)
             of_input = weight_gradient(gradient, layer.x, plan.intervals, comm)
             state_slopes = steps.weight_slopes(layer.states, gradient)
-            of_state = weight_gradient(state_slopes, layer.states, plan.intervals, comm)
+            of_state = weight_gradient(state_slopes, self._of(layer.states), plan.intervals, comm)
             steps.forget()
             found.append((of_input[0], of_state[0], of_input[1], of_state[1]))
             slopes = affine(gradient, weights.of_input.t(), None) if number or with_input else None
+            if number and self.how.masks is not None:
+                slopes = slopes * self._masks(number - 1, slopes)
         return found[::-1], slopes, solutions[::-1]
 
     def _sources(self, slopes: Tensor) -> Tensor:
@@ -411,11 +343,11 @@ def chained_sum(rows: Tensor, partition: Partition, comm: Communicator) -> Tenso
 
 
 def weight_gradient(slopes: Tensor, values: Tensor, partition: Partition, comm: Communicator) -> tuple[Tensor, Tensor]:
-    """The gradients of W (3 H, F) and b (3 H,) from those of W x + b at all steps.
+    """The gradients of W (G H, F) and b (G H,) from those of W x + b at all steps.
 
     Parameters
     ----------
-    slopes : (K c, B, 3 H) tensor
+    slopes : (K c, B, G H) tensor
         Gradients of W x + b.
     values : (K c, B, F) tensor
         x.
