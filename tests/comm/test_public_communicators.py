@@ -1,4 +1,4 @@
-"""Whatever is public and takes a communicator takes one of mpi4py as it is."""
+"""Whatever is public and takes a communicator takes one of mpi4py, or a process group of torch, as it is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from blocks import CASES, loss_of
 
 import xbraid_py as xb
 from xbraid_py.comm import Communicator
-from xbraid_py.comm.mpi import MPICommunicator
 from xbraid_py.layers.module_block import own_random_numbers
 
 N = 8
@@ -150,11 +149,11 @@ def test_all_that_takes_one_is_among_the_calls():
     assert found == set(CALLS)
 
 
-def test_they_take_a_communicator_of_mpi(spmd):
-    """Over MPI; on threads, which MPI knows nothing of, the calls are tried with what there is."""
+def test_they_take_a_communicator_of_mpi_and_a_process_group(spmd):
+    """Over MPI and torch; on threads, which both know nothing of, the calls are tried with what there is."""
 
     def body(comm):
-        given = comm.mpi if isinstance(comm, MPICommunicator) else comm
+        given = getattr(comm, "mpi", getattr(comm, "group", comm))
         # Not made anew for every batch: that would take a message.
         assert xb.as_communicator(given) is xb.as_communicator(given)
         return outcomes(given, comm)

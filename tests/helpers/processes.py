@@ -21,7 +21,10 @@ from xbraid_py.testing import run_threads
 PROJECT = Path(__file__).resolve().parents[2]
 
 # What a launcher leaves in the environment; a job started from a test must not see it.
-_LAUNCHER_PREFIXES = ("PMI_", "PMI2_", "PMIX_", "OMPI_", "PRTE_", "PRRTE_", "SLURM_", "HYDI_", "HYDRA_", "MPI_LOCAL")
+_LAUNCHER_PREFIXES = (
+    *("PMI_", "PMI2_", "PMIX_", "OMPI_", "PRTE_", "PRRTE_", "SLURM_", "HYDI_", "HYDRA_", "MPI_LOCAL"),
+    *("TORCHELASTIC_", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+)
 
 # Open MPI refuses root and more ranks than cores unless it is told so; MPICH does not read these.
 _OPEN_MPI = {

@@ -157,6 +157,7 @@ _LAUNCHERS = (
     ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
     ("SLURM_NTASKS", "SLURM_PROCID"),
 )
+_TORCH = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class LaunchError(RuntimeError):
@@ -191,7 +192,17 @@ def launcher_size(environ=os.environ) -> int:
     return _launched(environ)[0]
 
 
+def started_by_torch(environ=os.environ) -> bool:
+    """Whether this process is one of `torchrun`, or of what sets the same variables, and not of a launcher of MPI."""
+    if not all(name in environ for name in _TORCH):
+        return False
+    # A launcher of MPI may have started torchrun, one on each node.
+    return "TORCHELASTIC_RUN_ID" in environ or not any(name in environ for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
+
+
 def _launched(environ) -> tuple[int, int]:
+    if started_by_torch(environ):
+        return int(environ["WORLD_SIZE"]), int(environ["RANK"])
     for size_name, rank_name in _LAUNCHERS:
         if size_name in environ:
             return int(environ[size_name]), int(environ.get(rank_name, 0))

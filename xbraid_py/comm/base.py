@@ -174,6 +174,10 @@ class Communicator(ABC):
         """A line beside the work for `Watchdog`; None where nobody can be missing. Collective."""
         return None
 
+    def misses_a_rank(self, error: BaseException) -> bool:
+        """Whether an error of a message says that the process at the other end is gone."""
+        return False
+
     def first_error(self, message: str | None) -> tuple[int, str] | None:
         """Lowest rank that passes a message, with it, on every rank; None if no rank does."""
         found = self.gather(message)

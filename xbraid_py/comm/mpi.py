@@ -99,6 +99,9 @@ class MPICommunicator(Communicator):
         group.Free()
         return SerialCommunicator(end=_end_job)
 
+    def misses_a_rank(self, error):
+        return is_of_lost_rank(error)
+
     def line(self):
         from mpi4py import MPI
 
@@ -226,29 +229,16 @@ def is_of_lost_rank(error: BaseException) -> bool:
 
 
 def world() -> Communicator:
-    """The communicator of all ranks of this job; serial where the job has one process.
-
-    Raises
-    ------
-    LaunchError
-        If the launcher started several processes that MPI does not join.
-    """
+    """All ranks of this job of MPI; see `kinds.world`."""
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
     check_launcher(comm.Get_size())
-    return as_communicator(comm)
+    return communicator_of(comm)
 
 
-def as_communicator(comm=None) -> Communicator:
-    """`comm` as a `Communicator`: a Communicator, an `mpi4py.MPI.Comm`, or None for a serial run.
-
-    Collective for an `mpi4py.MPI.Comm` that is met for the first time.
-    """
-    if isinstance(comm, Communicator):
-        return comm
-    if comm is None:
-        return SerialCommunicator()
+def communicator_of(comm) -> Communicator:
+    """The one `Communicator` of an `mpi4py.MPI.Comm`; see `kinds.as_communicator`."""
     if comm.Get_size() == 1:
         return SerialCommunicator(end=_end_job)
     # Kept with the MPI communicator, as long as it lives: it is handed over with every batch, and counts its neighbors.

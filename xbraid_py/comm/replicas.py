@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from xbraid_py.comm.mpi import as_communicator
+from xbraid_py.comm.kinds import as_communicator
 from xbraid_py.comm.partition import Partition
 
 # A message of gradients holds at most so many bytes.

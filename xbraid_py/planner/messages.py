@@ -23,7 +23,19 @@ from xbraid_py.problem.problem import DenseResNetOptions
 _REPEATS, _LAPS, _BURST = 7, 10, 50
 _LARGE = 1 << 16  # bytes: less than this says nothing of the bandwidth
 # What a launcher leaves in the environment; the small job must not see it.
-_LAUNCHERS = ("PMI_", "PMI2_", "PMIX_", "OMPI_", "PRTE_", "PRRTE_", "SLURM_", "HYDI_", "HYDRA_", "MPI_LOCAL")
+_LAUNCHERS = (
+    "TORCHELASTIC_",
+    "PMI_",
+    "PMI2_",
+    "PMIX_",
+    "OMPI_",
+    "PRTE_",
+    "PRRTE_",
+    "SLURM_",
+    "HYDI_",
+    "HYDRA_",
+    "MPI_LOCAL",
+)
 
 
 def measure_link(comm: Communicator, ranks: Sequence[int], num_bytes: int, num_rows: int) -> Link:

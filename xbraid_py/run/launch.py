@@ -22,7 +22,6 @@ import torch
 
 from xbraid_py.comm import Communicator, launcher_rank, leftovers, watchdog, world
 from xbraid_py.comm.agreement import RunError, agree_on_all, launcher_size, same_data, same_installation
-from xbraid_py.comm.mpi import is_of_lost_rank
 from xbraid_py.kernels import BACKEND
 from xbraid_py.run import memory, signals
 from xbraid_py.run.folder import last_words
@@ -272,7 +271,7 @@ class _Job:
             self._interrupted()
         if issubclass(kind, BrokenPipeError):
             self._end(RUN_FAILED, "")
-        if self.comm and self.comm.size > 1 and is_of_lost_rank(error):
+        if self.comm and self.comm.misses_a_rank(error):
             _log.debug("a rank is gone", exc_info=(kind, error, trace))
             last_words("another rank is gone")
             # The launcher has it, and says who it was.

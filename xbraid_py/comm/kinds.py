@@ -1,0 +1,73 @@
+"""Which kind of ranks: MPI's or torch's, by what is handed in, and by what has started the job."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+from xbraid_py.comm import mpi, process_group
+from xbraid_py.comm.agreement import LaunchError, launcher_size, started_by_torch
+from xbraid_py.comm.base import Communicator, SerialCommunicator
+
+
+def world() -> Communicator:
+    """The communicator of all ranks of this job, started by `mpirun` or by `torchrun`; serial for one process.
+
+    The ranks are those of `torch.distributed` if its process group is there, or if `torchrun` has started this process:
+    then it is made here, with gloo for tensors of the processor, and NCCL for those of GPUs if there is one for each
+    rank. Otherwise they are MPI's. Collective.
+
+    Raises
+    ------
+    LaunchError
+        If the launcher started several processes that MPI does not join, or mpi4py is not there to do so.
+    """
+    if process_group.is_there() or started_by_torch():
+        return process_group.world()
+    try:
+        return mpi.world()
+    except ModuleNotFoundError as error:
+        if error.name != "mpi4py":
+            raise
+        if launcher_size() > 1:
+            raise LaunchError(
+                f"a launcher of MPI has started {launcher_size()} processes, but mpi4py is not installed; install it, "
+                f"or start with `torchrun --nproc-per-node {launcher_size()}`, which needs no MPI"
+            ) from None
+        return SerialCommunicator()
+
+
+def as_communicator(comm: Any = None) -> Communicator:
+    """What a caller has as a `Communicator`.
+
+    Parameters
+    ----------
+    comm : Communicator, mpi4py.MPI.Comm, torch.distributed.ProcessGroup or None
+        The ranks; None for a serial run. Collective for what is met for the first time.
+
+    Raises
+    ------
+    TypeError
+        If it is anything else.
+    """
+    if isinstance(comm, Communicator):
+        return comm
+    if comm is None:
+        if started_by_torch() and launcher_size() > 1:
+            size = os.environ["WORLD_SIZE"]
+            warnings.warn(
+                f"comm=None with WORLD_SIZE={size}: each process works alone, on all layers; use "
+                f"comm=xbraid_py.world() to share the layers out, or "
+                f"comm=xbraid_py.ProcessGrid(xbraid_py.world(), replicas={size}).layers for replicas",
+                stacklevel=3,
+            )
+        return SerialCommunicator()
+    if process_group.is_one(comm):
+        return process_group.communicator_of(comm)
+    if hasattr(comm, "Get_size"):
+        return mpi.communicator_of(comm)
+    raise TypeError(
+        f"comm={comm!r} is no group of ranks that this process belongs to; use xbraid_py.world(), a communicator of "
+        f"mpi4py, a process group of torch.distributed (mesh.get_group(...) of a device mesh), or None for one rank"
+    )
