@@ -379,14 +379,47 @@ def test_options_that_blocks_which_exist_do_not_have():
         LayerParallel.from_blocks(made(6), form="sum")
 
 
-def test_blocks_that_take_turns_have_no_times():
-    class Timed(Other):
-        def forward(self, u, t):
-            return super().forward(u) * (1.0 + t)
+class Timed(Other):
+    def forward(self, u, t):
+        return super().forward(u) * (1.0 + t / 8)
 
-    blocks = nn.ModuleList(Timed() if n % 2 else Block() for n in range(6)).double()
-    with pytest.raises(ValueError, match="asks for the time t of its layer, and blocks that take turns are one layer"):
-        LayerParallel.from_blocks(blocks)
+
+class TimeFirst(Other):
+    def forward(self, t, u):
+        return super().forward(u) * (1.0 - t / 8)
+
+
+@RANKS
+@pytest.mark.parametrize("form", ["map", "increment"])
+@pytest.mark.parametrize("solve", ["V", "pipeline", "unlike"])
+def test_blocks_of_several_kinds_have_times(spmd, solve, form):
+    T = 1.5
+
+    def timed() -> nn.ModuleList:
+        with own_random_numbers(3):
+            kinds = [(Timed, Block, TimeFirst)[n % 3]() for n in range(27)]
+            if solve == "unlike":
+                kinds[4].up, kinds[4].down = nn.Linear(C, 5), nn.Linear(5, C)
+        return nn.ModuleList(kinds).double()
+
+    def body(comm):
+        mgrit = SOLVES.get(solve, PIPELINE)
+        options = {} if solve == "unlike" else {"accuracy": UNCHECKED, "vmap": False}
+        stack = LayerParallel.from_blocks(timed(), comm, form=form, T=T, mgrit=mgrit, **options)
+        assert isinstance(stack, PipelineParallel) == (solve == "unlike")
+        found = solved(stack)
+        return found if solve == "unlike" else found | {"module": to_sequential(stack.train())(input_of()).detach()}
+
+    u = input_of().requires_grad_()
+    x = u
+    for n, block in enumerate(timed()):
+        t = n * T / 27
+        end = block(x, t) if n % 3 == 0 else block(x) if n % 3 == 1 else block(t, x)
+        x = end if form == "map" else x + T / 27 * end
+    loss_of(x).backward()
+    for found in spmd(body):
+        same(found, {"output": x.detach(), "input": u.grad})
+        assert distance(found.get("module", x.detach()), x.detach()) < 1e-14
 
 
 # ---- What is no list of blocks

@@ -6,7 +6,6 @@ Shape letters: `N` layers, `B` batch, `S` shape of a state.
 from __future__ import annotations
 
 import copy
-import inspect
 import os
 from collections.abc import Sequence
 
@@ -19,6 +18,8 @@ from xbraid_py.layer_parallel.parallelize import ParallelBlocks, refuse_records
 from xbraid_py.layer_parallel.runs import fill
 from xbraid_py.layer_parallel.stack import LayerParallel
 from xbraid_py.layer_parallel.window import Window
+from xbraid_py.layers.existing import at_time
+from xbraid_py.layers.norm_dropout import Dropout
 from xbraid_py.layers.splines import Splines
 from xbraid_py.mgrit.grid import LayerGrid
 
@@ -104,11 +105,7 @@ class MapStep(nn.Module):
 
 def given(block: nn.Module, u: Tensor, returns: int | str | None, t: float | None) -> Tensor:
     """What a block gives for u (*S), an entry of it or all, at a time or without one."""
-    if t is None:
-        end = block(u)
-    else:
-        is_first = next(iter(inspect.signature(block.forward).parameters)) == "t"
-        end = block(t, u) if is_first else block(u, t=t)
+    end = at_time(block, t, u)
     return end if returns is None else end[returns]
 
 

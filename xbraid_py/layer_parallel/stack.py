@@ -21,7 +21,7 @@ from xbraid_py.layer_parallel.layout import Cut, Settings
 from xbraid_py.layer_parallel.modules import PipelineParallel
 from xbraid_py.layer_parallel.solves import for_adjoint
 from xbraid_py.layer_parallel.window import Window
-from xbraid_py.layers.existing import Existing, Pattern, Step, checked, first_difference, period_of
+from xbraid_py.layers.existing import Existing, checked, first_difference, patterns_of, period_of, steps_of
 from xbraid_py.layers.pixels import SpatialCoarsening
 from xbraid_py.layers.splines import Splines
 from xbraid_py.mgrit import MGRIT
@@ -252,12 +252,10 @@ class LayerParallel(nn.Module):
                     f"mgrit=MGRIT(cycle='pipeline'), or PipelineParallel(blocks)"
                 )
             if period is not None and period > 1:
-                found = [Pattern(found[i : i + period], returns, h) for i in range(0, len(found), period)]
+                found = patterns_of(found, period, returns, h, T)
                 form, returns = "map", None
         if period is None:
-            is_plain = returns is None and h is None
-            modules = found if is_plain else [Step(block, returns, h) for block in found]
-            return PipelineParallel(modules, comm, **of_pipeline)
+            return PipelineParallel(steps_of(found, returns, h, T), comm, **of_pipeline)
         stack = cls(Existing(found), len(found), T, comm, form=form, returns=returns, **options)
         stack.period = period
         return stack

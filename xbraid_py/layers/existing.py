@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Sequence
-from itertools import zip_longest
-from types import FunctionType, MethodType
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate, zip_longest
+from types import FunctionType, MappingProxyType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from xbraid_py.layers.norm_dropout import DropPath
+from xbraid_py.layers.trees import flatten
 
 # Numbers of layers that many libraries keep in their blocks, most for what they record and not for what they compute.
 COUNTERS = ("layer_idx", "layer_index", "layer_id")
@@ -21,6 +24,7 @@ _BATCH_NORMS = nn.modules.batchnorm._NormBase
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _MODULES_OWN = frozenset(vars(nn.Module())) - {"training"}
 _MISSING = object()
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,17 +56,19 @@ class Step(nn.Module):
         Which entry of what the block gives is the state.
     h : float, optional
         Step size of an increment.
+    t : float, optional
+        Time of the layer, of a block that asks for it.
     """
 
-    def __init__(self, block: nn.Module, returns: int | str | None = None, h: float | None = None):
+    def __init__(
+        self, block: nn.Module, returns: int | str | None = None, h: float | None = None, t: float | None = None
+    ):
         super().__init__()
         self.block, self.returns, self.h = block, returns, h
 
     def forward(self, u, *inputs, **named):
         """The next state."""
-        end = self.block(u, *inputs, **named)
-        end = end if self.returns is None else end[self.returns]
-        return end if self.h is None else u + self.h * end
+        return _next(self.block, self.t, u, inputs, named, self.returns, self.h)
 
 
 class Pattern(nn.Module):
@@ -71,6 +77,7 @@ class Pattern(nn.Module):
     Parameters
     ----------
     blocks : sequence of nn.Module
+        None of which asks for the time of its layer.
     returns, h
         As of `Step`.
 
@@ -93,9 +100,70 @@ class Pattern(nn.Module):
     def forward(self, u, *inputs, **named):
         """The state behind all of them."""
         for block in self.blocks:
-            end = block(u, *inputs, **named)
-            end = end if self.returns is None else end[self.returns]
-            u = end if self.h is None else u + self.h * end
+            u = _next(block, None, u, inputs, named, self.returns, self.h)
+        return u
+
+
+class TimedPattern(Pattern):
+    """The same of blocks of which some ask for the time, a block taking `dt` of it."""
+
+    def __init__(self, blocks: Sequence[nn.Module], returns: int | str | None, h: float | None, dt: float):
+def steps_of(blocks: Sequence[nn.Module], returns: int | str | None, h: float | None, T: float) -> list[nn.Module]:
+    """Blocks as modules that give the next state, if need be within a `Step`; those that ask for it get their time."""
+    timed = [takes_time(block) for block in blocks]
+    if returns is None and h is None and not any(timed):
+        return list(blocks)
+    times = [0.0, *accumulate([T / len(blocks)] * len(blocks))]
+    return [Step(b, returns, h, t if asks else None) for b, t, asks in zip(blocks, times, timed, strict=False)]
+
+
+def patterns_of(
+    blocks: Sequence[nn.Module], period: int, returns: int | str | None, h: float | None, T: float
+) -> list[nn.Module]:
+    """Every `period` blocks as one layer."""
+    parts = [blocks[i : i + period] for i in range(0, len(blocks), period)]
+    if any(takes_time(block) for block in parts[0]):
+        return [TimedPattern(part, returns, h, T / len(blocks)) for part in parts]
+    return [Pattern(part, returns, h) for part in parts]
+
+
+def takes_time(block: nn.Module) -> bool:
+    """Whether a block asks for the time of its layer, by a parameter `t` of its `forward`."""
+    return "t" in inspect.signature(block.forward).parameters
+
+
+def at_time(block: nn.Module, t: float | None, u: Any, inputs: Sequence[Any] = (), named: Mapping[str, Any] = _NOTHING):
+    """What a block gives for a state and further inputs at a time, which may stand first; None for one without."""
+    if t is None:
+        return block(u, *inputs, **named)
+    if next(iter(inspect.signature(block.forward).parameters)) == "t":
+        return block(t, u, *inputs, **named)
+    return block(u, *inputs, **{"t": t, **named})
+
+
+def _next(block, t: float | None, u: Any, inputs, named, returns: int | str | None, h: float | None) -> Any:
+    """The state behind a block."""
+    end = at_time(block, t, u, inputs, named)
+    end = end if returns is None else end[returns]
+    if h is None:
+        return end
+    (before, structure), (change, other) = flatten(u), flatten(end)
+    if len(before) != len(change):
+        raise ValueError(
+            f"block={type(block).__name__} makes {other} of a state {structure}; an increment must have the structure "
+            f"of its state"
+        )
+    return structure.build([x + h * y for x, y in zip(before, change, strict=True)])
+
+
+        super().__init__(blocks, returns, h)
+        self.dt = dt
+
+    def forward(self, u, *inputs, t, **named):
+        """The state behind all of them, from the one at t."""
+        for number, block in enumerate(self.blocks):
+            time = t + number * self.dt if takes_time(block) else None
+            u = _next(block, time, u, inputs, named, self.returns, self.h)
         return u
 
 
