@@ -64,7 +64,7 @@ class Step(nn.Module):
         self, block: nn.Module, returns: int | str | None = None, h: float | None = None, t: float | None = None
     ):
         super().__init__()
-        self.block, self.returns, self.h = block, returns, h
+        self.block, self.returns, self.h, self.t = block, returns, h, t
 
     def forward(self, u, *inputs, **named):
         """The next state."""
@@ -80,21 +80,10 @@ class Pattern(nn.Module):
         None of which asks for the time of its layer.
     returns, h
         As of `Step`.
-
-    Raises
-    ------
-    ValueError
-        If a block asks for the time of its layer.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], returns: int | str | None = None, h: float | None = None):
         super().__init__()
-        for block in blocks:
-            if "t" in inspect.signature(block.forward).parameters:
-                raise ValueError(
-                    f"block={type(block).__name__} asks for the time t of its layer, and blocks that take turns are "
-                    f"one layer; use one kind of block, or PipelineParallel without times"
-                )
         self.blocks, self.returns, self.h = nn.ModuleList(blocks), returns, h
 
     def forward(self, u, *inputs, **named):
