@@ -97,6 +97,17 @@ class TimedPattern(Pattern):
     """The same of blocks of which some ask for the time, a block taking `dt` of it."""
 
     def __init__(self, blocks: Sequence[nn.Module], returns: int | str | None, h: float | None, dt: float):
+        super().__init__(blocks, returns, h)
+        self.dt = dt
+
+    def forward(self, u, *inputs, t, **named):
+        """The state behind all of them, from the one at t."""
+        for number, block in enumerate(self.blocks):
+            time = t + number * self.dt if takes_time(block) else None
+            u = _next(block, time, u, inputs, named, self.returns, self.h)
+        return u
+
+
 def steps_of(blocks: Sequence[nn.Module], returns: int | str | None, h: float | None, T: float) -> list[nn.Module]:
     """Blocks as modules that give the next state, if need be within a `Step`; those that ask for it get their time."""
     timed = [takes_time(block) for block in blocks]
@@ -143,17 +154,6 @@ def _next(block, t: float | None, u: Any, inputs, named, returns: int | str | No
             f"of its state"
         )
     return structure.build([x + h * y for x, y in zip(before, change, strict=True)])
-
-
-        super().__init__(blocks, returns, h)
-        self.dt = dt
-
-    def forward(self, u, *inputs, t, **named):
-        """The state behind all of them, from the one at t."""
-        for number, block in enumerate(self.blocks):
-            time = t + number * self.dt if takes_time(block) else None
-            u = _next(block, time, u, inputs, named, self.returns, self.h)
-        return u
 
 
 class Existing:
