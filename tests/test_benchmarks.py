@@ -26,6 +26,14 @@ SCRIPTS = {
         ["--depths=64", "--samples=50", "--updates=7"],
         {"objective_deviation", "objective_worst", "speedup_64"},
     ),
+    "equations": (
+        ["--quick"],
+        {
+            f"{name}_{how}_factor"
+            for name in ("dahlquist", "heat", "lorenz")
+            for how in ("V_2_2", "V_4_2", "V_4_3", "F_4_3")
+        },
+    ),
     "sweeps": (
         ["--samples=50", "--updates=4,3"],
         {f"{name}{end}{worst}" for name in SWEEPS for end in ("", "_iterative") for worst in ("", "_worst")},
