@@ -6,7 +6,7 @@ Shape letters: `N` modules, `n` of them owned here, `B` batch, `M` portions.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from xbraid_py.kernels import BACKEND
 from xbraid_py.layer_parallel.habits import as_any_module, check_not_again
 from xbraid_py.layer_parallel.inputs import Further
 from xbraid_py.layer_parallel.module_call import Passage, Plan, PropagateModules
+from xbraid_py.layer_parallel.owners import Owner, Place
 from xbraid_py.layer_parallel.pipeline import Portions
 from xbraid_py.layers.autocast import Cast
 from xbraid_py.layers.module_block import own_random_numbers
@@ -31,7 +32,7 @@ from xbraid_py.mgrit import MGRIT
 _BATCH_NORMS, _DROPOUTS = nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd
 
 
-class PipelineParallel(nn.Module):
+class PipelineParallel(Owner):
     """Modules one behind the other, as in `torch.nn.Sequential`, each on one rank; exact, on any number of ranks.
 
     Modules may be of any kind, and change a state's shape, its type and its structure, if it is several tensors; no
@@ -127,6 +128,12 @@ class PipelineParallel(nn.Module):
         self._checked: set[tuple] = set()
         self.register_state_dict_post_hook(_gather)
         self.register_load_state_dict_pre_hook(_own_alone)
+        self.watch()
+
+    def places(self) -> Iterator[tuple[nn.Parameter, Place]]:
+        """The parameters of the modules owned here: the number of its module, 1, and the number of modules."""
+        for number, module in self.layers.items():
+            yield from ((p, (int(number), 1, self.partition.num_rows)) for p in module.parameters())
 
     @property
     def first_rank(self) -> int:

@@ -1,4 +1,4 @@
-"""What an optimizer and a loss scale have to know of a stack: rates by depth, and overflows on other ranks.
+"""What an optimizer and a loss scale have to know of a stack: groups, rates by depth, and overflows on other ranks.
 
 Shape letters: `N` layers, `n` of them owned here.
 """
@@ -13,6 +13,51 @@ from torch.utils.hooks import RemovableHandle
 
 from xbraid_py.comm import as_communicator
 from xbraid_py.layer_parallel.stack import LayerParallel
+from xbraid_py.layer_parallel.weights import StackedWeights
+
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups for an optimizer such as AdamW: matrices with weight decay; biases and what norms have without.
+
+    Decided by what a parameter is in its layer: `p.ndim >= 2` says nothing of stacked ones, (N, size) for a bias.
+    Without decay is what has less than two axes there, whose name has "bias" in it, or whose module is called a norm.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With `LayerParallel`, `PipelineParallel` and `ParallelGRU` in it, or none.
+    weight_decay : float
+        Of the first group; at least 0.
+
+    Returns
+    -------
+    list of dict
+        Two groups on every rank, in the order of `model.parameters()`; one may be empty.
+
+    Examples
+    --------
+    >>> stack = LayerParallel(lambda: nn.Linear(4, 4), 8)
+    >>> optimizer = torch.optim.AdamW(param_groups(stack, weight_decay=0.1), lr=1e-3)
+    >>> [(len(group["params"]), group["weight_decay"]) for group in optimizer.param_groups]
+    [(1, 0.1), (1, 0.0)]
+    """
+    if not 0.0 <= weight_decay < float("inf"):
+        raise ValueError(f"weight_decay={weight_decay} must be at least 0 and finite; use 0.01")
+    parts = dict(model.named_modules())
+    of_stacks = {
+        id(p): (name, part.block.module)
+        for part in parts.values()
+        if isinstance(part, StackedWeights)
+        for name, p in part.named_parameters()
+    }
+    found: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, p in model.named_parameters():
+        in_layer, block = of_stacks.get(id(p), (name, model))
+        path, _, last = in_layer.rpartition(".")
+        kind = type(block.get_submodule(path)).__name__.lower()
+        axes = p.dim() - (id(p) in of_stacks)
+        found[axes > 1 and "bias" not in last and "norm" not in kind].append(p)
+    return [{"params": found[True], "weight_decay": weight_decay}, {"params": found[False], "weight_decay": 0.0}]
 
 
 def layer_lr(

@@ -6,7 +6,7 @@ Shape letters: `N` layers, `n` of them owned here, `M` coefficients of splines i
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import prod
 
 import torch
@@ -15,16 +15,17 @@ from torch import Tensor, nn
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.agreement import together
 from xbraid_py.comm.partition import Partition
-from xbraid_py.layers.existing import Existing
+from xbraid_py.layer_parallel.owners import Owner, Place
+from xbraid_py.layers.existing import Existing, difference
 from xbraid_py.layers.module_block import ModuleBlock, own_random_numbers
-from xbraid_py.layers.norm_dropout import Moments
+from xbraid_py.layers.norm_dropout import Moments, changes_by_itself
 from xbraid_py.layers.splines import SplineLayers, Splines
 from xbraid_py.mgrit.grid import LayerGrid
 
 _FROM_BLOCKS = "for blocks that exist use LayerParallel.from_blocks(blocks, comm)"
 
 
-class StackedWeights(nn.Module):
+class StackedWeights(Owner):
     """Parameters (n, *shape) under the names that they have in a block.
 
     `state_dict()` holds all N layers, (N, *shape), on every rank, whatever the number of ranks; it is collective, as is
@@ -45,7 +46,7 @@ class StackedWeights(nn.Module):
     splines : Splines, optional
         The parameters (M, *shape) are the coefficients of splines in depth then, on every rank alike, each row drawn as
         the weights of a layer are. Buffers have a row for each layer.
-    form, returns
+    form, returns, torch_random
         As of `ModuleBlock`.
 
     Attributes
@@ -66,15 +67,17 @@ class StackedWeights(nn.Module):
         splines: Splines | None = None,
         form: str | None = None,
         returns: int | str | None = None,
+        torch_random: bool = False,
     ):
         super().__init__()
         self.partition, self.comm, self._first_layer = partition, comm, first_layer
         self.splines = None if splines is None else SplineLayers(splines, grid, partition, comm)
         first, count = first_layer + partition.first(comm.rank), partition.count(comm.rank)
+        options = (seed, form, returns, torch_random)
         with together(comm):
-            made, tensors = self._make(make, (seed, form, returns), range(first, first + count))
+            made, tensors = self._make(make, options, range(first, first + count))
             if splines is not None:
-                _, rows = self._make(make, (seed, form, returns), range(splines.num))
+                _, rows = self._make(make, options, range(splines.num))
                 choices = zip(made.columns, rows, tensors, strict=True)
                 tensors = [row if column.is_parameter else tensor for column, row, tensor in choices]
         self.block = made
@@ -92,6 +95,15 @@ class StackedWeights(nn.Module):
         self.register_state_dict_post_hook(_gather)
         self.register_load_state_dict_pre_hook(_slice)
         self.train()
+        self.watch()
+
+    def places(self) -> Iterator[tuple[nn.Parameter, Place]]:
+        """The parameters with a row for each layer owned here: its first layer, their number, and that of all."""
+        count = self.partition.count(self.comm.rank)
+        first = self._first_layer + (self.partition.first(self.comm.rank) if count else 0)
+        for name, p in self.named_parameters():
+            if name in self.divided:
+                yield p, (first, count, self.partition.num_rows)
 
     @staticmethod
     def _make(make, options: tuple, layers: range) -> tuple[ModuleBlock, list[Tensor]]:
@@ -110,9 +122,9 @@ class StackedWeights(nn.Module):
                 raise TypeError(f"block() made {type(found).__name__}; it must make an nn.Module")
             return found
 
-        block = ModuleBlock(
-            copy.deepcopy(block_of(0)) if exist else block_of(0), *options, make.counters if exist else ()
-        )
+        module, more = (copy.deepcopy(block_of(0)), (make.counters, make.rates)) if exist else (block_of(0), ((), ()))
+        *known, torch_random = options
+        block = ModuleBlock(module, *known, *more, torch_random)
         before = block.module
         kinds = [(column.name, column.shape) for column in block.columns]
         rows: list[list[Tensor]] = []
@@ -124,6 +136,7 @@ class StackedWeights(nn.Module):
             rows.append(block.tensors_of(module))
             if not exist:
                 _check_new(module, layer, block.module, before)
+                _check_like(module, layer, block.module)
             before = module
         empty = [tensor.new_empty((0, *tensor.shape)) for tensor in block.tensors_of(block.module)]
         stacked = [torch.stack(parts) for parts in zip(*rows, strict=True)] if rows else empty
@@ -252,6 +265,15 @@ def _check_new(module: nn.Module, layer: int, first: nn.Module, before: nn.Modul
                 f"block() gave other weights for layer 0 when it was called again: they must come from torch's random "
                 f"numbers alone, which are set for each layer; {_FROM_BLOCKS}"
             )
+
+
+def _check_like(module: nn.Module, layer: int, first: nn.Module) -> None:
+    """Raise `ValueError` if what `block()` gave differs from that of layer 0 in more than its weights."""
+    found = difference(first, module)
+    # A spectral norm has vectors of its own, and is refused for what it does with them.
+    other = (changes_by_itself(name, part, torch_random=True) for name, part in module.named_modules())
+    if found is not None and not any(other):
+        raise ValueError(f"block() made another block for layer {layer} than for layer 0: {found}; {_FROM_BLOCKS}")
 
 
 def _gather(weights: StackedWeights, state: dict, prefix: str, local_metadata) -> None:

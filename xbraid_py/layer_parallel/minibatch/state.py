@@ -1,7 +1,8 @@
 """What a checkpoint holds of a model, its optimizer and its solvers: global arrays and numbers, and back on any ranks.
 
-Weights and moments of the layers of a stack are arrays of all N layers, of which each rank has its rows; whatever lies
-around the stacks is the same on every rank, and comes from rank 0. Of replicas, which are alike, the first one writes.
+Weights and moments of the layers of a stack are arrays of all N layers, of which each rank has its rows; those of a
+module of a pipeline come from the rank that has it; whatever lies around is the same on every rank, and comes from rank
+0. Of replicas, which are alike, the first one writes.
 """
 
 from __future__ import annotations
@@ -12,16 +13,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from xbraid_py.comm import Communicator
-from xbraid_py.comm.agreement import RunError
+from xbraid_py.comm.agreement import RunError, together
 from xbraid_py.comm.replicas import ProcessGrid
+from xbraid_py.layer_parallel.modules import PipelineParallel
+from xbraid_py.layer_parallel.owners import OWNED
 from xbraid_py.layer_parallel.stack import LayerParallel
 from xbraid_py.layer_parallel.weights import StackedWeights
+from xbraid_py.run.store.plain import from_plain, to_plain
 from xbraid_py.run.store.read import Checkpoint, CheckpointError, no_state
 from xbraid_py.run.store.write import Shard
 
 WEIGHTS, MOMENTS, SCALARS, RANDOM = "weights", "optimizer", "optimizer_scalars", "random_state"
+AVERAGE = "average"
+# Held as float32, which has all their numbers.
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(kw_only=True)
@@ -32,12 +40,15 @@ class MinibatchState:
     ----------
     model : Module
         With layer-parallel stacks in it or none.
-    optimizer : torch.optim.Optimizer
+    optimizer : torch.optim.Optimizer, optional
         Of `model.parameters()`; what it keeps of a parameter are numbers and tensors of the parameter's shape, as
         those of SGD, Adam and the like.
     comm : Communicator
         All ranks of the job.
     scheduler : torch.optim.lr_scheduler.LRScheduler, optional
+    scaler : torch.amp.GradScaler, optional
+    average : torch.optim.swa_utils.AveragedModel, optional
+        Of the model.
     grid : ProcessGrid, optional
         The model's stacks are on `grid.layers`.
     update : int
@@ -52,9 +63,11 @@ class MinibatchState:
     """
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | None
     comm: Communicator
     scheduler: Any = None
+    scaler: Any = None
+    average: AveragedModel | None = None
     grid: ProcessGrid | None = None
     update: int = 0
     seconds: float = 0.0
@@ -66,6 +79,15 @@ class MinibatchState:
     def stacks(self) -> list[LayerParallel]:
         """The stacks, in the order of the model."""
         return [part for part in self.model.modules() if isinstance(part, LayerParallel)]
+
+    @property
+    def _solved(self) -> list[LayerParallel | PipelineParallel]:
+        return [part for part in self.model.modules() if isinstance(part, LayerParallel | PipelineParallel)]
+
+    @property
+    def result(self) -> nn.Module:
+        """What is validated and used in the end: the model, with averaged weights if there are any."""
+        return self.model if self.average is None else self.average.module
 
     def state(self) -> tuple[dict[str, Shard], dict[str, Any]]:
         """What this rank writes, and what is not in the arrays, JSON-able; complete on rank 0. Collective.
@@ -90,41 +112,60 @@ class MinibatchState:
 
     def _shards(self) -> dict[str, Shard]:
         found: dict[str, Shard] = {}
-        owners = weights_by_name(self.model)
+        is_first = self.grid is None or self.grid.replica == 0
 
-        def add(name: str, tensor: Tensor, owner: StackedWeights | None) -> None:
-            if owner is None and self.comm.rank == 0:
-                rows = tensor.detach().reshape(tensor.shape or (1,))
+        def add(name: str, tensor: Tensor, owner: StackedWeights | PipelineParallel | None) -> None:
+            tensor = tensor.detach().to(torch.float32) if tensor.dtype in _HALVES else tensor.detach()
+            if isinstance(owner, StackedWeights):
+                if is_first:
+                    partition = owner.partition
+                    found[name] = Shard(tensor, partition.first(owner.comm.rank), partition.num_rows)
+            elif self.comm.rank == 0 or (is_first and owner is not None):
+                rows = tensor.reshape(tensor.shape or (1,))
                 found[name] = Shard(rows, 0, len(rows))
-            elif owner is not None and (self.grid is None or self.grid.replica == 0):
-                partition = owner.partition
-                found[name] = Shard(tensor.detach(), partition.first(owner.comm.rank), partition.num_rows)
 
-        for name, tensor in tensors_by_name(self.model):
-            add(f"{WEIGHTS}/{name}", tensor, owners.get(name))
-        for name, parameter in _names_in(self.optimizer, self.model):
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    add(f"{MOMENTS}/{key}/{name}", value, owners.get(name))
-                elif isinstance(value, Tensor) and value.dim() == 0:
-                    add(f"{SCALARS}/{key}/{name}", value, None)
-                else:
-                    raise ValueError(
-                        f"optimizer={type(self.optimizer).__name__} keeps a {key} that is no number and not of the "
-                        f"shape of its parameter, which no checkpoint holds; use torch.optim.Adam"
-                    )
-        add(RANDOM, torch.get_rng_state(), None)
+        def add_all(model: nn.Module, kind: str) -> None:
+            owners = weights_by_name(model) | modules_by_name(model)
+            for name, tensor in tensors_by_name(model):
+                add(f"{kind}/{name}", tensor, owners.get(name))
+
+        with together(self.comm):
+            add_all(self.model, WEIGHTS)
+            if self.average is not None:
+                add_all(self.average, AVERAGE)
+            alone, rows = modules_by_name(self.model), weights_by_name(self.model)
+            for name, parameter in _names_in(self.optimizer, self.model):
+                for key, value in self.optimizer.state.get(parameter, {}).items():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        add(f"{MOMENTS}/{key}/{name}", value, rows.get(name) or alone.get(name))
+                    elif isinstance(value, Tensor) and value.dim() == 0:
+                        add(f"{SCALARS}/{key}/{name}", value, alone.get(name))
+                    else:
+                        raise ValueError(
+                            f"optimizer={type(self.optimizer).__name__} keeps a {key} that is no number and not of "
+                            f"the shape of its parameter, which no checkpoint holds; use torch.optim.Adam"
+                        )
+            add(RANDOM, torch.get_rng_state(), None)
         return found
 
     def _numbers(self) -> dict[str, Any]:
-        solvers = self.comm.gather([stack.solver_state() for stack in self.stacks])
+        solvers = self.comm.gather([part.solver_state() for part in self._solved])
         replicas = self.grid.replicas if self.grid else 1
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        with together(self.comm):
+            scheduler, scaler = (
+                None if part is None else to_plain(part.state_dict(), name)
+                for name, part in (("scheduler", self.scheduler), ("scaler", self.scaler))
+            )
         return {
             "update": self.update,
             "seconds": self.seconds,
-            "groups": groups,
-            "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
+            "groups": [
+                {k: v.item() if isinstance(v, Tensor) else v for k, v in group.items() if k not in ("params", OWNED)}
+                for group in groups
+            ],
+            "scheduler": scheduler,
+            "scaler": scaler,
             # Each replica solves for other samples, so its solvers may have been tightened when others were not.
             "solvers": solvers[:: self.comm.size // replicas] if solvers else [],
         }
@@ -148,23 +189,38 @@ class MinibatchState:
         numbers = checkpoint.meta["state"]
         if type(numbers["update"]) is not int or numbers["update"] < 1:
             raise no_state(checkpoint.path, f"update={numbers['update']!r}")
-        load_weights(checkpoint, self.model)
-        self._load_optimizer(checkpoint, numbers["groups"])
         if (self.scheduler is None) != (numbers["scheduler"] is None):
             raise CheckpointError(f"{checkpoint.path} was written with another schedule; start without --resume")
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(dict(numbers["scheduler"]))
+        self.load_parts(checkpoint)
+
+    def load_parts(self, checkpoint: Checkpoint) -> None:
+        """The same, of what there is here: a file may hold an optimizer and the like besides."""
+        numbers = checkpoint.meta["state"]
+        for name in ("scheduler", "scaler"):
+            if getattr(self, name) is not None and numbers.get(name) is None:
+                raise CheckpointError(f"{checkpoint.path} was written without a {name}; leave it out")
+        load_weights(checkpoint, self.model)
+        if self.average is not None:
+            load_weights(checkpoint, self.average, AVERAGE)
+        if self.optimizer is not None:
+            self._load_optimizer(checkpoint, numbers["groups"])
+        for name in ("scheduler", "scaler"):
+            if getattr(self, name) is not None:
+                getattr(self, name).load_state_dict(from_plain(dict(numbers[name])))
         grid = self.grid
         if grid and grid.replicas == len(numbers["solvers"]):
             states = numbers["solvers"][grid.replica]
         else:
             states = max(numbers["solvers"], key=_exactness)
-        for stack, state in zip(self.stacks, states, strict=True):
-            stack.load_solver_state(state)
+        for part, state in zip(self._solved, states, strict=True):
+            part.load_solver_state(state)
         self.update, self.seconds = numbers["update"], float(numbers["seconds"])
         torch.set_rng_state(checkpoint.rows(RANDOM))
 
     def _load_optimizer(self, checkpoint: Checkpoint, saved: list[Mapping]) -> None:
+        fresh = self.optimizer.state_dict()["param_groups"]
+        if len(saved) != len(fresh):
+            raise CheckpointError(f"{checkpoint.path} was written with another optimizer; start without --resume")
         owners = weights_by_name(self.model)
         names = _names_in(self.optimizer, self.model)
         index = {name: number for number, (name, _) in enumerate(names)}
@@ -173,16 +229,13 @@ class MinibatchState:
             kind, _, rest = array.partition("/")
             key, _, name = rest.partition("/")
             if kind in (MOMENTS, SCALARS) and name in index:
-                owner = owners.get(name) if kind == MOMENTS else None
+                owner, parameter = owners.get(name) if kind == MOMENTS else None, names[index[name]][1]
                 rows = _own_rows(checkpoint, array, owner)
-                shape = names[index[name]][1].shape if kind == MOMENTS else ()
-                state.setdefault(index[name], {})[key] = rows.reshape(shape)
-        fresh = self.optimizer.state_dict()["param_groups"]
-        if len(saved) != len(fresh):
-            raise CheckpointError(f"{checkpoint.path} was written with another optimizer; start without --resume")
+                if kind == MOMENTS and parameter.dtype in _HALVES:
+                    rows = rows.to(parameter.dtype)
+                state.setdefault(index[name], {})[key] = rows.reshape(parameter.shape if kind == MOMENTS else ())
         groups = [
-            # JSON knows no tuples.
-            own | {key: tuple(v) if isinstance(own.get(key), tuple) else v for key, v in group.items()}
+            own | {key: _like(own.get(key), value) for key, value in group.items()}
             for own, group in zip(fresh, saved, strict=True)
         ]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -194,7 +247,12 @@ class MinibatchState:
                     kept[key] = value.to(kept[key].device)
 
 
-def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
+def _like(own: Any, value: Any) -> Any:
+    """A value of JSON, which knows neither tuples nor tensors, as the one that is there."""
+    return own.new_tensor(value) if isinstance(own, Tensor) else tuple(value) if isinstance(own, tuple) else value
+
+
+def load_weights(checkpoint: Checkpoint, model: nn.Module, kind: str = WEIGHTS) -> None:
     """Overwrite the parameters and buffers of a model by those of a checkpoint; sends no message.
 
     Parameters
@@ -202,24 +260,33 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     checkpoint : Checkpoint
     model : Module
         Like the one that was saved; its stacks may be on any number of ranks.
+    kind : str
+        `WEIGHTS`, or `AVERAGE` for an `AveragedModel`.
 
     Raises
     ------
     CheckpointError
         If the file is damaged, or holds another model.
     """
-    check_weights(checkpoint, model)
+    check_weights(checkpoint, model, kind)
     owners = weights_by_name(model)
     for name, tensor in tensors_by_name(model):
-        rows = _own_rows(checkpoint, f"{WEIGHTS}/{name}", owners.get(name))
+        rows = _own_rows(checkpoint, f"{kind}/{name}", owners.get(name))
         with torch.no_grad():
             tensor.copy_(rows.reshape(tensor.shape))
 
 
-def check_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
+def check_weights(checkpoint: Checkpoint, model: nn.Module, kind: str = WEIGHTS) -> None:
     """Raise `CheckpointError` unless a checkpoint holds just the parameters and buffers of a model; no message."""
     owners = weights_by_name(model)
-    held = {name.partition("/")[2] for name in checkpoint.names() if name.startswith(f"{WEIGHTS}/")}
+    others = tuple(
+        f"{path}.layers.{number}.".lstrip(".")
+        for path, part in model.named_modules()
+        if isinstance(part, PipelineParallel)
+        for number in set(range(part.partition.num_rows)).difference(part.own_layers)
+    )
+    names = (name.partition("/")[2] for name in checkpoint.names() if name.startswith(f"{kind}/"))
+    held = {name for name in names if not name.startswith(others)}
     wanted = dict(tensors_by_name(model))
     where = f"{checkpoint.path} holds another network than this run's"
     use = "start without --resume, or with the options and the data of that run"
@@ -229,9 +296,10 @@ def check_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
         owner = owners.get(name)
         rows = owner.partition.num_rows if owner is not None else tensor.shape[0] if tensor.dim() else 1
         shape = (rows, *tensor.shape[1:])
-        found = checkpoint.shape(f"{WEIGHTS}/{name}"), checkpoint.rows(f"{WEIGHTS}/{name}", 0, 0).dtype
-        if found != (shape, tensor.dtype):
-            raise CheckpointError(f"{where}: {name} of {found[0]} {found[1]}, not {shape} {tensor.dtype}; {use}")
+        dtype = torch.float32 if tensor.dtype in _HALVES else tensor.dtype
+        found = checkpoint.shape(f"{kind}/{name}"), checkpoint.rows(f"{kind}/{name}", 0, 0).dtype
+        if found != (shape, dtype):
+            raise CheckpointError(f"{where}: {name} of {found[0]} {found[1]}, not {shape} {dtype}; {use}")
 
 
 def tensors_by_name(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -254,8 +322,20 @@ def weights_by_name(model: nn.Module) -> dict[str, StackedWeights]:
     }
 
 
-def _names_in(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+def modules_by_name(model: nn.Module) -> dict[str, PipelineParallel]:
+    """The pipeline that a parameter or buffer of this rank alone is a part of, by its name; others are missing."""
+    return {
+        f"{path}.{name}".lstrip("."): part
+        for path, part in model.named_modules()
+        if isinstance(part, PipelineParallel)
+        for name, _ in tensors_by_name(part)
+    }
+
+
+def _names_in(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The parameters of an optimizer in its order, with their names in the model."""
+    if optimizer is None:
+        return []
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if any(id(parameter) not in names for parameter in found):
@@ -273,4 +353,5 @@ def _own_rows(checkpoint: Checkpoint, name: str, owner: StackedWeights | None) -
 
 def _exactness(states: list[Mapping]) -> tuple:
     """How exactly the stacks of a replica are solved."""
-    return tuple((state["accuracy"]["exact"], state["accuracy"]["level"]) for state in states)
+    controls = [state["accuracy"] for state in states if "accuracy" in state]
+    return tuple((control["exact"], control["level"]) for control in controls)

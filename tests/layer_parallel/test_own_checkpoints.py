@@ -1,0 +1,309 @@
+"""Checkpoints of training loops of one's own: bitwise on as many ranks, exact on others; and states of other layers."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+
+import pytest
+import torch
+from blocks import linear, reduced
+from torch import nn
+
+from xbraid_py import (
+    MGRIT,
+    DenseBlock,
+    GradientControl,
+    GradScaler,
+    LayerParallel,
+    ParallelGRU,
+    PipelineParallel,
+    load_checkpoint,
+    save_checkpoint,
+)
+from xbraid_py.nn import Dropout
+from xbraid_py.run.store.plain import from_plain, to_plain
+
+UPDATES, MIDDLE = 6, 3
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01), weight_decay=0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5, centered=True),
+    "adadelta": lambda p: torch.optim.Adadelta(p, lr=0.5),
+    "adamax": lambda p: torch.optim.Adamax(p, lr=0.01),
+    "radam": lambda p: torch.optim.RAdam(p, lr=0.01),
+    "rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
+    "asgd": lambda p: torch.optim.ASGD(p, lr=0.01),
+}
+schedules = torch.optim.lr_scheduler
+SCHEDULES = {
+    "steps": lambda o: schedules.MultiStepLR(o, [2, 4], 0.5),
+    "one cycle": lambda o: schedules.OneCycleLR(o, 0.05, total_steps=UPDATES + 1),
+    "warm-up": lambda o: schedules.SequentialLR(
+        o, [schedules.LinearLR(o, 0.1, total_iters=2), schedules.CosineAnnealingLR(o, 4)], [2]
+    ),
+    "plateau": lambda o: schedules.ReduceLROnPlateau(o, patience=0),
+}
+
+
+class Everything(nn.Module):
+    """Sequences (B, L, 3) through units over their steps, a stack with masks, a pipeline, and plain layers around."""
+
+    def __init__(self, comm):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+        self.gru = ParallelGRU(3, 4, batch_first=True, comm=comm, mgrit=MGRIT(max_levels=1)).double()
+        self.norm = nn.BatchNorm1d(4).double()
+        self.stack = LayerParallel(
+            lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), Dropout(0.2)).double(),
+            8,
+            2.0,
+            comm,
+            mgrit=MGRIT(cycle="V", cfactor=2, max_iter=1, min_coarse=2),
+            accuracy=GradientControl(gradient_error=1e-3, check=2, max_level=3),
+            vmap=False,
+        )
+        makers = [lambda: nn.Linear(4, 5).double(), nn.Tanh, lambda: nn.Linear(5, 5).double(), nn.Tanh]
+        self.pipeline = PipelineParallel([*makers, lambda: nn.Linear(5, 2).double()], comm, portions=2)
+
+    def forward(self, x):
+        states, _ = self.gru(self.scale * x)
+        return self.pipeline(self.stack(self.norm(states[:, -1])))
+
+
+class Training:
+    """The loop that a user writes."""
+
+    def __init__(self, comm, optimizer="adam", schedule=None, scale=1):
+        self.model = Everything(comm)
+        with torch.no_grad():
+            for tensor in [*self.model.parameters(), *self.model.buffers()]:
+                tensor.mul_(scale)
+        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
+        self.scheduler = None if schedule is None else SCHEDULES[schedule](self.optimizer)
+
+    @property
+    def parts(self):
+        return (self.model, self.optimizer), {"scheduler": self.scheduler}
+
+    def losses(self, first, last):
+        found = []
+        for update in range(first, last):
+            random = torch.Generator().manual_seed(update)
+            x = torch.randn(6, 5, 3, generator=random, dtype=torch.float64)
+            self.optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(self.model(x), (x.sum((1, 2)) > 0).long())
+            loss.backward()
+            self.optimizer.step()
+            if self.scheduler is not None:
+                self.scheduler.step(*[float(loss.detach())] * isinstance(self.scheduler, schedules.ReduceLROnPlateau))
+            found.append(float(loss.detach()))
+        return found
+
+
+def whole(comm, path, **options):
+    """Losses of all updates, with a checkpoint in the middle, and the weights in the end."""
+    training = Training(comm, **options)
+    losses = training.losses(0, MIDDLE)
+    parts, named = training.parts
+    save_checkpoint(path, *parts, **named, extra={"update": MIDDLE, "shape": (1, 2), 5: [torch.tensor(0.1)]})
+    return losses + training.losses(MIDDLE, UPDATES), training.model.state_dict()
+
+
+def rest(comm, path, **options):
+    training = Training(comm, scale=0, **options)
+    parts, named = training.parts
+    extra = load_checkpoint(path, *parts, **named)
+    assert extra["shape"] == (1, 2) and torch.equal(extra[5][0], torch.tensor(0.1))
+    return training.losses(extra["update"], UPDATES), training.model.state_dict()
+
+
+def is_bitwise(comm, path, **options):
+    losses, weights = whole(comm, path, **options)
+    found, state = rest(comm, path, **options)
+    return found == losses[MIDDLE:] and all(torch.equal(state[key], weights[key]) for key in weights)
+
+
+@pytest.mark.ranks(1, 2, 3)
+def test_it_goes_on_bitwise(spmd, shared_tmp_path):
+    results = spmd(lambda comm: is_bitwise(comm, shared_tmp_path / "a.h5"))
+    assert results == [True] * len(results)
+    assert [path.name for path in shared_tmp_path.iterdir()] == ["a.h5"]
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(
+    ("optimizer", "schedule"), [*((name, None) for name in OPTIMIZERS), *(("momentum", name) for name in SCHEDULES)]
+)
+def test_whatever_the_optimizer_and_the_schedule(spmd, shared_tmp_path, optimizer, schedule):
+    options = {"optimizer": optimizer, "schedule": schedule}
+    results = spmd(lambda comm: is_bitwise(comm, shared_tmp_path / "a.h5", **options))
+    assert results == [True] * len(results)
+
+
+@pytest.mark.ranks(2, 3)
+def test_it_goes_on_on_other_ranks(spmd, shared_tmp_path):
+    """Written by all and read by one; then written by one and read by all."""
+
+    def body(comm):
+        losses, _ = whole(comm, shared_tmp_path / "all.h5")
+        first = rest(None, shared_tmp_path / "all.h5")[0] if comm.rank == 0 else None
+        comm.barrier()
+        if comm.rank == 0:
+            alone, _ = whole(None, shared_tmp_path / "one.h5")
+        comm.barrier()
+        then, _ = rest(comm, shared_tmp_path / "one.h5")
+        return losses, comm.bcast((first, alone) if comm.rank == 0 else None), then
+
+    for losses, (first, alone), then in spmd(body):
+        assert first == pytest.approx(losses[MIDDLE:], rel=1e-9)
+        assert then == pytest.approx(alone[MIDDLE:], rel=1e-9)
+
+
+@pytest.mark.ranks(1, 2)
+def test_half_precision_and_a_loss_scale(spmd, shared_tmp_path):
+    def make(comm, seed):
+        stack = LayerParallel(lambda: DenseBlock(4, "tanh"), 8, 1.0, comm, mgrit=MGRIT(max_levels=1), seed=seed)
+        model = nn.Sequential(stack.to(torch.bfloat16))
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        return model, optimizer, GradScaler(comm, init_scale=8.0, growth_interval=2)
+
+    def update(model, optimizer, scaler):
+        optimizer.zero_grad()
+        loss = model(torch.ones(3, 4, dtype=torch.bfloat16)).float().square().sum()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    def body(comm):
+        model, optimizer, scaler = make(comm, 1)
+        for _ in range(3):
+            update(model, optimizer, scaler)
+        save_checkpoint(shared_tmp_path / "a.h5", model, optimizer, scaler=scaler)
+        other = make(comm, 2)
+        load_checkpoint(shared_tmp_path / "a.h5", *other[:2], scaler=other[2])
+        same = other[2].state_dict() == scaler.state_dict()
+        for parts in ((model, optimizer, scaler), other):
+            update(*parts)
+        moments = [[o.state[p]["exp_avg"] for p in m.parameters()] for m, o in ((model, optimizer), other[:2])]
+        same = same and all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(*moments, strict=True))
+        return same and all(torch.equal(a, b) for a, b in zip(model.parameters(), other[0].parameters(), strict=True))
+
+    results = spmd(body)
+    assert results == [True] * len(results)
+
+
+@pytest.mark.ranks(1, 2)
+def test_what_cannot_be_saved_or_loaded(spmd, shared_tmp_path):
+    def make(comm, width=4):
+        stack = LayerParallel(lambda: DenseBlock(width, "tanh"), 4, 1.0, comm)
+        model = nn.Sequential(linear(width, width, 1).float(), stack)
+        return model, torch.optim.SGD(model.parameters(), 0.1)
+
+    def body(comm):
+        model, optimizer = make(comm)
+        file = shared_tmp_path / "a.h5"
+        save_checkpoint(file, model)
+        comm.barrier()
+        if comm.rank == 0:
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2 :] = content[len(content) // 2 :][::-1]
+            (shared_tmp_path / "damaged.h5").write_bytes(content)
+        comm.barrier()
+        before = [p.clone() for p in model.parameters()]
+        found = [
+            reduced(comm, call)
+            for call in (
+                lambda: load_checkpoint(shared_tmp_path / "none.h5", model),
+                lambda: load_checkpoint(shared_tmp_path / "damaged.h5", model),
+                lambda: load_checkpoint(file, *make(comm, 6)),
+                lambda: load_checkpoint(file, model, optimizer),
+                lambda: load_checkpoint(file, model, scaler=GradScaler(comm)),
+                lambda: save_checkpoint(file, model, extra={"f": len}),
+                lambda: save_checkpoint(file, model, make(comm)[1]),
+                lambda: save_checkpoint(file, model, grid=object()),
+            )
+        ]
+        unchanged = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        with torch.no_grad():
+            next(iter(model[1].parameters()))[...] = torch.nan
+        found.append(reduced(comm, lambda: save_checkpoint(file, model)))
+        return found, unchanged, load_checkpoint(file, model) is None
+
+    for messages, unchanged, good in spmd(body):
+        wanted = [
+            "CheckpointError: checkpoint .*none.h5: No such file",
+            "CheckpointError: checkpoint .*damaged.h5",
+            "CheckpointError: .* holds another network than this run's: 0.weight of",
+            "CheckpointError: .* was written with another optimizer",
+            "CheckpointError: .* was written without a scaler; leave it out",
+            "TypeError: extra\\['f'\\] is a builtin_function_or_method, and a checkpoint holds numbers",
+            "ValueError: optimizer holds a parameter that is not the model's",
+            "ValueError: comm is not given, but grid is",
+            "RunError: .*weights that are not finite",
+        ]
+        for message, pattern in zip(messages, wanted, strict=True):
+            assert message and re.match(pattern, message), message
+        assert unchanged and good
+
+
+def test_plain_values():
+    value = {"a": (1, [2.5, None]), 3: {"!tuple": "no mark"}, "t": torch.tensor([1.0, float("inf")])}
+    found = from_plain(json.loads(json.dumps(to_plain(value, "value"))))
+    assert torch.equal(found.pop("t"), value.pop("t")) and found == value
+
+
+# ---- States of an optimizer that are those of other layers
+
+
+def learned(comm, layers=8, state=None):
+    """An optimizer after a step."""
+    torch.manual_seed(0)
+    stack = LayerParallel(lambda: DenseBlock(4, "tanh"), layers, 1.0, comm, mgrit=MGRIT(max_levels=1))
+    model = nn.Sequential(linear(4, 4, 1).float(), stack)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    if state is not None:
+        optimizer.load_state_dict(state)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.ones(3, 4)).sum().backward()
+        optimizer.step()
+    return optimizer
+
+
+def through_a_file(state):
+    held = io.BytesIO()
+    torch.save(state, held)
+    held.seek(0)
+    return torch.load(held)
+
+
+@pytest.mark.ranks(2, 3)
+def test_the_state_of_rank_0_is_refused_on_the_others(spmd):
+    """As of `if rank == 0: torch.save(optimizer.state_dict())`: shapes fit where all have as many layers."""
+
+    def body(comm):
+        own = learned(comm, 4 * comm.size).state_dict()
+        first = comm.bcast(through_a_file(own) if comm.rank == 0 else None)
+        said = []
+        for state in (first, through_a_file(own)):
+            stack = LayerParallel(lambda: DenseBlock(4, "tanh"), 4 * comm.size, 1.0, comm, mgrit=MGRIT(max_levels=1))
+            model = nn.Sequential(linear(4, 4, 1).float(), stack)
+            optimizer = torch.optim.Adam(model.parameters(), 0.01)
+            optimizer.load_state_dict(state)
+            model(torch.ones(3, 4)).sum().backward()
+            before = [p.clone() for p in model.parameters()]
+            said.append(reduced(comm, optimizer.step))
+            moved = not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+            assert moved == (said[-1] is None)
+        return said
+
+    for rank, (of_first, of_own) in enumerate(spmd(body)):
+        assert of_own is None, "each rank may keep a file of its own"
+        assert (of_first is None) == (rank == 0)
+        if rank:
+            assert "its state is that of layers 0 to 3 of" in of_first and f"has layers {4 * rank} to" in of_first
+            assert of_first.endswith("use xbraid_py.save_checkpoint and load_checkpoint")

@@ -1,0 +1,74 @@
+"""An optimizer's state belongs to the layers of one rank: each says which, and is refused by the step of other layers.
+
+`optimizer.state_dict()` is that of a rank, and its moments fit the layers of every rank that has as many of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from threading import Lock
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+OWNED = "owned_layers"  # of a group of an optimizer, beside its rate and the like
+Place = tuple[int, int, int]
+
+
+class Owner(nn.Module):
+    """A module with parameters that are others on every rank; calls `watch` when it is made."""
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.watch()
+
+    def watch(self) -> None:
+        """From now on optimizers note which layers of this they have, and look at what they are told of it."""
+        _hook()
+        with _lock:
+            _owners.add(self)
+
+    def places(self) -> Iterable[tuple[nn.Parameter, Place]]:
+        """Those parameters, each with the first of its layers, how many there are, and how many all ranks have."""
+        raise NotImplementedError
+
+
+_owners: WeakSet[Owner] = WeakSet()
+_lock = Lock()  # ranks may be threads
+# What this has written into the groups of an optimizer: after `load_state_dict` these are other objects.
+_known: WeakKeyDictionary[torch.optim.Optimizer, list[list | None]] = WeakKeyDictionary()
+
+
+@cache
+def _hook() -> None:
+    # Of all optimizers: nobody says when one is made, and with which parameters.
+    register_optimizer_step_pre_hook(_before_step)
+
+
+def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Raise `RuntimeError` if an optimizer is about to use the state of other layers than it has."""
+    groups, known = optimizer.param_groups, _known.get(optimizer, ())
+    if len(groups) == len(known) and all(group.get(OWNED) is own for group, own in zip(groups, known, strict=True)):
+        return
+    with _lock:
+        places = {id(p): list(place) for owner in _owners for p, place in owner.places()}
+    for group in groups:
+        have = sorted({tuple(places[id(p)]) for p in group["params"] if id(p) in places})
+        own, said = [list(each) for each in have], group.pop(OWNED, None)
+        if said is not None and said != own:
+            raise RuntimeError(
+                f"optimizer: its state is that of {_words(said)}, but it has {_words(own)} here; a state_dict() of an "
+                f"optimizer is that of one rank: use xbraid_py.save_checkpoint and load_checkpoint"
+            )
+        if own:
+            group[OWNED] = own
+    _known[optimizer] = [group.get(OWNED) for group in groups]
+
+
+def _words(places: list[list[int]]) -> str:
+    found = [f"{first} to {first + count - 1} of {total}" for first, count, total in places if count]
+    return f"layers {', '.join(found)}" if found else "no layers"
