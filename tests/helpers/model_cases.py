@@ -185,11 +185,11 @@ def _resnet(norm: Callable[[int], nn.Module] | None = None) -> Case:
     return _images(model, 16)
 
 
-def _timm_vit() -> Case:
+def _timm_vit(**changes) -> Case:
     package("timm")
     from timm.models.vision_transformer import VisionTransformer
 
-    return _images(VisionTransformer(8, 4, embed_dim=WIDTH, depth=LAYERS, num_heads=2, num_classes=3), 8)
+    return _images(VisionTransformer(8, 4, embed_dim=WIDTH, depth=LAYERS, num_heads=2, num_classes=3, **changes), 8)
 
 
 def _torch_encoder(**changes) -> Case:

@@ -151,3 +151,34 @@ def test_another_type_of_numbers():
     back = to_sequential(model)
     assert {each.dtype for each in back.state_dict().values()} == {torch.float64, torch.int64}
     assert float((wanted.loss(back) - wanted.loss(model)).detach()) == pytest.approx(0.0, abs=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("GPT-2", {"attn_pdrop": 0.2, "resid_pdrop": 0.1}),
+        ("BERT", {"attention_probs_dropout_prob": 0.2}),
+        ("nn.TransformerEncoder", {"dropout": 0.1}),
+        ("timm ViT", {"drop_path_rate": 0.4}),
+    ],
+)
+@pytest.mark.ranks(1, 2, 3)
+def test_masks_of_attention_and_stochastic_depth(spmd, name, changes):
+    """Of an iterated solve those of an exact one, whatever the ranks, and others in another update."""
+    wanted = case(name, **changes)
+
+    def body(comm):
+        found = []
+        for options in (EXACT["layer after layer"], ITERATED):
+            model = wanted.parallel(comm, torch_random=True, seed=4, **options)
+            losses = [wanted.loss(model) for _ in range(2)]
+            losses[0].backward()
+            found.append(([float(loss.detach()) for loss in losses], gradients(model)))
+        return found
+
+    exact = body(None)[0]
+    assert abs(exact[0][0] - exact[0][1]) > 1e-6
+    for found in spmd(body):
+        for losses, slopes in found:
+            assert losses == pytest.approx(exact[0], rel=1e-10)
+            assert distance(slopes, exact[1]) < 1e-9

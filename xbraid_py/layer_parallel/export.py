@@ -249,6 +249,10 @@ def _of_window(window: Window) -> list[nn.Module]:
     steps = []
     for layer, h in enumerate(window.sizes):
         module = copy.deepcopy(block.module)
+        for part, copied in zip(block.module.modules(), module.modules(), strict=True):
+            if isinstance(part, Dropout):
+                rates = block.rates_of(part)
+                copied.p = rates[window.place.first_layer + layer] if len(rates) > 1 else rates[0]
         place = dict(module.named_parameters()) | dict(module.named_buffers())
         for column, rows, own in zip(block.columns, gathered, weights.tensors(), strict=True):
             with torch.no_grad():

@@ -50,6 +50,7 @@ class Settings:
     form: str | None = None
     returns: int | str | None = None
     compile: bool | str = False
+    torch_random: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,8 @@ def parallelize(
     What the model hands to its blocks beside the state is handed to all layers. A block's output has to go into the
     next block and nowhere else.
 
-    `nn.Dropout` within the blocks becomes `xbraid_py.nn.Dropout`. A cache of keys and values is switched off, with a
+    `nn.Dropout` within the blocks becomes `xbraid_py.nn.Dropout`, stochastic depth
+    `xbraid_py.nn.DropPath`, each block with its rate. A cache of keys and values is switched off, with a
     warning. Make the optimizer afterwards: the parameters of the blocks are others, one for all layers owned here.
     `to_sequential` gives the model back with its own classes and names.
 
@@ -100,7 +101,7 @@ def parallelize(
         raise ValueError("form='increment': an nn.Sequential hands on what a block gives; use form='map'")
     check_weights(model, run)
     before = None if example is None else _evaluated(model, example)
-    dropouts = [replace_dropout(block) for block in run.blocks]
+    dropouts = replace_dropout(run.blocks)
     if form == "increment":
         options = {"T": float(len(run.blocks))} | options
     try:
@@ -139,7 +140,7 @@ class ParallelBlocks(nn.Module):
     returns : int, optional
         As of `parallelize`.
     dropouts : list of dict of str to Module
-        What `Dropout` of this package has replaced in each block, by names.
+        What dropout of this package has replaced in each block, by names.
     was_cached : bool
         Whether a cache was switched off.
     random_options : str
@@ -203,7 +204,7 @@ class ParallelBlocks(nn.Module):
         except ValueError as error:
             if self.random_options and "dropout" in str(error):
                 raise ValueError(
-                    f"{error}; that of attention has no such form: of {self.random_options} use 0 for attention"
+                    f"{error}; of {self.random_options} use 0 for attention, or torch_random=True"
                 ) from error
             raise
         if self.form == "increment":

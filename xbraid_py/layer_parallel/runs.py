@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from xbraid_py.layers.norm_dropout import Dropout
+from xbraid_py.layers.norm_dropout import Dropout, DropPath
 
 
 @dataclass(frozen=True)
@@ -141,13 +141,32 @@ def check_weights(model: nn.Module, run: Run) -> None:
                 )
 
 
-def replace_dropout(block: nn.Module) -> dict[str, nn.Module]:
-    """Put `Dropout` of this package in the place of torch's, and give those by their names."""
-    found = {name: part for name, part in block.named_modules() if type(part) is nn.Dropout and name}
-    for name, part in found.items():
-        above, _, last = name.rpartition(".")
-        setattr(block.get_submodule(above), last, Dropout(part.p).train(part.training))
+def replace_dropout(blocks: Sequence[nn.Module]) -> list[dict[str, nn.Module]]:
+    """Put dropout and stochastic depth of this package in the places of others', and give those of each block by names.
+
+    Where a rate is 0 many libraries have an `nn.Identity` in the place, which is a `DropPath` then too.
+    """
+    paths = {name for block in blocks for name, part in block.named_modules() if _drops_samples(part)}
+    found: list[dict[str, nn.Module]] = []
+    for block in blocks:
+        replaced = {}
+        for name, part in block.named_modules():
+            if type(part) is nn.Dropout and name:
+                replaced[name] = (part, Dropout(part.p))
+            elif name in paths and (_drops_samples(part) or isinstance(part, nn.Identity)):
+                replaced[name] = (part, DropPath(getattr(part, "drop_prob", getattr(part, "p", 0.0)) or 0.0))
+        for name, (part, ours) in replaced.items():
+            above, _, last = name.rpartition(".")
+            setattr(block.get_submodule(above), last, ours.train(part.training))
+        found.append({name: part for name, (part, _) in replaced.items()})
     return found
+
+
+def _drops_samples(part: nn.Module) -> bool:
+    """Whether a part is stochastic depth of another library: timm's, torchvision's with a mask by sample, and alike."""
+    if isinstance(part, DropPath) or not type(part).__name__.endswith(("DropPath", "StochasticDepth")):
+        return False
+    return getattr(part, "mode", "row") == "row" and getattr(part, "scale_by_keep", True)
 
 
 def put_back(block: nn.Module, parts: Mapping[str, nn.Module]) -> None:

@@ -115,6 +115,10 @@ class LayerParallel(nn.Module):
     compile : bool or str
         Evaluate blocks by `torch.compile`, with a backend of that name; the first call takes up to a minute then, and
         docs/pytorch.md says where it pays.
+    torch_random : bool
+        Let blocks draw random numbers of torch's own, as `functional.dropout`, `nn.MultiheadAttention(dropout=0.1)` or
+        `nn.Dropout` do: torch's generator starts from the seed, the number of the update and that of the layer then, so
+        that all evaluations of a layer in an update draw the same ones, on any number of ranks.
 
     Attributes
     ----------
@@ -156,6 +160,7 @@ class LayerParallel(nn.Module):
         splines: Splines | None = None,
         spatial: SpatialCoarsening | None = None,
         compile: bool | str = False,
+        torch_random: bool = False,
     ):
         super().__init__()
         self.comm: Communicator = as_communicator(comm)
@@ -184,6 +189,7 @@ class LayerParallel(nn.Module):
             form=form,
             returns=returns,
             compile=compile,
+            torch_random=torch_random,
         )
         arguments = {"grid": self.grid, "splines": splines} | vars(cut) | vars(settings)
         same_arguments(self.comm, arguments, kernels=BACKEND)

@@ -83,6 +83,7 @@ class Window(nn.Module):
             splines,
             settings.form,
             settings.returns,
+            settings.torch_random,
         )
         self.block = self.layers.block
         if settings.compile:

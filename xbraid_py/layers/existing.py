@@ -37,13 +37,13 @@ class Counter:
         Name of the part.
     name : str
         Of its attribute.
-    values : tuple of int
+    values : tuple of int or float
         One for each block.
     """
 
     part: str
     name: str
-    values: tuple[int, ...]
+    values: tuple[float, ...]
 
 
 class Step(nn.Module):
@@ -169,6 +169,8 @@ class Existing:
     blocks : list of nn.Module
     counters : tuple of Counter
         In what they are allowed to differ beside their weights.
+    rates : tuple of Counter
+        The probabilities of their `DropPath`, where these differ: those of the layer that is evaluated.
     """
 
     def __init__(self, blocks: Sequence[nn.Module]):
@@ -182,6 +184,9 @@ class Existing:
         ]
         found = (Counter(n, k, tuple(getattr(b.get_submodule(n), k) for b in self.blocks)) for n, k in places)
         self.counters = tuple(each for each in found if len(set(each.values)) > 1)
+        paths = [name for name, part in first.named_modules() if isinstance(part, DropPath)]
+        rates = (Counter(name, "p", tuple(b.get_submodule(name).p for b in self.blocks)) for name in paths)
+        self.rates = tuple(each for each in rates if len(set(each.values)) > 1)
 
 
 def checked(blocks: Any) -> list[nn.Module]:
@@ -286,6 +291,8 @@ def _of_attributes(name: str, a: nn.Module, b: nn.Module, seen: set) -> str | No
     for key in dict.fromkeys([*mine, *others]):
         x, y = mine.get(key, _MISSING), others.get(key, _MISSING)
         if key in _MODULES_OWN or (key in COUNTERS and isinstance(x, int) and isinstance(y, int)):
+            continue
+        if key == "p" and isinstance(a, DropPath):
             continue
         if not _same(x, y, seen):
             return f"{_place(name, key)} is {_shown(x)} and {_shown(y)}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
@@ -71,6 +71,10 @@ class ModuleBlock:
         Of a module that gives several things: which of them is the one that counts.
     counters : sequence of Counter
         Numbers that the blocks which exist keep of their layers; `check_state` refuses those that change the result.
+    rates : sequence of Counter
+        Probabilities of `DropPath` that differ by layer; each evaluation has those of its layer.
+    torch_random : bool
+        Let the module draw random numbers of torch's own: all evaluations of a layer in an update draw the same ones.
 
     Attributes
     ----------
@@ -100,8 +104,11 @@ class ModuleBlock:
         form: str | None = None,
         returns: int | str | None = None,
         counters: Sequence[Counter] = (),
+        rates: Sequence[Counter] = (),
+        torch_random: bool = False,
     ):
         self.module, self.seed, self.form, self.returns, self.counters = module, seed, form, returns, counters
+        self.torch_random, self._rates = torch_random, [(module.get_submodule(r.part), r.values) for r in rates]
         statistics = {
             f"{name}.{key}" if name else key
             for name, part in module.named_modules()
@@ -162,7 +169,13 @@ class ModuleBlock:
     @property
     def is_random(self) -> bool:
         """Whether masks depend on the layer."""
-        return any(part.training and part.p > 0.0 for part in self._dropouts)
+        if self.torch_random and self.module.training:
+            return True
+        return any(part.training and max(self.rates_of(part)) > 0.0 for part in self._dropouts)
+
+    def rates_of(self, part: Dropout) -> Sequence[float]:
+        """The probabilities of a part in all layers; a single one where they have the same."""
+        return next((values for each, values in self._rates if each is part), (part.p,))
 
     def split(self, theta: Tensor) -> list[Tensor]:
         """Views (n, *shape) of the columns of rows (n, p)."""
@@ -196,6 +209,10 @@ class ModuleBlock:
         # `torch.func.functional_call` takes twice as long as a small block.
         kept = [places[0][0][places[0][1]] for places in self._places]
         masks = at_position(self.seed, draw, layer) if self._dropouts else nullcontext()
+        for part, values in self._rates:
+            part.p = values[layer]
+        if self.torch_random and self.module.training:
+            masks = own_random_numbers(hash((self.seed, draw, layer)) & (2**63 - 1), masks)
         norms = within(norm_inputs or NormInputs()) if self._norms else nullcontext()
         try:
             self._put(tensors)
@@ -220,7 +237,7 @@ class ModuleBlock:
     @property
     def is_plain(self) -> bool:
         """Whether nothing but the weights of a layer makes it different from another, as masks, norms or times do."""
-        differ = self._dropouts or self._norms or self.compiled or is_casting()
+        differ = self._dropouts or self._norms or self.compiled or self.torch_random or is_casting()
         return not differ and self.times is None and self.returns is None
 
     def compile(self, backend: str) -> None:
@@ -234,6 +251,8 @@ class ModuleBlock:
         what = "the time of its layer" if self.takes_time else None
         if self._dropouts or self._norms:
             what = f"{type((self._dropouts or [*self._norms.values()])[0]).__name__}, which asks for its layer"
+        if self.torch_random:
+            what = "random numbers of its layer (torch_random=True)"
         if what is not None:
             raise ValueError(
                 f"compile={backend!r}: block={type(self.module).__name__} has {what}, and compiled code is the same "
@@ -295,7 +314,7 @@ class ModuleBlock:
         for name, part in self.module.named_modules():
             if isinstance(part, MovingNorm):
                 continue
-            if (message := changes_by_itself(name, part)) is not None:
+            if (message := changes_by_itself(name, part, self.torch_random)) is not None:
                 raise ValueError(message)
             if isinstance(part, _BATCH_NORMS) and (part.training or part.running_mean is None):
                 kind = type(part).__name__
@@ -305,10 +324,11 @@ class ModuleBlock:
                     f"the solver; use xbraid_py.nn.{ours}, whose statistics move once per update, or use GroupNorm or "
                     f"LayerNorm, or freeze it: eval() before the block is handed over"
                 )
-            if isinstance(part, _DROPOUTS) and part.training and part.p > 0.0:
+            if isinstance(part, _DROPOUTS) and part.training and part.p > 0.0 and not self.torch_random:
                 raise ValueError(
                     f"block has {type(part).__name__} ({name}): another mask in every sweep of the solver is another "
-                    f"network; use xbraid_py.nn.Dropout({part.p}), whose mask depends on the layer and the update alone"
+                    f"network; use xbraid_py.nn.Dropout({part.p}), whose mask depends on the layer and the update "
+                    f"alone, or LayerParallel(..., torch_random=True)"
                 )
 
     def check_state(self, shape: torch.Size, like: Tensor) -> None:
@@ -349,7 +369,8 @@ class ModuleBlock:
             if not torch.equal(first, self(tensors, u)) and not torch.isnan(first).any():
                 raise ValueError(
                     f"block={name} gives two results for one state; a layer must be a function of its state and its "
-                    f"weights: use xbraid_py.nn.Dropout for dropout, also where functional.dropout or dropout_p stand"
+                    f"weights: use xbraid_py.nn.Dropout for dropout, also where functional.dropout or dropout_p stand, "
+                    f"or torch_random=True, by which all evaluations of a layer in an update draw the same numbers"
                 )
 
             self._check_counters(tensors, u, first)
@@ -450,9 +471,12 @@ def _get(module: nn.Module, name: str) -> Tensor:
 
 
 @contextmanager
-def own_random_numbers(seed: int) -> Iterator[None]:
-    """Random numbers within start from the seed, and those without go on as if nothing had happened."""
+def own_random_numbers(seed: int, within: AbstractContextManager | None = None) -> Iterator[None]:
+    """Random numbers within start from the seed, and those without go on as if nothing had happened.
+
+    `within` is entered along with it.
+    """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with _RANDOM_NUMBERS, torch.random.fork_rng(devices=devices):
+    with _RANDOM_NUMBERS, torch.random.fork_rng(devices=devices), within or nullcontext():
         torch.manual_seed(seed)
         yield

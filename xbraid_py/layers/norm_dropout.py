@@ -232,7 +232,8 @@ class DropPath(Dropout):
     Parameters
     ----------
     p : float
-        Between 0 and 1; the same in all layers of a stack.
+        Between 0 and 1. Blocks that exist may have one each, as rates that grow with depth are made
+        (`LayerParallel.from_blocks`).
     """
 
     def forward(self, u: Tensor) -> Tensor:
@@ -245,7 +246,7 @@ class DropPath(Dropout):
         return u * self._kept(u, shape, position) / (1.0 - self.p)
 
 
-def changes_by_itself(name: str, part: nn.Module) -> str | None:
+def changes_by_itself(name: str, part: nn.Module, torch_random: bool = False) -> str | None:
     """What is wrong with a part of a block that is another one each time it is evaluated, and what to take; or None.
 
     Parameters
@@ -253,19 +254,25 @@ def changes_by_itself(name: str, part: nn.Module) -> str | None:
     name : str
         Of the part in the block.
     part : nn.Module
+    torch_random : bool
+        Whether random numbers of torch's own are the same in all evaluations of a layer.
     """
     if not part.training or isinstance(part, Dropout):
         return None
     what = f"block has {type(part).__name__} ({name})"
     again = "another mask in every sweep of the solver is another network"
-    if type(part).__name__.endswith(("DropPath", "StochasticDepth")):
+    is_path = type(part).__name__.endswith(("DropPath", "StochasticDepth"))
+    if is_path and not torch_random:
         rate = getattr(part, "drop_prob", getattr(part, "p", None)) or 0.0
         if rate > 0.0:
-            return f"{what}: {again}; use xbraid_py.nn.DropPath({rate}), one mask for each layer and update"
-    if isinstance(part, nn.MultiheadAttention) and part.dropout > 0.0:
+            return (
+                f"{what}: {again}; use xbraid_py.nn.DropPath({rate}), one mask for each layer and update, or "
+                f"LayerParallel(..., torch_random=True)"
+            )
+    if isinstance(part, nn.MultiheadAttention) and part.dropout > 0.0 and not torch_random:
         return (
             f"{what} with dropout={part.dropout} of its own: {again}; make it with dropout=0.0, and use "
-            f"xbraid_py.nn.Dropout({part.dropout}) behind it"
+            f"xbraid_py.nn.Dropout({part.dropout}) behind it, or LayerParallel(..., torch_random=True)"
         )
     hooks = part._forward_pre_hooks.values()
     if any(type(each).__name__ in ("SpectralNorm", "_SpectralNorm") for each in (part, *hooks)):
