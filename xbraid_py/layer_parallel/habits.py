@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.agreement import agree_on_all
+from xbraid_py.layers.trees import flatten
 
 CHECK_INPUTS = "XBRAID_CHECK_INPUTS"  # a variable of the environment, the same for all ranks
 _LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -48,7 +48,9 @@ def _own_graphs() -> AbstractContextManager:
 
 
 def _laid_out(output: Tensor, u: Tensor) -> Tensor:
-    layout = _LAYOUTS.get(u.dim()) if isinstance(output, Tensor) and output.dim() == u.dim() else None
+    if not (isinstance(output, Tensor) and isinstance(u, Tensor)):
+        return output
+    layout = _LAYOUTS.get(u.dim()) if output.dim() == u.dim() else None
     if layout is None or u.is_contiguous() or not u.is_contiguous(memory_format=layout):
         return output
     return output.contiguous(memory_format=layout)
@@ -83,7 +85,7 @@ def compare_inputs(comm: Communicator, *inputs: Any) -> None:
     if os.environ.get(CHECK_INPUTS, "0") in ("", "0") or comm.size == 1:
         return
     found = {}
-    for number, leaf in enumerate(leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)):
+    for number, leaf in enumerate(leaf for leaf in flatten(inputs)[0] if isinstance(leaf, Tensor)):
         flat = leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         digest = hashlib.blake2b(flat, digest_size=6).hexdigest()
         found[f"tensor {number}"] = f"{tuple(leaf.shape)} {leaf.dtype} with digest {digest}"

@@ -168,7 +168,7 @@ class Passage:
     # ---- What portions are like
 
     def _place(self, way: str, number: int) -> tuple:
-        return way, self.plan.portions.rows.count(number), self.plan.key
+        return way, number, self.plan.key
 
     def _form(self, way: str, number: int) -> Form:
         """Of a portion that "arrives" here, or "leaves"."""
