@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import datetime
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -57,6 +59,7 @@ class ProcessGroupCommunicator(Communicator):
         self._down, self._up = ways
         # What torch forgets before it has arrived does not arrive.
         self._under_way: dict[int, tuple[Any, torch.Tensor]] = {}
+        self._line: _StoreLine | None = None
 
     def isend(self, tensor, dest):
         carried = _bytes(self._carried(tensor))
@@ -127,7 +130,10 @@ class ProcessGroupCommunicator(Communicator):
         self._wait(dist.barrier(self.group, async_op=True))
 
     def abort(self, status):
-        # The others meet a closed connection, and torchrun ends them.
+        # The others meet a closed connection. Who waits for nobody, and takes the SIGTERM of torchrun for a request,
+        # is told so.
+        if self._line is not None:
+            self._line.tell_of_the_end()
         os._exit(status)
 
     def _split(self, color, key):
@@ -145,12 +151,18 @@ class ProcessGroupCommunicator(Communicator):
         return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
     def line(self):
-        # A store beside the one of the job, whose operations may wait, on the first rank.
-        host, store = os.environ.get("MASTER_ADDR", "localhost"), None
+        # A store that this process alone talks to in this way, since some words to the store of the job are waits:
+        # at that of torchrun, which outlives the ranks, or at one of the first rank.
+        host, store, said = os.environ.get("MASTER_ADDR", "localhost"), None, None
+        at_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         if self.rank == 0:
-            store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        port = self.bcast(store and store.port)
-        return _StoreLine(store or dist.TCPStore(host, port), self.rank, self.size)
+            port = int(os.environ["MASTER_PORT"]) if at_torchrun else 0
+            store = dist.TCPStore(host, port, is_master=not at_torchrun, wait_for_workers=False)
+            said = store.port, store.add("lines of xbraid_py", 1)
+        port, number = self.bcast(said)
+        store = store or dist.TCPStore(host, port)
+        self._line = _StoreLine(dist.PrefixStore(f"line {number} of xbraid_py", store), self.rank, self.size)
+        return self._line
 
     def _group_of(self, ranks: Sequence[int]) -> Any:
         """A group of some ranks of the job, this one among them; all ranks of this communicator make one each."""
@@ -215,9 +227,16 @@ class _StoreLine:
                 number = self._store.add(f"to {dest}", 1)
                 self._store.set(f"to {dest}, {number}", f"{self.rank} {word}")
 
+    def tell_of_the_end(self) -> None:
+        """Let all ranks end, each at its next look."""
+        with contextlib.suppress(RuntimeError), self._lock:
+            self._store.set("over", "")
+
     def poll(self):
         found = []
         with self._lock:
+            if not self._is_over and self._store.check(["over"]):
+                raise dist.DistError("it has ended the job")
             while not self._is_over and self._store.check([f"to {self.rank}, {self._read + 1}"]):
                 self._read += 1
                 source, _, word = self._store.get(f"to {self.rank}, {self._read}").decode().partition(" ")
@@ -291,7 +310,11 @@ def world() -> Communicator:
     if dist.is_nccl_available() and local <= torch.cuda.device_count():
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ["RANK"])))
+    hook = sys.excepthook
     dist.init_process_group(backend, timeout=_NEVER)
+    if hook is not sys.__excepthook__:
+        # Torch has put its own before it, which holds back what is printed in it until it comes back.
+        sys.excepthook = hook
     atexit.register(_leave)
     return communicator_of(dist.group.WORLD, _NEVER)
 

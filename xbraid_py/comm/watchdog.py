@@ -99,8 +99,9 @@ class Watchdog:
         while not self._over.wait(tick):
             now = time.monotonic()
             passed, before = min(now - before, 2 * tick), now
-            self._listen()
-            waited = waited + passed if seen is not None and _awaited is seen else 0.0
+            # A lower rank that asks gives up for all, if nothing comes.
+            is_asked = self._listen() < self.line.rank
+            waited = waited + passed if seen is not None and _awaited is seen and not is_asked else 0.0
             seen = _awaited
             if waited > self.patience:
                 self._ask()
