@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import lcm, prod
 
+import torch
+
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.partition import Partition, require_multiple
 from xbraid_py.layer_parallel.accuracy import GradientControl
@@ -59,7 +61,7 @@ class Cut:
 
     Parameters
     ----------
-    windows, serial_ends, spatial
+    windows, serial_ends, spatial, messages
         As of `LayerParallel`.
     options, adjoint : MGRIT
         Of states and adjoints.
@@ -72,6 +74,7 @@ class Cut:
     adjoint: MGRIT
     output: str
     spatial: SpatialCoarsening | None
+    messages: torch.dtype | None
 
     @property
     def main(self) -> int:
@@ -137,12 +140,13 @@ class Cut:
             )
             solvers = middle
             if owner is not None:
-                solvers = Solvers(self.options, self.adjoint, _part(grid, first, count), comm, owner=owner)
+                solvers = self._solvers(_part(grid, first, count), comm, owner)
             found.append((solvers, place))
         return found
 
-    def _solvers(self, grid: LayerGrid, comm: Communicator) -> Solvers:
-        return Solvers(self.options, self.adjoint, grid, comm, self.spatial)
+    def _solvers(self, grid: LayerGrid, comm: Communicator, owner: int | None = None) -> Solvers:
+        spatial = self.spatial if owner is None else None
+        return Solvers(self.options, self.adjoint, grid, comm, spatial, owner, self.messages)
 
     def _counts(self, num_layers: int) -> tuple[int, ...]:
         """Layers of each window: whole intervals where their length is given."""

@@ -197,7 +197,7 @@ class Pipelined:
         """All portions one way: from the state `first` where it begins to `last` where it ends."""
         portions, like = self.portions, self.start if first is None else first
         follow(
-            self.comm,
+            self.solvers.neighbors,
             self.solvers.partition,
             direction,
             range(len(portions)),
@@ -209,7 +209,7 @@ class Pipelined:
 
     def _forward_and_back(self, start: Tensor, slope: Tensor | None, back: Tensor | None, sums: TreeSum) -> None:
         """Each portion forwards, and back as soon as it can; see the top of this file."""
-        comm, rows, portions = self.comm, self.solvers.partition, self.portions
+        comm, rows, portions = self.solvers.neighbors, self.solvers.partition, self.portions
         if not self.num_rows:
             return
         ahead, behind = rows.neighbor(comm.rank, +1), rows.neighbor(comm.rank, -1)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.partition import Partition
+from xbraid_py.comm.short import ShortMessages
 from xbraid_py.layer_parallel.accuracy import TIGHTER, Controller, SolveRecord
 from xbraid_py.layers.module_steps import Tape
 from xbraid_py.layers.pixels import PixelTransfer, SpatialCoarsening
@@ -39,6 +40,13 @@ class Solvers:
     spatial : SpatialCoarsening, optional
     owner : int, optional
         The rank that has all these layers; they are propagated one after the other then, whatever the options.
+    messages : torch.dtype, optional
+        Of states and adjoints that go from rank to rank.
+
+    Attributes
+    ----------
+    neighbors : Communicator
+        The ranks, for states and adjoints.
 
     Raises
     ------
@@ -55,9 +63,11 @@ class Solvers:
         comm: Communicator,
         spatial: SpatialCoarsening | None = None,
         owner: int | None = None,
+        messages: torch.dtype | None = None,
     ):
         self.options, self.adjoint, self.grid, self.comm = options, adjoint, grid, comm
-        self.spatial, self.owner = spatial, owner
+        self.spatial, self.owner, self.messages = spatial, owner, messages
+        self.neighbors = comm if messages is None or comm.size == 1 else ShortMessages(comm, messages)
         check_portions(options, adjoint)
         if spatial is not None:
             spatial.check(options)
@@ -74,7 +84,7 @@ class Solvers:
             )
         self.partition = self.hierarchy.partition
         only = Level(0, grid, None, 0, self.partition, self.partition)
-        self.sequential = Solver(MGRIT(max_levels=1), Hierarchy((only,)), comm)
+        self.sequential = Solver(MGRIT(max_levels=1), Hierarchy((only,)), self.neighbors)
         self._backwards = backwards if backwards.partition == self.partition else self.sequential.hierarchy
         self.forward_at = lru_cache(lambda level: self._made(options, self.hierarchy, level))
         self.adjoint_at = lru_cache(lambda level: self._made(adjoint, self._backwards, level))
@@ -83,7 +93,7 @@ class Solvers:
         return self  # nothing in it changes
 
     def __reduce__(self):
-        return Solvers, (self.options, self.adjoint, self.grid, self.comm, self.spatial, self.owner)
+        return Solvers, (self.options, self.adjoint, self.grid, self.comm, self.spatial, self.owner, self.messages)
 
     @property
     def are_pipelined(self) -> bool:
@@ -104,7 +114,7 @@ class Solvers:
         bounds = {"tol": options.tolerance * tighter, "atol": options.atol * tighter}
         # Below 0 where the noise of minibatches allows for less.
         own = replace(options, max_iter=max(options.iterations + level, min(options.iterations, 1)), **bounds)
-        return Solver(own, hierarchy, self.comm)
+        return Solver(own, hierarchy, self.neighbors)
 
 
 def for_adjoint(adjoint: MGRIT | None, options: MGRIT) -> MGRIT:

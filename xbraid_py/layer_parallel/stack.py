@@ -119,6 +119,10 @@ class LayerParallel(nn.Module):
         Let blocks draw random numbers of torch's own, as `functional.dropout`, `nn.MultiheadAttention(dropout=0.1)` or
         `nn.Dropout` do: torch's generator starts from the seed, the number of the update and that of the layer then, so
         that all evaluations of a layer in an update draw the same ones, on any number of ranks.
+    messages : torch.dtype, optional
+        Of states and adjoints that go from one rank to the next, as torch.bfloat16, which halves those of float32. Each
+        border between ranks rounds them then, so that results, also those of exact propagation, depend on the number of
+        ranks in the digits that are cut off. By default that of the states.
 
     Attributes
     ----------
@@ -161,13 +165,14 @@ class LayerParallel(nn.Module):
         spatial: SpatialCoarsening | None = None,
         compile: bool | str = False,
         torch_random: bool = False,
+        messages: torch.dtype | None = None,
     ):
         super().__init__()
         self.comm: Communicator = as_communicator(comm)
         options = mgrit or MGRIT()
         backwards = for_adjoint(adjoint, options)
         with together(self.comm):
-            _check(block, form, windows, serial_ends, output, recompute, splines, compile)
+            _check(block, form, windows, serial_ends, output, recompute, splines, compile, messages)
             self.grid = num_layers if isinstance(num_layers, LayerGrid) else LayerGrid(num_layers, T)
             cut = Cut(
                 windows=windows,
@@ -176,6 +181,7 @@ class LayerParallel(nn.Module):
                 adjoint=backwards,
                 output=output,
                 spatial=spatial,
+                messages=messages,
             )
             pieces = cut.pieces(self.grid, self.comm)
         if windows > 1:
@@ -377,7 +383,7 @@ def _pipeline_options(options: dict) -> dict | None:
     return more | {"portions": portions, "recompute": bool(more.get("recompute"))}
 
 
-def _check(block, form, windows, serial_ends, output, recompute, splines, compile) -> None:
+def _check(block, form, windows, serial_ends, output, recompute, splines, compile, messages) -> None:
     """Raise an error for an argument that is no such thing."""
     if isinstance(block, list | tuple | nn.ModuleList | nn.Sequential):
         raise TypeError(
@@ -404,6 +410,8 @@ def _check(block, form, windows, serial_ends, output, recompute, splines, compil
         raise ValueError(f"recompute={recompute!r} must be False, True, states or all; use False")
     if not isinstance(compile, bool | str):
         raise TypeError(f"compile={compile!r} must be True, False, or the name of a backend; use True")
+    if messages not in (None, torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"messages={messages!r} must be None, or a short type of floats; use torch.bfloat16")
     if splines is not None:
         if not isinstance(splines, Splines):
             raise TypeError(f"splines={splines!r} must be Splines or None; use Splines(8)")

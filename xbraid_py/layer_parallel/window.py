@@ -336,7 +336,7 @@ class Window(nn.Module):
         own = self.comm.rank == self.last_rank
         end = torch.empty_like(state) if own else None
         follow(
-            self.comm,
+            self.solvers.neighbors,
             self.solvers.partition,
             +1,
             range(len(portions)),
