@@ -354,6 +354,59 @@ def test_inputs_of_all_ranks_are_compared_where_it_is_asked_for(spmd, name, monk
     assert "on rank 1" in messages[0] and "with digest" in messages[0]
 
 
+WRITTEN = {
+    "states again": {"recompute": "states"},
+    "windows": {"windows": 3},
+    "checked": {"accuracy": GradientControl(check=1)},
+    "pipeline": {"mgrit": MGRIT(cycle="pipeline", portions=2), "recompute": "states"},
+}
+
+
+@pytest.mark.ranks(1, 2, 3)
+@pytest.mark.parametrize("how", WRITTEN)
+def test_an_input_that_is_overwritten_before_the_backward_pass(spmd, how):
+    def body(comm):
+        stack = MLP.stack(comm, 9, **WRITTEN[how])
+        u = MLP.input()
+        output = stack(u)
+        u.add_(1.0)
+        return message_of(comm, lambda: output.sum().backward())
+
+    for message in spmd(body):
+        assert "overwritten by an operation in place" in message and "use a form not in place" in message
+
+
+@pytest.mark.ranks(1, 2)
+def test_an_input_that_is_not_read_again_may_be_overwritten(spmd):
+    def body(comm):
+        stack = MLP.stack(comm, 9, recompute=True)
+        u = MLP.input()
+        output = stack(u)
+        u.add_(1.0)
+        output.sum().backward()
+        found = [p.grad.clone() for p in stack.parameters()]
+        stack.zero_grad()
+        stack(MLP.input()).sum().backward()
+        return [a.equal(p.grad) for a, p in zip(found, stack.parameters(), strict=True)]
+
+    assert all(all(same) for same in spmd(body))
+
+
+@pytest.mark.ranks(2, 3)
+def test_an_autocast_on_some_ranks_alone_is_refused(spmd):
+    def body(comm):
+        stack = MLP.stack(comm, 9)
+
+        def call():
+            with torch.autocast("cpu", torch.bfloat16, enabled=comm.rank == 1):
+                stack(MLP.input())
+
+        return message_of(comm, call)
+
+    for message in spmd(body):
+        assert "shape and mode of the input" in message and "bfloat16" in message
+
+
 def test_the_table_of_the_docs_names_tests_that_are_there():
     page = Path(__file__).resolve().parents[2] / "docs" / "pytorch.md"
     rows = [row for row in page.read_text().splitlines() if row.startswith("| ")][1:]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any
@@ -90,3 +91,24 @@ def compare_inputs(comm: Communicator, *inputs: Any) -> None:
         digest = hashlib.blake2b(flat, digest_size=6).hexdigest()
         found[f"tensor {number}"] = f"{tuple(leaf.shape)} {leaf.dtype} with digest {digest}"
     agree_on_all(comm, found, f"inputs ({CHECK_INPUTS}=1)")
+
+
+class Unwritten:
+    """Tensors of the caller that a backward pass reads again, and what tells whether they were written to by then.
+
+    They are not held here: what nobody has any more cannot have been written to.
+    """
+
+    def __init__(self, tensors: Iterable[Any]):
+        plain = (each for each in tensors if isinstance(each, Tensor) and not each.is_inference())
+        self._seen = [(weakref.ref(each), each._version) for each in plain]
+
+    def check(self) -> None:
+        """Raise `RuntimeError` if one of them was written to."""
+        for reference, version in self._seen:
+            tensor = reference()
+            if tensor is not None and tensor._version != version:
+                raise RuntimeError(
+                    f"an input {tuple(tensor.shape)} of the stack was overwritten by an operation in place, and the "
+                    f"backward pass evaluates layers with it again; use a form not in place, as u = u + 1"
+                )

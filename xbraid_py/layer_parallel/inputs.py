@@ -40,6 +40,8 @@ class Further:
 
     Attributes
     ----------
+    leaves : list
+        All that the trees consist of.
     tensors : list of Tensor
         Those that need gradients.
     key : tuple
@@ -50,27 +52,27 @@ class Further:
 
     def __init__(self, inputs: Sequence[Any], named: Mapping[str, Any], samples: int):
         self.samples = samples
-        self._leaves, self._structure = flatten((tuple(inputs), dict(named)))
+        self.leaves, self._structure = flatten((tuple(inputs), dict(named)))
         with_grad = torch.is_grad_enabled()
         self._wanted = [
-            n for n, leaf in enumerate(self._leaves) if with_grad and isinstance(leaf, Tensor) and leaf.requires_grad
+            n for n, leaf in enumerate(self.leaves) if with_grad and isinstance(leaf, Tensor) and leaf.requires_grad
         ]
-        self.tensors: list[Tensor] = [self._leaves[n] for n in self._wanted]
+        self.tensors: list[Tensor] = [self.leaves[n] for n in self._wanted]
         shapes = tuple(
             (tuple(leaf.shape), leaf.dtype, n in self._wanted) if isinstance(leaf, Tensor) else None
-            for n, leaf in enumerate(self._leaves)
+            for n, leaf in enumerate(self.leaves)
         )
         self.form: tuple = (str(self._structure), shapes)
-        self.key = (*self.form, tuple(_said(leaf) for leaf in self._leaves if not isinstance(leaf, Tensor)))
+        self.key = (*self.form, tuple(_said(leaf) for leaf in self.leaves if not isinstance(leaf, Tensor)))
 
     @property
     def cut(self) -> tuple[bool, ...]:
         """Which of the leaves are cut into portions."""
-        return tuple(map(self._is_cut, self._leaves))
+        return tuple(map(self._is_cut, self.leaves))
 
     def of_portion(self, portions: Portions | None = None, number: int = 0) -> tuple[list[Tensor], Arguments]:
         """The tensors that need gradients, detached, of a portion or the batch; and what makes arguments of such."""
-        leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
         if portions is not None and len(portions) > 1:
             leaves = [self._part(leaf, portions, number) for leaf in leaves]
 

@@ -110,6 +110,8 @@ class Pipelined:
         The rest of the rows of the gradient, of each portion.
     """
 
+    checks = False  # it is exact
+
     def __init__(
         self,
         solvers: Solvers,

@@ -5,8 +5,9 @@ Shape letters: `n` layers owned here, `B` batch, `S` shape of a state, the batch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +15,13 @@ from torch import Tensor, nn
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.agreement import agree
 from xbraid_py.layer_parallel.accuracy import Controller, SolveRecord
-from xbraid_py.layer_parallel.habits import as_any_module, check_not_again
+from xbraid_py.layer_parallel.habits import Unwritten, as_any_module, check_not_again
 from xbraid_py.layer_parallel.inputs import Inputs, part_error
 from xbraid_py.layer_parallel.layout import Place, Settings
 from xbraid_py.layer_parallel.pipeline import Pipelined, PortionMoments, Portions, moments_of
 from xbraid_py.layer_parallel.solves import Propagation, Solvers, graph_is_kept, hollow
 from xbraid_py.layer_parallel.weights import StackedWeights
-from xbraid_py.layers.autocast import blocks_cast, cast_again, cast_kept, is_casting
+from xbraid_py.layers.autocast import blocks_cast, cast_again, cast_kept, current_cast
 from xbraid_py.layers.dense import DenseBlock, ResidualSteps
 from xbraid_py.layers.existing import Existing
 from xbraid_py.layers.module_block import ModuleBlock
@@ -142,7 +143,7 @@ class Window(nn.Module):
         """
         if self._is_dense or self.block.is_random or self.block.times is not None or self.solvers.are_pipelined:
             return False
-        if is_casting() or self.block.is_cast or self.block.compiled:  # which a batched form goes past
+        if current_cast() or self.block.is_cast or self.block.compiled:  # which a batched form goes past
             return False
         if self.settings.vmap is not None:
             return self.settings.vmap
@@ -192,7 +193,7 @@ class Window(nn.Module):
             differentiable = u.requires_grad or (
                 self.settings.output == "last" and any(tensor.requires_grad for tensor in self.layers.parameters())
             )
-            call = (tuple(u.shape), torch.is_grad_enabled(), training, differentiable)
+            call = (tuple(u.shape), torch.is_grad_enabled(), training, differentiable, current_cast())
         agree(self.comm, (message, call, None if given is None else given.key), "shape and mode of the input")
         if message:
             raise ValueError(message)
@@ -401,6 +402,14 @@ class Window(nn.Module):
         # The variance of a single value is none.
         return max(1, min(count, samples // 2)) if self.block.moving else count
 
+    def read_again(self, run: Propagation | Pipelined, u: Tensor, given: Inputs | None) -> Iterator[Any]:
+        """What a backward pass reads of the inputs of a call, on any rank."""
+        recompute = self.settings.recompute
+        if recompute in ("states", "all") or run.checks:
+            yield u
+        if given is not None and (recompute or run.checks):
+            yield from given.leaves
+
     def output_of(self, run: Propagation, like: Tensor) -> Tensor:
         """The output of a forward solve, in the shape of the input, wherever it is wanted; once."""
         return self._spread(run.take_end(), like, self.last_rank, self.place.has_all_output)
@@ -440,6 +449,7 @@ class _PropagateWindow(torch.autograd.Function):
         run = window.propagation(vmap, u, tensors[: len(window.block.columns)], keep, given)
         if keep:
             ctx.window, ctx.run, ctx.u, ctx.given = window, run, hollow(u), given
+            ctx.unwritten = Unwritten(window.read_again(run, u, given))
         output = window.output_of(run, u)
         # torch lets nobody write to a view that comes out of a function.
         return output.clone() if output._is_view() else output
@@ -457,6 +467,7 @@ class _PropagateWindow(torch.autograd.Function):
                 "backward through a LayerParallel a second time: what its forward pass kept has been freed; use "
                 "backward(retain_graph=True) the first time"
             )
+        ctx.unwritten.check()
         keep = graph_is_kept()
         columns, of_u = ctx.window.gradients_of(ctx.run, slope, ctx.u, keep, ctx.needs_input_grad[3], ctx.given)
         if not keep:

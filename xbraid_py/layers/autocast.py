@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+
+from xbraid_py.layers.trees import flatten
 
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -39,9 +40,9 @@ class Cast:
 _cast: ContextVar[Cast | None] = ContextVar("cast", default=None)
 
 
-def is_casting() -> bool:
-    """Whether blocks are cast."""
-    return _cast.get() is not None
+def current_cast() -> Cast | None:
+    """What blocks are evaluated in; None where they are not cast."""
+    return _cast.get()
 
 
 def block_context() -> AbstractContextManager:
@@ -52,20 +53,11 @@ def block_context() -> AbstractContextManager:
 
 def as_state(end: Any, u: Any) -> Any:
     """What a block gives, in the type of its state: an autocast leaves a shorter one."""
-    if not isinstance(u, Tensor) or not isinstance(end, Tensor):
-        like = _a_tensor(u)
-        return end if like is None else tree_map(lambda each: as_state(each, like) if _is_tensor(each) else each, end)
-    return end.to(u.dtype) if end.dtype in _HALVES and u.dtype not in _HALVES else end
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
-
-
-def _a_tensor(tree: Any) -> Tensor | None:
-    found: list[Tensor] = []
-    tree_map(lambda each: found.append(each) if _is_tensor(each) else None, tree)
-    return found[0] if found else None
+    if isinstance(u, Tensor) and isinstance(end, Tensor):
+        return end.to(u.dtype) if end.dtype in _HALVES and u.dtype not in _HALVES else end
+    like = next((leaf for leaf in flatten(u)[0] if isinstance(leaf, Tensor)), None)
+    leaves, structure = flatten(end)
+    return structure.build([as_state(leaf, like) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
 
 
 @contextmanager

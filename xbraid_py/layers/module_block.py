@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xbraid_py.layers.autocast import as_state, block_context, is_casting
+from xbraid_py.layers.autocast import as_state, block_context, current_cast
 from xbraid_py.layers.compiled import Compiled
 from xbraid_py.layers.existing import Counter
 from xbraid_py.layers.norm_dropout import (
@@ -237,7 +237,7 @@ class ModuleBlock:
     @property
     def is_plain(self) -> bool:
         """Whether nothing but the weights of a layer makes it different from another, as masks, norms or times do."""
-        differ = self._dropouts or self._norms or self.compiled or self.torch_random or is_casting()
+        differ = self._dropouts or self._norms or self.compiled or self.torch_random or current_cast()
         return not differ and self.times is None and self.returns is None
 
     def compile(self, backend: str) -> None:
