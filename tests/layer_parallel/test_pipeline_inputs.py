@@ -466,6 +466,25 @@ def test_what_modules_cannot_be_given(spmd):
 
 
 @RANKS
+@pytest.mark.parametrize("what", ["state", "mask"])
+def test_an_input_that_is_overwritten_before_it_is_read_again(spmd, what):
+    def body(comm):
+        found = []
+        for recompute in (False, True):
+            model = PipelineParallel(unlike(), comm, portions=2, recompute=recompute)
+            inputs, named = decoder_inputs(False)
+            u = input_of()
+            output = model(u, *inputs, **named)
+            (u if what == "state" else named["mask"]).zero_()
+            found.append(reduced(comm, lambda end=output: loss_of(end).backward()))
+        return found
+
+    for kept, again in spmd(body):
+        assert kept is None
+        assert "overwritten by an operation in place" in again and "use a form not in place" in again
+
+
+@RANKS
 def test_copies_keep_nothing_of_calls(spmd):
     """Forms and checks are those of the copy, which goes on by itself."""
 

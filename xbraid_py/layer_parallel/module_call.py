@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.partition import Partition
 from xbraid_py.comm.tree import TreeSum
+from xbraid_py.layer_parallel.habits import Unwritten
 from xbraid_py.layer_parallel.inputs import Arguments, Further, part_error
 from xbraid_py.layer_parallel.pipeline import Portions
 from xbraid_py.layer_parallel.solves import graph_is_kept
@@ -369,6 +370,7 @@ class PropagateModules(torch.autograd.Function):
         passage = Passage(plan, tensors[:count], tensors[count + len(plan.given.tensors) :], keep)
         if keep:
             ctx.passage = passage
+            ctx.unwritten = Unwritten((*tensors[:count], *plan.given.leaves) if plan.recompute else ())
         ends, passage.ends = passage.ends or [None] * len(plan.forms[plan.key].shapes), []
         form = plan.forms[plan.key]
         empty = (tensors[0].new_empty(shape, dtype=kind) for shape, kind in zip(form.shapes, form.dtypes, strict=True))
@@ -389,6 +391,7 @@ class PropagateModules(torch.autograd.Function):
                 "backward through a PipelineParallel a second time: what its forward pass kept has been freed; use "
                 "backward(retain_graph=True) the first time"
             )
+        ctx.unwritten.check()
         plan, keep = passage.plan, graph_is_kept()
         dtypes = plan.forms[plan.key].dtypes
         own = [slope.contiguous() for slope, dtype in zip(slopes, dtypes, strict=True) if has_slopes(dtype)]

@@ -56,6 +56,8 @@ def as_state(end: Any, u: Any) -> Any:
     if isinstance(u, Tensor) and isinstance(end, Tensor):
         return end.to(u.dtype) if end.dtype in _HALVES and u.dtype not in _HALVES else end
     like = next((leaf for leaf in flatten(u)[0] if isinstance(leaf, Tensor)), None)
+    if like is None:
+        return end
     leaves, structure = flatten(end)
     return structure.build([as_state(leaf, like) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
 
