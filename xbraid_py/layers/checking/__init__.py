@@ -6,14 +6,17 @@ Shape letters: `n` rows (steps), `c` of them in an interval, `S` shape of a stat
 from __future__ import annotations
 
 from dataclasses import is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from xbraid_py.comm.partition import require_multiple
 from xbraid_py.layers.checking import rules
-from xbraid_py.layers.checking.report import Check, PropagatorReport, Subject, examine
+from xbraid_py.layers.checking.methods import are_steps
+from xbraid_py.layers.checking.report import Check, Found, PropagatorReport, Subject, attempt, examine
 from xbraid_py.layers.dense import ResidualSteps
+from xbraid_py.layers.time_steps import TimeStepper, TimeSteps, inner
 from xbraid_py.mgrit.equations import Adjoint, Forward
 from xbraid_py.mgrit.protocols import Propagator, Steps
 
@@ -23,30 +26,35 @@ _SAMPLES = 5
 
 
 def check_propagator(
-    forward: Propagator | Steps,
+    forward: Propagator | Steps | TimeStepper,
     adjoint: Propagator | None = None,
     *,
-    states: Tensor | None = None,
+    states: Any = None,
+    t: Any = None,
     cfactor: int = 2,
     seed: int = 0,
     tolerance: float | None = None,
 ) -> PropagatorReport:
     """Try whether a propagator, and its adjoint, are what the solver takes them for.
 
-    Of each propagator: direction, shapes and types; arguments are kept; the same result twice; rows do not mix;
-    `relax` is c calls of `step`, with tau and without, and writes the inputs of the steps; recorded states;
+    Of each propagator: its methods; direction, shapes and types; arguments are kept; the same result twice; rows do not
+    mix; `relax` is c calls of `step`, with tau and without, and writes the inputs of the steps; recorded states;
     `coarsen`; `redistribute`, ranks without rows included. Of the adjoint: it is linear; it is the transposed Jacobian
-    of the step, against central differences of decreasing length; so is the recorded gradient of the weights.
+    of the step, against central differences of decreasing length; so is the recorded gradient of the weights. What is
+    missing, or raises, is a check that has failed.
 
     Parameters
     ----------
-    forward : Propagator or Steps
-        All of its rows are here: no messages are sent. Of steps, as `ResidualSteps`, both propagators are made.
+    forward : Propagator, Steps or TimeStepper
+        All of its rows are here: no messages are sent. Of steps, as `ResidualSteps`, both propagators are made, and of
+        a `TimeStepper` on tensors; on arrays the one that goes forwards.
     adjoint : Propagator, optional
         Linearized at `states`.
-    states : (n, *S) tensor, optional
+    states : (n, *S) tensor, or array for a `TimeStepper` on arrays, optional
         Inputs of the steps. If not given, those of `adjoint`, or random ones where their shape is known: that of
         `forward.template`, or of a few samples for dense layers.
+    t : (n + 1,) tensor or sequence of float
+        Times of a `TimeStepper`.
     cfactor : int
         c, a divisor of n.
     seed : int
@@ -63,9 +71,7 @@ def check_propagator(
     Raises
     ------
     ValueError
-        If c is no divisor of n, or it cannot be told what the states look like.
-    TypeError
-        If `forward` is neither a propagator nor steps.
+        If c is no divisor of n, or it cannot be told what the states, or the times, look like.
 
     Notes
     -----
@@ -131,16 +137,19 @@ def check_propagator(
     Let the adjoint forget a layer, or divide by 1 - h a, and `print(report)` says so:
     "adjoint: transposed Jacobian: the adjoint is not the transposed Jacobian of the step: ...".
     """
-    generator = torch.Generator().manual_seed(seed)
-    of_steps = isinstance(forward, Steps)
-    if not of_steps and not isinstance(forward, Propagator):
-        raise TypeError(
-            f"forward={type(forward).__name__} lacks something that every propagator has, or all steps have; add what "
-            f"it lacks of xbraid_py.mgrit.Propagator or of xbraid_py.mgrit.Steps"
-        )
+    generator, kind = torch.Generator().manual_seed(seed), type(forward).__name__
+    if (adjoint is not None) and (isinstance(forward, TimeStepper) or are_steps(forward)):
+        raise ValueError("adjoint must be None beside steps, which have one of their own; use Forward(steps, ...)")
+    if isinstance(forward, TimeStepper):
+        forward, adjoint, states = _of_stepper(forward, states, t)
+    of_steps, held, backwards = are_steps(forward), set(), set()
+    checks, _ = examine("forward", (rules.METHODS,), forward, held)
+    if adjoint is not None:
+        checks += examine("adjoint", (rules.METHODS,), adjoint, backwards)[0]
+    if not all(check.passed for check in checks):
+        left_out = (("all others", "the methods have to be there first"),)
+        return PropagatorReport(f"check_propagator({kind})", tuple(checks), left_out)
     if of_steps:
-        if adjoint is not None:
-            raise ValueError("adjoint must be None beside steps, which have one of their own; use Forward(steps, ...)")
         x = _states_of_steps(forward, states, generator)
     else:
         x = _states_of(forward, adjoint, states, generator)
@@ -151,29 +160,50 @@ def check_propagator(
     if not len(x):
         raise ValueError(f"states.shape={tuple(x.shape)} has no rows; use a propagator with some layers")
     require_multiple("len(states)", len(x), cfactor, "cfactor")
+    name = f"check_propagator({kind}), {len(x)} rows of states {tuple(x.shape[1:])} {str(x.dtype).split('.')[-1]}"
     if of_steps:
-        forward, adjoint, x = _propagators(forward, x, cfactor)
+        made = attempt(_propagators, forward, x, cfactor)
+        if isinstance(made, Found):
+            meaning = "relax(points, cfactor, None, inputs, True) must take states through all steps of the intervals"
+            checks.append(Check("forward: relax", made.measured, made.bound, False, made.note, meaning))
+            return PropagatorReport(name, tuple(checks), (("all others", "relax has to run first"),))
+        forward, adjoint, x = made
+        checks += examine("adjoint", (rules.METHODS,), adjoint, backwards)[0]
     if tolerance is None:
         tolerance = 1e4 * torch.finfo(x.dtype).eps
 
     def subject(propagator, x, direction):
         return Subject(propagator, x, cfactor, tolerance, direction, generator)
 
-    kind = type(forward.steps if of_steps else forward).__name__
-    of_forward, held = subject(forward, x, +1), set()
-    checks, left_out = examine("forward", rules.RULES, of_forward, held)
+    of_forward = subject(forward, x, +1)
+    more, left_out = examine("forward", rules.RULES, of_forward, held)
+    checks += more
     if adjoint is not None and held.issuperset((*rules.FIRST, "rows apart")):
         of_adjoint = subject(adjoint, torch.empty_like(x), -1)
         of_adjoint.x = of_adjoint.random(x)
-        backwards: set[str] = set()
         both = rules.Pair(of_forward, of_adjoint)
         for some, what in ((rules.BACKWARD_RULES, of_adjoint), (rules.PAIR_RULES, both)):
             more, without = examine("adjoint", some, what, backwards)
             checks, left_out = checks + more, left_out + without
     elif adjoint is not None:
         left_out.append(("adjoint: all", "the steps have to be right first"))
-    name = f"check_propagator({kind}), {len(x)} rows of states {tuple(x.shape[1:])} {str(x.dtype).split('.')[-1]}"
     return PropagatorReport(name, tuple(checks), tuple(left_out))
+
+
+def _of_stepper(stepper: TimeStepper, states: Any, t: Any) -> tuple[Forward, Adjoint | None, Tensor]:
+    """Propagators of a stepper, and the states as a tensor."""
+    if states is None or t is None:
+        raise ValueError(
+            "states=None or t=None, but a TimeStepper says nothing of either; use states=torch.randn(8, *S) and "
+            "t=torch.linspace(0, 1, 9)"
+        )
+    is_numpy = not isinstance(states, Tensor)
+    x, times = torch.as_tensor(states).detach(), torch.as_tensor(t, dtype=torch.float64)
+    if times.shape != (len(x) + 1,):
+        raise ValueError(f"t has the shape {tuple(times.shape)} and must be {(len(x) + 1,)}, one more than states")
+    functions, x = stepper.functions(x[0], is_numpy), x.view(-1, *inner(x.shape[1:]))
+    steps = TimeSteps(functions, torch.stack([times[:-1], times[1:]], 1))
+    return Forward(steps, torch.empty_like(x), x[0]), None if is_numpy else Adjoint(steps, x, None), x
 
 
 def _states_of_steps(steps: Steps, states: Tensor | None, generator: torch.Generator) -> Tensor:

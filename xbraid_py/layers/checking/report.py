@@ -16,6 +16,7 @@ from torch import Tensor
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.partition import Partition
+from xbraid_py.layers.checking.methods import said
 from xbraid_py.mgrit.protocols import Propagator
 
 
@@ -279,6 +280,14 @@ class Rule:
     needs: tuple[str, ...] = ()
 
 
+def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function gives; whatever is raised in it is `Found`, and never a number that passes."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        return Found(float("nan"), 0, said(error))
+
+
 def examine(
     who: str, rules: Collection[Rule], subject: Any, held: set[str]
 ) -> tuple[list[Check], list[tuple[str, str]]]:
@@ -287,7 +296,7 @@ def examine(
     for rule in rules:
         name = f"{who}: {rule.name}"
         missing = [need for need in rule.needs if need not in held]
-        found = f"needs {missing[0]!r}" if missing else rule.measure(subject)
+        found = f"needs {missing[0]!r}" if missing else attempt(rule.measure, subject)
         if isinstance(found, str):
             left_out.append((name, found))
             continue

@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from xbraid_py.layers.checking.methods import wrong_methods
 from xbraid_py.layers.checking.report import Found, Rule, Subject, bad_cost, different, differs, distance, faults, worst
 from xbraid_py.layers.module_steps import ModuleSteps
 from xbraid_py.layers.steps import Halvable
@@ -21,6 +22,17 @@ from xbraid_py.mgrit.protocols import Steps
 
 COARSE_BOUND = 1.5  # no step at all is wrong by 1, one into the opposite direction by 2
 HALVED_BOUND = 0.35  # 1/4 in the limit; 1/2 where the two are steps of different equations
+
+
+def _methods(given) -> Found:
+    return faults(wrong_methods(given))
+
+
+METHODS = Rule(
+    "methods",
+    _methods,
+    "something that the solver uses is not there or cannot be called as it does; add what is named here",
+)
 
 
 def _shapes(given: Subject) -> Found:
