@@ -274,7 +274,7 @@ class _Equation:
         blocks = self.hierarchy.blocks.counts
         flat = self.comm.ordered_sum(steps.slopes(self.states, kept, self.wanted, self.hierarchy.block), blocks)
         parts = flat.split([each.numel() for each in self.wanted])
-        return of_start, [part.view(each.shape) for part, each in zip(parts, self.wanted, strict=True)]
+        return of_start, [part.view(each.shape).to(each) for part, each in zip(parts, self.wanted, strict=True)]
 
 
 class _Solve(torch.autograd.Function):

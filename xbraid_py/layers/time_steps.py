@@ -258,7 +258,7 @@ class TimeSteps:
         At the states before the steps and with the adjoints behind them, both (n, *S); of steps of one part.
         """
         size = sum(each.numel() for each in parameters)
-        found = states.new_zeros((len(states) // block, size), dtype=parameters[0].dtype)
+        found = states.new_zeros((len(states) // block, size))
         for row in range(len(states)):
             if (graph := self._graph(states, row)) is not None:
                 parts = _through(graph[1], parameters, adjoints[row])
