@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from kinds import Kind, options_of, program, run, updates_of, words_of
+from kinds import Kind, draw_nothing, options_of, program, run, updates_of, words_of
 from model_zoo import package
 from processes import PROJECT
 
@@ -18,6 +18,7 @@ pytestmark = pytest.mark.timeout(400)
 
 FINETUNE = Kind("finetune", ("--updates=8", "--validate_every=4"), "--warmup=1")
 SERIAL = SerialCommunicator()
+ALL = ("--accumulate=2", "--batch_size=4", "--autocast=bfloat16", "--ema=0.9", "--dropout=0.1", "--num_layers=8")
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +77,24 @@ def test_a_run_that_goes_on(one, spmd, shared_tmp_path):
     assert [row["loss"] for row in rows] == [whole[row["update"]] for row in rows]
 
 
+@pytest.mark.ranks(2)
+def test_everything_at_once(spmd, shared_tmp_path, transformers, monkeypatch):
+    """Micro-batches, halves and averaged weights, on two ranks and on from there on one."""
+    draw_nothing(monkeypatch)
+    spmd(lambda comm: run(FINETUNE, comm, shared_tmp_path / "two", *ALL) and None)
+    at = shared_tmp_path / "two" / "checkpoints" / "update_000005.h5"
+    spmd(lambda comm: run(FINETUNE, comm, shared_tmp_path / "more", *ALL, f"--resume={at}") and None)
+    spmd(lambda comm: comm.rank or run(FINETUNE, SERIAL, shared_tmp_path / "one", *ALL, f"--resume={at}") and None)
+    whole = [row for row in updates_of(shared_tmp_path / "two") if row["update"] > 5]
+    rows = [row for row in updates_of(shared_tmp_path / "more") if row["update"] > 5]
+    assert [(row["loss"], row.get("val_loss")) for row in rows] == [(row["loss"], row.get("val_loss")) for row in whole]
+    alone = [row for row in updates_of(shared_tmp_path / "one") if row["update"] > 5]
+    assert [row["loss"] for row in alone] == pytest.approx([row["loss"] for row in whole], rel=1e-2)
+    # The model that is left is that of the validations.
+    model = transformers.GPT2LMHeadModel.from_pretrained(shared_tmp_path / "two" / "model")
+    assert validation_loss(model) == pytest.approx(whole[-1]["val_loss"], rel=1e-5)
+
+
 def test_a_model_from_a_folder(one, tmp_path, transformers):
     # It begins where the other one has ended, with its sizes, whatever is asked for.
     run(FINETUNE, SERIAL, tmp_path, f"--model={one / 'model'}", "--num_layers=4", "--learning_rate=1e-9", "--exact")
@@ -93,11 +112,12 @@ def test_a_network_that_is_exported(one, tmp_path, transformers):
 
 
 def test_weight_decay_is_for_matrices():
-    from xbraid_py.recipes.finetune import build, groups
+    from xbraid_py import param_groups
+    from xbraid_py.recipes.finetune import build
 
     model = build(options_of(FINETUNE, PROJECT), None)
     names = {id(p): name for name, p in model.named_parameters()}
-    with_decay, without = ({names[id(p)] for p in group["params"]} for group in groups(model, 0.1))
+    with_decay, without = ({names[id(p)] for p in group["params"]} for group in param_groups(model, 0.1))
     assert with_decay | without == set(names.values())
     assert all(name.endswith(".bias") or ".ln_" in name for name in without)
     assert not any(name.endswith(".bias") or ".ln_" in name for name in with_decay)
@@ -109,6 +129,9 @@ def test_weight_decay_is_for_matrices():
         (("--model=nowhere",), "model=nowhere is no folder with a config.json"),
         (("--heads=3",), "heads=3 must divide width=16"),
         (("--num_layers=1",), "num_layers=1 must be at least 2"),
+        (("--accumulate=0",), "accumulate=0 must be at least 1; use 4"),
+        (("--autocast=float16",), "autocast='float16' must be bfloat16"),
+        (("--ema=1.0",), "ema=1.0 must be above 0 and below 1; use 0.99"),
         (("--context=600",), "context=600 must be less than the 500 bytes"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kinds import Kind, options_of, program, run, updates_of, words_of
+from kinds import Kind, arrays_of, draw_nothing, options_of, program, run, updates_of, words_of
 from processes import PROJECT
 
 from xbraid_py.cli import main
@@ -54,6 +54,41 @@ def test_a_run_that_goes_on(spmd, shared_tmp_path):
     assert [(row["update"], row["loss"]) for row in rows] == [(number, whole[number]) for number in (5, 6)]
 
 
+def test_micro_batches_are_one_batch(tmp_path):
+    for words in (("--batch_size=12",), ("--batch_size=4", "--accumulate=3")):
+        run(TRANSLATE, SERIAL, tmp_path / f"{len(words)}", *words, "--exact", "--updates=3")
+    ours, theirs = (updates_of(tmp_path / name) for name in ("1", "2"))
+    for name in ("loss", "grad_norm", "val_loss"):
+        expected = [row[name] for row in theirs if name in row]
+        assert [row[name] for row in ours if name in row] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.ranks(1, 2, 3)
+def test_averaged_weights_go_on(spmd, shared_tmp_path, tmp_path, monkeypatch):
+    """Bitwise on as many ranks, and as the losses agree on another number; validations are of the averaged weights."""
+    draw_nothing(monkeypatch)
+    words = ("--accumulate=2", "--autocast=bfloat16", "--ema=0.9", "--num_layers=4")
+    spmd(lambda comm: run(TRANSLATE, comm, shared_tmp_path / "a", *words) and None)
+    at = shared_tmp_path / "a" / "checkpoints" / "update_000004.h5"
+    spmd(lambda comm: run(TRANSLATE, comm, shared_tmp_path / "b", *words, f"--resume={at}") and None)
+    spmd(lambda comm: comm.rank or run(TRANSLATE, SERIAL, shared_tmp_path / "c", *words, f"--resume={at}") and None)
+    whole, same, alone = (
+        [row for row in updates_of(shared_tmp_path / name) if row["update"] > 4] for name in ("a", "b", "c")
+    )
+    assert same == whole
+    for name in ("loss", "val_loss"):
+        expected = [row[name] for row in whole if name in row]
+        assert [row[name] for row in alone if name in row] == pytest.approx(expected, rel=1e-3)
+    arrays = arrays_of(shared_tmp_path / "b" / "checkpoints" / "update_000006.h5")
+    expected = arrays_of(shared_tmp_path / "a" / "checkpoints" / "update_000006.h5")
+    assert all(torch.equal(arrays[name], expected[name]) for name in expected)
+    averaged = {name.removeprefix("average/module."): value for name, value in arrays.items() if "average/m" in name}
+    assert averaged and not any(torch.equal(arrays[f"weights/{name}"], value) for name, value in averaged.items())
+    assert main(["export", str(shared_tmp_path / "a"), str(tmp_path / "net.pt")]) == 0
+    model = torch.load(tmp_path / "net.pt", weights_only=False)
+    assert torch.equal(model.head.weight, averaged["head.weight"])
+
+
 @pytest.mark.ranks(1, 2, 3)
 def test_gradients_are_those_of_the_plain_network(spmd, tmp_path):
     # The loss that the recipe trains with, through both halves.
@@ -98,6 +133,9 @@ def test_bad_input(tmp_path):
     for word, message in (
         ("--task=copy", "task='copy' must be reverse or sort"),
         ("--heads=3", "heads=3 must divide width=8"),
+        ("--accumulate=0", "accumulate=0 must be at least 1"),
+        ("--autocast=half", "autocast='half' must be bfloat16"),
+        ("--ema=0", "ema=0.0 must be above 0 and below 1"),
         ("--num_layers=1", "num_layers=1 must be at least 2"),
     ):
         with pytest.raises(ValueError, match=message):

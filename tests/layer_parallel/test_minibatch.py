@@ -7,10 +7,13 @@ import torch
 from blocks import linear
 from refusal import refusal
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from xbraid_py import MGRIT, DenseBlock, LayerParallel, RunError
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.layer_parallel.minibatch.updates import check_alike, evaluate, train
+from xbraid_py.layers.module_block import own_random_numbers
+from xbraid_py.nn import Dropout
 from xbraid_py.testing import run_threads
 
 CONVERGED = MGRIT(cycle="V", cfactor=2, max_iter=8, min_coarse=2)
@@ -65,14 +68,15 @@ def literal(clip=None, rates=(0.1,) * 6):
     return losses, norms, {name: value.detach() for name, value in weights.items()}
 
 
-def trained(comm, replicas=1, clip=None, halving=False):
+def trained(comm, replicas=1, clip=None, halving=False, accumulate=1):
     """Rows, and the weights of all layers."""
     grid = ProcessGrid(comm, replicas)
     model = model_on(grid.layers, mgrit=CONVERGED)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5) if halving else None
     loss = nn.functional.cross_entropy
-    rows = list(train(model, batches(), loss, optimizer, scheduler=scheduler, clip=clip, grid=grid))
+    how = {"scheduler": scheduler, "clip": clip, "grid": grid, "accumulate": accumulate}
+    rows = list(train(model, batches(), loss, optimizer, **how))
     state = {name: value.tolist() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     return rows, state
 
@@ -100,6 +104,67 @@ def test_replicas_share_out_a_batch(spmd):
         assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-9)
         for name, value in weights.items():
             assert torch.allclose(torch.tensor(state[name], dtype=value.dtype), value, rtol=0, atol=1e-8), name
+
+
+@pytest.mark.parametrize(("replicas", "accumulate"), [(1, 3), (2, 2)])
+@pytest.mark.ranks(1, 2)
+def test_micro_batches_are_one_batch(spmd, replicas, accumulate):
+    # 7 samples: neither shares nor micro-batches have the same length.
+    losses, norms, weights = literal(clip=0.7)
+    for rows, state in spmd(lambda comm: trained(comm, min(replicas, comm.size), 0.7, accumulate=accumulate)):
+        assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-9)
+        assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=1e-8)
+        for name, value in weights.items():
+            assert torch.allclose(torch.tensor(state[name], dtype=value.dtype), value, rtol=0, atol=1e-8), name
+
+
+class Watched(nn.Linear):
+    """A linear layer that notes what it is called with, and what it gives."""
+
+    def forward(self, u):
+        found = super().forward(u)
+        self.calls = [*getattr(self, "calls", []), (len(u), found.dtype, self.training)]
+        return found
+
+
+@pytest.mark.ranks(1, 2)
+def test_what_the_model_is_called_with(spmd):
+    """Micro-batches one by one with masks of their own, in bfloat16; validations whole, in the type of the weights."""
+
+    def body(comm):
+        stack = LayerParallel(lambda: nn.Sequential(nn.Linear(3, 3), Dropout(0.5)), 4, 1.0, comm, mgrit=CONVERGED)
+        with own_random_numbers(1):
+            model = nn.Sequential(Watched(3, 3), stack)
+        data = [(inputs.float(), targets) for inputs, targets in batches(2)]
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        loss = nn.functional.cross_entropy
+        rows = list(train(model, data, loss, optimizer, accumulate=2, autocast=torch.bfloat16))
+        evaluate(model, data[:1], loss)
+        return model[0].calls, stack.solver_state()["draws"], [row["loss"] for row in rows]
+
+    wanted = [(samples, torch.bfloat16, True) for samples in (4, 3, 4, 3)] + [(7, torch.float32, False)]
+    results = spmd(body)
+    for calls, draws, losses in results:
+        assert calls == wanted and draws == 4 and losses == pytest.approx(results[0][2], rel=1e-3)
+
+
+@pytest.mark.ranks(1, 3)
+def test_averaged_weights(spmd):
+    def body(comm):
+        model = model_on(comm, mgrit=CONVERGED)
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.75))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        wanted: dict[str, torch.Tensor] = {}
+        for _ in train(model, batches(), nn.functional.cross_entropy, optimizer, average=average):
+            for name, value in model.state_dict().items():
+                if isinstance(value, torch.Tensor):
+                    before = wanted.get(name, value)
+                    wanted[name] = 0.75 * before + 0.25 * value
+        found = average.module.state_dict()
+        return all(torch.allclose(found[name], value, rtol=0, atol=1e-14) for name, value in wanted.items())
+
+    results = spmd(body)
+    assert results == [True] * len(results)
 
 
 @pytest.mark.parametrize("replicas", [1, 2])

@@ -1,4 +1,4 @@
-"""Rates by depth and loss scales, against plain modules with a group for each layer and torch's own scaler."""
+"""Groups, rates by depth and loss scales, against plain modules with a group for each layer and torch's own scaler."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ import torch
 from blocks import CASES, C, distance, linear, loop, loss_of, unstacked
 from torch import nn
 
-from xbraid_py import MGRIT, GradScaler, LayerParallel, Splines, layer_lr
+from xbraid_py import (
+    MGRIT,
+    GradScaler,
+    LayerParallel,
+    ParallelGRU,
+    PipelineParallel,
+    Splines,
+    layer_lr,
+    param_groups,
+    to_sequential,
+)
 
 MLP, N, DECAY = CASES["mlp"], 9, 0.7
 OPTIMIZERS = {
@@ -63,6 +73,65 @@ def test_what_has_no_rates_by_depth():
     ]:
         with pytest.raises(ValueError, match=message):
             layer_lr(optimizer, model, decay)
+
+
+class Parts(nn.Module):
+    """A bit of everything: in a stack a bias is a tensor of two axes, and so is what a norm has."""
+
+    def __init__(self, comm, splines):
+        super().__init__()
+        self.tokens, self.gru = nn.Embedding(5, C), ParallelGRU(C, C, comm=comm)
+        layer = lambda: nn.TransformerEncoderLayer(C, 2, 8, 0.0, norm_first=True)  # noqa: E731
+        self.stack = LayerParallel(layer, N, 2.0, comm, form="map", splines=splines)
+        self.windows = LayerParallel(
+            lambda: nn.Sequential(nn.LayerNorm((2, C)), nn.Linear(C, C)), 4, comm=comm, windows=2
+        )
+        self.pipeline = PipelineParallel([nn.Linear(C, C), nn.LayerNorm(C), nn.Conv1d(2, 2, 1)], comm)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.relative = nn.Parameter(torch.zeros(3, 2))
+
+
+@pytest.mark.ranks(1, 2, 3)
+@pytest.mark.parametrize("splines", [None, Splines(4)])
+def test_weight_decay_is_for_matrices_of_layers(spmd, splines):
+    def body(comm):
+        model = Parts(comm, splines)
+        names = {id(p): name for name, p in model.named_parameters()}
+        decayed, others = param_groups(model, 0.1)
+        assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+        torch.optim.AdamW([decayed, others])
+        found = [[names[id(p)] for p in group["params"]] for group in (decayed, others)]
+        assert sorted(sum(found, [])) == sorted(names.values())
+        return found
+
+    for rank, (decayed, others) in enumerate(spmd(body)):
+        assert {name.split(".")[0] for name in decayed} - {"pipeline"} == {
+            "tokens",
+            "gru",
+            "stack",
+            "windows",
+            "relative",
+        }
+        assert all(name.split(".")[-1].startswith(("weight", "in_proj_weight", "relative")) for name in decayed)
+        assert not [name for name in decayed if "norm" in name or name in ("pipeline.layers.1.weight", "scale")]
+        assert "windows.windows.0.layers.0.weight" in others, "a norm of two axes"
+        assert {"scale", "gru.bias_ih_l0", "stack.layers.self_attn.in_proj_bias"} <= set(others)
+        assert ("pipeline.layers.0.weight" in decayed) == (rank == 0)
+
+
+def test_groups_are_those_of_the_plain_model():
+    """The numbers of AdamW are those of the same groups of single layers."""
+    model = nn.Sequential(MLP.stack(None, N), linear(C, 2, 1))
+    plain = to_sequential(model)
+    both = []
+    for each in (model, plain):
+        optimizer = torch.optim.AdamW(param_groups(each, 0.5), lr=0.1)
+        loss_of(each(MLP.input(1))).backward()
+        optimizer.step()
+        both.append(each(MLP.input(2)).detach())
+    assert distance(*both) < 1e-6
+    with pytest.raises(ValueError, match="weight_decay=-1 must be at least 0 and finite"):
+        param_groups(model, -1)
 
 
 @pytest.mark.ranks(1, 2, 3)

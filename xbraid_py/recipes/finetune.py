@@ -23,12 +23,11 @@ from xbraid_py.comm.agreement import hold
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.data import text
 from xbraid_py.layer_parallel.export import to_sequential
-from xbraid_py.layer_parallel.minibatch.state import weights_by_name
 from xbraid_py.layer_parallel.minibatch.updates import Batch, evaluate
 from xbraid_py.layer_parallel.parallelize import parallelize
 from xbraid_py.layers.module_block import own_random_numbers
 from xbraid_py.layers.transformer import generate
-from xbraid_py.recipes.adamw import AdamWOptions, AdamWTraining
+from xbraid_py.recipes.adamw import AdamWOptions, AdamWTraining, cross_entropy
 from xbraid_py.recipes.minibatch import network_of, prepare
 from xbraid_py.run.engine import Row, free
 from xbraid_py.run.store.read import Checkpoint
@@ -176,24 +175,24 @@ class FinetuneTraining(AdamWTraining):
         grid: ProcessGrid,
         comm: Communicator,
     ):
-        super().__init__(options, model, groups(model, options.weight_decay), grid, comm)
+        super().__init__(options, model, grid, comm)
         self.training, self.validation = tokens
 
     def batches(self, done: int) -> Iterator[Batch]:
         for step in range(done, self.total):
-            yield self._stretches(self.training, self.options.batch_size, step)
+            yield self._stretches(self.training, self.options.samples, step)
 
     def loss(self, outputs: Any, targets: Tensor) -> Tensor:
         """Mean cross entropy of the logits (B, S, V) and bytes (B, S), in nats per byte."""
-        return nn.functional.cross_entropy(outputs.logits.flatten(0, 1), targets.flatten())
+        return cross_entropy(outputs.logits, targets)
 
     def validate(self) -> Row:
         numbers = range(self.options.validation_batches)
         batches = (self._stretches(self.validation, _VALIDATION_BATCH, number) for number in numbers)
-        return {"val_loss": evaluate(self.trained.model, batches, self.loss, self.trained.grid)}
+        return {"val_loss": evaluate(self.trained.result, batches, self.loss, self.trained.grid)}
 
     def draw(self, rows: list[Row], figures: Path) -> None:
-        plain = to_sequential(self.trained.model).eval()
+        plain = to_sequential(self.trained.result).eval()
         if rows:
             _transformers().utils.logging.disable_progress_bar()
             plain.save_pretrained(self.options.out / "model")
@@ -227,13 +226,3 @@ class _Logits(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.model(tokens).logits[..., :BYTES]
-
-
-def groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Parameter groups of an optimizer: matrices with weight decay, biases and what norms have without."""
-    owners = weights_by_name(model)
-    found: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        # Those of a stack have one axis more, of the layers.
-        found[parameter.dim() - (name in owners) > 1].append(parameter)
-    return [{"params": found[True], "weight_decay": weight_decay}, {"params": found[False], "weight_decay": 0.0}]

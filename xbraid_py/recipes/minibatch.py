@@ -7,13 +7,14 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.replicas import ProcessGrid
-from xbraid_py.layer_parallel.minibatch.state import WEIGHTS, MinibatchState, check_weights, load_weights
+from xbraid_py.layer_parallel.minibatch.state import AVERAGE, WEIGHTS, MinibatchState, check_weights, load_weights
 from xbraid_py.layer_parallel.minibatch.updates import Batch, check_alike, train
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.planner import Layer
@@ -115,6 +116,11 @@ class MinibatchTraining(Training):
     def __init__(self, options: MinibatchOptions, trained: MinibatchState, total: int):
         self.options, self.trained, self.total = options, trained, total
 
+    @property
+    def how(self) -> dict[str, Any]:
+        """Further arguments of `layer_parallel.minibatch.updates.train`."""
+        return {}
+
     @abstractmethod
     def batches(self, done: int) -> Iterable[Batch]:
         """Inputs and targets of the updates behind so many, whole batches, the same on all ranks."""
@@ -133,8 +139,10 @@ class MinibatchTraining(Training):
             scheduler=trained.scheduler,
             clip=self.options.clip,
             grid=trained.grid,
+            average=trained.average,
             done=trained.update,
             seconds=trained.seconds,
+            **self.how,
         ):
             trained.update, trained.seconds = row["update"], row["seconds"]
             yield {**row, "final": row["update"] == self.total}
@@ -178,8 +186,12 @@ def network_of(
     options, sizes = from_dict(options_class, meta["configuration"]), meta["sizes"]
     _check_sizes(checkpoint, options, sizes)
     model = build(options, None, **sizes)
-    load_weights(checkpoint, model)
-    return model
+    if getattr(options, "ema", None) is None:
+        load_weights(checkpoint, model)
+        return model
+    averaged = AveragedModel(model)
+    load_weights(checkpoint, averaged, AVERAGE)
+    return averaged.module
 
 
 def _check_sizes(checkpoint: Checkpoint, options: MinibatchOptions, sizes: Mapping[str, int]) -> None:

@@ -21,7 +21,7 @@ from xbraid_py.layer_parallel.minibatch.updates import Batch, evaluate
 from xbraid_py.layer_parallel.stack import LayerParallel
 from xbraid_py.layers.module_block import own_random_numbers
 from xbraid_py.layers.transformer import DecoderBlock, TokenEmbedding, TokenHead, generate
-from xbraid_py.recipes.adamw import AdamWOptions, AdamWTraining
+from xbraid_py.recipes.adamw import AdamWOptions, AdamWTraining, cross_entropy
 from xbraid_py.recipes.minibatch import network_of, prepare
 from xbraid_py.run.engine import Row, free
 from xbraid_py.run.store.read import Checkpoint
@@ -123,27 +123,27 @@ class TextTraining(AdamWTraining):
     def __init__(
         self, options: TextOptions, corpus: text.Corpus, model: nn.Module, grid: ProcessGrid, comm: Communicator
     ):
-        super().__init__(options, model, model.parameters(), grid, comm)
+        super().__init__(options, model, grid, comm, model.parameters())
         self.corpus = corpus
         self.training, self.validation = corpus.split()
 
     def batches(self, done: int) -> Iterator[Batch]:
         for step in range(done, self.total):
-            yield stretches(self.training, self.options, self.options.batch_size, step)
+            yield stretches(self.training, self.options, self.options.samples, step)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy of logits (B, S, V) and tokens (B, S), in nats per character."""
-        return nn.functional.cross_entropy(outputs.flatten(0, 1), targets.flatten())
+        return cross_entropy(outputs, targets)
 
     def validate(self) -> Row:
         numbers = range(self.options.validation_batches)
         batches = (stretches(self.validation, self.options, _VALIDATION_BATCH, number) for number in numbers)
-        return {"val_loss": evaluate(self.trained.model, batches, self.loss, self.trained.grid)}
+        return {"val_loss": evaluate(self.trained.result, batches, self.loss, self.trained.grid)}
 
     def draw(self, rows: list[Row], figures: Path) -> None:
         options = self.options
         first = self.validation[: options.context]
-        tokens = generate(self.trained.model, first, options.sample, options.context, options.seed)
+        tokens = generate(self.trained.result, first, options.sample, options.context, options.seed)
         if rows:
             self._sample.write_text(self.corpus.decode(tokens), encoding="utf-8")
         super().draw(rows, figures)

@@ -20,7 +20,7 @@ from xbraid_py.layer_parallel.export import to_sequential
 from xbraid_py.layer_parallel.minibatch.updates import Batch, evaluate
 from xbraid_py.layer_parallel.parallelize import parallelize
 from xbraid_py.layers.module_block import own_random_numbers
-from xbraid_py.recipes.adamw import AdamWOptions, AdamWTraining
+from xbraid_py.recipes.adamw import AdamWOptions, AdamWTraining, cross_entropy
 from xbraid_py.recipes.minibatch import network_of, prepare
 from xbraid_py.run.engine import Row, free
 from xbraid_py.run.store.read import Checkpoint
@@ -52,7 +52,7 @@ class TranslateOptions(AdamWOptions):
     num_tokens: int = 16
     num_layers: int = 8
     width: int = 32
-    updates: int = 600
+    updates: int = 200
     batch_size: int = 64
     learning_rate: float = 2e-3
     warmup: int = 40
@@ -126,27 +126,24 @@ def build(options: TranslateOptions, comm: Communicator | None) -> nn.Module:
 class TranslateTraining(AdamWTraining):
     """A translator that learns by AdamW."""
 
-    def __init__(self, options: TranslateOptions, model: nn.Module, grid: ProcessGrid, comm: Communicator):
-        super().__init__(options, model, model.parameters(), grid, comm)
-
     def batches(self, done: int) -> Iterator[Batch]:
         for step in range(done, self.total):
-            yield self._pairs(self.options.batch_size, step)
+            yield self._pairs(self.options.samples, step)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy of logits (B, S, V) and tokens (B, S), in nats per token."""
-        return nn.functional.cross_entropy(outputs.flatten(0, 1), targets.flatten())
+        return cross_entropy(outputs, targets)
 
     def validate(self) -> Row:
         def found(measure: Callable[[Tensor, Tensor], Tensor]) -> float:
             numbers = range(self.options.validation_batches)
             batches = (self._pairs(_VALIDATION_BATCH, _VALIDATION + number) for number in numbers)
-            return evaluate(self.trained.model, batches, measure, self.trained.grid)
+            return evaluate(self.trained.result, batches, measure, self.trained.grid)
 
         return {"val_loss": found(self.loss), "val_accuracy": found(_share_of_tokens)}
 
     def draw(self, rows: list[Row], figures: Path) -> Row | None:
-        plain = to_sequential(self.trained.model)
+        plain = to_sequential(self.trained.result)
         super().draw(rows, figures)
         if not rows:
             return None

@@ -6,11 +6,13 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.agreement import RunError
@@ -35,6 +37,9 @@ def train(
     scheduler: Any = None,
     clip: float | None = None,
     grid: ProcessGrid | None = None,
+    accumulate: int = 1,
+    autocast: torch.dtype | None = None,
+    average: AveragedModel | None = None,
     done: int = 0,
     seconds: float = 0.0,
 ) -> Iterator[dict]:
@@ -56,6 +61,12 @@ def train(
         2-norm of the gradient of the whole model above which it is scaled down to this.
     grid : ProcessGrid, optional
         Each replica takes its share of every batch, and the gradients are averaged; the stacks are on `grid.layers`.
+    accumulate : int
+        Micro-batches that a batch is cut into, one after the other; their gradients are averaged.
+    autocast : dtype, optional
+        What the model is called in by `torch.autocast`; the loss is not.
+    average : AveragedModel, optional
+        Of the model; goes along after every update.
     done : int
         Updates made before; `batches` begin behind them.
     seconds : float
@@ -80,16 +91,25 @@ def train(
         start = time.perf_counter()
         inputs, targets = grid.shard(batch) if grid else batch
         optimizer.zero_grad()
-        value = loss(model(inputs), targets)
-        mean = _mean_over_replicas(float(value.detach()), len(inputs), grid)
-        if not math.isfinite(mean):
-            raise RunError(f"update {number}: the loss is {mean}; use a smaller learning rate, or clip the gradients")
-        value.backward()
+        samples, mean = len(inputs), 0.0
+        for part, wanted in zip(inputs.tensor_split(accumulate), targets.tensor_split(accumulate), strict=True):
+            with nullcontext() if autocast is None else torch.autocast(part.device.type, autocast):
+                outputs = model(part)
+            value = loss(outputs, wanted)
+            found, count = _mean_over_replicas(float(value.detach()), len(part), grid)
+            mean += found * (count / len(batch[0]))
+            if not math.isfinite(mean):
+                raise RunError(
+                    f"update {number}: the loss is {mean}; use a smaller learning rate, or clip the gradients"
+                )
+            (value * (len(part) / samples)).backward()
         if grid:
-            grid.average_gradients(model, samples=len(inputs))
+            grid.average_gradients(model, samples=samples)
         norm = clip_grad_norm_(model, clip) if clip is not None else None
         rate = optimizer.param_groups[0]["lr"]
         optimizer.step()
+        if average is not None:
+            average.update_parameters(model)
         if scheduler is not None:
             scheduler.step()
         seconds += time.perf_counter() - start
@@ -147,12 +167,13 @@ def solve_records(model: nn.Module) -> list[SolveRecord]:
     return [record for record in found if record is not None]
 
 
-def _mean_over_replicas(value: float, samples: int, grid: ProcessGrid | None) -> float:
+def _mean_over_replicas(value: float, samples: int, grid: ProcessGrid | None) -> tuple[float, float]:
+    """The mean over the samples of all replicas, and their number."""
     if grid is None:
-        return value
+        return value, samples
     weighted = torch.tensor([[value * samples, samples]], dtype=torch.float64)
     summed, count = grid.data.ordered_sum(weighted, [1] * grid.replicas).tolist()
-    return summed / count
+    return summed / count, count
 
 
 def check_alike(model: nn.Module, comm: Communicator) -> None:
