@@ -305,13 +305,11 @@ class ParallelRecurrent(nn.Module):
         if message is None:
             given = Sequences(x, self.batch_first)
             if given.is_packed and self.output == "own":
-                message = (
-                    "output='own' with a packed sequence, whose samples end on other ranks; use output='all'"
-                )
+                message = "output='own' with a packed sequence, whose samples end on other ranks; use output='all'"
             # All ranks take part in the adjoint solve, and in spreading the gradients of what asks for them.
             wanted = tuple(t.requires_grad for t in (given.numbers, *states.values(), *weights))
             call = (given.key, h_0 is None, torch.is_grad_enabled(), self.training, wanted)
-        agree(self.comm, (message, call), "shape and mode of the input")
+        agree(self.comm, (message, call), "shape and mode of the input", "forward()")
         if message is not None:
             raise ValueError(message)
         length = given.size[0]
@@ -339,6 +337,13 @@ class ParallelRecurrent(nn.Module):
 
         solvers = self.plan(len(x)).solvers
         return Update(self.controller, make, x.shape[1], solvers.are_iterative and not solvers.are_pipelined, keep)
+
+    def _size_of(self, slope: Tensor | None, of_end: Tensor | None) -> float:
+        """Norm of what comes back, the same on all ranks, each of which may have another part of it or none."""
+        squares = [each.detach().double().square().sum() for each in (slope, of_end) if each is not None]
+        own = torch.tensor([float(sum(squares))], dtype=torch.float64)
+        every = self.comm.allgather(own, (1,) * self.comm.size)
+        return float(every.sum() if self.output == "own" else every.max()) ** 0.5
 
 
 class _PropagateSequence(torch.autograd.Function):
@@ -375,9 +380,11 @@ class _PropagateSequence(torch.autograd.Function):
                 f"whose weights it shares"
             )
         _ = ctx.saved_tensors
+        agree(module.comm, None, "", "backward()")
         of_end = None if module.output == "own" else of_end
         module._updates += 1
-        found = ctx.update.backward(module._updates, slope, of_end, ctx.needs_input_grad[2])
+        size = module._size_of(slope, of_end)
+        found = ctx.update.backward(module._updates, slope, of_end, ctx.needs_input_grad[2], size)
         of_x, of_start, of_weights, module.record = found
         if not graph_is_kept():
             # A loss that is still around would otherwise hold all states during the next forward pass.

@@ -15,6 +15,8 @@ from xbraid_py.layer_parallel.accuracy import Controller
 from xbraid_py.layer_parallel.sequence.run import Pass
 from xbraid_py.mgrit.levels import Solution
 
+_SMALL = 1e-30  # no gradient
+
 # Makes a forward pass: exactly or not, so many tightenings, of the first samples only, and whether to keep it.
 MakePass = Callable[[bool, int, int | None, bool], Pass]
 
@@ -98,7 +100,7 @@ class Update:
         return SequenceRecord(*_summary(forward), *_summary(adjoint), mode=mode, level=self.level, **more)
 
     def backward(
-        self, number: int, slope: Tensor | None, of_end: Tensor | None, with_input: bool
+        self, number: int, slope: Tensor | None, of_end: Tensor | None, with_input: bool, size: float
     ) -> tuple[Tensor | None, Tensor, list[Tensor], SequenceRecord]:
         """Gradients of the input (L, B, F), if asked for, of the start (D, B, S) and of the weights, and the record.
 
@@ -109,6 +111,8 @@ class Update:
         slope, of_end : tensor or None
             Gradients of output and states behind the sequence.
         with_input : bool
+        size : float
+            Norm of these two gradients, on all ranks alike.
         """
         found = self.done.backward(slope, of_end, with_input)
         solved = self.done.solutions, found[3]
@@ -126,6 +130,10 @@ class Update:
         error, event = 0.0, ""
         if self.watched:
             residuals, sweeps = sum(map(_residual, solved)), tuple(max(s.sweeps for s in each) for each in solved)
+            if self.controller.accuracy.check:
+                # What residuals leave is an error of the sum over the samples, whose parts may cancel: then the
+                # gradient is small beside the slopes that it comes from, and its relative error is large.
+                residuals *= size / max(_norm(found[2]), _SMALL)
             error, event = self.controller.observe(residuals, measured, sweeps, noise)
         told = {"update": number, "gradient_error": error, "measured": measured is not None, "event": event}
         record = self._record(*solved, **told, noise=self.controller.noise)
@@ -156,10 +164,12 @@ def _residual(solutions: list[Solution]) -> float:
     return (sum(s.residual**2 for s in solutions) / len(solutions)) ** 0.5
 
 
+def _norm(tensors: Sequence[Tensor]) -> float:
+    """2-norm of all together; the same on all ranks, which have the same tensors."""
+    return torch.stack([each.square().sum() for each in tensors]).sum().sqrt().item()
+
+
 def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """|a - b| / |b|; all ranks have the same."""
-    difference, size = (
-        torch.stack([each.square().sum() for each in tensors]).sum().item()
-        for tensors in ([x - y for x, y in zip(a, b, strict=True)], b)
-    )
-    return (difference / size) ** 0.5 if size != 0.0 else 0.0  # NaN where there is one
+    """|a - b| / |b|."""
+    difference, size = _norm([x - y for x, y in zip(a, b, strict=True)]), _norm(b)
+    return difference / size if size != 0.0 else 0.0  # NaN where there is one
