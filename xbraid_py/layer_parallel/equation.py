@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from dataclasses import dataclass, field, replace
-from math import prod
+from math import isfinite, prod
 from typing import Any, Literal
 
 import numpy as np
@@ -218,10 +218,12 @@ class _Equation:
             return None
         last = Size(solution.norms[-1], solution.residuals[-1])
         if not stop.met(last):
+            way = "a greater max_iter, a smaller cfactor or a greater nrelax"
+            if not isfinite(last.relative):
+                way = "fewer levels, a smaller cfactor or TimeStepper(step, coarse=...), since coarse steps blow up"
             self._warn(
                 f"solve has stopped at max_iter={self.options.iterations} with a relative residual of "
-                f"{last.relative:.1e} of {what}, above tol={self.options.tolerance:g}; use a greater max_iter, a "
-                f"smaller cfactor or a greater nrelax",
+                f"{last.relative:.1e} of {what}, above tol={self.options.tolerance:g}; use {way}",
                 5,
             )
         return stop.met(last)
