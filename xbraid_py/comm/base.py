@@ -174,6 +174,10 @@ class Communicator(ABC):
         """A line beside the work for `Watchdog`; None where nobody can be missing. Collective."""
         return None
 
+    def refuse_replicas(self) -> None:
+        """Raise `ValueError` on all ranks within a forward pass of torch's that takes them for replicas of a model."""
+        return
+
     def misses_a_rank(self, error: BaseException) -> bool:
         """Whether an error of a message says that the process at the other end is gone."""
         return False

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from xbraid_py.comm import watchdog
 from xbraid_py.comm.base import Communicator, SerialCommunicator
@@ -146,6 +147,18 @@ class ProcessGroupCommunicator(Communicator):
         made = ProcessGroupCommunicator(group, ranks, self._timeout)
         made.is_alike = self.is_alike
         return made
+
+    def refuse_replicas(self):
+        wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
+        if wrapper is None:
+            return
+        ranks = sorted({*self.ranks} & {*dist.get_process_group_ranks(wrapper.process_group)})
+        if len(ranks) > 1:
+            raise ValueError(
+                f"DistributedDataParallel takes ranks {', '.join(map(str, ranks))} for replicas, but they share the "
+                f"layers out; give it process_group=mesh.get_group('replicas'), with mesh = "
+                f"xbraid_py.ProcessGrid(comm, replicas).device_mesh(), or wrap only what lies around the stack"
+            )
 
     def misses_a_rank(self, error):
         return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
@@ -298,6 +311,23 @@ def communicator_of(group: Any, timeout: datetime.timedelta | None = None) -> Co
     if found is None:
         found = _known[group] = ProcessGroupCommunicator(group, timeout=timeout)
     return found
+
+
+def ranks_of_the_job(comm: Communicator) -> tuple[int, ...]:
+    """Numbers that torch knows the ranks of a communicator by, which has all of them.
+
+    Raises
+    ------
+    ValueError
+        If it has not.
+    """
+    ranks = comm.ranks if isinstance(comm, ProcessGroupCommunicator) else ()
+    if not ranks or len(ranks) < dist.get_world_size():
+        raise ValueError(
+            f"{comm.size} rank(s) that are not all those of a process group of torch.distributed cannot be a device "
+            f"mesh; start with torchrun on two processes or more, and make the grid of comm=xbraid_py.world()"
+        )
+    return ranks
 
 
 def world() -> Communicator:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
+from xbraid_py.comm import process_group
 from xbraid_py.comm.kinds import as_communicator
 from xbraid_py.comm.partition import Partition
 
@@ -64,12 +66,34 @@ class ProcessGrid:
             )
         per_replica = comm.size // replicas
         self.replicas = replicas
+        self._comm, numbers = comm, torch.arange(comm.size)
+        self._numbers = numbers.view(replicas, -1) if neighbors == "layers" else numbers.view(-1, replicas).T
         if neighbors == "layers":
             self.replica, stage = divmod(comm.rank, per_replica)
         else:
             stage, self.replica = divmod(comm.rank, replicas)
         self.layers = comm.split(self.replica, comm.rank)
         self.data = comm.split(stage, comm.rank)
+
+    def device_mesh(self, device_type: str = "cpu") -> DeviceMesh:
+        """The grid as a mesh of torch's, with the dimensions "replicas" and "layers". All ranks of the job take part.
+
+        `DistributedDataParallel(model, process_group=mesh.get_group("replicas"))` averages the gradients of a whole
+        model over the replicas in `backward`, those of a stack of `grid.layers` among them; `average_gradients` is not
+        called then. `fully_shard(head, mesh=mesh["replicas"])` shards what lies around a stack.
+
+        Parameters
+        ----------
+        device_type : str
+            Where the tensors of torch's own messages are: "cuda" for those of NCCL.
+
+        Raises
+        ------
+        ValueError
+            If the ranks of the grid are not all those of torch.distributed.
+        """
+        ranks = torch.tensor(process_group.ranks_of_the_job(self._comm))
+        return DeviceMesh(device_type, ranks[self._numbers], mesh_dim_names=("replicas", "layers"))
 
     def shard(self, batch: Any) -> Any:
         """This replica's share of a batch, without copying: a block of samples, longer ones first.
