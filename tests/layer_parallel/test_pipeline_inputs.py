@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import pytest
@@ -482,20 +481,3 @@ def test_an_input_that_is_overwritten_before_it_is_read_again(spmd, what):
     for kept, again in spmd(body):
         assert kept is None
         assert "overwritten by an operation in place" in again and "use a form not in place" in again
-
-
-@RANKS
-def test_copies_keep_nothing_of_calls(spmd):
-    """Forms and checks are those of the copy, which goes on by itself."""
-
-    def body(comm):
-        model = PipelineParallel(unlike(), comm, portions=3)
-        inputs, named = decoder_inputs(False)
-        before = model(input_of(), *inputs, **named).detach()
-        other = copy.deepcopy(model)
-        with torch.no_grad():
-            for p in model.parameters():
-                p.zero_()
-        return before, other(input_of(), *inputs, **named).detach()
-
-    assert all(torch.equal(*found) for found in spmd(body))

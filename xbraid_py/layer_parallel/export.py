@@ -179,12 +179,12 @@ def to_sequential(source: nn.Module | str | os.PathLike, device: torch.device | 
 
 def _of_module(source: nn.Module) -> nn.Module:
     stacks = [part for part in source.modules() if isinstance(part, LayerParallel)]
-    if not stacks:
+    runs = [part for part in source.modules() if isinstance(part, ParallelBlocks)]
+    if not stacks and not runs:
         raise ValueError(
             f"source={type(source).__name__} holds no LayerParallel, so it is a plain module already; "
             f"use copy.deepcopy(source)"
         )
-    runs = [part for part in source.modules() if isinstance(part, ParallelBlocks)]
     inside = {id(part) for stack in (*stacks, *runs) for part in stack.modules()}
     for name, part in source.named_modules():
         for key, value in vars(part).items() if id(part) not in inside else ():

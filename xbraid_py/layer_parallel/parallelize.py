@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from xbraid_py.comm.agreement import together
+from xbraid_py.layer_parallel.modules import PipelineParallel
+from xbraid_py.layer_parallel.probes import check_form, handed_on
 from xbraid_py.layer_parallel.runs import (
     Run,
     check_weights,
@@ -23,12 +26,14 @@ from xbraid_py.layer_parallel.runs import (
     put_back,
     replace_dropout,
     take_weights,
+    without_weights,
 )
-from xbraid_py.layer_parallel.stack import LayerParallel
-from xbraid_py.layers.existing import first_difference
+from xbraid_py.layer_parallel.stack import LayerParallel, needs_likeness, pipeline_options
+from xbraid_py.layers.existing import COUNTERS, Step, first_difference, period_of
 
 Form = Literal["increment", "map"]
 _CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
+_LOOKED_AT = (bool, int, float, str)
 _RECORDED = ("output_hidden_states", "output_attentions")
 
 
@@ -40,6 +45,7 @@ def parallelize(
     form: Form | None = None,
     returns: int | None = None,
     example: Mapping[str, Any] | Sequence[Any] | None = None,
+    unlike: bool = False,
     **options: Any,
 ) -> nn.Module:
     """Put one layer-parallel stack in place of the longest run of like blocks of a model; the rest stays as it is.
@@ -49,6 +55,10 @@ def parallelize(
     self.h: hidden = block(hidden, mask)` runs once. Blocks of another kind before or behind the run stay beside it.
     What the model hands to its blocks beside the state is handed to all layers. A block's output has to go into the
     next block and nowhere else.
+
+    Blocks that differ, in their attributes or the shapes of their weights, are possible where no coarse level needs
+    likeness, with `MGRIT(cycle="pipeline")` or `MGRIT(max_levels=1)`: the stack is a `PipelineParallel` then. A model
+    must not look at what they differ in, to hand each of them something else: give an `example` where it may.
 
     `nn.Dropout` within the blocks becomes `xbraid_py.nn.Dropout`, stochastic depth
     `xbraid_py.nn.DropPath`, each block with its rate. A cache of keys and values is switched off, with a
@@ -73,6 +83,9 @@ def parallelize(
     example : dict or tuple, optional
         Inputs of the model, of which the plain model and the one with the stack must make the same in evaluation mode;
         collective.
+    unlike : bool
+        Take the longest run of blocks of any kind that have weights, such as those of a model whose widths change from
+        block to block.
     **options
         Of `LayerParallel`, such as `mgrit`.
 
@@ -95,27 +108,24 @@ def parallelize(
         raise TypeError(f"blocks={type(blocks).__name__} must be the name of a container, as 'encoder.layer'")
     if form not in (None, "map", "increment"):
         raise ValueError(f"form={form!r} must be map or increment; leave it out")
-    run = find_run(model, blocks)
+    run = find_run(model, blocks, unlike)
     is_sequential = isinstance(run.container, nn.Sequential)
     if is_sequential and form == "increment":
         raise ValueError("form='increment': an nn.Sequential hands on what a block gives; use form='map'")
-    check_weights(model, run)
+    check_weights(model, run, needs_likeness(options))
+    _check_kinds(model)
     before = None if example is None else _evaluated(model, example)
     dropouts = replace_dropout(run.blocks)
     if form == "increment":
         options = {"T": float(len(run.blocks))} | options
     try:
-        stack = LayerParallel.from_blocks(run.blocks, comm, form=form or "map", returns=returns, **options)
-        if not isinstance(stack, LayerParallel) or stack.period > 1:
-            raise ValueError(
-                f"{run.path}: {first_difference(run.blocks)}; the layers of a stack in a model must be alike: build "
-                f"the model with the same value for all, or use PipelineParallel for its parts"
-            )
+        stack = _stack(run, comm, form or "map", returns, options)
     except (TypeError, ValueError):
         for block, parts in zip(run.blocks, dropouts, strict=True):
             put_back(block, parts)
         raise
-    part = ParallelBlocks(run, stack, form, returns, dropouts, _switch_off_cache(model), _random_options(model))
+    h = options["T"] / len(run.blocks) if form == "increment" else None
+    part = ParallelBlocks(run, stack, h, returns, dropouts, _switch_off_cache(model), _random_options(model))
     part.is_sure = form is not None or is_sequential
     run.put(part)
     for name, above in model.named_modules():
@@ -126,6 +136,24 @@ def parallelize(
     return model
 
 
+def _stack(
+    run: Run, comm: Any, form: Form, returns: int | None, options: dict[str, Any]
+) -> LayerParallel | PipelineParallel:
+    """A stack with the weights of a run."""
+    if period_of(run.blocks) == 1:
+        return LayerParallel.from_blocks(run.blocks, comm, form=form, returns=returns, **options)
+    if needs_likeness(options):
+        raise ValueError(
+            f"{run.path}: {first_difference(run.blocks)}; a coarse layer stands for like ones: build the model with "
+            f"the same value for all, or use mgrit=MGRIT(cycle='pipeline')"
+        )
+    own = pipeline_options({name: value for name, value in options.items() if name != "T"})
+    h = options["T"] / len(run.blocks) if form == "increment" else None
+    # Without times: what a block asks for the model hands to it.
+    is_plain = returns is None and h is None
+    return PipelineParallel(run.blocks if is_plain else [Step(b, returns, h) for b in run.blocks], comm, **own)
+
+
 class ParallelBlocks(nn.Module):
     """What stands in the place of a run of blocks: called like one of them, it goes through all.
 
@@ -133,10 +161,10 @@ class ParallelBlocks(nn.Module):
     ----------
     run : Run
         Its blocks lose their weights, and tell what else there is of each layer.
-    stack : LayerParallel
+    stack : LayerParallel or PipelineParallel
         With their weights.
-    form : {"map", "increment"}, optional
-        As of `parallelize`.
+    h : float, optional
+        Step size of increments, which is what blocks give then.
     returns : int, optional
         As of `parallelize`.
     dropouts : list of dict of str to Module
@@ -155,8 +183,8 @@ class ParallelBlocks(nn.Module):
     def __init__(
         self,
         run: Run,
-        stack: LayerParallel,
-        form: Form | None,
+        stack: LayerParallel | PipelineParallel,
+        h: float | None,
         returns: int | None,
         dropouts: list[dict[str, nn.Module]],
         was_cached: bool,
@@ -164,19 +192,40 @@ class ParallelBlocks(nn.Module):
     ):
         super().__init__()
         self.random_options = random_options
-        self.stack, self.form, self.returns = stack, form or "map", returns
+        self.stack, self.h, self.returns = stack, h, returns
         self.names, self.was_cached, self.is_sure = run.names, was_cached, False
         blocks = run.blocks
         self.first_argument = next(iter(_parameters(blocks[0])), None)
         self._handed_on: dict[tuple, tuple] = {}
+        if isinstance(stack, PipelineParallel):
+            # Which has the blocks themselves.
+            blocks = [without_weights(block) for block in blocks]
+        else:
+            for block in blocks:
+                take_weights(block)
         # A tuple is no child: these have no weights, and appear in no state dict.
         self._plain = tuple(zip(blocks, dropouts, strict=True))
-        for block in blocks:
-            take_weights(block)
         # Loops look at a block before they call it, as at `block.attention_type`.
+        self._differing = {}
         for name, value in (*vars(blocks[0]).items(), *blocks[0]._modules.items()):
-            if not name.startswith("_") and not hasattr(self, name):
+            if name.startswith("_") or hasattr(self, name):
+                continue
+            other = next((n for n, each in enumerate(blocks) if _differs(value, getattr(each, name, None))), None)
+            if other is None or name in COUNTERS:
                 self.__dict__[name] = value
+            else:
+                self._differing[name] = (other, value, getattr(blocks[other], name, None))
+
+    def __getattr__(self, name: str) -> Any:
+        differing = self.__dict__.get("_differing", {})
+        if name in differing:
+            other, a, b = differing[name]
+            # No `AttributeError`, which is taken for an answer.
+            raise ValueError(
+                f"{name} is {a!r} in the first block and {b!r} in block {other}, and the model looks at it before it "
+                f"calls a block, where one stands for all: build the model with the same value for all"
+            )
+        return super().__getattr__(name)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """What the last block returns for the state that the first one is given; further inputs go to every layer.
@@ -207,8 +256,8 @@ class ParallelBlocks(nn.Module):
                     f"{error}; of {self.random_options} use 0 for attention, or torch_random=True"
                 ) from error
             raise
-        if self.form == "increment":
-            end = (end - u) / self.stack.sizes[0]
+        if self.h is not None:
+            end = (end - u) / self.h
         if self.returns is None:
             return end
         values = dict(enumerate(more)) | named
@@ -218,6 +267,15 @@ class ParallelBlocks(nn.Module):
     def restored(self) -> list[nn.Module]:
         """The blocks with the weights of the stack, as they were before; collective."""
         found = [copy.deepcopy(block) for block, _ in self._plain]
+        if isinstance(self.stack, PipelineParallel):
+            self._restore_unlike(found)
+        else:
+            self._restore_like(found)
+        for module, (_, dropouts) in zip(found, self._plain, strict=True):
+            put_back(module, {name: copy.deepcopy(part).train(module.training) for name, part in dropouts.items()})
+        return found
+
+    def _restore_like(self, found: list[nn.Module]) -> None:
         rows = iter(found)
         for window in self.stack.windows:
             weights, columns = window.layers, window.block.columns
@@ -235,74 +293,52 @@ class ParallelBlocks(nn.Module):
                 module.train(self.stack.training)
                 for name in window.block.frozen:
                     module.get_submodule(name).eval()
-        for module, (_, dropouts) in zip(found, self._plain, strict=True):
-            put_back(module, {name: copy.deepcopy(part).train(module.training) for name, part in dropouts.items()})
-        return found
+
+    def _restore_unlike(self, found: list[nn.Module]) -> None:
+        own = {
+            number: (
+                {key: (t.detach(), t.requires_grad) for key, t in (*each.named_parameters(), *each.named_buffers())},
+                [part.training for part in each.modules()],
+            )
+            for number, each in self._own_blocks()
+        }
+        comm = self.stack.comm
+        for number, (tensors, modes) in (each for part in comm.bcast(comm.gather(own)) for each in part.items()):
+            give_weights(found[number], tensors, found[number])
+            for part, mode in zip(found[number].modules(), modes, strict=True):
+                part.training = mode
+
+    def _own_blocks(self) -> list[tuple[int, nn.Module]]:
+        """Blocks that can be evaluated here, with their numbers; like ones stand for each other."""
+        if isinstance(self.stack, LayerParallel):
+            return [(0, self.stack.windows[0].block.module)]
+        pairs = self.stack.layers.items()
+        return [(int(number), each.block if isinstance(each, Step) else each) for number, each in pairs]
 
     # ---- What a block does, looked at before the first call
 
-    @torch.no_grad()
-    def _once(self, u: Tensor, more: Sequence[Any], named: Mapping[str, Any], scale: float = 1.0) -> Any:
-        """What a block returns in evaluation mode, its matrices scaled; the same on every rank."""
-        block = self.stack.windows[0].block.module
-        modes = [(part, part.training) for part in block.modules()]
-        weights = {name: p * scale if p.dim() > 1 else p for name, p in block.named_parameters()}
-        try:
-            block.eval()
-            return torch.func.functional_call(block, weights, (u, *more), dict(named))
-        finally:
-            for part, mode in modes:
-                part.training = mode
-
     def _check_form(self, u: Tensor, more: Sequence[Any], named: Mapping[str, Any]) -> None:
-        """Raise `ValueError` unless the block keeps the state where its matrices are zero."""
-        generator = torch.Generator().manual_seed(0)
-        first, second = (torch.randn(u.shape, generator=generator, dtype=u.dtype).to(u.device) for _ in range(2))
-        ends = [self._once(each, more, named, 0.0) for each in (first, second)]
-        ends = [end if self.returns is None else end[self.returns] for end in ends]
-        name = type(self._plain[0][0]).__name__
-        if not isinstance(ends[0], Tensor):
-            raise ValueError(
-                f"block={name} returns a {type(ends[0]).__name__}; say which entry of it is the next state, as "
-                f"returns=0"
-            )
-        if ends[0].shape != u.shape:
-            return  # which the stack says
-        way, change = first - second, ends[0] - ends[1]
-        if change.norm() <= 1e-6 * way.norm():
-            raise ValueError(
-                f"block={name} forgets its state where its matrices are zero, so it seems to be F of u + F(u); if the "
-                f"model adds the state itself, u = u + block(u), use form='increment'; if the model goes on with what "
-                f"the block gives, u = block(u), use form='map'"
-            )
-        likeness = float((way * change).sum() / (way.norm() * change.norm()))
-        if not likeness > 0.3:
-            raise ValueError(
-                f"block={name} makes something else of its state where its matrices are zero (cosine {likeness:.2f}), "
-                f"so it is in doubt what it gives: use form='map' for u = block(u), or form='increment' for u = u + "
-                f"block(u)"
-            )
+        """Raise `ValueError`, on all ranks, unless the blocks keep the state where their matrices are zero."""
+        with together(self.stack.comm):
+            for _, block in self._own_blocks():
+                check_form(block, self.returns, u, more, named)
 
     def _others(self, u: Tensor, more: Sequence[Any], named: Mapping[str, Any]) -> tuple:
-        """Of all entries that a block returns, the input that each is, or None."""
+        """Of all entries that a block returns, the input that each is, or None; collective at the first such call."""
         values = dict(enumerate(more)) | dict(named)
         key = tuple((name, value is None) for name, value in values.items())
         if key not in self._handed_on:
-            ends = self._once(u.detach(), more, named)
-            name = type(self._plain[0][0]).__name__
-            if not isinstance(ends, tuple | list):
-                raise ValueError(f"block={name} returns a {type(ends).__name__}, no tuple; leave returns out")
-            found: list[Any] = []
-            for number, end in enumerate(ends):
-                same = [name for name, value in values.items() if value is end]
-                if end is not None and number != self.returns and not same:
+            comm = self.stack.comm
+            with together(comm):
+                here = [(n, handed_on(block, self.returns, u, more, named)) for n, block in self._own_blocks()]
+            found = sorted((each for part in comm.bcast(comm.gather(here)) for each in part), key=lambda each: each[0])
+            for number, entries in found:
+                if entries != found[0][1]:
                     raise ValueError(
-                        f"block={name} returns a {type(end).__name__} as entry {number}, which is neither None nor an "
-                        f"input handed on; a stack has no other output than the state: make the block leave it out "
-                        f"(such as output_attentions=False), or give it a state of several tensors"
+                        f"block {number} hands on {entries} of its inputs, the first block {found[0][1]}; one stands "
+                        f"for all where they are called: leave block {number} out of the run, by unlike=False"
                     )
-                found.append(same[0] if same and end is not None and number != self.returns else None)
-            self._handed_on[key] = tuple(found)
+            self._handed_on[key] = found[0][1]
         return self._handed_on[key]
 
 
@@ -325,6 +361,22 @@ def refuse_records(model: nn.Module, inputs: tuple, named: Mapping[str, Any]) ->
 def _parameters(block: nn.Module) -> list[str]:
     """Names of the parameters of a block's `forward`."""
     return list(inspect.signature(block.forward).parameters)
+
+
+def _differs(a: Any, b: Any) -> bool:
+    """Whether two attributes that a loop may look at differ; of what has no order or value it says nothing."""
+    return isinstance(a, _LOOKED_AT) and isinstance(b, (*_LOOKED_AT, type(None))) and a != b
+
+
+def _check_kinds(model: nn.Module) -> None:
+    """Raise `ValueError` for a model that hands other inputs to some of its layers, as its configuration says."""
+    for part in model.modules():
+        kinds = getattr(getattr(part, "config", None), "layer_types", None)
+        if kinds is not None and len(set(kinds)) > 1:
+            raise ValueError(
+                f"layer_types={sorted(set(kinds))} of the model's configuration: layers of several types get masks of "
+                f"their own, and a stack hands on the same to all; build the model with one type for all"
+            )
 
 
 def _switch_off_cache(model: nn.Module) -> bool:

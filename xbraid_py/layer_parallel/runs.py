@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -59,23 +60,23 @@ def kind_of(block: nn.Module) -> tuple:
     return type(block), tuple(parameters), tuple(buffers)
 
 
-def _longest(path: str, container: nn.Module) -> Run:
-    """The first of the longest runs of like blocks in a container."""
+def _longest(path: str, container: nn.Module, unlike: bool) -> Run:
+    """The first of the longest runs of like blocks in a container, or of any with weights."""
     runs: list[list[str]] = []
     kind = None
     for name, child in container._modules.items():
-        if child is None or not any(True for _ in child.parameters()):
-            kind = None
-        elif kind is not None and kind_of(child) == kind:
-            runs[-1].append(name)
-        else:
-            kind = kind_of(child)
-            runs.append([name])
+        before, kind = kind, None
+        if child is not None and any(True for _ in child.parameters()):
+            kind = () if unlike else kind_of(child)
+            if kind == before:
+                runs[-1].append(name)
+            else:
+                runs.append([name])
     return Run(path, container, tuple(max(runs, key=len, default=[])))
 
 
-def find_run(model: nn.Module, blocks: str | None) -> Run:
-    """The longest run of like blocks in a model, or that of the container with a name.
+def find_run(model: nn.Module, blocks: str | None, unlike: bool = False) -> Run:
+    """The longest run of like blocks in a model, or that of the container with a name; of any blocks, if asked for.
 
     Raises `ValueError` if there is none, or several are as long.
     """
@@ -88,21 +89,23 @@ def find_run(model: nn.Module, blocks: str | None) -> Run:
     for name, part in containers.items():
         # Not the parts of a block of a run that was found.
         above = (f"{run.path}.{each}".lstrip(".") for run in runs for each in run.names)
-        run = _longest(name, part)
+        run = _longest(name, part, unlike)
         if len(run.names) > 1 and not any(f"{name}.".startswith(f"{each}.") for each in above):
             runs.append(run)
     known = ", ".join(f"{run.path or '(model)'} ({len(run.names)})" for run in runs) or "none"
+    what = "blocks" if unlike else "like blocks"
+    more = "" if unlike else "; for blocks that differ use unlike=True"
     if blocks is not None:
-        run = _longest(blocks, containers[blocks]) if blocks in containers else None
+        run = _longest(blocks, containers[blocks], unlike) if blocks in containers else None
         if run is None or len(run.names) < 2:
             raise ValueError(
-                f"blocks={blocks!r} is no ModuleList or Sequential with like blocks in a row; there are {known}"
+                f"blocks={blocks!r} is no ModuleList or Sequential with {what} in a row; there are {known}{more}"
             )
         return run
     if not runs:
         raise ValueError(
-            f"model={type(model).__name__} has no ModuleList or Sequential with like blocks in a row; use "
-            f"LayerParallel.from_blocks for blocks that are kept elsewhere"
+            f"model={type(model).__name__} has no ModuleList or Sequential with {what} in a row; use "
+            f"LayerParallel.from_blocks for blocks that are kept elsewhere{more}"
         )
     most = max(len(run.names) for run in runs)
     first, *others = [run for run in runs if len(run.names) == most]
@@ -111,8 +114,8 @@ def find_run(model: nn.Module, blocks: str | None) -> Run:
     return first
 
 
-def check_weights(model: nn.Module, run: Run) -> None:
-    """Raise `ValueError` for weights that a stack cannot have: shared with others, or frozen in some layers."""
+def check_weights(model: nn.Module, run: Run, must_be_alike: bool) -> None:
+    """Raise `ValueError` for weights that a stack cannot have: shared with others, or frozen in some of like layers."""
     blocks = run.blocks
     if len({id(block) for block in blocks}) < len(blocks):
         raise ValueError(
@@ -133,11 +136,13 @@ def check_weights(model: nn.Module, run: Run) -> None:
             if id(p) in owners:
                 raise ValueError(f"{path}.{key} is {owners[id(p)]} too; weights that are shared cannot be in a stack")
         owners |= {id(p): f"{path}.{key}" for key, p in block.named_parameters()}
-        for (key, p), other in zip(block.named_parameters(), blocks[0].parameters(), strict=True):
+        pairs = zip(block.named_parameters(), blocks[0].parameters(), strict=True) if must_be_alike else ()
+        for (key, p), other in pairs:
             if p.requires_grad != other.requires_grad:
                 raise ValueError(
                     f"{path}.{key} has requires_grad={p.requires_grad}, that of the first block {other.requires_grad}; "
-                    f"the layers of a stack learn together: freeze all of them or none"
+                    f"the layers of a stack learn together: freeze all of them or none, or use "
+                    f"mgrit=MGRIT(cycle='pipeline')"
                 )
 
 
@@ -184,6 +189,14 @@ def take_weights(block: nn.Module) -> None:
             if p is not None:
                 empty = torch.empty_like(p, device="meta")
                 part._parameters[key] = made.setdefault(id(p), nn.Parameter(empty, requires_grad=p.requires_grad))
+
+
+def without_weights(block: nn.Module) -> nn.Module:
+    """A copy of a block that has nothing of its weights but their shapes."""
+    metas = {
+        p: nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad) for p in block.parameters()
+    }
+    return copy.deepcopy(block, {id(p): meta for p, meta in metas.items()})
 
 
 def give_weights(block: nn.Module, tensors: Mapping[str, tuple[Tensor, bool]], like: nn.Module) -> None:

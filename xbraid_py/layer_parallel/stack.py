@@ -257,12 +257,12 @@ class LayerParallel(nn.Module):
             if options.get("splines") is not None:
                 raise ValueError("splines of blocks that exist: each has weights of its own; leave splines out")
             period, h = period_of(found), T / len(found) if form == "increment" else None
-            of_pipeline = _pipeline_options(options) if period is None else None
-            if period is None and of_pipeline is None:
+            if period is None and needs_likeness(options):
                 raise ValueError(
                     f"{first_difference(found)}; a coarse layer stands for like ones, so use "
                     f"mgrit=MGRIT(cycle='pipeline'), or PipelineParallel(blocks)"
                 )
+            of_pipeline = pipeline_options(options) if period is None else {}
             if period is not None and period > 1:
                 found = patterns_of(found, period, returns, h, T)
                 form, returns = "map", None
@@ -364,14 +364,18 @@ class LayerParallel(nn.Module):
             window.load_solver_state(own)
 
 
-def _pipeline_options(options: dict) -> dict | None:
-    """Those of a `PipelineParallel` that does what a stack with these options does; None if that needs like layers.
+def needs_likeness(options: dict) -> bool:
+    """Whether layers of a stack with these options must be alike."""
+    mgrit = options.get("mgrit") or MGRIT()
+    return mgrit.cycle != "pipeline" and mgrit.max_levels != 1
+
+
+def pipeline_options(options: dict) -> dict:
+    """Those of a `PipelineParallel` that does what a stack with these options does, which needs no like layers.
 
     Raises `TypeError` for an option that it has not.
     """
-    mgrit = options.get("mgrit") or MGRIT()
-    if mgrit.cycle != "pipeline" and mgrit.max_levels != 1:
-        return None
+    mgrit = options["mgrit"]
     more = {key: value for key, value in options.items() if key != "mgrit" and value is not None}
     unknown = more.keys() - {"output", "recompute", "seed"}
     if unknown:
