@@ -2,9 +2,11 @@
 
 The model is that of `transformers`, from a folder that `save_pretrained` has written, or with random weights; its
 blocks are propagated by MGRIT or in a pipeline (`xbraid_py.parallelize`). AdamW with weight decay for matrices alone,
-warm-up and clipping. In the end the folder `model` of the run holds the trained one, for `from_pretrained`. Try
+warm-up and clipping; with micro-batches, bfloat16 and averaged weights where that is asked for. In the end the folder
+`model` of the run holds the trained one, for `from_pretrained`. Try
 
     mpirun -n 4 python drivers/finetune.py
+    mpirun -n 4 python drivers/finetune.py --accumulate 4 --autocast bfloat16 --ema 0.99 --out runs/averaged
     mpirun -n 4 python drivers/finetune.py --resume auto
     mpirun -n 4 python drivers/finetune.py --model runs/finetune/model --source README.md --out runs/readme
     python drivers/finetune.py --smoke --exact

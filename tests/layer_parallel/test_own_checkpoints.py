@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import re
@@ -259,19 +260,27 @@ def test_plain_values():
 # ---- States of an optimizer that are those of other layers
 
 
-def learned(comm, layers=8, state=None):
-    """An optimizer after a step."""
-    torch.manual_seed(0)
-    stack = LayerParallel(lambda: DenseBlock(4, "tanh"), layers, 1.0, comm, mgrit=MGRIT(max_levels=1))
-    model = nn.Sequential(linear(4, 4, 1).float(), stack)
+def of_dense(comm, layers):
+    return LayerParallel(lambda: DenseBlock(4, "tanh"), layers, 1.0, comm, mgrit=MGRIT(max_levels=1))
+
+
+PARTS = {
+    "stack": of_dense,
+    "copy": lambda comm, layers: copy.deepcopy(of_dense(comm, layers)),
+    "windows": lambda comm, layers: LayerParallel(lambda: DenseBlock(4), layers, comm=comm, windows=2),
+    "pipeline": lambda comm, layers: PipelineParallel([lambda: nn.Linear(4, 4)] * layers, comm),
+}
+
+
+def stepped(comm, part, layers, state=None):
+    """Model and optimizer after a step, from a state that was saved."""
+    model = nn.Sequential(linear(4, 4, 1).float(), PARTS[part](comm, layers))
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     if state is not None:
         optimizer.load_state_dict(state)
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(torch.ones(3, 4)).sum().backward()
-        optimizer.step()
-    return optimizer
+    model(torch.ones(3, 4)).sum().backward()
+    optimizer.step()
+    return model, optimizer
 
 
 def through_a_file(state):
@@ -282,28 +291,56 @@ def through_a_file(state):
 
 
 @pytest.mark.ranks(2, 3)
-def test_the_state_of_rank_0_is_refused_on_the_others(spmd):
+@pytest.mark.parametrize("part", PARTS)
+def test_the_state_of_rank_0_is_refused_on_the_others(spmd, part):
     """As of `if rank == 0: torch.save(optimizer.state_dict())`: shapes fit where all have as many layers."""
 
     def body(comm):
-        own = learned(comm, 4 * comm.size).state_dict()
-        first = comm.bcast(through_a_file(own) if comm.rank == 0 else None)
-        said = []
-        for state in (first, through_a_file(own)):
-            stack = LayerParallel(lambda: DenseBlock(4, "tanh"), 4 * comm.size, 1.0, comm, mgrit=MGRIT(max_levels=1))
-            model = nn.Sequential(linear(4, 4, 1).float(), stack)
-            optimizer = torch.optim.Adam(model.parameters(), 0.01)
-            optimizer.load_state_dict(state)
-            model(torch.ones(3, 4)).sum().backward()
-            before = [p.clone() for p in model.parameters()]
-            said.append(reduced(comm, optimizer.step))
-            moved = not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-            assert moved == (said[-1] is None)
-        return said
+        layers = 4 * comm.size
+        own = through_a_file(stepped(comm, part, layers)[1].state_dict())
+        first = comm.bcast(own if comm.rank == 0 else None)
+        with torch.random.fork_rng(devices=[]):
+            alone = comm.bcast(stepped(None, part, layers)[1].state_dict() if comm.rank == 0 else None)
+        return [
+            reduced(comm, lambda state=state: stepped(comm, part, layers, state) and None) for state in (own, first)
+        ], (reduced(comm, lambda: stepped(comm, part, layers, alone)) if part == "stack" else None)
 
-    for rank, (of_first, of_own) in enumerate(spmd(body)):
+    for rank, ((of_own, of_first), of_one) in enumerate(spmd(body)):
         assert of_own is None, "each rank may keep a file of its own"
         assert (of_first is None) == (rank == 0)
         if rank:
-            assert "its state is that of layers 0 to 3 of" in of_first and f"has layers {4 * rank} to" in of_first
+            assert re.match(
+                r"RuntimeError: optimizer: its state is that of layers 0 to \d.* has layers [1-9]", of_first
+            )
             assert of_first.endswith("use xbraid_py.save_checkpoint and load_checkpoint")
+        if part == "stack":
+            assert "its state is that of layers 0 to" in of_one
+
+
+@pytest.mark.ranks(2)
+def test_a_step_that_is_refused_changes_nothing(spmd):
+    def body(comm):
+        model, optimizer = stepped(comm, "stack", 8)
+        state = comm.bcast(optimizer.state_dict() if comm.rank == 0 else None)
+        before = [p.clone() for p in model.parameters()]
+        optimizer.load_state_dict(state)
+        said = reduced(comm, optimizer.step)
+        return (said is None) == (comm.rank == 0), all(map(torch.equal, before, model.parameters())) == (comm.rank == 1)
+
+    assert spmd(body) == [(True, True)] * 2
+
+
+def test_what_optimizers_may_go_on_with():
+    """Groups that come later, states loaded again and again, and optimizers of plain modules."""
+    model, optimizer = stepped(None, "stack", 4)
+    head = nn.Linear(4, 2)
+    optimizer.add_param_group({"params": head.parameters()})
+    head(model(torch.ones(3, 4))).sum().backward()
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    plain = torch.optim.Adam(head.parameters())
+    plain.step()
+    plain.load_state_dict(plain.state_dict())
+    plain.step()
+    assert set(plain.state_dict()["param_groups"][0]) == set(torch.optim.Adam(head.parameters()).param_groups[0])
