@@ -77,6 +77,26 @@ def test_strided_tensors_are_sent(spmd):
     assert all(found == torch.arange(12.0).reshape(4, 3).T.tolist() for found in spmd(body))
 
 
+def test_single_numbers_of_strided_tensors(spmd):
+    """Torch calls a tensor of one number contiguous, whatever its strides are."""
+
+    def body(comm):
+        def one(value):
+            return torch.full((4, 4), float(value)).T[3:4, 2:3][0, ::2]
+
+        joined = comm.allgather(one(comm.rank), [1] * comm.size)
+        told = comm.broadcast(one(comm.rank), comm.size - 1)
+        if comm.size > 1:
+            sent = comm.isend(one(comm.rank), (comm.rank + 1) % comm.size)
+            comm.recv(told, (comm.rank - 1) % comm.size)
+            sent()
+        return joined.tolist(), told.item()
+
+    results = spmd(body)
+    ranks = [float(rank) for rank in range(len(results))]
+    assert results == [(ranks, ranks[rank - 1]) for rank in range(len(results))]
+
+
 def test_parameters_are_broadcast_in_place(spmd):
     def body(comm):
         weight = torch.nn.Parameter(torch.full((3,), float(comm.rank)))

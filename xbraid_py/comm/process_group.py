@@ -282,7 +282,8 @@ class _StoreLine:
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The memory of a contiguous tensor: messages of all types are messages of bytes."""
-    return tensor.reshape(-1).view(torch.uint8)
+    # A tensor of one number is contiguous whatever its strides.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def _number_of_groups() -> int:
