@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator
+from xbraid_py.comm.agreement import together
 from xbraid_py.kernels.activation import ACTIVATIONS, activation
+from xbraid_py.layer_parallel.modules import PipelineParallel
 from xbraid_py.layer_parallel.parallelize import ParallelBlocks, refuse_records
 from xbraid_py.layer_parallel.runs import fill
 from xbraid_py.layer_parallel.stack import LayerParallel
 from xbraid_py.layer_parallel.window import Window
-from xbraid_py.layers.existing import at_time
+from xbraid_py.layers.existing import next_state
 from xbraid_py.layers.norm_dropout import Dropout
 from xbraid_py.layers.splines import Splines
 from xbraid_py.mgrit.grid import LayerGrid
@@ -55,9 +59,9 @@ class ResidualStep(nn.Module):
         super().__init__()
         self.block, self.h, self.frozen = block, float(h), tuple(frozen)
 
-    def forward(self, u: Tensor) -> Tensor:
-        """u (*S) to (*S)."""
-        return u + self.h * given(self.block, u, self.returns, self.t)
+    def forward(self, u: Any, *inputs: Any, **named: Any) -> Any:
+        """u (*S), or a tree of tensors, to the next state; further inputs go to the block."""
+        return next_state(self.block, self.t, u, inputs, named, self.returns, self.h)
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -92,9 +96,9 @@ class MapStep(nn.Module):
         super().__init__()
         self.block, self.frozen = block, tuple(frozen)
 
-    def forward(self, u: Tensor) -> Tensor:
-        """u (*S) to (*S)."""
-        return given(self.block, u, self.returns, self.t)
+    def forward(self, u: Any, *inputs: Any, **named: Any) -> Any:
+        """u (*S), or a tree of tensors, to the next state; further inputs go to the block."""
+        return next_state(self.block, self.t, u, inputs, named, self.returns, None)
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -103,10 +107,14 @@ class MapStep(nn.Module):
         return self
 
 
-def given(block: nn.Module, u: Tensor, returns: int | str | None, t: float | None) -> Tensor:
-    """What a block gives for u (*S), an entry of it or all, at a time or without one."""
-    end = at_time(block, t, u)
-    return end if returns is None else end[returns]
+class Chain(nn.Sequential):
+    """An `nn.Sequential` whose modules get further inputs, all of them the same."""
+
+    def forward(self, u: Any, *inputs: Any, **named: Any) -> Any:
+        """What the last module makes of the state u of the first one."""
+        for module in self:
+            u = module(u, *inputs, **named)
+        return u
 
 
 class PlainDense(nn.Module):
@@ -139,15 +147,16 @@ def to_sequential(source: nn.Module | str | os.PathLike, device: torch.device | 
     """The same network as a plain torch module with all its layers, that knows nothing of ranks.
 
     A stack becomes an `nn.Sequential` of N `ResidualStep`s, or of `MapStep`s with form="map", whose outputs are those
-    of exact propagation. What comes out shares nothing with the source; it can be copied, pickled, and loaded where
-    there is no MPI. `Dropout` in it is plain dropout.
+    of exact propagation, and a `PipelineParallel` one of its modules; both take further inputs as the source does. What
+    comes out shares nothing with the source; it can be copied, pickled, and loaded where there is no MPI. `Dropout` in
+    it is plain dropout.
 
     A model that `parallelize` has changed becomes what it was, with its own classes and the names of its weights, so
     that the original loads its `state_dict()`.
 
     Parameters
     ----------
-    source : LayerParallel, nn.Module, str or path
+    source : LayerParallel, PipelineParallel, nn.Module, str or path
         A stack; a module that holds stacks, of which a copy is made with each stack replaced; or a checkpoint of nested
         iteration, such as `drivers/peaks.py` writes. Modules: collective, every rank passes its own.
         A file: every rank reads it for itself.
@@ -179,13 +188,14 @@ def to_sequential(source: nn.Module | str | os.PathLike, device: torch.device | 
 
 def _of_module(source: nn.Module) -> nn.Module:
     stacks = [part for part in source.modules() if isinstance(part, LayerParallel)]
-    runs = [part for part in source.modules() if isinstance(part, ParallelBlocks)]
-    if not stacks and not runs:
+    pipelines = [part for part in source.modules() if isinstance(part, PipelineParallel)]
+    if not stacks and not pipelines:
         raise ValueError(
             f"source={type(source).__name__} holds no LayerParallel, so it is a plain module already; "
             f"use copy.deepcopy(source)"
         )
-    inside = {id(part) for stack in (*stacks, *runs) for part in stack.modules()}
+    runs = [part for part in source.modules() if isinstance(part, ParallelBlocks)]
+    inside = {id(part) for stack in (*stacks, *pipelines, *runs) for part in stack.modules()}
     for name, part in source.named_modules():
         for key, value in vars(part).items() if id(part) not in inside else ():
             if isinstance(value, Communicator):
@@ -194,6 +204,7 @@ def _of_module(source: nn.Module) -> nn.Module:
     # What is in the memo is not copied again: each stack comes out as its plain form, wherever it is referred to.
     within = {id(run.stack) for run in runs}
     plain: dict[int, nn.Module] = {id(stack): _of_stack(stack) for stack in stacks if id(stack) not in within}
+    plain |= {id(pipeline): _of_pipeline(pipeline) for pipeline in pipelines if id(pipeline) not in within}
     # Several blocks are no copy of one module: they take its place behind.
     restored = {id(run): _Restored(run) for run in runs}
     found = copy.deepcopy(source, plain | restored)
@@ -235,11 +246,29 @@ def _unfolded(model: nn.Module) -> nn.Module:
     return model
 
 
-def _of_stack(stack: LayerParallel) -> nn.Sequential:
-    found = nn.Sequential(*(step for window in stack.windows for step in _of_window(window)))
+def _of_stack(stack: LayerParallel) -> Chain:
+    found = Chain(*(step for window in stack.windows for step in _of_window(window)))
     # Parts of a block may have modes of their own.
     for part in (found, *found):
         part.training = stack.training
+    return found
+
+
+def _of_pipeline(pipeline: PipelineParallel) -> Chain:
+    comm = pipeline.comm
+    own = {int(number): module for number, module in pipeline.layers.items()}
+    with together(comm):
+        for number, module in own.items() if comm.size > 1 else ():
+            try:
+                pickle.dumps(module)
+            except (pickle.PicklingError, AttributeError, TypeError) as error:
+                raise ValueError(
+                    f"module {number} ({type(module).__name__}) cannot be pickled, so that no other rank gets it "
+                    f"({error}); load the state_dict() into modules that are made anew"
+                ) from error
+    every = {number: module for part in comm.bcast(comm.gather(own)) for number, module in part.items()}
+    found = Chain(*(copy.deepcopy(every[number]) for number in range(len(every))))
+    found.training = pipeline.training
     return found
 
 

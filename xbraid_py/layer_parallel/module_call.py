@@ -183,8 +183,8 @@ class Passage:
         plan = self.plan
         if self._is_first:
             behind = plan.partition.neighbor(plan.comm.rank, -1)
-            size = int(plan.comm.recv(torch.empty(1, dtype=torch.int64), behind))
-            text = plan.comm.recv(torch.empty(size, dtype=torch.uint8), behind)
+            size = int(plan.comm.recv(torch.empty(1, dtype=torch.int64, device="cpu"), behind))
+            text = plan.comm.recv(torch.empty(size, dtype=torch.uint8, device="cpu"), behind)
             plan.forms[self._place("arrives", number)] = pickle.loads(text.numpy().tobytes())
         form = self._form("arrives", number)
         return self.leaves[0].new_empty(0) if form is None else form.template(self.leaves[0])
@@ -206,7 +206,7 @@ class Passage:
                     f"defined at the top of a file"
                 ) from error
             ahead = self.plan.partition.neighbor(self.plan.comm.rank, +1)
-            self.plan.comm.isend(torch.tensor([len(text)], dtype=torch.int64), ahead)()
+            self.plan.comm.isend(torch.tensor([len(text)], dtype=torch.int64, device="cpu"), ahead)()
             self.plan.comm.isend(torch.frombuffer(bytearray(text), dtype=torch.uint8), ahead)()
 
     # ---- Forwards

@@ -68,7 +68,7 @@ class Step(nn.Module):
 
     def forward(self, u, *inputs, **named):
         """The next state."""
-        return _next(self.block, self.t, u, inputs, named, self.returns, self.h)
+        return next_state(self.block, self.t, u, inputs, named, self.returns, self.h)
 
 
 class Pattern(nn.Module):
@@ -89,7 +89,7 @@ class Pattern(nn.Module):
     def forward(self, u, *inputs, **named):
         """The state behind all of them."""
         for block in self.blocks:
-            u = _next(block, None, u, inputs, named, self.returns, self.h)
+            u = next_state(block, None, u, inputs, named, self.returns, self.h)
         return u
 
 
@@ -104,7 +104,7 @@ class TimedPattern(Pattern):
         """The state behind all of them, from the one at t."""
         for number, block in enumerate(self.blocks):
             time = t + number * self.dt if takes_time(block) else None
-            u = _next(block, time, u, inputs, named, self.returns, self.h)
+            u = next_state(block, time, u, inputs, named, self.returns, self.h)
         return u
 
 
@@ -141,7 +141,7 @@ def at_time(block: nn.Module, t: float | None, u: Any, inputs: Sequence[Any] = (
     return block(u, *inputs, **{"t": t, **named})
 
 
-def _next(block, t: float | None, u: Any, inputs, named, returns: int | str | None, h: float | None) -> Any:
+def next_state(block, t: float | None, u: Any, inputs, named, returns: int | str | None, h: float | None) -> Any:
     """The state behind a block."""
     end = at_time(block, t, u, inputs, named)
     end = end if returns is None else end[returns]
