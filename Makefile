@@ -35,6 +35,10 @@ unexport PYTHONDONTWRITEBYTECODE
 PYTEST = $(PY) -m pytest -q
 # $(call over_mpi,RANKS,WHAT): a failure on one rank ends all of them, which running under `-m mpi4py` adds.
 over_mpi = $(MPIRUN) -n $(1) $(PY) -m mpi4py -m pytest -q --only-mpi -p no:cacheprovider $(2)
+# The same over torch.distributed, by gloo: messages, checkpoints, and all that depends on the order of messages.
+over_torch = $(PY) -m torch.distributed.run --standalone --nproc-per-node $(1) -m pytest -q --only-mpi -p no:cacheprovider $(2)
+OVER_TORCH = tests/comm tests/run/test_checkpoint.py tests/run/test_checkpoint_store.py tests/mgrit/test_mgrit.py \
+	$(patsubst %,tests/layer_parallel/test_%.py,layer_parallel_agreement pipeline sequence_parallel windows states)
 WHOLE_RUNS = drivers studies recipes cli run/test_engine.py
 
 .PHONY: peaks check test test-all slurm faults soak lint clean env
@@ -55,7 +59,9 @@ test: env
 	$(call over_mpi,3)
 	$(call over_mpi,2,tests/comm tests/run)
 	$(call over_mpi,5,tests/comm tests/run)
-	@echo "Left to make test-all: tests marked long, all bodies over MPI on 2 and 5 ranks, a new python for every job."
+	$(call over_torch,2,$(OVER_TORCH))
+	$(call over_torch,3,$(OVER_TORCH))
+	@echo "Left to make test-all: tests marked long, all bodies over MPI on 2 and 5 ranks and over torch, a new python for every job."
 
 # All there is but `make faults` and `make slurm`.
 test-all: export XBRAID_FRESH_JOBS = 1
@@ -65,6 +71,8 @@ test-all: env
 	$(call over_mpi,2,-m "not job")
 	$(call over_mpi,3,-m "not job")
 	$(call over_mpi,5,-m "not job")
+	$(call over_torch,2,-m "not job")
+	$(call over_torch,3,-m "not job")
 	@echo "Left out: make faults and make soak (jobs killed and damaged at random), make slurm (the batch scripts on a SLURM)."
 
 # The batch scripts on a SLURM of one node, brought up for it on loopback: needs root, and Debian's slurm-wlm and munge, which

@@ -43,7 +43,7 @@ EXIT_STATUS = pytest.StashKey[int]()
 
 
 def over_mpi(config: pytest.Config) -> bool:
-    """Whether this is a run over MPI: `mpirun -n P python -m pytest --only-mpi`."""
+    """Whether this is a run over MPI, `mpirun -n P python -m pytest --only-mpi`, or the same by `torchrun`."""
     return config.getoption("only_mpi") or config.getoption("with_mpi")
 
 
@@ -143,8 +143,9 @@ def spmd(request) -> Callable[[Callable[[Communicator], Any]], list[Any]]:
     """`spmd(body)` runs `body(comm)` on every rank; the results of all ranks, in their order, on every rank.
 
     Plain pytest runs the test once for each of the numbers 1, 2, 3 and 5 of ranks that are threads (others by
-    `@pytest.mark.ranks(1, 8)`, and those of `long=(2, 5)` in `make test-all` only); pytest over MPI once, on the
-    ranks of the job. A body that raises ends an MPI job at once, so errors that a test expects are caught inside it.
+    `@pytest.mark.ranks(1, 8)`, and those of `long=(2, 5)` in `make test-all` only); pytest over MPI, or over
+    torch.distributed, once, on the ranks of the job. A body that raises ends such a job at once, so errors that a test
+    expects are caught inside it.
     """
     if not over_mpi(request.config):
         size = request.param
