@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from xbraid_py import MGRIT, GradientControl, ParallelGRU, PipelineParallel, Splines
+from xbraid_py import MGRIT, GradientControl, ParallelGRU, ParallelLSTM, PipelineParallel, Splines
 from xbraid_py.layers.module_block import own_random_numbers
 
 MLP = CASES["mlp"]
@@ -38,11 +38,12 @@ MODELS = {
     "pipeline": lambda comm: MLP.stack(comm, 9, mgrit=MGRIT(cycle="pipeline", portions=2)),
     "modules": modules,
     "gru": lambda comm: ParallelGRU(F, H, 2, comm=comm, windows=2, dtype=torch.float64),
+    "lstm": lambda comm: ParallelLSTM(F, H, 2, dropout=0.2, bidirectional=True, comm=comm, dtype=torch.float64),
 }
 
 
 def batch_of(name: str) -> torch.Tensor:
-    return drawn(9, 2, F) if name == "gru" else MLP.input()
+    return drawn(9, 2, F) if name in ("gru", "lstm") else MLP.input()
 
 
 def outcome(model, u) -> list[torch.Tensor]:

@@ -102,7 +102,9 @@ class LstmCell(GatedCell):
     def _gates(self, h: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
         """i, 1 - f, n and o, each (m, B, H)."""
         i, f, n, o = affine(h, weight, bias).add_(a).chunk(4, -1)
-        return i.sigmoid(), f.neg().sigmoid_(), n.tanh(), o.sigmoid()
+        # Of views with a row for each sample: the last numbers of what lies in one piece may be rounded in another way,
+        # and which ones they are would depend on the number of steps.
+        return i.sigmoid(), f.neg_().sigmoid(), n.tanh(), o.sigmoid()
 
     def _length(self, rate: Tensor, share: Tensor, sizes: Sizes) -> Tensor:
         """s / q (m, B, H): how long i n is added up for, the step size where nothing is forgotten."""

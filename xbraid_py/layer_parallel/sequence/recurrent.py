@@ -21,7 +21,8 @@ from xbraid_py.comm import Communicator, as_communicator
 from xbraid_py.comm.agreement import agree, same_arguments, together
 from xbraid_py.kernels import BACKEND
 from xbraid_py.layer_parallel.accuracy import Controller, GradientControl
-from xbraid_py.layer_parallel.habits import check_not_again, compare_inputs
+from xbraid_py.layer_parallel.alike import Watch, compare_bits
+from xbraid_py.layer_parallel.habits import check_not_again
 from xbraid_py.layer_parallel.sequence.batch import Sequences, problem_of
 from xbraid_py.layer_parallel.sequence.plan import How, LayerWeights, Masks, SequencePlan
 from xbraid_py.layer_parallel.sequence.run import BothDirections, OneDirection, Pass
@@ -186,6 +187,7 @@ class ParallelRecurrent(nn.Module):
             self.register_parameter(name, parameter)
         self.controller = Controller(accuracy, options.cycle != "pipeline" and options.max_levels != 1)
         self._draws = self._updates = 0
+        self._watch = Watch(self.comm)
         # A coarse step of a unit is what `coarse` says, whatever the cycle.
         options, backwards = (replace(each, coarse_step="euler") for each in (options, backwards))
         self._options, self._plans = (options, backwards), {}
@@ -222,13 +224,21 @@ class ParallelRecurrent(nn.Module):
         weight = self.weight_ih_l0
         if torch.is_autocast_enabled(weight.device.type):
             # Nothing is cast: states and adjoints are in the type of the weights.
-            x, h_0 = (tree_map(lambda t: t.to(weight.dtype) if hasattr(t, "to") else t, each) for each in (x, h_0))
+            kinds = (Tensor, PackedSequence)
+            x, h_0 = tree_map(
+                lambda each: each.to(weight.dtype) if isinstance(each, kinds) else each,
+                (x, h_0),
+                is_leaf=lambda each: isinstance(each, kinds),
+            )
             with torch.autocast(weight.device.type, enabled=False):
                 return self.forward(x, h_0)
         states = self._named(h_0)
         self._agree(x, h_0, states)
         given = Sequences(x, self.batch_first)
-        compare_inputs(self.comm, given.numbers, h_0)
+        compare_bits(self.comm, given.numbers, h_0)
+        if self.training and torch.is_grad_enabled() and self._watch.next_is_due():
+            self._watch.compare("the input", (given.numbers, *states.values()))
+            self._watch.compare("the weights", self.parameters())
         masks = None
         if self.training and self.dropout and self.num_layers > 1:
             check_not_again(type(self).__name__, "dropout", "windows=4")
