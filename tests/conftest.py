@@ -53,6 +53,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # References of one rank, in the bodies of several.
+    config.addinivalue_line("filterwarnings", "ignore:comm=None with WORLD_SIZE")
     config.addinivalue_line("markers", "job: starts jobs, most with mpirun; left out unless asked for by -m job")
     config.addinivalue_line("markers", "long: tells little more than shorter tests do; left to `make test-all`")
     config.addinivalue_line(

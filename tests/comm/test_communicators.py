@@ -5,11 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import warnings
 
 import pytest
 import torch
 
 from xbraid_py.comm import Communicator, LaunchError, SerialCommunicator, as_communicator, check_launcher, launcher_rank
+from xbraid_py.comm.agreement import launcher_size, started_by_torch
 from xbraid_py.comm.threads import ThreadCommunicator, run_threads
 
 
@@ -88,6 +90,50 @@ def test_the_innermost_launcher_counts():
     environ = {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "PMI_SIZE": "2", "PMI_RANK": "1"}
     check_launcher(2, environ)
     assert launcher_rank(environ) == 1
+
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("more", "missing", "expected"),
+    [
+        ({}, None, True),
+        ({"TORCHELASTIC_RUN_ID": "none"}, None, True),
+        ({}, "MASTER_PORT", False),
+        ({}, "RANK", False),
+        # Set for all processes of a cluster's node, where MPI has started this one.
+        ({"PMI_SIZE": "2", "PMI_RANK": "0"}, None, False),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, None, False),
+        # One torchrun on each node, started by mpirun, or by srun.
+        ({"PMI_SIZE": "2", "PMI_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}, None, True),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, None, True),
+    ],
+)
+def test_who_has_started_a_process(more, missing, expected):
+    environ = TORCHRUN | more
+    environ.pop(missing, None)
+    assert started_by_torch(environ) is expected
+    if expected:
+        assert (launcher_rank(environ), launcher_size(environ)) == (1, 3)
+    elif more:
+        assert (launcher_rank(environ), launcher_size(environ)) == (0, 2)
+
+
+def test_one_process_among_several_is_told_so(monkeypatch):
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    with pytest.warns(UserWarning, match=r"^comm=None with WORLD_SIZE=3: .* use comm=xbraid_py.world\(\) to share"):
+        as_communicator(None)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        as_communicator(None)
+
+
+def test_what_is_no_group_of_ranks():
+    with pytest.raises(TypeError, match=r"^comm=-100 is no group of ranks that this process belongs to; use xbraid_py"):
+        as_communicator(torch.distributed.GroupMember.NON_GROUP_MEMBER)
 
 
 def test_independent_processes_notice_their_launcher(run_job):

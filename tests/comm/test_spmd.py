@@ -111,7 +111,8 @@ def test_a_failure_outside_a_body_is_reported_in_full_by_rank_0(run_job, tmp_pat
 
 
 def test_jobs_see_no_launcher(monkeypatch):
-    for name in ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS", "MPI_LOCALNRANKS", "HYDI_CONTROL_FD"):
+    names = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS", "MPI_LOCALNRANKS", "HYDI_CONTROL_FD")
+    for name in (*names, "RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "set by a launcher")
     environment = job_environment({"EXTRA": "1"})
     assert not [name for name, value in environment.items() if value == "set by a launcher"]

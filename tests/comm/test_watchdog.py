@@ -67,6 +67,17 @@ def test_of_several_that_wait_the_lowest_gives_up(watched):
     assert answers and answers[0].startswith("waits for all others, in ")
 
 
+def test_a_lower_one_that_has_asked_gives_up(watched):
+    line = Line(rank=1, answer=lambda rank: "works, in train.py")
+    said = watched(line, patience=2.0)
+    watchdog.begin((2,))
+    until = time.monotonic() + 5.0
+    while time.monotonic() < until:  # rank 0 asks again and again, and waits as long as this one
+        line.coming.put((0, "?"))
+        time.sleep(0.5)
+    assert said.empty() and ("?", 0) not in line.sent
+
+
 def test_one_wait_after_the_other_is_no_long_wait(watched):
     said = watched(Line())
     until = time.monotonic() + 1.5
