@@ -6,8 +6,9 @@
    hidden numbers, single precision) of `ParallelGRU` on each number of ranks, over those of `torch.nn.GRU` with one
    thread in the same job, interleaved, median of the ratios. `ratio_L_P`; with more than one rank, `torch.nn.GRU` runs
    on each rank at the same time, so that both have the machine's memory to share. `implicit_L_P` the same for the
-   implicit unit; `sequential_L_1` with exact propagation. `sweeps_L` and `adjoint_sweeps_L`: relaxations that the
-   solver needed; `error_L`: relative error of the gradient of the weights.
+   implicit unit; `sequential_L_1` with exact propagation; `lstm_L_P`: `ParallelLSTM` over `torch.nn.LSTM`. `sweeps_L`
+   and `adjoint_sweeps_L`: relaxations that the solver needed; `error_L`: relative error of the gradient of the weights,
+   `told_L` what the record says that it is, over that.
 2. Accuracy on test images after the same updates from the same weights, by `drivers/sequences.py`:
    `accuracy_torch`, `accuracy_plain` and `accuracy_implicit` (MGRIT on two ranks).
 3. Windows, at the greatest length, on two ranks, over those with the fewest windows: seconds of an update,
@@ -27,7 +28,7 @@ from pathlib import Path
 import common
 import torch
 
-from xbraid_py import MGRIT, ParallelGRU
+from xbraid_py import MGRIT, GradientControl, ParallelGRU, ParallelLSTM
 from xbraid_py.comm import Communicator, world
 from xbraid_py.data import mnist
 from xbraid_py.data.mnist import sequences
@@ -54,7 +55,8 @@ def solver_of(arguments: argparse.Namespace) -> MGRIT:
 def step(model: torch.nn.Module, x: torch.Tensor) -> None:
     """Forward and backward pass of an update."""
     model.zero_grad()
-    model(x)[1].square().sum().backward()
+    end = model(x)[1]
+    (end[0] if isinstance(end, tuple) else end).square().sum().backward()
 
 
 def gradient(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -63,9 +65,11 @@ def gradient(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters()]).double()
 
 
-def made(comm: Communicator | None, hidden: int, mgrit: MGRIT, **options) -> ParallelGRU:
+def made(
+    comm: Communicator | None, hidden: int, mgrit: MGRIT, module: type = ParallelGRU, **options
+) -> ParallelGRU | ParallelLSTM:
     """The network of the timings."""
-    return ParallelGRU(FEATURES, hidden, batch_first=True, comm=comm, mgrit=mgrit, output="last", **options)
+    return module(FEATURES, hidden, batch_first=True, comm=comm, mgrit=mgrit, output="last", **options)
 
 
 def time_lengths(arguments: argparse.Namespace) -> None:
@@ -79,14 +83,19 @@ def time_lengths(arguments: argparse.Namespace) -> None:
             "ratio": made(comm, arguments.hidden, solver),
             "implicit": made(comm, arguments.hidden, solver, kind="implicit"),
             "sequential": made(comm, arguments.hidden, common.SERIAL),
+            "torch_lstm": torch.nn.LSTM(FEATURES, arguments.hidden, batch_first=True),
+            "lstm": made(comm, arguments.hidden, solver, ParallelLSTM),
         }
         bodies = {name: lambda m=model, x=x: step(m, x) for name, model in models.items()}
         found = common.interleaved(bodies, arguments.rounds)
         record, exact = models["ratio"].record, gradient(models["sequential"], x)
-        row = {name: common.Spread.of_ratios(found[name], found["torch"]).median for name in models if name != "torch"}
+        names = ("ratio", "implicit", "sequential")
+        row = {name: common.Spread.of_ratios(found[name], found["torch"]).median for name in names}
+        row["lstm"] = common.Spread.of_ratios(found["lstm"], found["torch_lstm"]).median
         row |= {"seconds_of_torch": common.Spread.of(found["torch"]).median, "sweeps": record.forward_sweeps[0]}
         row |= {"adjoint_sweeps": record.adjoint_sweeps[0]}
         row["error"] = float((gradient(models["ratio"], x) - exact).norm() / exact.norm())
+        row["told"] = record.gradient_error / row["error"]
         rows.append(row)
     if comm.rank == 0:
         common.report({"rows": rows})
@@ -101,7 +110,9 @@ def time_windows(arguments: argparse.Namespace) -> None:
     before = peak_memory()
     # The most windows first: they take the least memory, and a peak is never forgotten.
     for count in sorted(arguments.windows, reverse=True):
-        model = made(comm, arguments.hidden, solver_of(arguments), windows=count)
+        # Without a measurement of the gradient's error, which keeps a window more.
+        unchecked = GradientControl(check=0)
+        model = made(comm, arguments.hidden, solver_of(arguments), windows=count, accuracy=unchecked)
         seconds = common.interleaved({"ours": lambda m=model: step(m, x)}, arguments.rounds)["ours"]
         rows[count] = {"seconds": common.Spread.of(seconds).median, "megabytes": peak_memory() - before}
     if comm.rank == 0:
@@ -152,15 +163,18 @@ def main() -> None:
     words += [f"--{name}={','.join(map(str, getattr(arguments, name)))}" for name in ("lengths", "windows")]
 
     figures: dict[str, float] = {}
-    print("length  ranks  torch [s]   plain  implicit  sequential   sweeps  gradient error   (times over torch's)")
+    print(
+        "length  ranks  torch [s]   plain  implicit  sequential    LSTM   sweeps  gradient error  told   (over torch's)"
+    )
     for ranks in arguments.ranks:
         rows = common.job(str(SCRIPT), ranks, "--job=lengths", *words)["rows"]
         for length, row in zip(arguments.lengths, rows, strict=True):
-            figures |= {f"{name}_{length}_{ranks}": row[name] for name in ("ratio", "implicit", "sequential")}
-            figures |= {f"{name}_{length}": row[name] for name in ("sweeps", "adjoint_sweeps", "error")}
+            figures |= {f"{name}_{length}_{ranks}": row[name] for name in ("ratio", "implicit", "sequential", "lstm")}
+            figures |= {f"{name}_{length}": row[name] for name in ("sweeps", "adjoint_sweeps", "error", "told")}
             print(
                 f"{length:6d}  {ranks:5d}  {row['seconds_of_torch']:9.4f}  {row['ratio']:6.2f}  {row['implicit']:8.2f}"
-                f"  {row['sequential']:10.2f}    {row['sweeps']:2d} / {row['adjoint_sweeps']:d}  {row['error']:14.4f}",
+                f"  {row['sequential']:10.2f}  {row['lstm']:6.2f}    {row['sweeps']:2d} / {row['adjoint_sweeps']:d}"
+                f"  {row['error']:14.4f} {row['told']:4.2f}",
                 flush=True,
             )
     print()

@@ -126,6 +126,7 @@ def test_the_benchmark_runs(tmp_path):
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["benchmark"] == "sequences"
     figures = found["figures"]
-    assert {"ratio_64_2", "implicit_64_2", "sweeps_64", "error_64", "accuracy_plain"} <= figures.keys()
+    assert {"ratio_64_2", "implicit_64_2", "lstm_64_2", "sweeps_64", "error_64", "accuracy_plain"} <= figures.keys()
+    assert 0.8 < figures["told_64"] < 1.2  # samples and weights are those of the measurement
     assert {"window_seconds_4", "window_memory_4"} <= figures.keys() and 0 < figures["error_64"] < 0.1
     assert all(np.isfinite(value) for value in figures.values())

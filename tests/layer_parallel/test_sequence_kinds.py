@@ -176,6 +176,30 @@ def test_an_autocast_casts_nothing(spmd, kind):
     assert all(spmd(body))
 
 
+# ---- How the solver gets there
+
+
+@pytest.mark.ranks(1)
+def test_composed_coarse_steps_of_an_lstm_converge_where_euler_steps_of_a_plain_one_do_not():
+    x = torch.sin(torch.linspace(0, 20, 256, dtype=torch.float64))[:, None, None] * drawn(1, B, F)
+
+    def end_of(**options):
+        return ParallelLSTM(F, 16, output="last", dtype=torch.float64, **options)(x)[1][0].detach()
+
+    def error(kind, coarse, iterations):
+        mgrit = MGRIT(cycle="V", cfactor=8, max_levels=2, max_iter=iterations, nrelax=0)
+        found, wanted = end_of(kind=kind, coarse=coarse, mgrit=mgrit), end_of(kind=kind, mgrit=MGRIT(max_levels=1))
+        return float((found - wanted).norm() / wanted.norm())
+
+    first = {
+        (kind, coarse): error(kind, coarse, 1) for kind in ("plain", "implicit") for coarse in ("compose", "euler")
+    }
+    factor = {key: (error(*key, 4) / value) ** (1 / 3) for key, value in first.items()}
+    assert first["plain", "euler"] > 1 and factor["plain", "euler"] > 0.9
+    assert first["plain", "compose"] < 0.01 and factor["plain", "compose"] < 0.4
+    assert factor["implicit", "compose"] < 0.4 and factor["implicit", "euler"] < 0.7
+
+
 # ---- Dropout between layers
 
 
