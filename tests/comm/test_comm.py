@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from xbraid_py.comm import as_communicator
+from xbraid_py.comm import as_communicator, process_group
 from xbraid_py.comm.partition import Partition
 
 DTYPES = [torch.float64, torch.float32, torch.int64, torch.bool]
@@ -80,6 +80,25 @@ def test_messages_arrive_in_the_order_of_sending(spmd):
         return all(
             torch.equal(got[peer][i], torch.full((20_000,), 100.0 * peer + i)) for peer in peers for i in range(4)
         )
+
+    assert all(spmd(body))
+
+
+@pytest.mark.ranks(2, 3)
+def test_a_group_of_torch_for_each_way(spmd):
+    """What NCCL has, by the backend that there is; threads and MPI have one way and take their own."""
+
+    def body(comm):
+        if hasattr(comm, "group"):
+            with mock.patch.object(process_group, "IN_ORDER", ["gloo"]):
+                comm = process_group.ProcessGroupCommunicator(comm.group)
+                comm = comm.split(0, -comm.rank)
+        others = [rank for rank in range(comm.size) if rank != comm.rank]
+        waits = [comm.isend(torch.tensor([comm.rank, i]), peer) for peer in others for i in range(2)]
+        got = [comm.recv(torch.empty(2, dtype=torch.int64), peer).tolist() for peer in others for _ in range(2)]
+        for wait in waits:
+            wait()
+        return got == [[peer, i] for peer in others for i in range(2)]
 
     assert all(spmd(body))
 

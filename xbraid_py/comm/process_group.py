@@ -21,6 +21,8 @@ from xbraid_py.comm.base import Communicator, SerialCommunicator
 
 # Who waits too long is told so by the watchdog; torch's own time-out must not come before.
 _NEVER = datetime.timedelta(days=7)
+# Backends that end the messages between two ranks one after the other, whichever way they go.
+IN_ORDER = ["nccl", "xccl"]
 _NAP, _SOON = 0.02, 3.0  # seconds between two questions, and within which all have left
 
 
@@ -54,10 +56,9 @@ class ProcessGroupCommunicator(Communicator):
         # Of GPUs gloo knows copies to the host only, which are made here.
         self.served = {kind for kind, backend in backends.items() if kind == "cpu" or backend != "gloo"}
         self._device = torch.device("cpu" if "cpu" in self.served else next(iter(self.served)))
-        # NCCL ends the messages between two ranks one after the other, whichever way they go: two that send to each
-        # other before they receive would wait for ever. So there is a group for each way.
-        ways = [self._group_of(self.ranks) for _ in range(2)] if "nccl" in backends.values() else [group, group]
-        self._down, self._up = ways
+        # Two ranks that send to each other before they receive would wait for ever: so there is a group for each way.
+        in_order = any(backend in IN_ORDER for backend in backends.values())
+        self._down, self._up = [self._group_of(self.ranks) if in_order else group for _ in range(2)]
         # What torch forgets before it has arrived does not arrive.
         self._under_way: dict[int, tuple[Any, torch.Tensor]] = {}
         self._line: _StoreLine | None = None
