@@ -254,7 +254,7 @@ def test_states_of_several_tensors(spmd, scaled, with_head, recompute):
             again = [x.grad, *([scale.grad] if scaled else []), *gathered(model).values()]
             assert all(torch.equal(a, b) for a, b in zip(again, found.get("gradients", again), strict=True))
             found = {"gradients": again}
-        with torch.no_grad():
+        with torch.inference_mode():
             inference = model.eval()((tokens, x), **({"scale": scale} if scaled else {}))
         leaves = [output, inference] if with_head else [*output, *inference]
         return found | {"leaves": [leaf.detach() for leaf in leaves]}
