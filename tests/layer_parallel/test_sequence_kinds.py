@@ -326,6 +326,29 @@ def test_errors_above_the_bound_tighten_the_solver_and_the_state_is_kept(spmd):
         assert found[-1][0] > 1 or found[-1][1] == "exact"
 
 
+def test_a_checkpoint_has_counts_of_masks_and_how_exactly_solves_are_made(spmd, shared_tmp_path):
+    def body(comm):
+        made = []
+        for _ in range(2):
+            model = parallel("LSTM", comm, mgrit=MGRIT(intervals=4, tol=0.1), dropout=0.4)
+            made.append((model, torch.optim.Adam(model.parameters(), 1e-2)))
+
+        def update(model, optimizer):
+            optimizer.zero_grad()
+            model(drawn(L, B, F))[0].square().sum().backward()
+            optimizer.step()
+            return [model.record, *(p.detach().numpy().tobytes() for p in model.parameters())]
+
+        update(*made[0])
+        update(*made[0])
+        path = shared_tmp_path / f"of_{comm.size}.h5"
+        xbraid_py.save_checkpoint(path, *made[0], comm=comm)
+        xbraid_py.load_checkpoint(path, *made[1], comm=comm)
+        return update(*made[0]) == update(*made[1]), made[1][0].record.update
+
+    assert all(found == (True, 3) for found in spmd(body))
+
+
 @pytest.mark.ranks(1)
 def test_the_noise_of_a_minibatch_is_that_of_its_halves():
     model = parallel("LSTM", None, accuracy=GradientControl(noise=0.25))

@@ -14,7 +14,7 @@ from xbraid_py.comm.agreement import launcher_size, together
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.layer_parallel.minibatch.state import MinibatchState
 from xbraid_py.layer_parallel.modules import PipelineParallel
-from xbraid_py.layer_parallel.sequence.gru import ParallelGRU
+from xbraid_py.layer_parallel.sequence.recurrent import ParallelRecurrent
 from xbraid_py.layer_parallel.stack import LayerParallel
 from xbraid_py.run.store.plain import from_plain, to_plain
 from xbraid_py.run.store.read import CheckpointError, load, no_state, restoring, verify
@@ -45,8 +45,8 @@ def save_checkpoint(
     ----------
     path : path-like
     model : Module
-        With `LayerParallel`, `PipelineParallel` and `ParallelGRU` in it, or none. For several models, averaged ones
-        (`torch.optim.swa_utils.AveragedModel`) among them, an `nn.ModuleDict`.
+        With `LayerParallel`, `PipelineParallel`, `ParallelGRU` and `ParallelLSTM` in it, or none. For several models,
+        averaged ones (`torch.optim.swa_utils.AveragedModel`) among them, an `nn.ModuleDict`.
     optimizer : torch.optim.Optimizer, optional
         Of parameters of the model. What it keeps of each must be numbers and tensors of its shape: SGD, Adam, AdamW,
         RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam, Rprop and the like; not LBFGS, Adafactor and Muon.
@@ -132,7 +132,7 @@ def load_checkpoint(
 
 
 def _state(model: nn.Module, optimizer, scheduler, scaler, comm: Any, grid: ProcessGrid | None) -> MinibatchState:
-    kinds = LayerParallel | PipelineParallel | ParallelGRU
+    kinds = LayerParallel | PipelineParallel | ParallelRecurrent
     own: Communicator | None = next((part.comm for part in model.modules() if isinstance(part, kinds)), None)
     if comm is None and grid is not None:
         raise ValueError("comm is not given, but grid is, whose replicas write one file; use comm=MPI.COMM_WORLD")

@@ -20,6 +20,7 @@ from xbraid_py.comm.agreement import RunError, together
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.layer_parallel.modules import PipelineParallel
 from xbraid_py.layer_parallel.owners import OWNED
+from xbraid_py.layer_parallel.sequence.recurrent import ParallelRecurrent
 from xbraid_py.layer_parallel.stack import LayerParallel
 from xbraid_py.layer_parallel.weights import StackedWeights
 from xbraid_py.run.store.plain import from_plain, to_plain
@@ -81,8 +82,9 @@ class MinibatchState:
         return [part for part in self.model.modules() if isinstance(part, LayerParallel)]
 
     @property
-    def _solved(self) -> list[LayerParallel | PipelineParallel]:
-        return [part for part in self.model.modules() if isinstance(part, LayerParallel | PipelineParallel)]
+    def _solved(self) -> list[LayerParallel | PipelineParallel | ParallelRecurrent]:
+        kinds = LayerParallel | PipelineParallel | ParallelRecurrent
+        return [part for part in self.model.modules() if isinstance(part, kinds)]
 
     @property
     def result(self) -> nn.Module:
@@ -164,11 +166,20 @@ class MinibatchState:
                 {k: v.item() if isinstance(v, Tensor) else v for k, v in group.items() if k not in ("params", OWNED)}
                 for group in groups
             ],
+            "optimizer": self._optimizer(),
             "scheduler": scheduler,
             "scaler": scaler,
             # Each replica solves for other samples, so its solvers may have been tightened when others were not.
             "solvers": solvers[:: self.comm.size // replicas] if solvers else [],
         }
+
+    def _optimizer(self) -> list | None:
+        """What an optimizer is: its kind, and the names of the parameters of each group that all ranks know."""
+        if self.optimizer is None:
+            return None
+        names, alone = iter(_names_in(self.optimizer, self.model)), modules_by_name(self.model)
+        groups = [[next(names)[0] for _ in group["params"]] for group in self.optimizer.param_groups]
+        return [type(self.optimizer).__name__, [[name for name in group if name not in alone] for group in groups]]
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Take over what `state` gave, whatever the number of ranks that wrote it; sends no message.
@@ -199,6 +210,13 @@ class MinibatchState:
         for name in ("scheduler", "scaler"):
             if getattr(self, name) is not None and numbers.get(name) is None:
                 raise CheckpointError(f"{checkpoint.path} was written without a {name}; leave it out")
+        if self.optimizer is not None and numbers.get("optimizer", self._optimizer()) != self._optimizer():
+            kind, groups = numbers["optimizer"] or ("none", [])
+            raise CheckpointError(
+                f"{checkpoint.path} was written with another optimizer: {kind} of {list(map(len, groups))} parameters, "
+                f"not {type(self.optimizer).__name__} of {list(map(len, self._optimizer()[1]))}, or of others; "
+                f"make it as it was"
+            )
         load_weights(checkpoint, self.model)
         if self.average is not None:
             load_weights(checkpoint, self.average, AVERAGE)
@@ -212,7 +230,8 @@ class MinibatchState:
             states = numbers["solvers"][grid.replica]
         else:
             states = max(numbers["solvers"], key=_exactness)
-        for part, state in zip(self._solved, states, strict=True):
+        # Files of earlier versions have no state of recurrent networks.
+        for part, state in zip(self._solved, states, strict=True) if states else ():
             part.load_solver_state(state)
         self.update, self.seconds = numbers["update"], float(numbers["seconds"])
         torch.set_rng_state(checkpoint.rows(RANDOM))
