@@ -185,7 +185,8 @@ class ParallelRecurrent(nn.Module):
         self.record: SequenceRecord | None = None
         for name, parameter in made.named_parameters():
             self.register_parameter(name, parameter)
-        self.controller = Controller(accuracy, options.cycle != "pipeline" and options.max_levels != 1)
+        has_levels = options.cycle != "pipeline" and options.max_levels != 1
+        self.controller = Controller(accuracy, has_levels, self.comm.rank == 0)
         self._draws = self._updates = 0
         self._watch = Watch(self.comm)
         # A coarse step of a unit is what `coarse` says, whatever the cycle.
@@ -393,8 +394,7 @@ class _PropagateSequence(torch.autograd.Function):
         agree(module.comm, None, "", "backward()")
         of_end = None if module.output == "own" else of_end
         module._updates += 1
-        size = module._size_of(slope, of_end)
-        found = ctx.update.backward(module._updates, slope, of_end, ctx.needs_input_grad[2], size)
+        found = ctx.update.backward(module._updates, slope, of_end, ctx.needs_input_grad[2], module._size_of)
         of_x, of_start, of_weights, module.record = found
         if not graph_is_kept():
             # A loss that is still around would otherwise hold all states during the next forward pass.

@@ -20,6 +20,8 @@ _SMALL = 1e-30  # no gradient
 # Makes a forward pass: exactly or not, so many tightenings, of the first samples only, and whether to keep it.
 MakePass = Callable[[bool, int, int | None, bool], Pass]
 
+SizeOf = Callable[[Tensor | None, Tensor | None], float]
+
 
 @dataclass(frozen=True)
 class SequenceRecord:
@@ -100,7 +102,7 @@ class Update:
         return SequenceRecord(*_summary(forward), *_summary(adjoint), mode=mode, level=self.level, **more)
 
     def backward(
-        self, number: int, slope: Tensor | None, of_end: Tensor | None, with_input: bool, size: float
+        self, number: int, slope: Tensor | None, of_end: Tensor | None, with_input: bool, size_of: SizeOf
     ) -> tuple[Tensor | None, Tensor, list[Tensor], SequenceRecord]:
         """Gradients of the input (L, B, F), if asked for, of the start (D, B, S) and of the weights, and the record.
 
@@ -111,8 +113,8 @@ class Update:
         slope, of_end : tensor or None
             Gradients of output and states behind the sequence.
         with_input : bool
-        size : float
-            Norm of these two gradients, on all ranks alike.
+        size_of : callable
+            Norm of these two gradients, on all ranks alike; collective.
         """
         found = self.done.backward(slope, of_end, with_input)
         solved = self.done.solutions, found[3]
@@ -133,7 +135,7 @@ class Update:
             if self.controller.accuracy.check:
                 # What residuals leave is an error of the sum over the samples, whose parts may cancel: then the
                 # gradient is small beside the slopes that it comes from, and its relative error is large.
-                residuals *= size / max(_norm(found[2]), _SMALL)
+                residuals *= size_of(slope, of_end) / max(_norm(found[2]), _SMALL)
             error, event = self.controller.observe(residuals, measured, sweeps, noise)
         told = {"update": number, "gradient_error": error, "measured": measured is not None, "event": event}
         record = self._record(*solved, **told, noise=self.controller.noise)
