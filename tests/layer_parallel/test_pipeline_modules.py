@@ -127,6 +127,65 @@ def test_training_modules(spmd):
         assert same_bits(found, serial)
 
 
+class Noisy(nn.Module):
+    """Dropout of three kinds that is torch's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.dropout = nn.Linear(C, C), nn.Dropout(0.25)
+        self.attention = nn.MultiheadAttention(C, 2, 0.25, batch_first=True)
+
+    def forward(self, u):
+        v = self.dropout(self.linear(u))
+        v = v + self.attention(v, v, v, need_weights=False)[0]
+        return u + nn.functional.dropout(v, 0.25, self.training)
+
+
+def test_random_numbers_of_torch(spmd):
+    """The same in every evaluation of a call, on any number of ranks; others for each module, portion and call."""
+    u = random(6, 3, C)
+
+    def body(comm):
+        found = []
+        for recompute in (False, True):
+            model = PipelineParallel(
+                [lambda: Noisy().double()] * 4, comm, portions=3, recompute=recompute, torch_random=True
+            )
+            for _ in range(2):
+                model.zero_grad()
+                found.append(propagated(model, u))
+        return found
+
+    alone = body(None)
+    assert distance(alone[0]["output"], alone[1]["output"]) > 1e-2
+    # Attention is another kernel where no graph is made.
+    pairs = [(alone[call], alone[2 + call]) for call in (0, 1)]
+    assert all(distance(a[key], b[key]) < 1e-12 for a, b in pairs for key in ("output", "input", "weights"))
+    assert same_bits(alone[0]["inference"], alone[1]["inference"])
+    for found in spmd(body):
+        assert all(same_bits(a, b) for a, b in zip(found, alone, strict=True))
+
+
+def test_random_numbers_of_torch_that_nobody_knows_of(spmd):
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(C, C)
+
+        def forward(self, u):
+            return nn.functional.dropout(self.linear(u), 0.5, self.training)
+
+    def body(comm):
+        model = PipelineParallel([nn.Linear(C, C), nn.Linear(C, C), Hidden()], comm)
+        return message_of(comm, lambda: model(torch.ones(4, C))), message_of(
+            comm, lambda: model.eval()(torch.ones(4, C))
+        )
+
+    for training, evaluation in spmd(body):
+        assert "module 2 (Hidden) draws random numbers of torch's own" in training and "torch_random=True" in training
+        assert evaluation is None
+
+
 def test_output_of_modules_on_the_last_rank_alone(spmd):
     u = random(B, 3, 6, 6)
 

@@ -6,7 +6,8 @@ Shape letters: `n` modules owned here, `B` batch, `M` portions.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from xbraid_py.layer_parallel.inputs import Arguments, Further, part_error
 from xbraid_py.layer_parallel.pipeline import Portions
 from xbraid_py.layer_parallel.solves import graph_is_kept
 from xbraid_py.layers.autocast import Cast
+from xbraid_py.layers.module_block import own_random_numbers
 from xbraid_py.layers.norm_dropout import at_position
 from xbraid_py.layers.trees import Form, flatten, has_slopes
 from xbraid_py.mgrit.pipeline import follow
@@ -51,6 +53,8 @@ class Plan:
         Those that are known: of the output by the key, of portions that come to this rank and leave it. It is added to.
     seed, draw : int
         Of masks of dropout.
+    torch_random : bool
+        Whether torch's own random numbers start from these for each module.
     cast : Cast or None
         What modules are evaluated in.
     recompute : bool
@@ -67,6 +71,7 @@ class Plan:
     forms: dict
     seed: int
     draw: int
+    torch_random: bool
     cast: Cast | None
     recompute: bool
     output: str
@@ -265,9 +270,9 @@ class Passage:
             part = None if self.compare is None else [self.compare.part(leaf, 1).clone() for leaf in leaves]
             before = structure
             more, named = arguments(own)
-            with at_position(plan.seed, plan.draw + number * _DRAWS, int(name)):
-                leaves, structure = flatten(module(structure.build(leaves), *more, **named))
             what = f"module {name} ({type(module).__name__})"
+            with self._random_numbers(what, number, int(name), module.training):
+                leaves, structure = flatten(module(structure.build(leaves), *more, **named))
             if not all(isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == samples for leaf in leaves):
                 kinds = [tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__ for leaf in leaves]
                 raise ValueError(
@@ -278,6 +283,27 @@ class Passage:
             if part is not None:
                 self._compare(what, module, before.build(part), leaves)
         return leaves, Form.of(leaves, structure)
+
+    @contextmanager
+    def _random_numbers(self, what: str, portion: int, number: int, training: bool) -> Iterator[None]:
+        """What a module draws for a portion: alike on any number of ranks, and whenever it is evaluated."""
+        position = (self.plan.seed, self.plan.draw + portion * _DRAWS, number)
+        with at_position(*position):
+            if self.plan.torch_random and training:
+                with own_random_numbers(hash(position) & (2**63 - 1)):
+                    yield
+                return
+            before = self._generator() if self._is_first else None
+            yield
+            if before is not None and not torch.equal(before, self._generator()):
+                raise ValueError(
+                    f"{what} draws random numbers of torch's own, as dropout of attention does, which depend on the "
+                    f"number of ranks and are others when it is evaluated again; use torch_random=True"
+                )
+
+    def _generator(self) -> Tensor:
+        """The state of torch's random numbers."""
+        return torch.cuda.get_rng_state(self.leaves[0].device) if self.leaves[0].is_cuda else torch.get_rng_state()
 
     def _compare(self, what: str, module: nn.Module, part: Any, whole: list[Tensor]) -> None:
         """Raise `ValueError` if a module makes something else of a portion than of the batch."""

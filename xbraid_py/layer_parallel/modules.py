@@ -68,6 +68,9 @@ class PipelineParallel(Owner):
         Evaluate the modules again in the backward pass, and keep no graphs until then.
     seed : int
         Of modules that are made here, and of `xbraid_py.nn.Dropout`.
+    torch_random : bool
+        Let modules draw random numbers of torch's own, as `functional.dropout` and `nn.Dropout` do: torch's generator
+        starts from the seed, the number of the call and of the portion, and that of the module then.
 
     Attributes
     ----------
@@ -101,6 +104,7 @@ class PipelineParallel(Owner):
         output: Literal["all", "last"] = "all",
         recompute: bool = False,
         seed: int = 0,
+        torch_random: bool = False,
     ):
         super().__init__()
         self.comm: Communicator = as_communicator(comm)
@@ -113,10 +117,11 @@ class PipelineParallel(Owner):
             first, count = self.partition.first(self.comm.rank), self.partition.count(self.comm.rank)
             made = {str(number): _made(modules[number], seed, number) for number in range(first, first + count)}
         arguments = {"modules": len(modules), "costs": costs, "portions": portions, "output": output}
-        same_arguments(self.comm, arguments | {"recompute": recompute, "seed": seed}, kernels=BACKEND)
+        arguments |= {"recompute": recompute, "seed": seed, "torch_random": torch_random}
+        same_arguments(self.comm, arguments, kernels=BACKEND)
         self.layers = nn.ModuleDict(made)
-        self.output, self.recompute, self.seed = output, recompute, seed
-        has_masks = 0
+        self.output, self.recompute, self.seed, self.torch_random = output, recompute, seed, torch_random
+        has_masks = int(torch_random)
         for module in made.values():
             for number, part in enumerate(part for part in module.modules() if isinstance(part, Dropout)):
                 part.number, has_masks = number, 1
@@ -207,6 +212,7 @@ class PipelineParallel(Owner):
             forms=self._forms,
             seed=self.seed,
             draw=self._draws,
+            torch_random=self.torch_random,
             cast=cast,
             recompute=self.recompute,
             output=self.output,
@@ -244,10 +250,10 @@ class PipelineParallel(Owner):
                             f"{what} with statistics of the batch, which those of portions are not; use GroupNorm or "
                             f"LayerNorm, freeze it by eval(), or portions=1"
                         )
-                if isinstance(part, _DROPOUTS) and part.training and part.p > 0.0:
+                if isinstance(part, _DROPOUTS) and part.training and part.p > 0.0 and not self.torch_random:
                     return (
                         f"{what}, whose masks depend on the number of ranks; use xbraid_py.nn.Dropout({part.p}), whose "
-                        f"mask depends on the module and the update alone"
+                        f"mask depends on the module and the update alone, or torch_random=True"
                     )
             if inputs or named:
                 try:

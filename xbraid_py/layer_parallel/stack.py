@@ -377,11 +377,11 @@ def pipeline_options(options: dict) -> dict:
     """
     mgrit = options["mgrit"]
     more = {key: value for key, value in options.items() if key != "mgrit" and value is not None}
-    unknown = more.keys() - {"output", "recompute", "seed"}
+    unknown = more.keys() - {"output", "recompute", "seed", "torch_random"}
     if unknown:
         raise TypeError(
             f"{sorted(unknown)[0]} is an option of like blocks; these differ, and are a PipelineParallel, with output, "
-            f"recompute and seed: leave it out"
+            f"recompute, seed and torch_random: leave it out"
         )
     portions = mgrit.portions if mgrit.cycle == "pipeline" else 1
     return more | {"portions": portions, "recompute": bool(more.get("recompute"))}
