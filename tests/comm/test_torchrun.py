@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
-from processes import PROJECT, run_job
+from processes import PROJECT, finish_job, run_job, start_job
 
 from xbraid_py.run.record import read
 
@@ -52,10 +54,14 @@ for _ in range(4):
 """
 
 
+def launcher(ranks: int) -> list:
+    """The torchrun of this environment."""
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+
+
 def torchrun(words, ranks: int = 2, timeout: float = 120, **options):
-    """A job of some ranks, started by the torchrun of this environment."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
-    return run_job([*launcher, *words], timeout=timeout, **options)
+    """A job of some ranks, run to its end."""
+    return run_job([*launcher(ranks), *words], timeout=timeout, **options)
 
 
 @pytest.fixture(scope="module")
@@ -83,16 +89,21 @@ def test_a_program_is_the_same_under_mpirun_and_torchrun(tmp_path, no_mpi):
     assert "Warning" not in ours.stderr
 
 
-def test_one_process_needs_no_mpi(tmp_path, no_mpi):
-    job = run_job([program(tmp_path, PROGRAM)], env=no_mpi, fresh=True)
+NO_LIBRARY = {"MPI4PY_LIBMPI": "/nowhere/libmpi.so"}  # read by mpi4py
+
+
+@pytest.mark.parametrize("has_mpi4py", [False, True])
+def test_one_process_needs_no_mpi(tmp_path, no_mpi, has_mpi4py):
+    job = run_job([program(tmp_path, PROGRAM)], env=NO_LIBRARY if has_mpi4py else no_mpi, fresh=True)
     assert job.returncode == 0 and job.stdout.startswith("1 0x"), job.stderr
 
 
 def test_several_processes_of_mpi_need_it(tmp_path, no_mpi):
     job = run_job([program(tmp_path, PROGRAM)], env=no_mpi | {"PMI_SIZE": "3", "PMI_RANK": "1"}, fresh=True)
     assert job.returncode == 1
-    assert "LaunchError: a launcher of MPI has started 3 processes, but mpi4py is not installed; install it, or" in (
-        job.stderr
+    assert (
+        "LaunchError: a launcher of MPI has started 3 processes, but mpi4py is not installed; install it, or start "
+        "with `torchrun --nproc-per-node 3`, which needs no MPI" in job.stderr
     )
 
 
@@ -115,6 +126,18 @@ def test_a_stack_of_one_process_among_several_says_so(tmp_path, no_mpi):
     job = torchrun([program(tmp_path, PROGRAM.replace("comm=comm", "comm=None"))], env=no_mpi)
     assert job.returncode == 0
     assert job.stderr.count("UserWarning: comm=None with WORLD_SIZE=2: each process works alone, on all layers") == 2
+
+
+def test_a_request_to_torchrun_ends_the_update(tmp_path, no_mpi):
+    driver = [PROJECT / "drivers" / "peaks.py", "--smoke", "--nested.updates=2,5000", "--out", tmp_path]
+    job = start_job([*launcher(2), *driver], env=no_mpi, fresh=True)
+    record, until = tmp_path / "metrics.jsonl", time.monotonic() + 100
+    while time.monotonic() < until and not (record.exists() and len(record.read_text().splitlines()) > 5):
+        time.sleep(0.1)
+    os.kill(job.pid, signal.SIGTERM)
+    ended = finish_job(job, timeout=60)
+    assert ended.stderr.count("stopped by SIGTERM after update") == 1 and "SIGKILL" not in ended.stderr, ended.stderr
+    assert list((tmp_path / "checkpoints").glob("update_*.h5"))
 
 
 DRIVER = """

@@ -228,6 +228,17 @@ def is_of_lost_rank(error: BaseException) -> bool:
     return isinstance(error, MPI.Exception) and error.Get_error_class() in lost
 
 
+def what_is_missing() -> str | None:
+    """What a process needs to have MPI; None if it has all."""
+    try:
+        from mpi4py import MPI  # noqa: F401
+    except ModuleNotFoundError:
+        return "mpi4py is not installed"
+    except (ImportError, RuntimeError) as error:
+        return f"mpi4py finds no MPI library ({str(error).splitlines()[0]})"
+    return None
+
+
 def world() -> Communicator:
     """All ranks of this job of MPI; see `kinds.world`."""
     from mpi4py import MPI
