@@ -32,7 +32,7 @@ class ProcessGrid:
 
     Parameters
     ----------
-    comm : Communicator or mpi4py.MPI.Comm or None
+    comm : Communicator, mpi4py.MPI.Comm, ProcessGroup or None
         All ranks; None for a serial run.
     replicas : int
         Number of replicas; divides the number of ranks.
@@ -269,7 +269,7 @@ def broadcast_batch(value: Any, comm: Any, root: int = 0, device: Any = "cpu") -
     value : Any
         On `root`: a tensor, or a nested tuple, list or dict of tensors and of other things that can be pickled. What
         the other ranks pass is not looked at; None will do.
-    comm : Communicator or mpi4py.MPI.Comm or None
+    comm : Communicator, mpi4py.MPI.Comm, ProcessGroup or None
         The ranks; all of them take part. None for a serial run.
     root : int
         The rank that knows.

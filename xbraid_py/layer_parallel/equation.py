@@ -91,7 +91,7 @@ def solve(
         array they are arrays.
     t : (N + 1,) tensor, array or sequence of float
         Times of the states: rising or falling, at whatever distances.
-    comm : Communicator or mpi4py.MPI.Comm, optional
+    comm : Communicator, mpi4py.MPI.Comm or ProcessGroup, optional
         None for a serial run.
     mgrit : MGRIT, optional
         V-cycles with FCF-relaxation on 3 levels, a coarsening factor of 4, if not given. Where it leaves them open, the

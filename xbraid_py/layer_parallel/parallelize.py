@@ -69,7 +69,7 @@ def parallelize(
     ----------
     model : nn.Module
         Is changed; the same on every rank.
-    comm : Communicator or mpi4py.MPI.Comm, optional
+    comm : Communicator, mpi4py.MPI.Comm or ProcessGroup, optional
         A serial run without.
     blocks : str, optional
         The name of the container, such as "transformer.h" or "encoder.layer"; by default that with the longest run, not

@@ -128,7 +128,7 @@ class GradScaler(torch.amp.GradScaler):
 
     Parameters
     ----------
-    comm : Communicator or mpi4py.MPI.Comm, optional
+    comm : Communicator, mpi4py.MPI.Comm or ProcessGroup, optional
         That of the stack.
     device : str
     **options

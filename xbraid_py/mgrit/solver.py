@@ -24,7 +24,7 @@ class Solver:
     options : MGRIT
     hierarchy : Hierarchy
         Planned for `comm.size` ranks.
-    comm : Communicator or mpi4py.MPI.Comm or None
+    comm : Communicator, mpi4py.MPI.Comm, ProcessGroup or None
         None for a serial run.
     """
 

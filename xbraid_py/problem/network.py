@@ -66,7 +66,7 @@ class DenseResNet:
     partition : Partition
         Owners of the weights of the layers. The opening layer's belong to the owner of the first, the classification
         layer's to the owner of the last one.
-    comm : Communicator or mpi4py.MPI.Comm or None
+    comm : Communicator, mpi4py.MPI.Comm, ProcessGroup or None
         None for a serial run.
     dtype : torch.dtype
         Of weights and states.

@@ -66,7 +66,7 @@ class Problem:
     regularization : Regularization
     forward, adjoint : MGRIT
         Of states and adjoints; their coarsening factor from the finest level must be the same.
-    comm : Communicator or mpi4py.MPI.Comm or None
+    comm : Communicator, mpi4py.MPI.Comm, ProcessGroup or None
         None for a serial run.
     dtype : torch.dtype
     ranks : int, optional

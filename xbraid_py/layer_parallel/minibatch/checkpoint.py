@@ -55,7 +55,7 @@ def save_checkpoint(
         That of `xbraid_py` too.
     extra : Any
         What `load_checkpoint` gives back: None, numbers, words, small tensors, and lists, tuples and dicts of them.
-    comm : Communicator or mpi4py.MPI.Comm, optional
+    comm : Communicator, mpi4py.MPI.Comm or ProcessGroup, optional
         All ranks; by default those that share the layers of the model.
     grid : ProcessGrid, optional
         Of models in replicas; `comm` must be given then.

@@ -69,7 +69,7 @@ class ParallelRecurrent(nn.Module):
         directions. Then all ranks have all outputs of each layer, and gradients of them.
     proj_size : int
         0: there is no projection.
-    comm : Communicator or mpi4py.MPI.Comm, optional
+    comm : Communicator, mpi4py.MPI.Comm or ProcessGroup, optional
         A serial run without.
     mgrit : MGRIT, optional
         Of the states. The default, `MGRIT(tol=0.1)`, solves until the relative change is below 0.1, which leaves errors
