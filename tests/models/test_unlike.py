@@ -19,9 +19,9 @@ PIPELINE = {"mgrit": MGRIT(cycle="pipeline", portions=2)}
 RANKS = pytest.mark.ranks(1, 2, 3)
 
 
-def gpt2_of_widths() -> Case:
+def gpt2_of_widths(**changes) -> Case:
     """GPT-2 whose perceptrons have other widths in every block."""
-    found = case("GPT-2")
+    found = case("GPT-2", **changes)
     from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
     with own_random_numbers(2):
@@ -175,6 +175,25 @@ def test_an_example_of_blocks_that_differ(spmd):
 
     for fine, wrong in spmd(body):
         assert fine is None and "of the example the model makes outputs that differ by" in wrong
+
+
+@RANKS
+def test_dropout_within_attention(spmd):
+    def body(comm):
+        wanted = gpt2_of_widths(attn_pdrop=0.25)
+        first = wanted.parallel(comm, unlike=True, **PIPELINE)
+        error = reduced(comm, lambda: wanted.loss(first))
+        losses = []
+        for _ in range(2):
+            model = wanted.parallel(comm, unlike=True, torch_random=True, **PIPELINE)
+            losses += [wanted.loss(model).detach() for _ in range(2)]
+        return error, losses
+
+    alone = body(None)[1]
+    assert torch.equal(alone[0], alone[2]) and not torch.equal(alone[0], alone[1])
+    for error, losses in spmd(body):
+        assert "draws random numbers of torch's own" in error and "config.attn_pdrop=0.25" in error
+        assert all(torch.equal(a, b) for a, b in zip(losses, alone, strict=True))
 
 
 # ---- What is refused
