@@ -11,6 +11,7 @@ import pytest
 import torch
 from blocks import linear, reduced
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from xbraid_py import (
     MGRIT,
@@ -198,6 +199,33 @@ def test_half_precision_and_a_loss_scale(spmd, shared_tmp_path):
 
 
 @pytest.mark.ranks(1, 2)
+def test_several_models(spmd, shared_tmp_path):
+    """A model and its average in one file, which is none of the model alone."""
+
+    def make(comm, scale):
+        training = Training(comm, scale=scale)
+        average = AveragedModel(training.model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+        return training, average, nn.ModuleDict({"model": training.model, "average": average})
+
+    def body(comm):
+        training, average, both = make(comm, 1)
+        for update in range(3):
+            training.losses(update, update + 1)
+            average.update_parameters(training.model)
+        save_checkpoint(shared_tmp_path / "a.h5", both, training.optimizer)
+        other, _, again = make(comm, 0)
+        load_checkpoint(shared_tmp_path / "a.h5", again, other.optimizer)
+        found, wanted = again.state_dict(), both.state_dict()
+        same = found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+        differs = not torch.equal(found["average.module.scale"], found["model.scale"])
+        said = reduced(comm, lambda: load_checkpoint(shared_tmp_path / "a.h5", training.model))
+        return same, differs, int(average.n_averaged), "holds another network" in said
+
+    results = spmd(body)
+    assert results == [(True, True, 3, True)] * len(results)
+
+
+@pytest.mark.ranks(1, 2)
 def test_what_cannot_be_saved_or_loaded(spmd, shared_tmp_path):
     def make(comm, width=4):
         stack = LayerParallel(lambda: DenseBlock(width, "tanh"), 4, 1.0, comm)
@@ -206,8 +234,9 @@ def test_what_cannot_be_saved_or_loaded(spmd, shared_tmp_path):
 
     def body(comm):
         model, optimizer = make(comm)
-        file = shared_tmp_path / "a.h5"
+        file, adam = shared_tmp_path / "a.h5", shared_tmp_path / "adam.h5"
         save_checkpoint(file, model)
+        save_checkpoint(adam, model, torch.optim.Adam(model.parameters()))
         comm.barrier()
         if comm.rank == 0:
             content = bytearray(file.read_bytes())
@@ -223,6 +252,8 @@ def test_what_cannot_be_saved_or_loaded(spmd, shared_tmp_path):
                 lambda: load_checkpoint(file, *make(comm, 6)),
                 lambda: load_checkpoint(file, model, optimizer),
                 lambda: load_checkpoint(file, model, scaler=GradScaler(comm)),
+                lambda: load_checkpoint(adam, model, torch.optim.AdamW(model.parameters())),
+                lambda: load_checkpoint(adam, model, torch.optim.Adam(reversed([*model.parameters()]))),
                 lambda: save_checkpoint(file, model, extra={"f": len}),
                 lambda: save_checkpoint(file, model, make(comm)[1]),
                 lambda: save_checkpoint(file, model, grid=object()),
@@ -241,6 +272,8 @@ def test_what_cannot_be_saved_or_loaded(spmd, shared_tmp_path):
             "CheckpointError: .* holds another network than this run's: 0.weight of",
             "CheckpointError: .* was written with another optimizer",
             "CheckpointError: .* was written without a scaler; leave it out",
+            "CheckpointError: .* with another optimizer: Adam of \\[4\\] parameters, not AdamW of \\[4\\]",
+            "CheckpointError: .* with another optimizer: Adam of \\[4\\] parameters, not Adam of \\[4\\], or of others",
             "TypeError: extra\\['f'\\] is a builtin_function_or_method, and a checkpoint holds numbers",
             "ValueError: optimizer holds a parameter that is not the model's",
             "ValueError: comm is not given, but grid is",

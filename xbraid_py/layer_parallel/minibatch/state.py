@@ -210,6 +210,7 @@ class MinibatchState:
         for name in ("scheduler", "scaler"):
             if getattr(self, name) is not None and numbers.get(name) is None:
                 raise CheckpointError(f"{checkpoint.path} was written without a {name}; leave it out")
+        check_weights(checkpoint, self.model)
         if self.optimizer is not None and numbers.get("optimizer", self._optimizer()) != self._optimizer():
             kind, groups = numbers["optimizer"] or ("none", [])
             raise CheckpointError(
