@@ -57,6 +57,18 @@ def test_the_newest_stay(spmd, shared_tmp_path, keep):
     assert names(shared_tmp_path) == sorted(expected)
 
 
+def test_single_numbers_of_strided_tensors(spmd, shared_tmp_path):
+    """Torch calls a tensor of one number contiguous, whatever its strides are."""
+
+    def body(comm):
+        one = torch.full((4, 4), float(comm.rank)).T[3:4, 2:3][0, ::2]
+        checkpoint_store.save(shared_tmp_path / "one.h5", comm, {"w": Shard(one, comm.rank, comm.size)}, {})
+
+    size = len(spmd(body))
+    with load(shared_tmp_path / "one.h5") as checkpoint:
+        assert checkpoint.rows("w").tolist() == [float(rank) for rank in range(size)]
+
+
 def test_keep_must_be_positive(tmp_path):
     with pytest.raises(ValueError, match="keep=0 must be at least 1; use 3"):
         CheckpointStore(tmp_path, 0)

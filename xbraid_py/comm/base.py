@@ -213,6 +213,12 @@ def _ranks(ranks: Sequence[int]) -> str:
     return f"rank{'s' * (len(ranks) > 1)} " + ", ".join("-".join(map(str, run)) for run in runs)
 
 
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of a contiguous tensor: messages of bytes are messages of all types."""
+    # A tensor of one number is contiguous whatever its strides.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
 class SerialCommunicator(Communicator):
     """One rank, no messages.
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from xbraid_py.comm import watchdog
-from xbraid_py.comm.base import Communicator, SerialCommunicator
+from xbraid_py.comm.base import Communicator, SerialCommunicator, as_bytes
 
 # Who waits too long is told so by the watchdog; torch's own time-out must not come before.
 _NEVER = datetime.timedelta(days=7)
@@ -64,7 +64,7 @@ class ProcessGroupCommunicator(Communicator):
         self._line: _StoreLine | None = None
 
     def isend(self, tensor, dest):
-        carried = _bytes(self._carried(tensor))
+        carried = as_bytes(self._carried(tensor))
         work = dist.isend(carried, self.ranks[dest], self._up if dest > self.rank else self._down)
         self._under_way[id(work)] = work, carried
 
@@ -95,7 +95,7 @@ class ProcessGroupCommunicator(Communicator):
 
     def broadcast(self, tensor, root=0):
         if self.rank == root:
-            landing, filled = _bytes(self._carried(tensor)), lambda: tensor
+            landing, filled = as_bytes(self._carried(tensor)), lambda: tensor
         else:
             landing, filled = self._landing(tensor)
         self._wait(dist.broadcast(landing, self.ranks[root], self.group, async_op=True))
@@ -108,7 +108,7 @@ class ProcessGroupCommunicator(Communicator):
         landing, filled = self._landing(out)
         width = len(landing) // max(len(out), 1)
         parts = [*landing.split([count * width for count in counts])]
-        parts[self.rank].copy_(_bytes(self._carried(rows)))
+        parts[self.rank].copy_(as_bytes(self._carried(rows)))
         if len(set(counts)) == 1:
             in_order = [parts[self._places.index(place)] for place in range(self.size)]
             works = [dist.all_gather(in_order, parts[self.rank].clone(), self.group, async_op=True)]
@@ -207,7 +207,7 @@ class ProcessGroupCommunicator(Communicator):
                 target.copy_(landing)
             return out
 
-        return _bytes(landing), finish
+        return as_bytes(landing), finish
 
     def _wait(self, work: Any, peer: int | None = None) -> None:
         """Wait for a message to or from a rank, or of all ranks; on a GPU the stream does, not the processor."""
@@ -279,12 +279,6 @@ class _StoreLine:
                 return False
             time.sleep(_NAP)
         return True
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory of a contiguous tensor: messages of all types are messages of bytes."""
-    # A tensor of one number is contiguous whatever its strides.
-    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def _number_of_groups() -> int:

@@ -21,6 +21,7 @@ import torch
 
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.agreement import RunError
+from xbraid_py.comm.base import as_bytes
 from xbraid_py.run.record import library_versions, publish
 from xbraid_py.run.store.hdf5_writer import HDF5Writer, ParallelWriter, new_file, writes_together
 from xbraid_py.run.store.read import (
@@ -190,7 +191,7 @@ def _send(comm: Communicator, shards: Mapping[str, Shard]) -> None:
         rows = shards[name].rows.detach().cpu().contiguous()
         for part in pieces(len(rows), _row_bytes(tuple(rows.shape[1:]), rows.dtype)):
             # As bytes, because MPI knows fewer types than torch.
-            comm.isend(rows[part].reshape(-1).view(torch.uint8), 0)()
+            comm.isend(as_bytes(rows[part]), 0)()
 
 
 def _blocks(comm: Communicator, shards, arrays) -> Iterator[tuple[str, int, torch.Tensor]]:
