@@ -422,6 +422,10 @@ def test_what_modules_cannot_be_given(spmd):
         def forward(self, u):
             return {"x": u, "all": u.sum(0)}
 
+    class Nothing(nn.Module):
+        def forward(self, u):
+            return {}
+
     @dataclass
     class Inside:
         x: torch.Tensor
@@ -445,6 +449,7 @@ def test_what_modules_cannot_be_given(spmd):
             called([nn.Identity()], (u, u[:2])),
             called([nn.Identity()], {"x": u + comm.rank, "y": u[:, : 2 + comm.rank]}),
             called([Local()], u),
+            called([Nothing()], u),
         ]
 
     results = spmd(body)
@@ -457,8 +462,9 @@ def test_what_modules_cannot_be_given(spmd):
         assert "module 0 (Summed) makes [(2, 4), (4,)] of 2 samples; they must stay on the first axis" in found[2]
         assert "u=tuple must be a tensor whose first axis is the samples, at least one, or a tree of such" in found[3]
         assert "u has tensors of 2 and 4 samples on their first axes" in found[4]
+        assert "module 0 (Nothing) makes [] of 2 samples" in found[7]
         if len(results) == 1:
-            assert found[5:] == [None, None]
+            assert found[5:7] == [None, None]
         else:
             assert "shape and mode of the input=" in found[5]
             assert "cannot go to the next rank" in found[6] and "defined at the top of a file" in found[6]

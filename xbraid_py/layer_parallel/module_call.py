@@ -273,7 +273,8 @@ class Passage:
             what = f"module {name} ({type(module).__name__})"
             with self._random_numbers(what, number, int(name), module.training):
                 leaves, structure = flatten(module(structure.build(leaves), *more, **named))
-            if not all(isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == samples for leaf in leaves):
+            has_samples = [isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == samples for leaf in leaves]
+            if not has_samples or not all(has_samples):
                 kinds = [tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__ for leaf in leaves]
                 raise ValueError(
                     f"{what} makes {kinds[0] if structure.is_leaf else kinds} of {samples} samples; they must stay on "
