@@ -54,6 +54,7 @@ _HOMES = {
             "LayerParallel",
             "PipelineParallel",
             "SolveRecord",
+            "check_replicas",
             "clip_grad_norm_",
             "parallel_stages",
             "broadcast_loss",

@@ -7,6 +7,7 @@ import hashlib
 import os
 import platform
 import sys
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -36,13 +37,62 @@ def together(comm: Communicator) -> Iterator[None]:
         raise ValueError(failed[1])
 
 
-def agree(comm: Communicator, key: Any, what: str) -> None:
-    """Raise the same `ValueError` on all ranks unless they pass the same key: else they would wait for each other.
+END = "the end of the program"  # as a call
+_HINT = (
+    "every rank makes the same calls in the same order, with as many batches; one for all ranks, as state_dict() or an "
+    "evaluation, cannot stand behind `if rank == 0:`, only what follows it can, as torch.save(state, file)"
+)
+_met: dict[int, weakref.ref[Communicator]] = {}  # by `agree`
 
-    A message of one number, since it comes before every call of a stack.
+
+def met() -> list[Communicator]:
+    """The communicators whose ranks have agreed on a call, in the order of the first ones."""
+    found = (reference() for reference in _met.values())
+    return [comm for comm in found if comm is not None and comm.size > 1]
+
+
+END = "the end of the program"  # as a call
+
+
+class CallError(RuntimeError):
+    """Ranks that meet are in different calls."""
+
+
+def agree(comm: Communicator, key: Any, what: str, call: str) -> None:
+    """Raise the same error on all ranks unless they make the same call, with the same key: they would wait for ever.
+
+    A message of one number, since it comes before every call that all ranks take part in.
+
+    Parameters
+    ----------
+    comm : Communicator
+    key : Any
+        What `repr` says all of.
+    what : str
+        Name of the key, for the message.
+    call : str
+        As the user knows it.
+
+    Raises
+    ------
+    CallError
+        If the ranks are in different calls.
+    ValueError
+        If their keys differ, or see `Communicator.refuse_replicas`.
     """
-    if _differ(comm, key):
+    _met.setdefault(id(comm), weakref.ref(comm))
+    if call == "forward()":
+        comm.refuse_replicas()
+    if not _differ(comm, (call, key)):
+        return
+    calls = comm.bcast(comm.gather(call))
+    if len(set(calls)) > 1:
+        where = who_says_what([_Said(each) for each in calls])
+        raise CallError(f"ranks are in different calls: {where}; {_HINT}")
+    try:
         comm.same(key, what)
+    except ValueError as error:
+        raise ValueError(f"{error}; {_HINT}") from None
 
 
 def agree_on_all(comm: Communicator, named: Mapping[str, Any], what: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from xbraid_py.comm import mpi, process_group
 from xbraid_py.comm.agreement import LaunchError, launcher_size, started_by_torch
 from xbraid_py.comm.base import Communicator, SerialCommunicator
+from xbraid_py.comm.guard import guarded
 
 
 def world() -> Communicator:
@@ -21,25 +22,23 @@ def world() -> Communicator:
     Raises
     ------
     LaunchError
-        If the launcher started several processes that MPI does not join, or mpi4py is not there to do so.
+        If the launcher started several processes that MPI does not join, or that find no MPI.
     """
     if process_group.is_there() or started_by_torch():
         return process_group.world()
-    try:
+    missing = mpi.what_is_missing()
+    if missing is None:
         return mpi.world()
-    except ModuleNotFoundError as error:
-        if error.name != "mpi4py":
-            raise
-        if launcher_size() > 1:
-            raise LaunchError(
-                f"a launcher of MPI has started {launcher_size()} processes, but mpi4py is not installed; install it, "
-                f"or start with `torchrun --nproc-per-node {launcher_size()}`, which needs no MPI"
-            ) from None
-        return SerialCommunicator()
+    if launcher_size() > 1:
+        raise LaunchError(
+            f"a launcher of MPI has started {launcher_size()} processes, but {missing}; install it, or start with "
+            f"`torchrun --nproc-per-node {launcher_size()}`, which needs no MPI"
+        )
+    return SerialCommunicator()
 
 
 def as_communicator(comm: Any = None) -> Communicator:
-    """What a caller has as a `Communicator`.
+    """What a caller has as a `Communicator`; from then on its ranks are looked after, see `guard.guarded`.
 
     Parameters
     ----------
@@ -52,7 +51,7 @@ def as_communicator(comm: Any = None) -> Communicator:
         If it is anything else.
     """
     if isinstance(comm, Communicator):
-        return comm
+        return guarded(comm)
     if comm is None:
         if started_by_torch() and launcher_size() > 1:
             size = os.environ["WORLD_SIZE"]
@@ -64,9 +63,9 @@ def as_communicator(comm: Any = None) -> Communicator:
             )
         return SerialCommunicator()
     if process_group.is_one(comm):
-        return process_group.communicator_of(comm)
+        return guarded(process_group.communicator_of(comm))
     if hasattr(comm, "Get_size"):
-        return mpi.communicator_of(comm)
+        return guarded(mpi.communicator_of(comm))
     raise TypeError(
         f"comm={comm!r} is no group of ranks that this process belongs to; use xbraid_py.world(), a communicator of "
         f"mpi4py, a process group of torch.distributed (mesh.get_group(...) of a device mesh), or None for one rank"

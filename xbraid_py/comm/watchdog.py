@@ -68,10 +68,12 @@ class Watchdog:
         Seconds after which a wait is given up; infinity never.
     give_up : callable
         `give_up(text)` ends the job; it is called on one rank, in this thread.
+    option : str
+        What sets the patience, for the message.
     """
 
-    def __init__(self, line: Line, patience: float, give_up: Callable[[str], Any]):
-        self.line, self.patience, self._give_up = line, patience, give_up
+    def __init__(self, line: Line, patience: float, give_up: Callable[[str], Any], option: str = "--patience"):
+        self.line, self.patience, self._give_up, self._option = line, patience, give_up, option
         self._watched = threading.main_thread()
         self._answers: dict[int, str] = {}
         self._over = threading.Event()
@@ -132,7 +134,7 @@ class Watchdog:
         if _awaited is None:  # it came at last
             return
         states = [f"rank {r}: {self._answers.get(r, 'does not answer')}" for r in range(self.line.size)]
-        self._give_up(f"no message for {self.patience:g} seconds (--patience)\n" + "\n".join(states))
+        self._give_up(f"no message for {self.patience:g} seconds ({self._option})\n" + "\n".join(states))
 
     def _state(self) -> str:
         """What this process does, and where."""

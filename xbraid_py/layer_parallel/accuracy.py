@@ -114,11 +114,11 @@ class SolveRecord:
 class Controller:
     """Watches the error of the gradient and chooses how exactly the next update is solved.
 
-    All ranks see the same numbers and take the same decisions.
+    All ranks see the same numbers and take the same decisions; one of them, that with `tells`, logs events as warnings.
     """
 
-    def __init__(self, accuracy: GradientControl, levels: bool):
-        self.accuracy = accuracy
+    def __init__(self, accuracy: GradientControl, levels: bool, tells: bool = True):
+        self.accuracy, self._tells = accuracy, tells
         self.update = 0
         self.level = 0
         # With a single level there is nothing but exact propagation.
@@ -219,7 +219,7 @@ class Controller:
         return f"{self.level} tightening(s)" if self.level >= 0 else f"{-self.level} loosening(s)"
 
     def _say(self, event: str) -> str:
-        log.info("update %d: %s", self.update, event)
+        log.log(logging.WARNING if self._tells else logging.DEBUG, "update %d: %s", self.update, event)
         return event
 
     def state(self) -> dict:

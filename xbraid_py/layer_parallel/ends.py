@@ -1,4 +1,4 @@
-"""Around a stack: a loss that one rank knows, and the norm of gradients that many ranks hold."""
+"""Around a stack: a loss that one rank knows, the norm of gradients that many hold, and weights that all have alike."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator, as_communicator
+from xbraid_py.comm.agreement import agree
+from xbraid_py.layer_parallel.alike import compare
 from xbraid_py.layer_parallel.modules import PipelineParallel
 from xbraid_py.layer_parallel.stack import LayerParallel
 from xbraid_py.layer_parallel.weights import StackedWeights
@@ -34,12 +36,14 @@ def broadcast_loss(loss: Tensor, comm: Any, root: int) -> Tensor:
     ----------
     loss : scalar tensor
         Computed from the output of the stack on every rank.
-    comm : Communicator or mpi4py.MPI.Comm or None
+    comm : Communicator, mpi4py.MPI.Comm, ProcessGroup or None
         None for a serial run.
     root : int
         `LayerParallel.last_rank`.
     """
-    return _BroadcastLoss.apply(loss, as_communicator(comm), root)
+    comm = as_communicator(comm)
+    agree(comm, None, "", "broadcast_loss()")
+    return _BroadcastLoss.apply(loss, comm, root)
 
 
 def clip_grad_norm_(model: nn.Module, max_norm: float) -> float:
@@ -63,6 +67,9 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> float:
     parts = list(model.modules())
     if any(isinstance(part, LayerParallel | PipelineParallel) and part.output == "last" for part in parts):
         raise ValueError('output="last" leaves the gradients around a stack on some ranks alone; use output="all"')
+    for part in parts:
+        if isinstance(part, LayerParallel | PipelineParallel):
+            agree(part.comm, None, "", "clip_grad_norm_()")
     for weights in (part for part in parts if isinstance(part, StackedWeights)):
         if weights.splines is not None:
             continue  # coefficients are the same on every rank
@@ -89,3 +96,32 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> float:
             if p.grad is not None:
                 p.grad.mul_(max_norm / norm)
     return norm
+
+
+def check_replicas(model: nn.Module) -> None:
+    """Raise the same `ValueError` on all ranks if what they should have alike of a model is not alike; collective.
+
+    That is all but the layers of `LayerParallel` and the modules of `PipelineParallel`, which are shared out: what lies
+    around stacks, coefficients of splines, weights of `ParallelGRU` and `ParallelLSTM`. Stacks look at their inputs,
+    and at gradients of their outputs, by themselves, in their first calls and then in one of 100; XBRAID_CHECK_INPUTS=1
+    in the environment of all ranks makes them compare all inputs bit by bit, and 0 none.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With stacks in it; without any there is nothing to compare.
+    """
+    parts = list(model.modules())
+    comms = {id(part.comm): part.comm for part in parts if isinstance(getattr(part, "comm", None), Communicator)}
+    shared_out: set[int] = set()
+    for part in parts:
+        if isinstance(part, StackedWeights):
+            have = dict(part.named_parameters()) | dict(part.named_buffers())
+            shared_out |= {id(have[name]) for name in part.divided}
+        elif isinstance(part, PipelineParallel):
+            shared_out |= {id(tensor) for tensor in (*part.parameters(), *part.buffers())}
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    named = {name: tensor for name, tensor in tensors.items() if id(tensor) not in shared_out}
+    for comm in comms.values():
+        agree(comm, sorted(named), "names of weights around stacks", "check_replicas()")
+        compare(comm, named)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator
-from xbraid_py.comm.agreement import together
+from xbraid_py.comm.agreement import agree, together
 from xbraid_py.kernels.activation import ACTIVATIONS, activation
 from xbraid_py.layer_parallel.modules import PipelineParallel
 from xbraid_py.layer_parallel.parallelize import ParallelBlocks, refuse_records
@@ -201,6 +201,8 @@ def _of_module(source: nn.Module) -> nn.Module:
             if isinstance(value, Communicator):
                 path = f"{name}.{key}".lstrip(".")
                 raise ValueError(f"source.{path} is a communicator, which has no copy; keep it outside of the module")
+    for stack in stacks:
+        agree(stack.comm, None, "", "to_sequential()")
     # What is in the memo is not copied again: each stack comes out as its plain form, wherever it is referred to.
     within = {id(run.stack) for run in runs}
     plain: dict[int, nn.Module] = {id(stack): _of_stack(stack) for stack in stacks if id(stack) not in within}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -13,11 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xbraid_py.comm import Communicator
-from xbraid_py.comm.agreement import agree_on_all
-from xbraid_py.layers.trees import flatten
+from xbraid_py.layer_parallel.alike import compare_bits
 
-CHECK_INPUTS = "XBRAID_CHECK_INPUTS"  # a variable of the environment, the same for all ranks
 _LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -28,12 +23,12 @@ def as_any_module(forward: Callable) -> Callable:
     around the call, as `torch.utils.checkpoint` sets them, are for graphs of the caller, and would evaluate the caller
     again for each tensor within.
 
-    The inputs of all ranks are compared, by `compare_inputs`, where that is asked for.
+    The inputs of all ranks are compared, by `compare_bits`, where that is asked for.
     """
 
     @wraps(forward)
     def wrapped(self, u, *inputs, **named):
-        compare_inputs(self.comm, u, inputs, named)
+        compare_bits(self.comm, u, inputs, named)
         with _own_graphs():
             return _laid_out(forward(self, u, *inputs, **named), u)
 
@@ -75,22 +70,6 @@ def check_not_again(kind: str, what: str, instead: str = "recompute=True") -> No
             f"a {kind} with {what} is evaluated again in a backward pass, as by torch.utils.checkpoint around it, and "
             f"would be another network than before: leave it out of the checkpoint, and use {instead} in its place"
         )
-
-
-def compare_inputs(comm: Communicator, *inputs: Any) -> None:
-    """Raise the same `ValueError` on all ranks if these differ in a bit, with XBRAID_CHECK_INPUTS=1; collective then.
-
-    To look for what makes ranks go apart: batches that are not alike, an opening with other weights. It reads all
-    numbers, and costs a message a call.
-    """
-    if os.environ.get(CHECK_INPUTS, "0") in ("", "0") or comm.size == 1:
-        return
-    found = {}
-    for number, leaf in enumerate(leaf for leaf in flatten(inputs)[0] if isinstance(leaf, Tensor)):
-        flat = leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        digest = hashlib.blake2b(flat, digest_size=6).hexdigest()
-        found[f"tensor {number}"] = f"{tuple(leaf.shape)} {leaf.dtype} with digest {digest}"
-    agree_on_all(comm, found, f"inputs ({CHECK_INPUTS}=1)")
 
 
 class Unwritten:

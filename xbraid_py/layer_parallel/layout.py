@@ -31,6 +31,8 @@ class Place:
         of the first layer.
     has_all_input, has_all_output : bool
         Whether the gradient of the input, and the output, are on all ranks; else where its first and last layer are.
+    is_last : bool
+        Whether its output is that of the stack.
     """
 
     first_layer: int = 0
@@ -38,6 +40,7 @@ class Place:
     keeper: int | None = None
     has_all_input: bool = True
     has_all_output: bool = True
+    is_last: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +107,7 @@ class Cut:
                 keeper=number % comm.size,
                 has_all_input=number > 0 or self.output == "all",
                 has_all_output=number < len(counts) - 1 or self.output == "all",
+                is_last=number == len(counts) - 1,
             )
             found.append((self._solvers(_part(grid, first, count), comm), place))
         return found
@@ -137,6 +141,7 @@ class Cut:
                 h=grid.h if grid.is_uniform else None,
                 has_all_input=number == 0 and self.output == "all",
                 has_all_output=number == len(parts) - 1 and self.output == "all",
+                is_last=number == len(parts) - 1,
             )
             solvers = middle
             if owner is not None:

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator
+from xbraid_py.comm.agreement import agree
 from xbraid_py.comm.partition import Partition
 from xbraid_py.comm.tree import TreeSum
+from xbraid_py.layer_parallel.alike import Watch
 from xbraid_py.layer_parallel.habits import Unwritten
 from xbraid_py.layer_parallel.inputs import Arguments, Further, part_error
 from xbraid_py.layer_parallel.pipeline import Portions
@@ -59,6 +61,8 @@ class Plan:
         What modules are evaluated in.
     recompute : bool
     output : {"all", "last"}
+    watch : Watch or None
+        Compares the gradient of the output among the ranks, if it is time to.
     """
 
     comm: Communicator
@@ -75,6 +79,7 @@ class Plan:
     cast: Cast | None
     recompute: bool
     output: str
+    watch: Watch | None
 
     @property
     def first_rank(self) -> int:
@@ -418,9 +423,12 @@ class PropagateModules(torch.autograd.Function):
                 "backward through a PipelineParallel a second time: what its forward pass kept has been freed; use "
                 "backward(retain_graph=True) the first time"
             )
-        ctx.unwritten.check()
         plan, keep = passage.plan, graph_is_kept()
+        agree(plan.comm, None, "", "backward()")
+        ctx.unwritten.check()
         dtypes = plan.forms[plan.key].dtypes
+        if plan.watch is not None:
+            plan.watch.compare("the gradient of the output", slopes)
         own = [slope.contiguous() for slope, dtype in zip(slopes, dtypes, strict=True) if has_slopes(dtype)]
         backs, of_weights, rows = passage.backward(own, keep)
         wanted = ctx.needs_input_grad[2:]

@@ -18,6 +18,7 @@ from xbraid_py.comm import Communicator, as_communicator
 from xbraid_py.comm.agreement import agree, same_arguments, together
 from xbraid_py.comm.partition import Partition
 from xbraid_py.kernels import BACKEND
+from xbraid_py.layer_parallel.alike import Watch
 from xbraid_py.layer_parallel.habits import as_any_module, check_not_again
 from xbraid_py.layer_parallel.inputs import Further
 from xbraid_py.layer_parallel.module_call import Passage, Plan, PropagateModules
@@ -54,7 +55,7 @@ class PipelineParallel(Owner):
     modules : sequence of nn.Module or callable
         Callables make a module; they are called where it lives, with random numbers that depend on `seed` and the
         number of the module. Of modules each rank keeps its own.
-    comm : Communicator or mpi4py.MPI.Comm, optional
+    comm : Communicator, mpi4py.MPI.Comm or ProcessGroup, optional
         A serial run without.
     portions : int, optional
         M, at most one for each sample. By default the greatest power of two up to 8 that leaves 8 samples in each.
@@ -128,6 +129,7 @@ class PipelineParallel(Owner):
         # Of any rank: what is refused for its masks is refused by all ranks.
         self._is_random = bool(self.comm.allgather(torch.tensor([has_masks]), (1,) * self.comm.size).any())
         self._draws = 0
+        self._watch = Watch(self.comm)
         # Of the output by what a call was like, of portions that come to this rank and leave it.
         self._forms: dict[tuple, Form | None] = {}
         self._checked: set[tuple] = set()
@@ -189,9 +191,13 @@ class PipelineParallel(Owner):
             cast = Cast.current(leaves[0].device.type)
             asks = tuple(leaf.requires_grad for leaf in leaves)
             key = (f"{form}", asks, given.form, torch.is_grad_enabled(), self.training, cast)
-        agree(self.comm, (message, key, given.key if key else None), "shape and mode of the input")
+        agree(self.comm, (message, key, given.key if key else None), "shape and mode of the input", "forward()")
         if message:
             raise ValueError(message)
+        shares = self.output == "all" and self.training and torch.is_grad_enabled()
+        due = shares and self._watch.next_is_due()
+        if due:
+            self._watch.compare("the input", (*leaves, *given.leaves))
         portions = Portions.of(len(leaves[0]), self._options.portions_of(len(leaves[0])))
         if key not in self._forms:
             failed = self.comm.first_error(self._problem(len(portions), inputs, named))
@@ -216,6 +222,7 @@ class PipelineParallel(Owner):
             cast=cast,
             recompute=self.recompute,
             output=self.output,
+            watch=self._watch if due else None,
         )
         self._check_cut(plan, leaves)
         weights = tuple(self.parameters())
@@ -339,6 +346,7 @@ def dealt_out(count: int, costs: list[float] | None, num_ranks: int) -> Partitio
 
 def _gather(model: PipelineParallel, state: dict, prefix: str, local_metadata) -> None:
     """Make the state of the modules owned here that of all, in their order."""
+    agree(model.comm, None, "", "state_dict()")
     start = f"{prefix}layers."
     own = {key: state.pop(key) for key in [key for key in state if key.startswith(start)]}
     parts = model.comm.bcast(model.comm.gather({key.removeprefix(start): value for key, value in own.items()}))

@@ -5,6 +5,7 @@ Shape letters: `N` layers, `n` of them owned here, `W` windows, `B` batch, `S` s
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from itertools import accumulate
 from typing import Any, Literal, get_args
@@ -19,7 +20,7 @@ from xbraid_py.layer_parallel.accuracy import GradientControl, SolveRecord
 from xbraid_py.layer_parallel.inputs import Inputs
 from xbraid_py.layer_parallel.layout import Cut, Settings
 from xbraid_py.layer_parallel.modules import PipelineParallel
-from xbraid_py.layer_parallel.solves import for_adjoint
+from xbraid_py.layer_parallel.solves import Solvers, for_adjoint
 from xbraid_py.layer_parallel.window import Window
 from xbraid_py.layers.existing import Existing, checked, first_difference, patterns_of, period_of, steps_of
 from xbraid_py.layers.pixels import SpatialCoarsening
@@ -71,7 +72,7 @@ class LayerParallel(nn.Module):
     T : float
         Final time; that of the grid, if one is given. A block whose `forward` has a parameter `t` gets the time at
         which its layer begins.
-    comm : Communicator or mpi4py.MPI.Comm, optional
+    comm : Communicator, mpi4py.MPI.Comm or ProcessGroup, optional
         A serial run without.
     form : {"increment", "map"}, optional
         Whether a block gives F(u), or the next state, its own sum included; then h is 1, whatever T is. By default
@@ -201,6 +202,7 @@ class LayerParallel(nn.Module):
         same_arguments(self.comm, arguments, kernels=BACKEND)
         made = [Window(block, solvers, settings, place, splines) for solvers, place in pieces]
         self._main = cut.main
+        _warn_of_turns(self.comm, self.grid, options, pieces[cut.main][0])
         # Parameters have the names of their layers, in several windows behind the number of the window.
         if len(made) == 1:
             self.windows, self.layers = tuple(made), made[0].layers
@@ -235,7 +237,7 @@ class LayerParallel(nn.Module):
         ----------
         blocks : nn.ModuleList, nn.Sequential or iterable of nn.Module
             One for each layer, on every rank alike.
-        comm : Communicator or mpi4py.MPI.Comm, optional
+        comm : Communicator, mpi4py.MPI.Comm or ProcessGroup, optional
             A serial run without.
         form, returns, T
             As of `LayerParallel`, but blocks are taken for maps.
@@ -385,6 +387,19 @@ def pipeline_options(options: dict) -> dict:
         )
     portions = mgrit.portions if mgrit.cycle == "pipeline" else 1
     return more | {"portions": portions, "recompute": bool(more.get("recompute"))}
+
+
+def _warn_of_turns(comm: Communicator, grid: LayerGrid, options: MGRIT, solvers: Solvers) -> None:
+    """A warning, on one rank, where nobody has asked the ranks to take turns, and they do."""
+    if comm.rank or comm.size == 1 or solvers.are_iterative or solvers.are_pipelined or options.max_levels == 1:
+        return
+    least = 3 * options.intervals if options.cycle == "lagged" else 4 * options.min_coarse
+    warnings.warn(
+        f"{grid.num_layers} layers are too few for a coarse level of {options.cycle!r}, so that the {comm.size} ranks "
+        f"take turns, which is no faster than one: use MGRIT(cycle='pipeline'), which shares any number of layers, "
+        f"or {least} layers and more; MGRIT(max_levels=1) says that turns are meant",
+        stacklevel=4,
+    )
 
 
 def _check(block, form, windows, serial_ends, output, recompute, splines, compile, messages) -> None:

@@ -128,7 +128,7 @@ def parallel_stages(
     ----------
     network : ImageResNet
         Its weights are copied. Normalization is "moving", "group", "frozen" or "none".
-    comm : Communicator or mpi4py.MPI.Comm, optional
+    comm : Communicator, mpi4py.MPI.Comm or ProcessGroup, optional
         A serial run without.
     mgrit : MGRIT, optional
         Of the states, in all stages. `MGRIT(max_levels=1)` propagates exactly, rank after rank; so does a stage that is
@@ -163,7 +163,8 @@ def parallel_stages(
             raise ValueError(
                 "network lacks a transition, or a stage, which with_blocks has left out; use the one it was made from"
             )
-    agree(comm, (network.options(), _digest(network)), "network, by its options and a digest of its weights")
+    what = "network, by its options and a digest of its weights"
+    agree(comm, (network.options(), _digest(network)), what, "stage_parallel()")
     options = mgrit or MGRIT()
     stages = []
     for blocks in network.stages:

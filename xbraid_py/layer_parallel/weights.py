@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator
-from xbraid_py.comm.agreement import together
+from xbraid_py.comm.agreement import agree, together
 from xbraid_py.comm.partition import Partition
 from xbraid_py.layer_parallel.owners import Owner, Place
 from xbraid_py.layers.existing import Existing, difference
@@ -277,6 +277,7 @@ def _check_like(module: nn.Module, layer: int, first: nn.Module) -> None:
 
 
 def _gather(weights: StackedWeights, state: dict, prefix: str, local_metadata) -> None:
+    agree(weights.comm, None, "", "state_dict()")
     for column in weights.block.columns:
         if column.name in weights.divided:
             state[prefix + column.name] = weights.gathered(state[prefix + column.name])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.agreement import agree
 from xbraid_py.layer_parallel.accuracy import Controller, SolveRecord
+from xbraid_py.layer_parallel.alike import Watch
 from xbraid_py.layer_parallel.habits import Unwritten, as_any_module, check_not_again
 from xbraid_py.layer_parallel.inputs import Inputs, part_error
 from xbraid_py.layer_parallel.layout import Place, Settings
@@ -38,6 +39,7 @@ from xbraid_py.mgrit.protocols import Steps
 LEAST_INTERVALS = 8
 MOST_NUMBERS = 1 << 16
 MOST_WEIGHTS = 1 << 14
+_INPUT = "shape and mode of the input"
 _PORTION = 1 << 40  # from the number of an update to that of its next portion, as masks of dropout have them
 
 
@@ -72,7 +74,7 @@ class Window(nn.Module):
         super().__init__()
         self.solvers, self.settings, self.place = solvers, settings, place
         self.comm: Communicator = solvers.comm
-        self.controller = Controller(settings.accuracy, solvers.are_iterative)
+        self.controller = Controller(settings.accuracy, solvers.are_iterative, self.comm.rank == 0)
         self.record: SolveRecord | None = None
         self.layers = StackedWeights(
             block,
@@ -93,6 +95,7 @@ class Window(nn.Module):
             self.block.compile("inductor" if settings.compile is True else settings.compile)
         self._draws = 0
         self._checked: set[tuple] = set()
+        self._watch, self._is_due = Watch(self.comm), False
         self._batched: dict[tuple, bool] = {}
 
     @property
@@ -194,9 +197,14 @@ class Window(nn.Module):
                 self.settings.output == "last" and any(tensor.requires_grad for tensor in self.layers.parameters())
             )
             call = (tuple(u.shape), torch.is_grad_enabled(), training, differentiable, current_cast())
-        agree(self.comm, (message, call, None if given is None else given.key), "shape and mode of the input")
+        agree(self.comm, (message, call, None if given is None else given.key), _INPUT, "forward()")
         if message:
             raise ValueError(message)
+        # With output="last" what lies before the stack learns on the first rank alone.
+        shares = self.settings.output == "all" and training and torch.is_grad_enabled()
+        self._is_due = shares and self._watch.next_is_due()
+        if self._is_due and self.place.first_layer == 0:
+            self._watch.compare("the input", (u,) if given is None else (u, *given.leaves))
         key = (call, dtype, device, None if given is None else given.form)
         if key in self._checked:
             return
@@ -402,6 +410,15 @@ class Window(nn.Module):
         # The variance of a single value is none.
         return max(1, min(count, samples // 2)) if self.block.moving else count
 
+    @property
+    def compares_slopes(self) -> bool:
+        """Whether the gradient of the output is looked at in the backward pass of the present call."""
+        return self._is_due and self.place.is_last
+
+    def compare_slope(self, slope: Tensor) -> None:
+        """Raise the same `ValueError` on all ranks unless the gradient of the output is alike; collective."""
+        self._watch.compare("the gradient of the output", (slope,))
+
     def read_again(self, run: Propagation | Pipelined, u: Tensor, given: Inputs | None) -> Iterator[Any]:
         """What a backward pass reads of the inputs of a call, on any rank."""
         recompute = self.settings.recompute
@@ -449,6 +466,7 @@ class _PropagateWindow(torch.autograd.Function):
         run = window.propagation(vmap, u, tensors[: len(window.block.columns)], keep, given)
         if keep:
             ctx.window, ctx.run, ctx.u, ctx.given = window, run, hollow(u), given
+            ctx.slope_is_due = window.compares_slopes
             ctx.unwritten = Unwritten(window.read_again(run, u, given))
         output = window.output_of(run, u)
         # torch lets nobody write to a view that comes out of a function.
@@ -467,6 +485,9 @@ class _PropagateWindow(torch.autograd.Function):
                 "backward through a LayerParallel a second time: what its forward pass kept has been freed; use "
                 "backward(retain_graph=True) the first time"
             )
+        agree(ctx.window.comm, None, _INPUT, "backward()")
+        if ctx.slope_is_due:
+            ctx.window.compare_slope(slope)
         ctx.unwritten.check()
         keep = graph_is_kept()
         columns, of_u = ctx.window.gradients_of(ctx.run, slope, ctx.u, keep, ctx.needs_input_grad[3], ctx.given)

@@ -20,7 +20,7 @@ from typing import NoReturn, TypeVar
 
 import torch
 
-from xbraid_py.comm import Communicator, launcher_rank, leftovers, watchdog, world
+from xbraid_py.comm import Communicator, guard, launcher_rank, leftovers, watchdog, world
 from xbraid_py.comm.agreement import RunError, agree_on_all, launcher_size, same_data, same_installation
 from xbraid_py.kernels import BACKEND
 from xbraid_py.run import memory, signals
@@ -74,7 +74,8 @@ def launch(
     reader of the output gone (`| head`)        nothing; ends all ranks                     1
     ==========================================  ==========================================  ======
 
-    `SystemExit` passes through where all ranks raise it.
+    `SystemExit` passes through where all ranks raise it. Under `torchrun` each rank ends with such a status, and
+    torchrun itself with 1, after a report of its own.
 
     SIGTERM, SIGUSR1 and SIGHUP (a closed terminal), to any rank or to all, are noted. During the set-up they end all
     ranks after it, before the run. During the run it is the run that asks for them after each update
@@ -103,6 +104,7 @@ def launch(
     """
     os.environ["OMP_NUM_THREADS"] = "1"  # for what is loaded from here on
     torch.set_num_threads(1)
+    guard.leave_to_driver()
     job = _Job()
     job.watch()
     if job.rank > 0:
