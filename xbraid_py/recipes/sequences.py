@@ -62,7 +62,7 @@ class SequenceOptions(DigitOptions):
     dt: float = 1.0
     coarse: Literal["compose", "euler"] = "compose"
     windows: int = free(1)
-    accuracy: GradientControl = GradientControl(gradient_error=1.0, check=0)
+    accuracy: GradientControl = GradientControl(gradient_error=1.0, check=0, adapt=False)
     epochs: int = 3
     batch_size: int = 100
     learning_rate: float = 3e-3
