@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import shutil
+import tempfile
 from collections.abc import Callable
 
 import torch
@@ -110,6 +112,20 @@ def stages(given, comm) -> float:
     return xb.parallel_stages(plain, given, mgrit=OPTIONS)(torch.ones(2, 3, 8, 8)).sum().item()
 
 
+def kept(given, comm) -> float:
+    """A checkpoint of a model without layers on ranks, whose ranks have to be given."""
+    path = comm.bcast(tempfile.mkdtemp() if comm.rank == 0 else None)
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(model.weight, 3.0)
+    xb.save_checkpoint(f"{path}/a.h5", model, comm=given)
+    torch.nn.init.zeros_(model.weight)
+    xb.load_checkpoint(f"{path}/a.h5", model, comm=given)
+    comm.barrier()
+    if comm.rank == 0:
+        shutil.rmtree(path)
+    return model.weight.item()
+
+
 def grid(given, comm) -> float:
     made = xb.ProcessGrid(given, comm.size)
     made.average_gradients([])
@@ -128,8 +144,10 @@ CALLS: dict[str, Callable] = {
     "as_communicator": lambda given, comm: float(xb.as_communicator(given).size == comm.size),
     "broadcast_batch": lambda given, comm: xb.broadcast_batch(torch.tensor([2.0 + comm.rank]), given).item(),
     "broadcast_loss": shared_loss,
+    "load_checkpoint": kept,
     "parallelize": parallelized,
     "parallel_stages": stages,
+    "save_checkpoint": kept,
 }
 
 
