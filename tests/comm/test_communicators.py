@@ -10,7 +10,15 @@ import warnings
 import pytest
 import torch
 
-from xbraid_py.comm import Communicator, LaunchError, SerialCommunicator, as_communicator, check_launcher, launcher_rank
+from xbraid_py.comm import (
+    Communicator,
+    LaunchError,
+    SerialCommunicator,
+    as_communicator,
+    check_launcher,
+    launcher_rank,
+    world,
+)
 from xbraid_py.comm.agreement import launcher_size, started_by_torch
 from xbraid_py.comm.threads import ThreadCommunicator, run_threads
 
@@ -129,6 +137,21 @@ def test_one_process_among_several_is_told_so(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         as_communicator(None)
+
+
+def test_without_an_mpi_library_one_process_is_a_serial_run(monkeypatch):
+    class NoLibrary:
+        def __getattr__(self, name):
+            raise RuntimeError("cannot load MPI library\nlibmpi.so: cannot open shared object file")
+
+    for name in (*TORCHRUN, "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setitem(sys.modules, "mpi4py", NoLibrary())
+    assert isinstance(world(), SerialCommunicator)
+    monkeypatch.setenv("PMI_SIZE", "2")
+    said = r"started 2 processes, but mpi4py finds no MPI library \(cannot load MPI library\); install it, or"
+    with pytest.raises(LaunchError, match=said):
+        world()
 
 
 def test_what_is_no_group_of_ranks():
