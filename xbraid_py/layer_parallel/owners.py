@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+# What makes one number of a whole parameter, or a matrix of it: of stacked ones that would be of all layers together.
+WHOLE = frozenset({"Adafactor", "LAMB", "Lamb", "LARS", "Lars", "Muon", "NovoGrad", "SOAP", "Shampoo"})
 OWNED = "owned_layers"  # of a group of an optimizer, beside its rate and the like
 Place = tuple[int, int, int]
 
@@ -56,6 +58,7 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         return
     with _lock:
         places = {id(p): list(place) for owner in _owners for p, place in owner.places()}
+    _check_kind(optimizer, places)
     for group in groups:
         have = sorted({tuple(places[id(p)]) for p in group["params"] if id(p) in places})
         own, said = [list(each) for each in have], group.pop(OWNED, None)
@@ -67,6 +70,22 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if own:
             group[OWNED] = own
     _known[optimizer] = [group.get(OWNED) for group in groups]
+
+
+def _check_kind(optimizer: torch.optim.Optimizer, places: dict[int, list[int]]) -> None:
+    """Raise `RuntimeError` if the steps of an optimizer are not made for each number by itself, and it has layers."""
+    own = [places[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in places]
+    kind = next((kind.__name__ for kind in type(optimizer).mro() if kind.__name__ in WHOLE), None)
+    if own and kind is not None:
+        raise RuntimeError(
+            f"optimizer={kind} looks at whole parameters, and those of a stack hold all its layers, (N, *shape): use "
+            f"{kind}(xbraid_py.layer_views(model)), which has them layer by layer"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS) and any(count < total for _, count, total in own):
+        raise RuntimeError(
+            "optimizer=LBFGS makes dot products of all weights, and this rank has those of its layers alone; use an "
+            "optimizer that works number by number, as AdamW, or xbraid_py.NestedIteration, whose L-BFGS knows of ranks"
+        )
 
 
 def _words(places: list[list[int]]) -> str:

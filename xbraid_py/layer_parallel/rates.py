@@ -60,6 +60,63 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return [{"params": found[True], "weight_decay": weight_decay}, {"params": found[False], "weight_decay": 0.0}]
 
 
+def layer_views(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a model, those of stacks layer by layer: for optimizers that look at whole parameters.
+
+    Each is a leaf that shares its memory, and that of its gradient, with a row of the stacked one: what an optimizer
+    does to it is done to the stack, and `clip_grad_norm_(model)` does to it what it does to the stack's. Of the layers
+    of other ranks there are none. The optimizer's `zero_grad` is for the stack's gradients too.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With `LayerParallel` in it.
+
+    Returns
+    -------
+    list of nn.Parameter
+        In the order of `model.parameters()`.
+
+    Raises
+    ------
+    ValueError
+        If a stack has splines, whose coefficients belong to no layer.
+
+    Examples
+    --------
+    >>> stack = LayerParallel(lambda: nn.Linear(4, 4, bias=False), 8)
+    >>> optimizer = torch.optim.Muon(layer_views(stack), lr=1e-3)
+    >>> [tuple(p.shape) for p in optimizer.param_groups[0]["params"]][:2]
+    [(4, 4), (4, 4)]
+    """
+    stacks = [part for part in model.modules() if isinstance(part, StackedWeights)]
+    if any(stack.splines is not None for stack in stacks):
+        raise ValueError("layer_views: coefficients of splines belong to no layer; leave splines out")
+    stacked = {id(p) for stack in stacks for p in stack.parameters()}
+    found: list[nn.Parameter] = []
+    for p in model.parameters():
+        found += _views(p) if id(p) in stacked else [p]
+    return found
+
+
+def _views(p: nn.Parameter) -> list[nn.Parameter]:
+    views = [nn.Parameter(row, requires_grad=p.requires_grad) for row in p.detach()]
+
+    def begin(gradient: Tensor) -> None:
+        # An optimizer that has set the gradients of the views to None means the whole.
+        if all(view.grad is None for view in views):
+            p.grad = None
+
+    def share(_: nn.Parameter) -> None:
+        for view, row in zip(views, p.grad, strict=True):
+            view.grad = row
+
+    if p.requires_grad:
+        p.register_hook(begin)
+        p.register_post_accumulate_grad_hook(share)
+    return views
+
+
 def layer_lr(
     optimizer: torch.optim.Optimizer, model: nn.Module, decay: float
 ) -> tuple[RemovableHandle, RemovableHandle]:
