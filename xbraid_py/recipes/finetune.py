@@ -66,7 +66,7 @@ class FinetuneOptions(AdamWOptions):
     num_characters: int | None = None
     context: int = 64
     dropout: float = 0.0
-    updates: int = 250
+    updates: int = 200
     learning_rate: float = 3e-3
     validation_batches: int = free(4)
     sample: int = free(300)
