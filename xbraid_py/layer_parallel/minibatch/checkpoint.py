@@ -109,8 +109,8 @@ def load_checkpoint(
     --------
     >>> model = nn.Linear(2, 1)
     >>> optimizer = torch.optim.Adam(model.parameters())
-    >>> save_checkpoint("/tmp/one.h5", model, optimizer, extra={"epoch": 3})
-    >>> load_checkpoint("/tmp/one.h5", model, optimizer)
+    >>> save_checkpoint("runs/one.h5", model, optimizer, extra={"epoch": 3})
+    >>> load_checkpoint("runs/one.h5", model, optimizer)
     {'epoch': 3}
     """
     path, trained = Path(path), _state(model, optimizer, scheduler, scaler, comm, grid)
