@@ -65,6 +65,7 @@ _HOMES = {
     "layer_parallel.minibatch.checkpoint": ("load_checkpoint", "save_checkpoint"),
     "layer_parallel.parallelize": ("parallelize",),
     "layer_parallel.rates": ("GradScaler", "layer_lr", "layer_views", "param_groups"),
+    "layer_parallel.replace": ("replace_modules",),
     "layer_parallel.sequence": ("ParallelGRU", "ParallelLSTM", "SequenceRecord"),
     "layers.checking": ("PropagatorReport", "check_propagator"),
     "layers.dense": ("DenseBlock", "DenseLayer", "ResidualSteps"),

@@ -4,6 +4,13 @@ They differ from torch's in what they depend on, masks on the layer and the upda
 alone: the same numbers come out wherever a layer lies and however often it is evaluated.
 """
 
-from xbraid_py.layers.norm_dropout import Dropout, DropPath, MovingBatchNorm1d, MovingBatchNorm2d, MovingBatchNorm3d
+from xbraid_py.layers.norm_dropout import (
+    Dropout,
+    DropPath,
+    MovingBatchNorm1d,
+    MovingBatchNorm2d,
+    MovingBatchNorm3d,
+    MultiheadAttention,
+)
 
-__all__ = ["DropPath", "Dropout", "MovingBatchNorm1d", "MovingBatchNorm2d", "MovingBatchNorm3d"]
+__all__ = ["DropPath", "Dropout", "MovingBatchNorm1d", "MovingBatchNorm2d", "MovingBatchNorm3d", "MultiheadAttention"]

@@ -158,7 +158,7 @@ REFUSED = {
     "attention": (
         lambda: nn.TransformerEncoderLayer(C, 2, 8, 0.2, batch_first=True),
         "MultiheadAttention (self_attn) with dropout=0.2 of its own",
-        "make it with dropout=0.0, and use xbraid_py.nn.Dropout(0.2) behind it",
+        "use xbraid_py.nn.MultiheadAttention, as xbraid_py.replace_modules(block) does",
     ),
     "functional": (
         lambda: Functional(False),

@@ -18,13 +18,12 @@ from torch.utils import _pytree as pytree
 from xbraid_py.comm.agreement import together
 from xbraid_py.layer_parallel.modules import PipelineParallel
 from xbraid_py.layer_parallel.probes import check_form, handed_on
+from xbraid_py.layer_parallel.replace import put_back, replace_dropout
 from xbraid_py.layer_parallel.runs import (
     Run,
     check_weights,
     find_run,
     give_weights,
-    put_back,
-    replace_dropout,
     take_weights,
     without_weights,
 )

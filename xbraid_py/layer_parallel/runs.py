@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-
-from xbraid_py.layers.norm_dropout import Dropout, DropPath
 
 
 @dataclass(frozen=True)
@@ -144,41 +142,6 @@ def check_weights(model: nn.Module, run: Run, must_be_alike: bool) -> None:
                     f"the layers of a stack learn together: freeze all of them or none, or use "
                     f"mgrit=MGRIT(cycle='pipeline')"
                 )
-
-
-def replace_dropout(blocks: Sequence[nn.Module]) -> list[dict[str, nn.Module]]:
-    """Put dropout and stochastic depth of this package in the places of others', and give those of each block by names.
-
-    Where a rate is 0 many libraries have an `nn.Identity` in the place, which is a `DropPath` then too.
-    """
-    paths = {name for block in blocks for name, part in block.named_modules() if _drops_samples(part)}
-    found: list[dict[str, nn.Module]] = []
-    for block in blocks:
-        replaced = {}
-        for name, part in block.named_modules():
-            if type(part) is nn.Dropout and name:
-                replaced[name] = (part, Dropout(part.p))
-            elif name in paths and (_drops_samples(part) or isinstance(part, nn.Identity)):
-                replaced[name] = (part, DropPath(getattr(part, "drop_prob", getattr(part, "p", 0.0)) or 0.0))
-        for name, (part, ours) in replaced.items():
-            above, _, last = name.rpartition(".")
-            setattr(block.get_submodule(above), last, ours.train(part.training))
-        found.append({name: part for name, (part, _) in replaced.items()})
-    return found
-
-
-def _drops_samples(part: nn.Module) -> bool:
-    """Whether a part is stochastic depth of another library: timm's, torchvision's with a mask by sample, and alike."""
-    if isinstance(part, DropPath) or not type(part).__name__.endswith(("DropPath", "StochasticDepth")):
-        return False
-    return getattr(part, "mode", "row") == "row" and getattr(part, "scale_by_keep", True)
-
-
-def put_back(block: nn.Module, parts: Mapping[str, nn.Module]) -> None:
-    """The opposite: put these parts in their places."""
-    for name, part in parts.items():
-        above, _, last = name.rpartition(".")
-        setattr(block.get_submodule(above), last, part)
 
 
 def take_weights(block: nn.Module) -> None:

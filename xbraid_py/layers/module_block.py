@@ -6,9 +6,8 @@ Shape letters: `n` layers, `m` of them evaluated at once, `p` numbers of a row, 
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
@@ -24,17 +23,18 @@ from xbraid_py.layers.norm_dropout import (
     Dropout,
     Moments,
     MovingNorm,
+    MultiheadAttention,
     NormInputs,
     at_position,
     changes_by_itself,
     within,
 )
+from xbraid_py.layers.random_numbers import own_random_numbers
 
 _BATCH_NORMS = nn.modules.batchnorm._NormBase
 _DROPOUTS = nn.modules.dropout._DropoutNd
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
-_RANDOM_NUMBERS = threading.RLock()  # ranks that are threads share one generator
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class ModuleBlock:
         self.row_size = sum(column.size for column in self.columns)
         # Where each tensor is kept in the module; more than one place for weights that are shared within it.
         self._places = [self._places_of(column) for column in self.columns]
-        self._dropouts = [part for part in module.modules() if isinstance(part, Dropout)]
+        self._dropouts = [part for part in module.modules() if isinstance(part, Dropout | MultiheadAttention)]
         for number, part in enumerate(self._dropouts):
             part.number = number
         named = [(name, part) for name, part in module.named_modules() if isinstance(part, MovingNorm)]
@@ -173,7 +173,7 @@ class ModuleBlock:
             return True
         return any(part.training and max(self.rates_of(part)) > 0.0 for part in self._dropouts)
 
-    def rates_of(self, part: Dropout) -> Sequence[float]:
+    def rates_of(self, part: nn.Module) -> Sequence[float]:
         """The probabilities of a part in all layers; a single one where they have the same."""
         return next((values for each, values in self._rates if each is part), (part.p,))
 
@@ -468,15 +468,3 @@ def _get(module: nn.Module, name: str) -> Tensor:
     for part in path:
         module = getattr(module, part)
     return getattr(module, last)
-
-
-@contextmanager
-def own_random_numbers(seed: int, within: AbstractContextManager | None = None) -> Iterator[None]:
-    """Random numbers within start from the seed, and those without go on as if nothing had happened.
-
-    `within` is entered along with it.
-    """
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with _RANDOM_NUMBERS, torch.random.fork_rng(devices=devices), within or nullcontext():
-        torch.manual_seed(seed)
-        yield

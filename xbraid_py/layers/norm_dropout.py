@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from xbraid_py.layers.random_numbers import own_random_numbers
+
 
 @dataclass
 class NormInputs:
@@ -246,6 +248,25 @@ class DropPath(Dropout):
         return u * self._kept(u, shape, position) / (1.0 - self.p)
 
 
+class MultiheadAttention(nn.MultiheadAttention):
+    """`torch.nn.MultiheadAttention` whose dropout has the masks of its layer and update, as that of `Dropout` has."""
+
+    number = 0  # among those of a block; set by the block
+
+    @property
+    def p(self) -> float:
+        """Probability of the dropout."""
+        return self.dropout
+
+    def forward(self, *inputs, **named):
+        """As of torch."""
+        position = _position.get()
+        if position is None or not self.training or self.dropout == 0.0:
+            return super().forward(*inputs, **named)
+        with own_random_numbers(hash((*position, self.number)) & (2**63 - 1)):
+            return super().forward(*inputs, **named)
+
+
 def changes_by_itself(name: str, part: nn.Module, torch_random: bool = False) -> str | None:
     """What is wrong with a part of a block that is another one each time it is evaluated, and what to take; or None.
 
@@ -257,7 +278,7 @@ def changes_by_itself(name: str, part: nn.Module, torch_random: bool = False) ->
     torch_random : bool
         Whether random numbers of torch's own are the same in all evaluations of a layer.
     """
-    if not part.training or isinstance(part, Dropout):
+    if not part.training or isinstance(part, Dropout | MultiheadAttention):
         return None
     what = f"block has {type(part).__name__} ({name})"
     again = "another mask in every sweep of the solver is another network"
@@ -271,8 +292,8 @@ def changes_by_itself(name: str, part: nn.Module, torch_random: bool = False) ->
             )
     if isinstance(part, nn.MultiheadAttention) and part.dropout > 0.0 and not torch_random:
         return (
-            f"{what} with dropout={part.dropout} of its own: {again}; make it with dropout=0.0, and use "
-            f"xbraid_py.nn.Dropout({part.dropout}) behind it, or LayerParallel(..., torch_random=True)"
+            f"{what} with dropout={part.dropout} of its own: {again}; use xbraid_py.nn.MultiheadAttention, "
+            f"as xbraid_py.replace_modules(block) does, or LayerParallel(..., torch_random=True)"
         )
     hooks = part._forward_pre_hooks.values()
     if any(type(each).__name__ in ("SpectralNorm", "_SpectralNorm") for each in (part, *hooks)):
