@@ -5,13 +5,15 @@ Shape letters: `N` layers, `C` width.
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from blocks import CASES, UNCHECKED, C, distance, loss_of
 from blocks import reduced as message_of
 from torch import nn
 
-from xbraid_py import MGRIT, LayerParallel, Splines, clip_grad_norm_, layer_views
+from xbraid_py import MGRIT, LayerParallel, Splines, clip_grad_norm_, layer_views, param_groups
 from xbraid_py.layers.module_block import own_random_numbers
 
 N, T = 6, 2.0
@@ -138,3 +140,28 @@ def test_what_lies_around_a_stack_stays_as_it_is():
     around = [*model[0].parameters(), *model[2].parameters()]
     assert [id(p) for p in views[:2] + views[-2:]] == [id(p) for p in around]
     assert len(views) == 4 + 3 * len(list(model[1].parameters()))
+
+
+@pytest.mark.ranks(1)  # threads would share what catches warnings
+def test_stacked_biases_among_those_that_decay_are_named(spmd):
+    """Groups by the number of axes, as for a model without stacks."""
+
+    def body(comm):
+        model = nn.Sequential(CASES["mlp"].stack(comm, 9), nn.Linear(C, 2).double())
+        parameters = list(model.parameters())
+        groups = [[p for p in parameters if p.dim() >= 2], [p for p in parameters if p.dim() < 2]]
+        decays = [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}]
+        said = []
+        for made in (decays, param_groups(model, weight_decay=0.1), parameters):
+            optimizer = torch.optim.AdamW(made, 1e-3)
+            loss_of(model(CASES["mlp"].input())).backward()
+            with warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
+                optimizer.step()
+                optimizer.step()
+            said.append([str(each.message) for each in found if "weight decay" in str(each.message)])
+        return said
+
+    for by_axes, by_layer, all_alike in spmd(body):
+        assert len(by_axes) == 1 and "4 stacked biases or norms" in by_axes[0] and "param_groups" in by_axes[0]
+        assert by_layer == all_alike == []

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from functools import cache
 from threading import Lock
@@ -22,7 +23,15 @@ Place = tuple[int, int, int]
 
 
 class Owner(nn.Module):
-    """A module with parameters that are others on every rank; calls `watch` when it is made."""
+    """A module with parameters that are others on every rank; calls `watch` when it is made.
+
+    Attributes
+    ----------
+    is_stacked : bool
+        Whether they have their layers on the first axis.
+    """
+
+    is_stacked = False
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -58,7 +67,9 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         return
     with _lock:
         places = {id(p): list(place) for owner in _owners for p, place in owner.places()}
-    _check_kind(optimizer, places)
+        stacked = {id(p) for owner in _owners if owner.is_stacked for p, _ in owner.places()}
+    _check_kind(optimizer, places, stacked)
+    _warn_of_decay(optimizer, stacked)
     for group in groups:
         have = sorted({tuple(places[id(p)]) for p in group["params"] if id(p) in places})
         own, said = [list(each) for each in have], group.pop(OWNED, None)
@@ -72,11 +83,12 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     _known[optimizer] = [group.get(OWNED) for group in groups]
 
 
-def _check_kind(optimizer: torch.optim.Optimizer, places: dict[int, list[int]]) -> None:
+def _check_kind(optimizer: torch.optim.Optimizer, places: dict[int, list[int]], stacked: set[int]) -> None:
     """Raise `RuntimeError` if the steps of an optimizer are not made for each number by itself, and it has layers."""
-    own = [places[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in places]
+    have = [id(p) for group in optimizer.param_groups for p in group["params"] if id(p) in places]
+    own = [places[each] for each in have]
     kind = next((kind.__name__ for kind in type(optimizer).mro() if kind.__name__ in WHOLE), None)
-    if own and kind is not None:
+    if kind is not None and not stacked.isdisjoint(have):
         raise RuntimeError(
             f"optimizer={kind} looks at whole parameters, and those of a stack hold all its layers, (N, *shape): use "
             f"{kind}(xbraid_py.layer_views(model)), which has them layer by layer"
@@ -85,6 +97,20 @@ def _check_kind(optimizer: torch.optim.Optimizer, places: dict[int, list[int]]) 
         raise RuntimeError(
             "optimizer=LBFGS makes dot products of all weights, and this rank has those of its layers alone; use an "
             "optimizer that works number by number, as AdamW, or xbraid_py.NestedIteration, whose L-BFGS knows of ranks"
+        )
+
+
+def _warn_of_decay(optimizer: torch.optim.Optimizer, stacked: set[int]) -> None:
+    """A warning if some parameters are spared weight decay, and stacked biases or norms, (N, size), are not."""
+    decayed = [group for group in optimizer.param_groups if group.get("weight_decay")]
+    if not 0 < len(decayed) < len(optimizer.param_groups):
+        return
+    count = sum(p.dim() == 2 and id(p) in stacked for group in decayed for p in group["params"])
+    if count:
+        warnings.warn(
+            f"weight decay of {count} stacked biases or norms, which have two axes, (N, size), as a matrix has; for "
+            f"groups by what each is in its layer use xbraid_py.param_groups(model, weight_decay=...)",
+            stacklevel=5,
         )
 
 

@@ -56,6 +56,8 @@ class StackedWeights(Owner):
     splines : SplineLayers or None
     """
 
+    is_stacked = True
+
     def __init__(
         self,
         make: Callable[[], nn.Module] | Existing,
