@@ -18,7 +18,7 @@ pytestmark = pytest.mark.timeout(400)
 
 FINETUNE = Kind("finetune", ("--updates=8", "--validate_every=4"), "--warmup=1")
 SERIAL = SerialCommunicator()
-ALL = ("--accumulate=2", "--batch_size=4", "--autocast=bfloat16", "--ema=0.9", "--dropout=0.1", "--num_layers=8")
+ALL = ("--accumulate=2", "--batch_size=4", "--autocast=bfloat16", "--ema=0.9", "--dropout=0.1")
 
 
 @pytest.fixture(autouse=True)

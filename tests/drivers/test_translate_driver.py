@@ -67,7 +67,7 @@ def test_micro_batches_are_one_batch(tmp_path):
 def test_averaged_weights_go_on(spmd, shared_tmp_path, tmp_path, monkeypatch):
     """Bitwise on as many ranks, and as the losses agree on another number; validations are of the averaged weights."""
     draw_nothing(monkeypatch)
-    words = ("--accumulate=2", "--autocast=bfloat16", "--ema=0.9", "--num_layers=4")
+    words = ("--accumulate=2", "--autocast=bfloat16", "--ema=0.9")
     spmd(lambda comm: run(TRANSLATE, comm, shared_tmp_path / "a", *words) and None)
     at = shared_tmp_path / "a" / "checkpoints" / "update_000004.h5"
     spmd(lambda comm: run(TRANSLATE, comm, shared_tmp_path / "b", *words, f"--resume={at}") and None)
