@@ -2,10 +2,12 @@
 
     python benchmarks/layer_parallel.py [--quick] [--ranks 1,2,4] [--parts overhead,batched,ranks]
 
-All in float32, one thread a rank; times are of forward and backward. Three parts:
+All in float32, one thread a rank; times are of forward and backward. Four parts:
 
 overhead: a stack of 32 layers with `MGRIT(max_levels=1)` on one rank, against a plain loop over the same modules in
 torch; outputs and gradients agree first. `overhead_BLOCK` is the median of the quotients of neighboring times.
+compiled: the same stack with `compile=True`, against without; `compiled_BLOCK` is how many times faster it is, and
+`compile_s_BLOCK` the seconds of the first forward and backward pass. Not of the dense block, which has its own kernels.
 batched: so many intervals of one layer evaluated one after the other, against all in one call (`torch.func.vmap`).
 `batched_BLOCK` is how many times faster the one call is with 8 intervals, forward and backward together.
 ranks: a step of a stack of 64 layers (T=5, new samples every time) with default options, against exact propagation
@@ -111,6 +113,30 @@ def overhead(blocks: list[str], num_layers: int, rounds: int) -> dict[str, float
     return figures
 
 
+def compiled(blocks: list[str], num_layers: int, rounds: int) -> dict[str, float]:
+    """A table of stacks with and without compiled blocks; how many times faster the former are."""
+    print(f"\ncompiled, {num_layers} layers, {rounds} rounds")
+    print(f"{'':10s}{'first s':>10s}{'without ms':>24s}{'with ms':>24s}  faster")
+    figures = {}
+    for name in blocks:
+        make, shape = BLOCKS[name]
+        stacks = {key: LayerParallel(make, num_layers, 1.0, mgrit=common.SERIAL, compile=key) for key in (False, True)}
+        u, slope = state(shape), state(shape, 1)
+        bodies = {
+            key: lambda stack=stack, u=u, slope=slope: propagate(stack, list(stack.parameters()), u, slope)
+            for key, stack in stacks.items()
+        }
+        start = time.perf_counter()
+        bodies[True]()
+        first = time.perf_counter() - start
+        times = common.interleaved(bodies, rounds)
+        spreads = [common.Spread.of([1e3 * each for each in times[key]]) for key in (False, True)]
+        ratio = common.Spread.of_ratios(times[False], times[True])
+        print(f"{name:10s}{first:10.1f}{spreads[0]!s:>24s}{spreads[1]!s:>24s}  {ratio}", flush=True)
+        figures |= {f"compiled_{name}": ratio.median, f"compile_s_{name}": first}
+    return figures
+
+
 def batched(blocks: list[str], intervals: list[int], rounds: int) -> dict[str, float]:
     """A table of looped and batched evaluation; how many times faster the latter is."""
     print(f"\nmilliseconds for so many intervals, looped and batched, {rounds} rounds")
@@ -207,7 +233,7 @@ def ranks(blocks: list[str], counts: list[int], num_layers: int, steps: int) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds and steps")
-    parser.add_argument("--parts", default="overhead,batched,ranks")
+    parser.add_argument("--parts", default="overhead,batched,ranks", help="and compiled")
     parser.add_argument("--blocks", default=",".join(BLOCKS))
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--steps", type=int)
@@ -227,6 +253,8 @@ def main() -> None:
     costly = [name for name in ("conv8", "encoder") if name in blocks]
     if "overhead" in parts:
         figures |= overhead(blocks, arguments.layers, rounds)
+    if "compiled" in parts:
+        figures |= compiled([name for name in blocks if name != "dense"], arguments.layers, rounds)
     if "batched" in parts:
         figures |= batched(blocks, common.integers(arguments.intervals), max(2, rounds // 4))
     if "ranks" in parts:

@@ -49,6 +49,11 @@ SCRIPTS = {
         {f"{kind}_{block}" for kind in ("overhead", "batched") for block in ("dense", "encoder")}
         | {"speedup_encoder_2", "error_encoder_2"},
     ),
+    "serial_ends": (
+        "--num_layers=32 --updates=1 --steps=1".split(),
+        {f"{kind}_{ends}_{count}" for kind in ("drawn", "trained") for ends in (0, 2, 4, 8) for count in (1, 2, 3)},
+    ),
+    "checks": (["--rounds=1"], {"checks_mlp", "agree_us_mlp"}),
     "graph": (
         ["--cpu", "--depths=32,64", "--rounds=2"],
         {f"{name}_{num_layers}_8_32" for name in ("vs_eager", "error") for num_layers in (32, 64)},
