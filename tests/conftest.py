@@ -21,6 +21,7 @@ import torch
 from processes import fork_server, run_job, run_on_one_core
 
 from xbraid_py.comm import Communicator, SerialCommunicator, world
+from xbraid_py.comm.agreement import launcher_size
 
 torch.set_num_threads(1)
 
@@ -119,7 +120,9 @@ def pytest_runtest_logreport(report):
 @cache
 def world_once() -> Communicator:
     """All ranks of this job."""
-    return world()
+    comm = world()
+    assert comm.size == launcher_size(), f"{launcher_size()} processes, but the job has {comm.size} rank(s)"
+    return comm
 
 
 class _EndJobOnError:
