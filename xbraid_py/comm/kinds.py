@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from typing import Any
 
@@ -17,14 +18,19 @@ def world() -> Communicator:
 
     The ranks are those of `torch.distributed` if its process group is there, or if `torchrun` has started this process:
     then it is made here, with gloo for tensors of the processor, and NCCL for those of GPUs if there is one for each
-    rank. Otherwise they are MPI's. Collective.
+    rank. Otherwise they are MPI's. Collective. In a worker that such a process has spawned, as of a `DataLoader`, which
+    runs the top of the program again, it is serial.
 
     Raises
     ------
     LaunchError
         If the launcher started several processes that MPI does not join, or that find no MPI.
     """
-    if process_group.is_there() or started_by_torch():
+    if process_group.is_there():
+        return process_group.world()
+    if _is_worker():
+        return SerialCommunicator()
+    if started_by_torch():
         return process_group.world()
     missing = mpi.what_is_missing()
     if missing is None:
@@ -35,6 +41,15 @@ def world() -> Communicator:
             f"`torchrun --nproc-per-node {launcher_size()}`, which needs no MPI"
         )
     return SerialCommunicator()
+
+
+def _is_worker() -> bool:
+    """Whether a process of the job has spawned this one to work for it."""
+    # It has the variables of the launcher, but not its line to it: MPI_Init would end it, and torch wait for ever.
+    # multiprocessing runs the program in it by a name that elsewhere means `__main__`. Ranks that are made by
+    # `torch.multiprocessing.spawn` are no workers: they set torch's variables themselves.
+    spawned = getattr(sys.modules.get("__mp_main__"), "__name__", None) == "__mp_main__"
+    return spawned and ("TORCHELASTIC_RUN_ID" in os.environ or not started_by_torch())
 
 
 def as_communicator(comm: Any = None) -> Communicator:
