@@ -7,7 +7,8 @@ import time
 import pytest
 from processes import run_job, start_job
 
-pytestmark = pytest.mark.job
+pytestmark = [pytest.mark.job, pytest.mark.timeout(300)]
+LAUNCHERS = ["mpirun", "torchrun"]
 
 PROGRAM = """
 import os, sys, time, torch
@@ -60,6 +61,19 @@ HABITS = {
 }
 
 
+def words_of(launcher: str, path, ranks: int) -> tuple[list, int]:
+    """What starts a program on so many ranks, and the ranks that are for `mpirun`."""
+    if launcher == "mpirun":
+        return [path], ranks
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, path], 1
+
+
+def run(launcher: str, path, ranks: int = 2, **options):
+    """The program, to its end."""
+    words, processes = words_of(launcher, path, ranks)
+    return run_job(words, ranks=processes, timeout=120, **options)
+
+
 @pytest.fixture
 def program(tmp_path):
     """Writes the program with a habit in it; its path."""
@@ -72,37 +86,46 @@ def program(tmp_path):
     return write
 
 
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize("which", HABITS)
-def test_ranks_that_make_other_calls_end(program, which):
+def test_ranks_that_make_other_calls_end(program, which, launcher):
     habit, message = HABITS[which]
-    done = run_job([program(habit)], ranks=2, timeout=120)
+    done = run(launcher, program(habit))
     assert done.returncode != 0 and message in done.stderr
     assert "cannot stand behind `if rank == 0:`" in done.stderr and "done 0" not in done.stdout
 
 
-def test_an_exception_on_one_rank_ends_all(program):
-    done = run_job([program("if comm.rank == 1: raise KeyError('here')")], ranks=2, timeout=120)
-    assert done.returncode != 0 and "rank 1 of 2:\n" in done.stderr and "KeyError: 'here'" in done.stderr
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_an_exception_on_one_rank_ends_all(program, launcher, ranks):
+    done = run(launcher, program("if comm.rank == 1: raise KeyError('here')"), ranks)
+    said = f"rank 1 of {ranks}:\n" if launcher == "mpirun" else "[rank1]: Traceback"  # torch's own words
+    assert done.returncode != 0 and said in done.stderr and "KeyError: 'here'" in done.stderr
 
 
-def test_an_exception_on_all_ranks_is_said_once(program):
-    done = run_job([program("raise KeyError('here')")], ranks=2, timeout=120)
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_an_exception_on_all_ranks_is_said_once(program, launcher):
+    done = run(launcher, program("raise KeyError('here')"))
     assert done.returncode != 0 and done.stderr.count("KeyError: 'here'") == 1
 
 
-def test_a_rank_that_does_not_come(program):
-    job = start_job([program("if comm.rank == 1: time.sleep(1000)")], 2, {"XBRAID_PATIENCE": "2"})
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_rank_that_does_not_come(program, launcher):
+    words, processes = words_of(launcher, program("if comm.rank == 1: time.sleep(1000)"), 2)
+    job = start_job(words, processes, {"XBRAID_PATIENCE": "2"})
     stdout, stderr = job.communicate(timeout=120)
     assert job.returncode != 0 and "no message for 2 seconds (XBRAID_PATIENCE)" in stderr
     assert "rank 0: waits for rank 1" in stderr and "rank 1: works, in " in stderr and "program.py" in stderr
 
 
-def test_a_rank_may_work_on_after_the_others(program):
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_rank_may_work_on_after_the_others(program, launcher):
     # Longer than the patience: at the end of the program a rank waits for as long as it takes.
     start = time.monotonic()
     path = program("pass")
     path.write_text(path.read_text() + "\nif comm.rank == 0: time.sleep(6)\nprint('over', flush=True)")
-    job = start_job([path], 2, {"XBRAID_PATIENCE": "2"})
+    words, processes = words_of(launcher, path, 2)
+    job = start_job(words, processes, {"XBRAID_PATIENCE": "2"})
     stdout, stderr = job.communicate(timeout=120)
     assert job.returncode == 0, stderr
     assert stdout.count("over") == 2
@@ -110,5 +133,5 @@ def test_a_rank_may_work_on_after_the_others(program):
 
 
 def test_a_patience_that_is_none(program):
-    done = run_job([program("pass")], ranks=2, timeout=120, env={"XBRAID_PATIENCE": "soon"})
+    done = run("mpirun", program("pass"), env={"XBRAID_PATIENCE": "soon"})
     assert done.returncode != 0 and "XBRAID_PATIENCE=soon must be seconds above 0, or inf; use 300" in done.stderr
