@@ -5,13 +5,15 @@ Shape letters: `N` layers.
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from blocks import CASES, UNCHECKED, C, Case, distance, gradients, loop_gradients, loss_of, reduced, unstacked
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from xbraid_py import MGRIT, LayerGrid, LayerParallel, SpatialCoarsening, to_sequential
+from xbraid_py import MGRIT, LayerGrid, LayerParallel, SpatialCoarsening, to_sequential, world
 
 RANKS = pytest.mark.ranks(1, 2, 3, 5)
 LENGTHS = (3, 1, 1, 2, 1, 4, 4, 1, 2, 2, 1, 1)
@@ -157,3 +159,25 @@ def test_blocks_that_are_evaluated_again_backwards(spmd, use_reentrant):
     found = spmd(lambda comm: reduced(comm, lambda: case.stack(comm, num_layers=9)(case.input())))
     assert len(set(found)) == 1 and "block=Checkpointed is evaluated again in the backward pass" in found[0]
     assert "recompute=True" in found[0]
+
+
+@pytest.mark.ranks(1, 2, 3)
+@pytest.mark.parametrize(
+    ("options", "num_layers", "is_told"),
+    [
+        ({}, 16, True),
+        ({"mgrit": MGRIT(cycle="V")}, 12, True),
+        ({}, 32, False),
+        ({"mgrit": MGRIT(max_levels=1)}, 16, False),
+        ({"mgrit": MGRIT(cycle="pipeline")}, 16, False),
+        ({"serial_ends": (2, 2)}, 36, False),
+    ],
+)
+def test_ranks_that_take_turns_are_told_so(spmd, options, num_layers, is_told):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        sizes = spmd(lambda comm: (LayerParallel(CASES["mlp"].block, num_layers, comm=comm, **options), comm.size)[1])
+        said = [str(each.message) for each in said if "take turns" in str(each.message)]
+    # Over MPI ranks have warnings of their own, and the first one is told.
+    assert len(said) == (is_told and sizes[0] > 1 and world().rank == 0)
+    assert all(f"{num_layers} layers are too few" in each and "cycle='pipeline'" in each for each in said)
