@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 
 import pytest
 import reference as ref
@@ -13,7 +14,7 @@ from torch import nn
 
 import xbraid_py
 from xbraid_py import MGRIT, GradientControl
-from xbraid_py.layer_parallel.accuracy import Controller
+from xbraid_py.layer_parallel.accuracy import Controller, SolveRecord
 
 NAN = float("nan")
 ROUGH = MGRIT(cycle="V", cfactor=4, max_levels=2, min_coarse=1, max_iter=1, nrelax=0)
@@ -257,3 +258,67 @@ def test_back_to_mgrit_when_it_has_become_good(spmd):
         assert [r.measured for r in records] == [False, True, True], "a change is measured"
         assert records[1].event.endswith("by MGRIT: back to it") and 0.0 < records[1].gradient_error < 0.15
         assert records[1].iterations == 3 and records[1].residual > 0.0
+
+
+# ---- Whether it pays
+
+
+def record_of(sweeps: tuple[int, int], ranks: int, mode: str = "mgrit") -> SolveRecord:
+    return SolveRecord(1, mode, 0, *sweeps, 0.1, 0.1, 0.0, False, "", ranks=ranks)
+
+
+@pytest.mark.parametrize(
+    ("sweeps", "ranks", "cannot"),
+    [
+        ((2, 2), 2, True),
+        ((3, 1), 2, False),
+        ((1, 3), 2, False),
+        ((4, 3), 3, True),
+        ((2, 2), 3, False),
+        ((9, 9), 1, False),
+    ],
+)
+def test_as_many_sweeps_as_ranks_cannot_pay(sweeps, ranks, cannot):
+    assert record_of(sweeps, ranks).cannot_pay == cannot
+    assert not record_of(sweeps, ranks, "exact").cannot_pay
+    assert "ranks" not in record_of(sweeps, ranks).as_dict()
+
+
+def said_of(records, tells: bool = True) -> list[str]:
+    """The warnings about some records, one after the other."""
+    made = Controller(GradientControl(), True, tells)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for record in records:
+            made.weigh(record)
+    return [str(each.message) for each in found]
+
+
+def test_the_warning_is_true_by_its_count():
+    slow, fast = record_of((4, 3), 2), record_of((4, 1), 2)
+    assert said_of([slow] * 9) == [], "ten updates are looked at"
+    (text,) = said_of([slow] * 30)
+    assert text.startswith("4 sweeps forwards and 3 back on 2 ranks, medians of 10 updates: each takes at least 1/2 of")
+    assert "MGRIT(cycle='pipeline')" in text and "more ranks, or fewer sweeps" in text
+    assert len(said_of([fast] * 10 + [slow] * 10)) == 1, "the last ones count"
+    assert said_of([fast] * 30) == said_of([slow] * 30, tells=False) == said_of([record_of((4, 3), 4)] * 30) == []
+    assert said_of([record_of((4, 3), 1)] * 30) == [], "one rank has nothing to gain"
+    assert said_of(([slow] * 9 + [record_of((1, 1), 2, "exact")]) * 3) == [], "exact updates are not of this kind"
+
+
+@pytest.mark.ranks(2, 3)
+def test_a_stack_says_on_one_rank_that_it_does_not_pay(spmd):
+    case = CASES["dense"]
+
+    def body(comm):
+        stack = case.stack(comm, 16, 5.0, mgrit=MGRIT(cfactor=4, max_iter=2, tol=0.0), accuracy=UNCHECKED)
+        for _ in range(12):
+            stack(case.input()).sum().backward()
+        return stack.record
+
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        records = spmd(body)
+    said = [each for each in found if "sweeps forwards" in str(each.message)]
+    assert {record.ranks for record in records} == {len(records)}
+    assert len(said) == (len(records) == 2) and all(each.cannot_pay == (len(records) == 2) for each in records)

@@ -10,14 +10,18 @@ is worth nothing: tolerances can be loosened until it comes near to that.
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+import warnings
+from collections import deque
+from dataclasses import asdict, dataclass, field
 from math import isnan
+from statistics import median
 
 log = logging.getLogger(__name__)
 
 TIGHTER = 0.3  # tolerances after a tightening over those before
 LOOSEN = 0.5  # share of the bound below which an error lets tolerances be loosened
 _FLOOR = 1e-12  # residuals below this say nothing
+_WEIGHED = 10  # updates whose sweeps say whether they pay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +94,8 @@ class SolveRecord:
         was exact.
     noise : float
         Relative noise of the minibatch, where it was last estimated; 0 if nobody asked for it.
+    ranks : int
+        That share the layers; not in `as_dict`.
     """
 
     update: int
@@ -105,10 +111,22 @@ class SolveRecord:
     residuals: tuple[float, ...] = ()
     adjoint_residuals: tuple[float, ...] = ()
     noise: float = 0.0
+    ranks: int = field(default=1, compare=False)
+
+    @property
+    def cannot_pay(self) -> bool:
+        """Whether exact propagation on one rank is at least as fast, by the count of sweeps.
+
+        On P ranks a sweep of the fine level takes 1 / P of a pass on one rank, coarse levels and messages not counted;
+        so P sweeps forwards and P backwards take at least as long as an exact update.
+        """
+        return self.mode == "mgrit" and self.ranks > 1 and min(self.iterations, self.adjoint_iterations) >= self.ranks
 
     def as_dict(self) -> dict:
         """For a record of the run."""
-        return asdict(self)
+        found = asdict(self)
+        del found["ranks"]
+        return found
 
 
 class Controller:
@@ -132,6 +150,8 @@ class Controller:
         self.noise = 0.0
         # After a tightening nothing is loosened until the next regular measurement: it would go to and fro.
         self._tightened = False
+        self._last: deque[SolveRecord] = deque(maxlen=_WEIGHED)
+        self._has_warned = False
 
     @property
     def bound(self) -> float:
@@ -184,6 +204,24 @@ class Controller:
         if level != self.level or (exact and not self.exact):
             self._due = True
         return estimate, event
+
+    def weigh(self, record: SolveRecord) -> None:
+        """Warn, once, where the last updates took so many sweeps that one rank would be at least as fast."""
+        self._last.append(record)
+        is_due = self._tells and not self._has_warned and len(self._last) == _WEIGHED
+        if not is_due or not all(each.mode == "mgrit" for each in self._last):
+            return
+        forwards = median(each.iterations for each in self._last)
+        back = median(each.adjoint_iterations for each in self._last)
+        if min(forwards, back) >= record.ranks > 1:
+            self._has_warned = True
+            warnings.warn(
+                f"{forwards:g} sweeps forwards and {back:g} back on {record.ranks} ranks, medians of {_WEIGHED} "
+                f"updates: each takes at least 1/{record.ranks} of a pass on one rank, so exact propagation on one rank "
+                f"is no slower; use MGRIT(cycle='pipeline'), which is exact, more ranks, or fewer sweeps (max_iter, "
+                f"tol); stack.advise(batch) says what is fastest",
+                stacklevel=2,
+            )
 
     def _decide(self, estimate: float, measured: bool) -> str:
         accuracy = self.accuracy

@@ -291,7 +291,9 @@ class Propagation:
             tuple(forward.residuals),
             tuple(solution_of_mgrit.residuals),
             self.controller.noise,
+            self.solvers.partition.ranks_in_use,
         )
+        self.controller.weigh(record)
         if self.num_weights is not None:
             self.further = {0: gradient[:, self.num_weights :]}
             gradient = gradient[:, : self.num_weights]

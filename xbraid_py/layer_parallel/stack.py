@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from itertools import accumulate
 from typing import Any, Literal, get_args
 
@@ -201,7 +202,7 @@ class LayerParallel(nn.Module):
         arguments = {"grid": self.grid, "splines": splines} | vars(cut) | vars(settings)
         same_arguments(self.comm, arguments, kernels=BACKEND)
         made = [Window(block, solvers, settings, place, splines) for solvers, place in pieces]
-        self._main = cut.main
+        self.cut, self._main = cut, cut.main
         _warn_of_turns(self.comm, self.grid, options, pieces[cut.main][0])
         # Parameters have the names of their layers, in several windows behind the number of the window.
         if len(made) == 1:
@@ -347,6 +348,11 @@ class LayerParallel(nn.Module):
         """The levels of the solver, of the first window, as text."""
         solvers = self.windows[self._main].solvers
         return solvers.hierarchy.table(solvers.options)
+
+    def advise(self, batch: Tensor, *inputs: Any, seconds: float = 3.0, **named: Any) -> Any:
+        """Time the blocks on these ranks, and say in a sentence which plan is fastest; see `xbraid_py.advise`."""
+        # The planner stands above this room: for its users only, and only when it is asked for.
+        return import_module("xbraid_py").advise(self, batch, *inputs, seconds=seconds, **named)
 
     def solver_state(self) -> dict:
         """What a checkpoint keeps beside `state_dict()`: counts of updates, and how exactly solves are made.

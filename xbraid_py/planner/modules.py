@@ -5,6 +5,7 @@ Shape letters: `n` layers timed at once.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from xbraid_py.planner.measure import Slowdowns, Workload, cores_and_ranks, meas
 _FEW, _MANY, _COARSENING = 2, 32, 4
 _CYCLED = 16  # layers of the lagged cycle that is timed
 _LEAST_ROUNDS, _MOST_ROUNDS = 3, 15
+_MOST_BYTES = 128 << 20  # of weights of the deeper stack, where they are not those of four layers
 _MOST_SAMPLES = 32  # of larger batches the costs are those on the same line
 _PIPELINE = MGRIT(cycle="pipeline", portions=1)
 
@@ -55,6 +57,8 @@ class ModuleWorkload:
     sweeps: int = 4
     adjoint_sweeps: int = 3
     is_module = True
+    # No word of errors, which do not matter here.
+    control = GradientControl(check=0, adapt=False, gradient_error=1e9)
 
     def __post_init__(self):
         for name in ("num_layers", "batch", "sweeps", "adjoint_sweeps"):
@@ -68,13 +72,16 @@ class ModuleWorkload:
 
     def stack(self, comm: Communicator, num_layers: int, options: MGRIT) -> LayerParallel:
         """So many layers, with steps of a twentieth."""
-        control = GradientControl(check=0, adapt=False)
-        stack = LayerParallel(self.block, num_layers, num_layers / 20, comm, mgrit=options, accuracy=control)
+        stack = LayerParallel(self.block, num_layers, num_layers / 20, comm, mgrit=options, accuracy=self.control)
         return stack.to(self.dtype)
 
     def input(self) -> Tensor:
         """A random state."""
         return torch.randn(self.batch, *self.shape, generator=torch.Generator().manual_seed(0)).to(self.dtype)
+
+    def call(self, stack: LayerParallel, u: Tensor) -> Tensor:
+        """What a stack makes of a state."""
+        return stack(u)
 
     def like_dense(self) -> Workload:
         """Dense layers with states of the same size, for messages to be measured with."""
@@ -103,9 +110,13 @@ class ModuleProbe:
     """Stacks on one rank, and the calls that are timed on them."""
 
     def __init__(self, workload: ModuleWorkload):
-        alone, num_layers = SerialCommunicator(), min(_MANY, max(workload.num_layers, 2 * _FEW))
-        self.num_layers, self.input = num_layers, workload.input()
-        self.few, self.many = (workload.stack(alone, n, _PIPELINE) for n in (_FEW, num_layers))
+        alone = SerialCommunicator()
+        self.workload, self.input = workload, workload.input()
+        self.few = workload.stack(alone, _FEW, _PIPELINE)
+        self.row_bytes = sum(each.numel() for each in self.few.parameters()) // _FEW * workload.dtype.itemsize
+        most = min(_MANY, _MOST_BYTES // max(1, self.row_bytes))
+        self.num_layers = max(2 * _FEW, min(most, workload.num_layers))
+        self.many = workload.stack(alone, self.num_layers, _PIPELINE)
         self.twice = workload.stack(alone, _FEW, MGRIT(cycle="pipeline", portions=2))
         self.cycles = {
             sweeps: workload.stack(
@@ -116,8 +127,13 @@ class ModuleProbe:
         self.optimizers = {
             key: torch.optim.Adam(stack.parameters(), 1e-6) for key, stack in (("few", self.few), ("many", self.many))
         }
-        weights = next(iter(self.optimizers.values())).param_groups[0]["params"]
-        self.row_bytes = sum(each.numel() for each in weights) // _FEW * workload.dtype.itemsize
+
+    def of(self, batch: int) -> ModuleProbe:
+        """The same stacks with another batch."""
+        other = copy.copy(self)
+        other.workload = replace(self.workload, batch=batch)
+        other.input = other.workload.input()
+        return other
 
     def layer(self) -> float:
         """Seconds of state and adjoint step of a layer."""
@@ -150,7 +166,7 @@ class ModuleProbe:
             weight.grad = None
         u = u.detach().requires_grad_()
         start = time.perf_counter()
-        end = stack(u)
+        end = self.workload.call(stack, u)
         middle = time.perf_counter()
         end.backward(u.detach())
         return middle - start, time.perf_counter() - middle
@@ -163,7 +179,8 @@ def measure_module(workload: ModuleWorkload, comm: Communicator, seconds: float 
     workload = replace(workload, batch=min(batch, _MOST_SAMPLES))
     if comm.rank == 0:
         sizes = portion_sizes(workload.batch, 1)
-        probes = [ModuleProbe(replace(workload, batch=size)) for size in sizes]
+        whole = ModuleProbe(workload)
+        probes = [whole.of(size) for size in sizes]
         for probe in probes:
             probe.round()
         first = timed(lambda: [probe.round() for probe in probes])
@@ -174,7 +191,10 @@ def measure_module(workload: ModuleWorkload, comm: Communicator, seconds: float 
         for size, probe, own in zip(sizes, probes, zip(*rounds, strict=True), strict=True):
             medians = {name: median(each[name] for each in own) for name in own[0]}
             costs.append(_costs(replace(workload, batch=size), probe, medians))
-        found = replace(costs[0], others=tuple(costs)).at(batch)
+        most = replace(costs[0], others=tuple(costs[1:]))
+        # Of a larger batch these are on a line; what was measured stays known.
+        found = most if most.samples == batch else replace(most.at(batch), others=tuple(costs))
+        del whole, probes, probe
     else:
         time.sleep(comm.bcast(None))
     slowdowns = measure_slowdowns(lambda busy: ModuleProbe(workload), comm, cores, on_node)

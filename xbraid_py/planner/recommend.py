@@ -13,7 +13,7 @@ from rich.table import Table
 from xbraid_py.comm import Communicator
 from xbraid_py.planner.machine import CLUSTER, Link, Machine
 from xbraid_py.planner.measure import Slowdowns, Workload, measure_costs
-from xbraid_py.planner.messages import measure_machine, probe_machine
+from xbraid_py.planner.messages import assumed_machine, measure_machine, probe_machine
 from xbraid_py.planner.modules import ModuleWorkload, measure_module
 from xbraid_py.planner.plan import count
 from xbraid_py.planner.predict import Planner, Prediction
@@ -38,7 +38,13 @@ _TITLES = (
 _WORDS = ("plan", "next")
 
 
-def measured_planner(workload: Workload | ModuleWorkload, comm: Communicator, network: Link = CLUSTER) -> Planner:
+def measured_planner(
+    workload: Workload | ModuleWorkload,
+    comm: Communicator,
+    network: Link = CLUSTER,
+    seconds: float = 3.0,
+    more_ranks: bool = True,
+) -> Planner:
     """A planner for the machine that this job runs on. Every rank must call it; it takes some seconds.
 
     Parameters
@@ -48,15 +54,19 @@ def measured_planner(workload: Workload | ModuleWorkload, comm: Communicator, ne
         One rank starts a small job of its own for what messages cost, see `probe_machine`; several measure it.
     network : Link
         Between nodes, where it cannot be measured.
+    seconds : float
+        About how long to time layers that are modules.
+    more_ranks : bool
+        Whether predictions for more ranks than these are wanted; if not, one rank starts no job.
 
     Returns
     -------
     Planner
         The same on every rank.
     """
-    measure = measure_machine if comm.size > 1 else _alone
+    measure = measure_machine if comm.size > 1 else _probed if more_ranks else _assumed
     if workload.is_module:
-        costs, slowdowns = measure_module(workload, comm)
+        costs, slowdowns = measure_module(workload, comm, seconds)
         machine = measure(workload.like_dense(), comm, slowdowns, network)
         sweeps = {"sweeps": workload.sweeps, "adjoint_sweeps": workload.adjoint_sweeps}
         return Planner(machine, costs, pairs=0, collectives=0, **sweeps)
@@ -64,8 +74,12 @@ def measured_planner(workload: Workload | ModuleWorkload, comm: Communicator, ne
     return Planner(measure(workload, comm, slowdowns, network), costs, workload.optim.memory)
 
 
-def _alone(workload: Workload, comm: Communicator, slowdowns: Slowdowns, network: Link) -> Machine:
+def _probed(workload: Workload, comm: Communicator, slowdowns: Slowdowns, network: Link) -> Machine:
     return probe_machine(workload, network)
+
+
+def _assumed(workload: Workload, comm: Communicator, slowdowns: Slowdowns, network: Link) -> Machine:
+    return assumed_machine(network)
 
 
 def measured(workload: Workload | ModuleWorkload, comm: Communicator, cycles: Sequence[str] = ("lagged",)) -> Choice:
