@@ -115,7 +115,8 @@ def test_a_rank_that_does_not_come(program, launcher):
     job = start_job(words, processes, {"XBRAID_PATIENCE": "2"})
     stdout, stderr = job.communicate(timeout=120)
     assert job.returncode != 0 and "no message for 2 seconds (XBRAID_PATIENCE)" in stderr
-    assert "rank 0: waits for rank 1" in stderr and "rank 1: works, in " in stderr and "program.py" in stderr
+    assert "rank 0: waits for rank 1" in stderr and "its last call for all ranks is forward()" in stderr
+    assert "rank 1: works, in " in stderr and "program.py" in stderr and "is backward()" in stderr
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)

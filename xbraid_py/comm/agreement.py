@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from xbraid_py.comm import watchdog
 from xbraid_py.comm.base import Communicator, who_says_what
 
 
@@ -81,6 +82,7 @@ def agree(comm: Communicator, key: Any, what: str, call: str) -> None:
         If their keys differ, or see `Communicator.refuse_replicas`.
     """
     _met.setdefault(id(comm), weakref.ref(comm))
+    watchdog.enter(call)
     if call == "forward()":
         comm.refuse_replicas()
     if not _differ(comm, (call, key)):

@@ -20,6 +20,16 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _awaited: tuple[tuple[int, ...]] | None = None
 
 
+# The call for all ranks that this process has come to last, as the user knows it.
+_call = ""
+
+
+def enter(call: str) -> None:
+    """This process is in a call for all ranks."""
+    global _call
+    _call = call
+
+
 def begin(ranks: tuple[int, ...]) -> None:
     """This process waits for one of these ranks, or for all of them, from now on."""
     global _awaited
@@ -140,7 +150,7 @@ class Watchdog:
         """What this process does, and where."""
         awaited, frame = _awaited, sys._current_frames().get(self._watched.ident)
         does = "works" if awaited is None else f"waits for {_ranks_in_words(awaited[0], self.line)}"
-        return f"{does}, in {_place(frame)}"
+        return f"{does}, in {_place(frame)}" + (f"; its last call for all ranks is {_call}" if _call else "")
 
 
 def _ranks_in_words(ranks: tuple[int, ...], line: Line) -> str:
