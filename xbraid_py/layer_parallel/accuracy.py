@@ -217,9 +217,9 @@ class Controller:
             self._has_warned = True
             warnings.warn(
                 f"{forwards:g} sweeps forwards and {back:g} back on {record.ranks} ranks, medians of {_WEIGHED} "
-                f"updates: each takes at least 1/{record.ranks} of a pass on one rank, so exact propagation on one rank "
-                f"is no slower; use MGRIT(cycle='pipeline'), which is exact, more ranks, or fewer sweeps (max_iter, "
-                f"tol); stack.advise(batch) says what is fastest",
+                f"updates: each takes at least 1/{record.ranks} of a pass on one rank, so exact propagation on one "
+                f"rank is no slower; use MGRIT(cycle='pipeline'), which is exact, more ranks, or fewer sweeps "
+                f"(max_iter, tol); stack.advise(batch) says what is fastest",
                 stacklevel=2,
             )
 
