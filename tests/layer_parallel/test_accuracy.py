@@ -321,4 +321,7 @@ def test_a_stack_says_on_one_rank_that_it_does_not_pay(spmd):
         records = spmd(body)
     said = [each for each in found if "sweeps forwards" in str(each.message)]
     assert {record.ranks for record in records} == {len(records)}
-    assert len(said) == (len(records) == 2) and all(each.cannot_pay == (len(records) == 2) for each in records)
+    # Threads see the warnings of all ranks, processes their own.
+    assert max(spmd(lambda comm: len(said))) == (len(records) == 2) and all(
+        each.cannot_pay == (len(records) == 2) for each in records
+    )
