@@ -51,10 +51,20 @@ _IMAGES = (
 )
 EVERY = ("--smoke", "--checkpoint_every=1", "--keep=99")
 KINDS = {
-    "mgopt": Kind("circles", ("--num_layers=32", "--mgopt.levels=3", "--max_cycles=6"), "--beta=0.5"),
+    "mgopt": Kind(
+        "circles",
+        (
+            *("--num_layers=32", "--mgopt.levels=3", "--max_cycles=6", "--mgrit.cycle=lagged", "--mgrit.max_levels=2"),
+            *("--mgopt.optim.method=momentum", "--mgopt.optim.learning_rate=0.03"),
+        ),
+        "--beta=0.5",
+    ),
     "mgopt_mnist": Kind(
         "mgopt_mnist",
-        ("--num_layers=16", "--mgopt.levels=3", "--max_cycles=6", "--mgopt.optim.learning_rate=0.003"),
+        (
+            *("--num_layers=16", "--mgopt.levels=3", "--max_cycles=6", "--mgopt.optim.learning_rate=0.0003"),
+            "--mgopt.optim.method=adam",
+        ),
         "--scaling=unit",
         data=_digits,
     ),

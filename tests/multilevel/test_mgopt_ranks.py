@@ -113,9 +113,24 @@ def test_minibatches(spmd):
 
 @pytest.mark.ranks(1, 2, 3)
 @pytest.mark.parametrize("readers", [1, 2])
-def test_a_run_goes_on_from_its_state_on_other_numbers_of_ranks(spmd, shared_tmp_path, readers):
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"mgrit": "lagged"},
+        {"mgrit": "lagged", "optim": "lbfgs", "line_search": True},
+        {"mgrit": "V-cycles", "optim": "adam", "full_multigrid": 1},
+        {"optim": "adam", "carry_momentum": 0.5},
+        {"mgrit": "lagged", "optim": "momentum", "carry_momentum": 0.5, "metric": "L2", "min_layers": 8},
+    ],
+    ids=str,
+)
+def test_a_run_goes_on_from_its_state_on_other_numbers_of_ranks(spmd, shared_tmp_path, readers, how):
+    """Bitwise: what the optimizers have gathered and what the solves start from are parts of the state."""
+    how = how | {"mgrit": SOLVERS[how.get("mgrit", "layer after layer")], "optim": METHODS[how.get("optim", "gd")]}
+
     def write(comm):
-        run = mgopt(comm, num_layers=32, optim=GD)
+        run = mgopt(comm, num_layers=32, **how)
         for record in run.run(4):
             if record.cycle == 2:
                 arrays, numbers = run.state()
@@ -123,7 +138,7 @@ def test_a_run_goes_on_from_its_state_on_other_numbers_of_ranks(spmd, shared_tmp
         return replace(record, seconds=0.0), gathered(run.network, run.x)
 
     def rest(comm):
-        run = mgopt(comm, num_layers=32, optim=GD)
+        run = mgopt(comm, num_layers=32, **how)
         with load(shared_tmp_path / file_name(2)) as checkpoint:
             run.load(checkpoint)
         cycles = [replace(record, seconds=0.0) for record in run.run(4)]
@@ -133,6 +148,26 @@ def test_a_run_goes_on_from_its_state_on_other_numbers_of_ranks(spmd, shared_tmp
     record, weights = spmd(write)[0]
     for found, ends in run_threads(readers, rest):
         assert found == record and same_bits(ends, weights)
+
+
+def test_a_state_of_an_earlier_version_has_weights_alone(tmp_path):
+    run = mgopt(num_layers=32, optim=METHODS["momentum"])
+    cycles = run.run(4)
+    record = [next(cycles) for _ in range(3)][-1]
+    arrays, numbers = run.state()
+    arrays = {name: each for name, each in arrays.items() if name.startswith("weights/")}
+    path = CheckpointStore(tmp_path).save(run.network.comm, 2, arrays, {"state": numbers})
+    found = mgopt(num_layers=32, optim=METHODS["momentum"])
+    with load(path) as checkpoint:
+        with pytest.raises(CheckpointError, match="level0/momentum_buffer is missing"):
+            found.load(checkpoint)
+        del checkpoint.meta["state"]["levels"]
+        found.load(checkpoint)
+    assert torch.equal(found.x, run.x)
+    ours, theirs = next(found.run(4)), next(cycles)
+    assert ours.evaluation != theirs.evaluation, "the momentum begins anew"
+    assert (ours.cycle, ours.work, ours.gradients) == (3, theirs.work, theirs.gradients) and ours.work > record.work
+    assert ours.counted == pytest.approx(theirs.counted)
 
 
 def test_the_state_of_another_run_is_refused(tmp_path):

@@ -17,6 +17,9 @@ from xbraid_py.optim.line_search import Armijo, FixedStep
 from xbraid_py.optim.objective import Evaluation, Objective
 from xbraid_py.optim.quasi_newton import QuasiNewton
 
+# What an optimizer carries from one visit of a level to the next: lists of flat vectors, and numbers, by their names.
+Kept = tuple[dict[str, list[Tensor]], dict[str, float]]
+
 
 @dataclass(frozen=True)
 class Point:
@@ -65,6 +68,12 @@ class LevelOptimizer(Protocol):
     def reset(self) -> None:
         """Forget earlier steps."""
 
+    def kept(self) -> Kept:
+        """What later visits depend on; for an optimizer that carries nothing from one to the next, nothing."""
+
+    def restore(self, vectors: dict[str, list[Tensor]], numbers: dict[str, float]) -> None:
+        """Go on as if what `kept` has given were of this optimizer; all ranks together."""
+
 
 class GradientDescent:
     """x - a D g (paper 000, algorithm 2).
@@ -84,6 +93,12 @@ class GradientDescent:
 
     def reset(self) -> None:
         pass  # there is nothing to forget
+
+    def kept(self) -> Kept:
+        return {}, {}
+
+    def restore(self, vectors: dict[str, list[Tensor]], numbers: dict[str, float]) -> None:
+        pass
 
     def minimize(self, objective: Objective, point: Point, steps: int) -> Point:
         for _ in range(steps):
@@ -120,6 +135,16 @@ class TorchOptimizer:
         # Made here and not at the first step: torch loads much of itself for the first optimizer.
         self._weights = torch.nn.Parameter(torch.empty(0))
         self._optimizer = self.make([self._weights])
+
+    def kept(self) -> Kept:
+        found = {name: each for name, each in self.state.items() if isinstance(each, Tensor) and self.keep}
+        vectors = {name: [each.clone()] for name, each in found.items() if each.dim()}
+        return vectors, {name: float(each) for name, each in found.items() if not each.dim()}
+
+    def restore(self, vectors: dict[str, list[Tensor]], numbers: dict[str, float]) -> None:
+        self.reset()
+        self.state.update({name: each for name, (each,) in vectors.items()})
+        self.state.update({name: torch.tensor(each) for name, each in numbers.items()})
 
     @property
     def takes_momentum(self) -> bool:
@@ -200,6 +225,15 @@ class QuasiNewtonOptimizer:
     def reset(self) -> None:
         self.quasi_newton.clear()
         self._last: tuple[Tensor, Tensor] | None = None
+
+    def kept(self) -> Kept:
+        if not self.keep or self._last is None:
+            return {}, {}
+        return {"s": list(self.quasi_newton.s), "y": list(self.quasi_newton.y), "last": [*self._last]}, {}
+
+    def restore(self, vectors: dict[str, list[Tensor]], numbers: dict[str, float]) -> None:
+        self.quasi_newton.restore(vectors.get("s", []), vectors.get("y", []))
+        self._last = tuple(vectors["last"]) if vectors else None
 
     def minimize(self, objective: Objective, point: Point, steps: int) -> Point:
         if not self.keep:

@@ -31,6 +31,8 @@ class PortionedObjective:
     ----------
     evaluations, gradients : int
         Of all samples, so far.
+    work : float
+        Evaluations of a layer on all samples so far, on all ranks.
 
     Raises
     ------
@@ -39,6 +41,7 @@ class PortionedObjective:
     """
 
     shift = None
+    warm = adjoint_warm = None  # the solves of each portion start afresh
 
     def __init__(self, objective: NetworkObjective, portions: Sequence[Samples]):
         if not portions:
@@ -48,21 +51,18 @@ class PortionedObjective:
         self._shares = [len(labels) / samples for _, labels in portions]
         self._gradient: Tensor | None = None
         self.evaluations = self.gradients = 0
+        self.work = 0.0
 
     @property
     def network(self) -> DenseResNet:
         """The network."""
         return self.objective.network
 
-    @property
-    def work(self) -> float:
-        """Evaluations of a layer on all samples so far, on all ranks."""
-        return self.objective.work / len(self.portions)
-
     def evaluate(self, x: Tensor, max_iter: int | None = None, error: float | None = None) -> Evaluation:
         """The objective at x; see `Objective`."""
         found, residual = torch.zeros(3, dtype=torch.float64), 0.0
         total = self.network.layout.zeros()
+        self.objective.work = 0.0
         for (features, labels), share in zip(self.portions, self._shares, strict=True):
             self.objective.use(features, labels)
             part = self.objective.evaluate(x, max_iter, error)
@@ -70,6 +70,7 @@ class PortionedObjective:
             residual = max(residual, part.residual)
             total.add_(self.objective.gradient(x, max_iter, error == 0.0), alpha=share)
         self._gradient = total
+        self.work += self.objective.work / len(self.portions)
         self.evaluations += 1
         return Evaluation(*found.tolist(), residual)
 

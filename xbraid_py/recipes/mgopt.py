@@ -57,7 +57,7 @@ class MGOptRunOptions(RunOptions):
     validate_every
         Cycles between two validations.
     checkpoint_every
-        Cycles between two checkpoints, which hold no momentum and no pairs: momentum, adam and lbfgs begin anew.
+        Cycles between two checkpoints.
     data_dir
         Folder of the files of a data set.
     network

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from xbraid_py.comm.agreement import RunError
 from xbraid_py.comm.partition import require_multiple
-from xbraid_py.multilevel.depth.state import shards, vectors_of
+from xbraid_py.multilevel.depth.state import shards, vectors_of, warm_of, warm_shards
 from xbraid_py.multilevel.depth.transfer import INTERPOLATIONS, RESTRICTIONS, DepthTransfer, refuse_splines
 from xbraid_py.multilevel.vcycle import CYCLES, MOST_LEVELS, ComposedTransfer, Damping, Schedule, Transfer, VCycle
 from xbraid_py.multilevel.width.matching import SCALINGS, StateWidthTransfer
@@ -24,7 +24,7 @@ from xbraid_py.problem.network import DenseResNet
 from xbraid_py.problem.portions import PortionedObjective, Samples
 from xbraid_py.problem.problem import Problem
 from xbraid_py.problem.regularization import Regularization
-from xbraid_py.run.store.read import Checkpoint, no_state
+from xbraid_py.run.store.read import Checkpoint, check_total, no_state
 from xbraid_py.run.store.write import Shard
 
 METHODS = ("gd", "momentum", "adam", "lbfgs")
@@ -280,10 +280,10 @@ class MGOpt:
         refuse_splines(problem.architecture.splines)
         require_multiple("num_layers", num_layers, 2 ** (schedule.levels - 1), "2^(levels - 1)")
         self.options, self.schedule = options, schedule
-        self.objectives = [
-            self._problem_of(problem, level, num_layers).objective(num_layers >> level)
-            for level in range(schedule.levels)
-        ]
+        problems = [self._problem_of(problem, level, num_layers) for level in range(schedule.levels)]
+        self.objectives = [each.objective(num_layers >> level) for level, each in enumerate(problems)]
+        self._hierarchies = [each.hierarchies(num_layers >> level) for level, each in enumerate(problems)]
+        self._replicas = problem.replicas
         if portions is not None:
             self.objectives = [PortionedObjective(each, portions) for each in self.objectives]
         networks = [objective.network for objective in self.objectives]
@@ -311,6 +311,9 @@ class MGOpt:
         self.x = networks[0].layout.zeros()
         self._start = CycleRecord(-1, Evaluation(0.0, 0.0, 0.0, 0.0), 0.0, 0.0, (0,) * len(self.objectives), 0.0)
         self._last = self._start
+        self._point = Point(self.x)
+        self._aside = 0.0  # seconds of the next cycle that `state` has spent
+        self._levels: list[dict[str, Any]] = []
 
     def _problem_of(self, problem: Problem, level: int, num_layers: int, width_level: int | None = None) -> Problem:
         """The problem of a level: regularization by its depth, width, and perhaps fewer ranks."""
@@ -345,8 +348,30 @@ class MGOpt:
         return self.objectives[0].network
 
     def state(self) -> tuple[dict[str, Shard], dict[str, Any]]:
-        """Where `run` has come to, as global arrays and numbers: momentum and pairs of the optimizers begin anew."""
-        return shards(self.network.layout, "weights", [self.x]), asdict(self._last)
+        """All that the rest of `run` depends on, at one of its records, as global arrays and numbers; collective.
+
+        The gradient is a part of it: what solves start from is not what it was before the objective was evaluated.
+        """
+        if self._last.cycle or not self.options.full_multigrid:  # which begins elsewhere
+            clock = time.perf_counter()
+            self._point = self._point.complete(self.objectives[0])
+            self._aside += time.perf_counter() - clock
+        layout, comm, gradient = self.network.layout, self.network.comm, self._point.gradient
+        arrays = shards(layout, "weights", [self._point.x])
+        arrays |= shards(layout, "gradient", [] if gradient is None else [gradient])
+        levels = []
+        for level, objective in enumerate(self.objectives):
+            vectors, numbers = self.cycle.smoothers[level].kept()
+            vectors = {name: each for name, each in vectors.items() if each}
+            for name, each in vectors.items():
+                arrays |= shards(objective.network.layout, f"level{level}/{name}", each, several=True)
+            warm = {"state": objective.warm or (), "adjoint": objective.adjoint_warm or ()}
+            # The run goes on to overwrite what the lagged cycle keeps.
+            warm = {name: tuple(rows.clone() for rows in each) for name, each in warm.items()}
+            arrays |= warm_shards(f"level{level}/warm", warm, self._hierarchies[level], comm.rank, self._replicas)
+            counts = {"work": objective.work, "gradients": objective.gradients}
+            levels.append(counts | {"vectors": list(vectors), "numbers": numbers})
+        return arrays, asdict(self._last) | {"levels": levels}
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Let `run` go on from a state; sends no message.
@@ -354,20 +379,51 @@ class MGOpt:
         Parameters
         ----------
         checkpoint : Checkpoint
-            Of `state`, its numbers under the meta data "state"; written on any number of ranks.
+            Of `state`, its numbers under the meta data "state"; written on any number of ranks. With one of an earlier
+            version, which has nothing but the weights, optimizers and solves begin anew.
 
         Raises
         ------
         CheckpointError, LookupError, TypeError, ValueError
             If it is the state of something else.
         """
-        numbers = dict(checkpoint.meta["state"])
+        numbers, path = dict(checkpoint.meta["state"]), checkpoint.path
         evaluation, gradients = Evaluation(**numbers.pop("evaluation")), tuple(numbers.pop("gradients"))
+        levels = numbers.pop("levels", None)
         done = CycleRecord(**numbers, evaluation=evaluation, gradients=gradients)
         if type(done.cycle) is not int or done.cycle < 0 or len(gradients) != len(self.objectives):
-            raise no_state(checkpoint.path, f"cycle={done.cycle!r} of {len(gradients)} levels")
-        (self.x,), self._start = vectors_of(checkpoint, self.network.layout, "weights"), done
-        self._last = done
+            raise no_state(path, f"cycle={done.cycle!r} of {len(gradients)} levels")
+        (self.x,), found = (vectors_of(checkpoint, self.network.layout, name) for name in ("weights", "gradient"))
+        self._point = Point(self.x, evaluation, *found)
+        if levels is not None and not found and (done.cycle or not self.options.full_multigrid):
+            raise no_state(path, "the gradient is missing")
+        if levels is None:
+            self._point = Point(self.x)
+            levels = [{"work": 0.0, "gradients": each, "vectors": [], "numbers": {}} for each in gradients]
+            levels[0]["work"] = done.counted * self._unit
+        self._levels = [self._read(checkpoint, level, entry) for level, entry in enumerate(levels)]
+        check_total(path, len(self._levels), len(self.objectives))
+        self._start = self._last = done
+
+    def _read(self, checkpoint: Checkpoint, level: int, entry: dict[str, Any]) -> dict[str, Any]:
+        """A rank's part of what a state has of a level."""
+        layout = self.objectives[level].network.layout
+        vectors = {name: vectors_of(checkpoint, layout, f"level{level}/{name}", True) for name in entry["vectors"]}
+        for name, each in vectors.items():
+            if not each:
+                raise no_state(checkpoint.path, f"level{level}/{name} is missing")
+        stage = self.network.comm.rank // self._replicas
+        warm = warm_of(checkpoint, f"level{level}/warm", self._hierarchies[level], stage)
+        counts = {"work": float(entry["work"]), "gradients": int(entry["gradients"])}
+        numbers = {name: float(each) for name, each in entry["numbers"].items()}
+        return counts | {"optimizer": (vectors, numbers), "warm": warm}
+
+    def _restore(self) -> None:
+        """Put what `load` has read of the levels in its places; collective."""
+        for objective, smoother, kept in zip(self.objectives, self.cycle.smoothers, self._levels, strict=True):
+            objective.work, objective.gradients = kept["work"], kept["gradients"]
+            objective.warm, objective.adjoint_warm = (kept["warm"].get(name) for name in ("state", "adjoint"))
+            smoother.restore(*kept["optimizer"])
 
     def run(self, max_cycles: int, batches: Callable[[int], Samples] | None = None) -> Iterator[CycleRecord]:
         """Make cycles; yields a record before the first and after each, when `x` are the weights it is of.
@@ -396,10 +452,12 @@ class MGOpt:
                 for each in self.objectives:
                     each.use(*samples)
                 point = Point(point.x)  # what is known of it is of other samples
+            if cycle == done.cycle:
+                self._restore()
+                point = self._point
             spent = sum(each.work * area for each, area in zip(self.objectives, self._areas, strict=True))
-            counted = done.counted + spent / self._unit
-            own = (each.gradients for each in self.objectives)
-            gradients = tuple(before + now for before, now in zip(done.gradients, own, strict=True))
+            counted = spent / self._unit
+            gradients = tuple(each.gradients for each in self.objectives)
             clock = time.perf_counter()
             # The next cycle begins with this very evaluation.
             if point.evaluation is None:
@@ -410,10 +468,11 @@ class MGOpt:
                     f"the objective is {point.evaluation.value} after {cycle} cycles: it must be finite; use a smaller "
                     f"step size (optim.learning_rate={options.optim.learning_rate[0] / 10:g})"
                 )
-            self.x = point.x
+            self.x, self._point = point.x, point
             if cycle > done.cycle:
                 self._last = CycleRecord(cycle, point.evaluation, work, counted, gradients, seconds)
                 yield self._last
+                point = self._point  # `state` has completed it, if it was asked for
             if cycle == max_cycles:
                 return
             clock = time.perf_counter()
@@ -423,4 +482,5 @@ class MGOpt:
             else:
                 point = self.cycle.run(point)
                 work += schedule.work(options.cycle, self.costs)
-            seconds += evaluated + time.perf_counter() - clock
+            seconds += evaluated + self._aside + time.perf_counter() - clock
+            self._aside = 0.0

@@ -62,16 +62,10 @@ def arrays_of(
     replicas : int
         Ranks that follow each other have the same layers, and the same start of their solves: the first writes it.
     """
-    stage, replica = divmod(rank, replicas)
     found: dict[str, Shard] = {}
     for key, vectors in snapshot.vectors.items():
         found |= shards(layout, _GROUPS[key], vectors, key in _SEVERAL)
-    for (key, levels), hierarchy in zip(snapshot.warm.items(), hierarchies, strict=True):
-        for index, rows in enumerate(levels):
-            intervals = hierarchy.intervals_of(index)
-            found[f"warm/{key}_{index}"] = Shard(
-                rows if replica == 0 else rows[:0], intervals.first(stage), intervals.num_rows
-            )
+    found |= warm_shards("warm", snapshot.warm, hierarchies, rank, replicas)
     random = torch.get_rng_state()
     found["random_state"] = Shard(random if rank == 0 else random[:0], 0, len(random))
     return found
@@ -115,14 +109,7 @@ def read_snapshot(
     if not vectors["weights"]:
         raise no_state(path, "the weights are missing")
     check_total(path, len(vectors["s"]), len(vectors["y"]))
-    warm: dict[str, tuple[Tensor, ...]] = {}
-    for key, hierarchy in zip(("state", "adjoint"), hierarchies, strict=True):
-        count = sum(name.startswith(f"warm/{key}_") for name in checkpoint.names())
-        for index in range(count):
-            name, intervals = f"warm/{key}_{index}", hierarchy.intervals_of(index)
-            check_total(path, checkpoint.total(name), intervals.num_rows)
-            rows = convert(checkpoint.rows(name, intervals.first(stage), intervals.count(stage)))
-            warm[key] = (*warm.get(key, ()), rows)
+    warm = warm_of(checkpoint, "warm", hierarchies, stage, convert)
     torch.set_rng_state(checkpoint.rows("random_state"))
     return Snapshot(numbers, vectors, warm)
 
@@ -220,3 +207,60 @@ def vectors_of(
             own = layout.named(flat)[name]
             own.copy_(view.reshape(own.shape))
     return vectors
+
+
+def warm_shards(
+    group: str, warm: Mapping[str, Sequence[Tensor]], hierarchies: Sequence[Hierarchy], rank: int, replicas: int = 1
+) -> dict[str, Shard]:
+    """An array GROUP/KEY_LEVEL for each level that the "state" and the "adjoint" solves start from.
+
+    Parameters
+    ----------
+    group : str
+    warm : dict of str to sequence of Tensor
+        As in `Snapshot`.
+    hierarchies, rank, replicas
+        As in `arrays_of`.
+    """
+    stage, replica = divmod(rank, replicas)
+    found = {}
+    for (key, levels), hierarchy in zip(warm.items(), hierarchies, strict=True):
+        for index, rows in enumerate(levels):
+            intervals = hierarchy.intervals_of(index)
+            own = rows if replica == 0 else rows[:0]
+            found[f"{group}/{key}_{index}"] = Shard(own, intervals.first(stage), intervals.num_rows)
+    return found
+
+
+def warm_of(
+    checkpoint: Checkpoint,
+    group: str,
+    hierarchies: Sequence[Hierarchy],
+    stage: int,
+    convert: Callable[[Tensor], Tensor] = lambda rows: rows,
+) -> dict[str, tuple[Tensor, ...]]:
+    """What `warm_shards` has made the arrays of: this rank's rows; nothing of solves that the file has no start of.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    group : str
+    hierarchies, stage
+        As in `read_snapshot`.
+    convert : callable
+        As for `vectors_of`.
+
+    Raises
+    ------
+    CheckpointError
+        If they are of another hierarchy.
+    """
+    found: dict[str, tuple[Tensor, ...]] = {}
+    for key, hierarchy in zip(("state", "adjoint"), hierarchies, strict=True):
+        count = sum(name.startswith(f"{group}/{key}_") for name in checkpoint.names())
+        for index in range(count):
+            name, intervals = f"{group}/{key}_{index}", hierarchy.intervals_of(index)
+            check_total(checkpoint.path, checkpoint.total(name), intervals.num_rows)
+            rows = convert(checkpoint.rows(name, intervals.first(stage), intervals.count(stage)))
+            found[key] = (*found.get(key, ()), rows)
+    return found
