@@ -164,3 +164,19 @@ def test_ranks_with_other_batches_are_refused_together(spmd):
         return True
 
     assert all(spmd(body))
+
+
+@pytest.mark.ranks(1, 2)
+def test_a_batch_of_another_width_is_refused_on_all_ranks(spmd):
+    def body(comm):
+        with pytest.raises(ValueError) as caught:
+            stack_on(comm).advise(torch.randn(8, 5))
+        return str(caught.value)
+
+    found = set(spmd(body))
+    assert len(found) == 1 and "5" in found.pop()
+
+
+def test_further_inputs_that_are_missing_are_an_error_of_the_call():
+    with pytest.raises((TypeError, ValueError), match="mask"):
+        LayerParallel(Masked, 8, 1.0).advise(batch_of(8))

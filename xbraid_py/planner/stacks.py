@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.agreement import agree, together
 from xbraid_py.layer_parallel import LayerParallel
 from xbraid_py.layers.trees import flatten
@@ -141,7 +142,7 @@ def advise(stack: LayerParallel, batch: Tensor, *inputs: Any, seconds: float = 3
     TypeError
         If this is no stack, or the batch no tensor.
     ValueError
-        If the stack has splines, is compiled or not on the processor, or the batch is none for it.
+        If the stack has splines, is compiled or not on the processor, or its blocks cannot be evaluated for the batch.
     """
     if not isinstance(stack, LayerParallel):
         raise TypeError(f"stack={type(stack).__name__} must be a LayerParallel; use the part of the model that is one")
@@ -153,7 +154,9 @@ def advise(stack: LayerParallel, batch: Tensor, *inputs: Any, seconds: float = 3
     agree(comm, (tuple(batch.shape), batch.dtype, seconds), "the batch of advise()", "advise()")
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            workload = _workload(stack, batch, (inputs, named))
+            with together(comm):
+                workload = _workload(stack, batch, (inputs, named))
+                _try(workload)
             planner = measured_planner(workload, comm, seconds=seconds, more_ranks=False)
             found = advice_of(stack, planner, len(batch), comm.size) if comm.rank == 0 else None
         return comm.bcast(found)
@@ -198,6 +201,15 @@ def _workload(stack: LayerParallel, batch: Tensor, given: tuple[Sequence[Any], M
         given=given,
         **sweeps,
     )
+
+
+def _try(workload: StackWorkload) -> None:
+    """Raise `ValueError` if blocks cannot be evaluated: later on ranks would wait for the one that finds it."""
+    stack = workload.stack(SerialCommunicator(), 2, MGRIT(cycle="pipeline", portions=1))
+    try:
+        workload.call(stack, workload.input())
+    except (RuntimeError, IndexError, AttributeError) as error:
+        raise ValueError(f"the block cannot be evaluated for this batch and these inputs: {error}") from error
 
 
 def _copies(module: nn.Module) -> Callable[[], nn.Module]:
