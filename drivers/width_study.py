@@ -1,5 +1,8 @@
 """The study of multilevel training in width (paper 002): its tables 1 to 4, figures 3, 4 and 6 to 9, and a scan.
 
+With its defaults it is a day and more of work on two cores; what is committed in benchmarks/results/width is far
+smaller.
+
 Poisson and Darcy, fully-connected and convolutional networks, numbers of levels, learning rates of the levels; and,
 each with a learning rate tuned on seeds of its own, the damping, the transfers, the minibatches of tau and Adam. Runs
 that are over are not made again. Try

@@ -28,7 +28,7 @@ CURVE = (
 _WIDTHS = {(16, 32, 64): "", (32, 64, 128): "W"}
 _TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "stl10": "STL-10"}
 # Test error in per cent and minutes on a GTX 1080, from tables 3 and 4, by data set in the order of `_TITLES`.
-_PAPER = {
+PAPER = {
     "ResNet-14": ((9.75, 38), (33.34, 38), (27.78, 33)),
     "ResNet-50": ((7.58, 114), (28.64, 115), (25.95, 114)),
     "ResNet-50-i": ((7.10, 67), (28.71, 68), (25.98, 68)),
@@ -180,7 +180,7 @@ def _good(rows: Sequence[Row]) -> list[Row]:
 
 
 def _paper(name: str, data: str) -> tuple[float, int] | None:
-    return dict(zip(_TITLES, _PAPER.get(name, ()), strict=False)).get(data)
+    return dict(zip(_TITLES, PAPER.get(name, ()), strict=False)).get(data)
 
 
 def _spread(values: Sequence[float], digits: int) -> str:

@@ -39,7 +39,7 @@ def write(rows: Sequence[Row], out: Path) -> None:
     """
     good = [row for row in rows if "result" in row]
     parts = [f"{len(good)} runs, {len(rows) - len(good)} failed."]
-    basic = [_grouped(row) for row in good if "change" not in row["settings"] and row["settings"]["layers"] <= _DEFAULT]
+    basic = [grouped(row) for row in good if "change" not in row["settings"] and row["settings"]["layers"] <= _DEFAULT]
     figures = out / "figures"
     found = {(row["settings"]["regime"], row["settings"]["width"]) for row in basic}
     groups = [
@@ -59,7 +59,7 @@ def write(rows: Sequence[Row], out: Path) -> None:
     (out / PAGE).write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
 
 
-def _grouped(row: Row) -> Row:
+def grouped(row: Row) -> Row:
     """Runs from the project's own initial weights are a regime of their own."""
     own = row["settings"]["regime"] == "ours" and row["settings"]["layers"] == _DEFAULT
     return {**row, "settings": {**row["settings"], "regime": "defaults"}} if own else row

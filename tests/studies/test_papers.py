@@ -1,0 +1,97 @@
+"""The page of the four papers: it is what the committed rows make, leaves nothing out, and its colors follow a rule."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+from processes import PROJECT
+from studies.comparison.line import Line, near
+from studies.comparison.quoted import RESULTS, behind, quoted
+from studies.papers import DRAWINGS, LINES, PAGE
+from studies.rows import WORK
+
+# Tables and figures of each paper.
+WHOLE = {"000": (2, 5), "001": (0, 5), "002": (4, 9), "003": (5, 11)}
+
+
+@pytest.fixture(scope="module")
+def lines():
+    return {name: list(make()) for name, make in LINES.items()}
+
+
+def test_the_page_is_what_the_command_makes(tmp_path):
+    program = PROJECT / "drivers" / "studies" / "papers.py"
+    subprocess.run([sys.executable, program, tmp_path / "papers.md"], check=True, cwd=tmp_path, timeout=300)
+    assert (tmp_path / "papers.md").read_text() == PAGE.read_text()
+
+
+@pytest.mark.parametrize("paper", WHOLE)
+def test_every_table_and_figure_has_a_line(lines, paper):
+    tables, figures = WHOLE[paper]
+    items = ", ".join([line.item for line in lines[paper]] + list(DRAWINGS[paper]))
+    for name, count in (("table", tables), ("figure", figures)):
+        found = {int(number) for number in re.findall(rf"{name} (\d+)", items)}
+        assert found == set(range(1, count + 1)), name
+
+
+def test_what_was_run_says_how_and_on_which_rows(lines):
+    for line in (line for each in lines.values() for line in each):
+        assert (line.color == "not run") == (not line.ours), line.item
+        if line.ours:
+            assert line.size and line.source, line.item
+            for name in re.findall(r"[a-z_0-9/]+\.(?:jsonl\.gz|png|md)\b", line.source):
+                assert (RESULTS / name).is_file(), name
+
+
+@pytest.mark.parametrize(
+    ("holds", "full", "color"),
+    [(True, True, "green"), (True, False, "yellow"), (False, True, "**red**"), (False, False, "**red**")],
+)
+def test_colors(holds, full, color):
+    assert Line("table 1", "5", "5", "small", "3", "rows", holds, full).color == color
+    assert Line("table 1", "5").color == "not run"
+    assert near(5.5, 5) and not near(5.6, 5) and near(1, 5)
+
+
+def test_nested_runs_that_fall_behind_are_seen():
+    def row(run, curve):
+        points = [[0, 16, unit, unit, unit, accuracy] for unit, accuracy in enumerate(curve)]
+        return {"settings": {"run": run, "seed": 0}, "result": {"curve": points, "seconds": 1.0, "updates": 1}}
+
+    ahead = [0.8] * 189
+    dips = [0.8] * 30 + [0.4] * 5 + [0.8] * 154
+    pair = [row("nested", dips), row("non-nested", [0.5] * 189)]
+    most, units = behind(pair, WORK)
+    assert (round(most, 6), units) == (10.0, 5)
+    most, units = behind([row("nested", ahead), pair[1]], WORK)
+    assert (round(most, 6), units) == (-30.0, 0)
+
+
+def test_the_figures_that_pages_quote_are_in_them():
+    """What the pages say is what is computed: a figure that changes has to be changed there too."""
+    texts = {name: (RESULTS / name / "README.md").read_text() for name in ("nested", "multi_level", "width", "mgopt")}
+    texts["README"] = (PROJECT / "README.md").read_text()
+    said = {what: (page, found) for page, what, found in quoted()}
+    assert {page for page, _ in said.values()} == texts.keys()
+    wanted = {
+        "by counted layer steps": ("4.2", "5.7", "0.7"),
+        "by wall-clock time, the paper's unit": ("1.0 to 3.4",),
+        "layer steps of a nested run": ("0.82 to 1.25",),
+        "seconds of a nested run": ("1.02 to 1.45",),
+        "training loss": ("0.82 to 1.30", "0.59 to 1.11"),
+        "mean norm of F": ("32.2", "25.8", "20 %"),
+        "on the fine network": ("12 of its 14",),
+        "MNIST, one level": ("77.7 %", "85.4 %"),
+        "momentum carried": ("1.10 (0.73 to 1.65)",),
+        "coarsest network of circles": ("16 to 2048",),
+        "fine sweeps a solve": ("1.17", "1.09"),
+    }
+    for what, figures in wanted.items():
+        ((name, page, found),) = [(name, page, found) for name, (page, found) in said.items() if what in name]
+        for figure in figures:
+            assert figure in texts[page], (page, what, figure)
+            for number in re.findall(r"[0-9]+(?:\.[0-9]+)?", figure):
+                assert number in name + found, (what, found, figure)
