@@ -52,11 +52,12 @@ Made from the committed rows by `python drivers/studies/papers.py`; nothing here
 
 The rule. A number *holds* if ours is worse by at most a tenth (counts, work, errors, ratios) or by at most one point
 (accuracies). A comparison holds if ours has the same sign, and its 95 % interval leaves out that there is no
-difference or, where the row has no interval, it is so on every seed and after every number of units that the row names; "on par" holds
-unless ours is worse beyond the interval. **green**: it holds, and the run was of the paper's size and by its method, as
-far as the paper states them. **yellow**: it holds in a run that was smaller or other in something, which the row says.
-**red**: it does not hold, at whatever size. **not run**: there are no committed rows. L2 is the mean square error, L∞
-the largest error. ± is a standard deviation, in brackets is a 95 % interval or, of speed-ups, the range.\
+difference or, where the row has no interval, it is so on every seed and after every number of units that the row
+names; "on par" holds unless ours is worse beyond the interval. **green**: it holds, and the run was of the paper's size
+and by its method, as far as the paper states them. **yellow**: it holds in a run that was smaller, or other in
+something, which the row says. **red**: it does not hold, at whatever size. **not run**: there are no committed rows. L2
+is the mean square error, L∞ the largest error. ± is a standard deviation, in brackets is a 95 % interval or, of
+speed-ups, the range.\
 """
 
 

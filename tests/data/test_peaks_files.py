@@ -29,6 +29,14 @@ def test_published_points_agree_with_our_classes(published, caplog):
     assert train.features[:, 0].tolist() == [5.76470588235294e-01, -1.89411764705882e00]
 
 
+def test_published_validation_points_are_in_part_training_points(published):
+    """As benchmarks/results/nested says."""
+    train, validation = peaks.load(published)
+    points = {tuple(point) for point in train.features.T.tolist()}
+    assert sum(tuple(point) in points for point in validation.features.T.tolist()) == 72
+    assert validation.features.shape[1] == 200
+
+
 def test_part_of_the_published_points(published):
     train, validation = peaks.load(published, num_train=50, num_val=10, dtype=torch.float32)
     complete, _ = peaks.load(published)

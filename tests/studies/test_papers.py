@@ -10,7 +10,7 @@ import pytest
 from processes import PROJECT
 from studies.comparison.line import Line, near
 from studies.comparison.quoted import RESULTS, behind, quoted
-from studies.papers import DRAWINGS, LINES, PAGE
+from studies.papers import DRAWINGS, LINES, PAGE, PAPERS
 from studies.rows import WORK
 
 # Tables and figures of each paper.
@@ -95,3 +95,13 @@ def test_the_figures_that_pages_quote_are_in_them():
             assert figure in texts[page], (page, what, figure)
             for number in re.findall(r"[0-9]+(?:\.[0-9]+)?", figure):
                 assert number in name + found, (what, found, figure)
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_papers_are_cited(paper):
+    """By title, authors and year, in the README, on the page and where they are implemented."""
+    authors, title, year = re.fullmatch(r"(.*?), \*(.*?)\*, (\d{4}).*", PAPERS[paper]).groups()
+    rooms = {"000": "depth", "001": "depth", "002": "width", "003": "resnet"}
+    for path in ("README.md", "docs/papers.md", f"xbraid_py/multilevel/{rooms[paper]}/__init__.py"):
+        said = " ".join((PROJECT / path).read_text().split())
+        assert authors in said and title in said and year in said[said.index(title) :][:200], path
