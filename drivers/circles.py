@@ -8,6 +8,7 @@ classified rightly. Try
 
     python drivers/circles.py
     python drivers/circles.py --mgopt.schedule="[{1}]"
+    python drivers/circles.py --mgopt.full_multigrid=1
     mpirun -n 2 python drivers/circles.py --resume auto
     python drivers/circles.py --smoke --out /tmp/circles
 """

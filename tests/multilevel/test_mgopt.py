@@ -6,12 +6,16 @@ import pytest
 import torch
 from mgopt_runs import by_autograd, last, mgopt, pairwise, problem, split
 
+from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.agreement import RunError
 from xbraid_py.multilevel.depth.mgopt import LevelOptions, MGOpt, MGOptOptions
 from xbraid_py.optim import OneShot, OneShotOptions
 from xbraid_py.optim.levels import Point
 from xbraid_py.problem.problem import perceptron_weights
+from xbraid_py.recipes.mgopt import CirclesOptions
+from xbraid_py.run.engine import rows_of
 
+SERIAL = SerialCommunicator()
 GD = LevelOptions(learning_rate=(0.3, 0.2, 0.1))
 ARMIJO = LevelOptions(method=("lbfgs",), learning_rate=(1.0,), line_search=True)
 
@@ -179,6 +183,21 @@ def test_full_multigrid_start(cycles):
         for _ in range(cycles + (level == 0)):
             x = algorithm_1(x, 16 >> level, None, steps, GD.learning_rate[level:], "inject")
     torch.testing.assert_close(run.x, x, rtol=1e-11, atol=1e-12)
+
+
+def test_the_circles_job_begins_on_the_coarsest_network_if_asked_to():
+    """With work units that say what the start has cost; to 90 % of these points it costs less than without."""
+    found = []
+    for cycles in (0, 1):
+        how = {"num_layers": 64, "num_train": 200, "num_val": 100, "seed": 1, "goal": 0.9}
+        training = CirclesOptions(**how, mgopt=MGOptOptions(levels=4, full_multigrid=cycles)).training(SERIAL)
+        found.append(list(rows_of(training)))
+        assert training.has_reached(found[-1][-1])
+    without, with_start = found
+    assert without[0]["loss"] == with_start[0]["loss"] and without[1]["loss"] != with_start[1]["loss"]
+    # The coarsest network, and a cycle from each of the others, the last of which is that of a run without.
+    assert (without[1]["work"], with_start[1]["work"]) == (5.0, 0.25 + 1.5 + 3.0 + 5.0)
+    assert with_start[-1]["work"] < without[-1]["work"]
 
 
 def test_w_cycles_go_on_where_the_first_visit_ended():

@@ -202,6 +202,21 @@ def _transfers(rows: Sequence[Row], figures: Path) -> list[str]:
     return [table(head, lines)]
 
 
+def _initialization(rows: Sequence[Row], figures: Path) -> list[str]:
+    lines = []
+    for (levels, cycles), chosen in groups(rows, "levels", "full_multigrid").items():
+        without = where(rows, levels=levels, full_multigrid=0)
+        cells = [f"{levels}", f"{cycles}"]
+        for goal in (0.9, chosen[0]["settings"]["goal"]):
+            found, base = reached(chosen, goal), reached(without, goal)
+            less = sum(found[seed]["work"] < base[seed]["work"] for seed in found.keys() & base.keys())
+            cells += [f"{len(found)} of {len(chosen)}", spread(found, "work"), f"{less}" if cycles else ""]
+        lines.append([*cells, spread(reached(chosen), "seconds", 2)])
+    reach = ["{0}: reached", "{0}: work units", "{0}: seeds with less than without"]
+    columns = [each.format(goal) for goal in ("90 %", "goal") for each in reach]
+    return [table(["levels", "cycles on each level", *columns, "seconds to the goal"], lines)]
+
+
 def _ablation(rows: Sequence[Row], figures: Path) -> list[str]:
     said, free = [], where(rows, fine_moves="all", coarse_moves="all")
     for moves, chosen in groups(rows, "fine_moves", "coarse_moves").items():
@@ -259,6 +274,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Sequence[Row], Path], list[str]]]] = {
     "hyper": ("Circles: learning rate and regularization", _hyper),
     "sampling": ("Circles, points uniform in the square", _sampling),
     "transfers": ("Circles: transfers", _transfers),
+    "initialization": ("Circles: a start on the coarsest network", _initialization),
     "ablation": ("Circles: which weights may move", _ablation),
     "methods_circles": ("Circles: optimizers of the levels", _methods),
     "methods_peaks": ("Peaks: optimizers of the levels", _methods),
