@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mgopt_runs import EXACT, last, mgopt, points
+from mgopt_runs import EXACT, last, mgopt, points, problem
 from small_runs import gathered, same_bits
 
 from xbraid_py.comm.partition import Partition
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel.depth.mgopt import LevelOptions, MGOptOptions
+from xbraid_py.multilevel.depth.mgopt import LevelOptions, MGOpt, MGOptOptions
+from xbraid_py.problem.problem import perceptron_weights
 from xbraid_py.run.store.read import CheckpointError, file_name, load
 from xbraid_py.run.store.write import CheckpointStore
 from xbraid_py.testing import run_threads
@@ -147,6 +148,33 @@ def test_a_run_goes_on_from_its_state_on_other_numbers_of_ranks(spmd, shared_tmp
 
     record, weights = spmd(write)[0]
     for found, ends in run_threads(readers, rest):
+        assert found == record and same_bits(ends, weights)
+
+
+@pytest.mark.parametrize("ranks, replicas", [(1, 1), (2, 2), (2, 1)])
+def test_a_run_on_replicas_goes_on_with_other_numbers_of_them(tmp_path, ranks, replicas):
+    def run(comm, replicas):
+        lagged = replace(problem(comm, MGRIT(cfactor=4, portions=4)), replicas=replicas)
+        found = MGOpt(lagged, 32, MGOptOptions(levels=3, optim=METHODS["momentum"]))
+        found.x = perceptron_weights(found.network, seed=2)
+        return found
+
+    def write(comm):
+        whole = run(comm, 2)
+        for record in whole.run(3):
+            if record.cycle == 2:
+                arrays, numbers = whole.state()
+                CheckpointStore(tmp_path).save(comm, 2, arrays, {"state": numbers})
+        return replace(record, seconds=0.0), gathered(whole.network, whole.x)
+
+    def rest(comm):
+        found = run(comm, replicas)
+        with load(tmp_path / file_name(2)) as checkpoint:
+            found.load(checkpoint)
+        return replace(last(found, 3), seconds=0.0), gathered(found.network, found.x)
+
+    record, weights = run_threads(4, write)[0]
+    for found, ends in run_threads(ranks, rest):
         assert found == record and same_bits(ends, weights)
 
 
