@@ -7,11 +7,14 @@ import subprocess
 import sys
 
 import pytest
+from kinds import draw_nothing
 from processes import PROJECT
 from studies.comparison.line import Line, near
-from studies.comparison.quoted import RESULTS, behind, quoted
+from studies.comparison.quoted import RESULTS, behind, kept, quoted
 from studies.papers import DRAWINGS, LINES, PAGE, PAPERS
 from studies.rows import WORK
+from studies.study import PAGE as PAGE_OF_A_STUDY
+from studies.width import page as width_page
 
 # Tables and figures of each paper.
 WHOLE = {"000": (2, 5), "001": (0, 5), "002": (4, 9), "003": (5, 11)}
@@ -95,6 +98,14 @@ def test_the_figures_that_pages_quote_are_in_them():
             assert figure in texts[page], (page, what, figure)
             for number in re.findall(r"[0-9]+(?:\.[0-9]+)?", figure):
                 assert number in name + found, (what, found, figure)
+
+
+def test_the_rows_of_darcy_make_their_page(tmp_path, monkeypatch):
+    draw_nothing(monkeypatch)
+    width_page.write({"table3": kept("width/darcy.jsonl.gz")}, tmp_path)
+    text = (RESULTS / "width" / "darcy.md").read_text()
+    assert (tmp_path / PAGE_OF_A_STUDY).read_text() == text
+    assert "Learned is the pressure" in text
 
 
 @pytest.mark.parametrize("paper", PAPERS)

@@ -100,6 +100,10 @@ def _setting(rows: Sequence[Row]) -> str:
         f"{settings['mesh']} points, {settings['max_work']:g} work units, minibatches of {settings['batch_size']}, "
         f"{'standardized' if settings['standardize'] else 'raw'} inputs and targets."
     )
+    if settings["problem"] == "darcy":
+        said += (
+            f" Learned is the {settings['target']}, from the permeability; in the paper the flux Q, from its logarithm."
+        )
     return said + (f" The mean training target has the validation L2 {median(means):.2e}." if means else "")
 
 
