@@ -307,6 +307,8 @@ def communicator_of(group: Any, timeout: datetime.timedelta | None = None) -> Co
         return SerialCommunicator()
     found = _known.get(group)
     if found is None:
+        if not _known:
+            atexit.register(_settle)  # before what sends the last messages, so that it comes after that
         found = _known[group] = ProcessGroupCommunicator(group, timeout=timeout)
     return found
 
@@ -345,6 +347,12 @@ def world() -> Communicator:
         sys.excepthook = hook
     atexit.register(_leave)
     return communicator_of(dist.group.WORLD, _NEVER)
+
+
+def _settle() -> None:
+    # A thread of gloo lets go of the tensors of the last message, and needs the interpreter for that: where it comes
+    # too late, at the end of Python, the process aborts.
+    time.sleep(0.1)
 
 
 def _leave() -> None:
