@@ -183,12 +183,13 @@ def test_a_state_of_an_earlier_version_has_weights_alone(tmp_path):
     cycles = run.run(4)
     record = [next(cycles) for _ in range(3)][-1]
     arrays, numbers = run.state()
-    arrays = {name: each for name, each in arrays.items() if name.startswith("weights/")}
-    path = CheckpointStore(tmp_path).save(run.network.comm, 2, arrays, {"state": numbers})
     found = mgopt(num_layers=32, optim=METHODS["momentum"])
-    with load(path) as checkpoint:
-        with pytest.raises(CheckpointError, match="level0/momentum_buffer is missing"):
+    for left, message in ((("weights/", "gradient/"), "level0/momentum_buffer is"), (("weights/",), "the gradient is")):
+        arrays = {name: each for name, each in arrays.items() if name.startswith(left)}
+        path = CheckpointStore(tmp_path).save(run.network.comm, 2, arrays, {"state": numbers})
+        with load(path) as checkpoint, pytest.raises(CheckpointError, match=f"{message} missing"):
             found.load(checkpoint)
+    with load(path) as checkpoint:
         del checkpoint.meta["state"]["levels"]
         found.load(checkpoint)
     assert torch.equal(found.x, run.x)
