@@ -24,7 +24,12 @@ STUDY = MGOptStudyOptions(blocks=(128, 256), **TINY)
 BASES = STUDY.bases
 SHORT = {
     **{name: f"mgopt.{name}" for name in ("levels", "schedule", "restriction", "fine_moves", "coarse_moves")},
-    **{"carry": "mgopt.carry_momentum", "search": "mgopt.line_search", "keep": "mgopt.optim.keep"},
+    **{
+        "full": "mgopt.full_multigrid",
+        "carry": "mgopt.carry_momentum",
+        "search": "mgopt.line_search",
+        "keep": "mgopt.optim.keep",
+    },
 }
 
 
@@ -149,12 +154,20 @@ def test_accuracies_and_methods(tmp_path):
     assert "| adam, anew at every visit | 8 | 0.1 | 1 of 1 | 5.0 ± 0.0 | 25.0 ± 0.0 | 10.00 (10.00 to 10.00) |" in text
 
 
+def test_a_start_on_the_coarsest_network(tmp_path):
+    rows = [row(10, 0), row(10, 1), failure(seed=2), row(4, 0, full=1), row(12, 1, full=1), row(3, 2, 0.95, full=1)]
+    text = written({"initialization": rows}, tmp_path)
+    assert "| 8 | 0 | 2 of 3 | 45.0 ± 0.0 |  | 2 of 3 | 50.0 ± 0.0 |  |" in text
+    # 90 % after 4, 11 and 3 cycles of 5: on the first seed earlier than after 9.
+    assert "| 8 | 1 | 3 of 3 | 30.0 ± 21.8 | 1 | 2 of 3 | 40.0 ± 28.3 | 1 |" in text
+
+
 def test_no_rows_make_a_page(tmp_path):
     assert written({}, tmp_path).startswith("0 runs in 0 parts, 0 failed.")
     assert "##" not in written({"table1": []}, tmp_path)
 
 
-@pytest.mark.parametrize("part", ["table1", "figure5", "table2", "hyper", "mnist"])
+@pytest.mark.parametrize("part", ["table1", "figure5", "table2", "hyper", "initialization", "mnist"])
 def test_results_that_are_kept_make_their_tables(tmp_path, monkeypatch, kept, part):
     draw_nothing(monkeypatch)
     options = MGOptStudyOptions()

@@ -211,10 +211,10 @@ def _initialization(rows: Sequence[Row], figures: Path) -> list[str]:
             found, base = reached(chosen, goal), reached(without, goal)
             less = sum(found[seed]["work"] < base[seed]["work"] for seed in found.keys() & base.keys())
             cells += [f"{len(found)} of {len(chosen)}", spread(found, "work"), f"{less}" if cycles else ""]
-        lines.append([*cells, spread(reached(chosen), "seconds", 2)])
+        lines.append(cells)
     reach = ["{0}: reached", "{0}: work units", "{0}: seeds with less than without"]
     columns = [each.format(goal) for goal in ("90 %", "goal") for each in reach]
-    return [table(["levels", "cycles on each level", *columns, "seconds to the goal"], lines)]
+    return [table(["levels", "cycles on each level", *columns], lines)]
 
 
 def _ablation(rows: Sequence[Row], figures: Path) -> list[str]:
