@@ -83,6 +83,15 @@ def gru(given, comm) -> float:
     return made(torch.ones(N, 1, 2))[0].sum().item()
 
 
+def lstm(given, comm) -> float:
+    made = xb.ParallelLSTM(2, 3, comm=given, mgrit=xb.MGRIT(cfactor=2, min_coarse=2))
+    return made(torch.ones(N, 1, 2))[0].sum().item()
+
+
+def equation(given, comm) -> float:
+    return float(xb.solve(xb.TimeStepper(lambda u, t0, t1: u / (1 + t1 - t0)), 1.0, [0.0, 0.5, 1.0], given).end)
+
+
 def modules(given, comm) -> float:
     with own_random_numbers(0):
         plain = [torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1)]
@@ -137,6 +146,7 @@ CALLS: dict[str, Callable] = {
     "GradScaler": scaler,
     "LayerParallel": stack,
     "ParallelGRU": gru,
+    "ParallelLSTM": lstm,
     "PipelineParallel": modules,
     "Problem": objective,
     "ProcessGrid": grid,
@@ -148,6 +158,7 @@ CALLS: dict[str, Callable] = {
     "parallelize": parallelized,
     "parallel_stages": stages,
     "save_checkpoint": kept,
+    "solve": equation,
 }
 
 

@@ -17,7 +17,7 @@ GOAL = ("--num_layers=64", "--mgopt.levels=4", "--max_cycles=20")
 
 
 def test_circles_are_learnt(tmp_path, capsys):
-    row = run(CIRCLES, SERIAL, tmp_path, *GOAL)
+    row = run(CIRCLES, SERIAL, tmp_path, *GOAL, "--mgrit.max_levels=1")  # whose work is what it counts
     assert row["val_accuracy"] == 1.0 and row["final"] and row["update"] < 20
     assert row["work"] == row["counted_work"] == 5.0 * row["cycle"] and row["gradients"][0] == 2 * row["cycle"]
     said = f"validation accuracy 100.00 % after {row['cycle']} cycles, {row['work']:.1f} work units"

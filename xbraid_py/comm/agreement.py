@@ -52,9 +52,6 @@ def met() -> list[Communicator]:
     return [comm for comm in found if comm is not None and comm.size > 1]
 
 
-END = "the end of the program"  # as a call
-
-
 class CallError(RuntimeError):
     """Ranks that meet are in different calls."""
 
