@@ -70,7 +70,10 @@ BLOCKS = {
     "in place": (odd(lambda f, u: f(u.mul_(2.0))), "block=Odd overwrites its input; use a form not in place"),
     "in place, relu": (odd(lambda f, u: f(torch.relu_(u))), "overwrites its input"),
     "random": (odd(lambda f, u: f(u) * torch.rand(())), "gives two results for one state"),
-    "dropout inside": (Case(lambda: LibraryAttention(0.5), (6, 3, C)), "use xbraid_py.nn.Dropout(0.5) behind it"),
+    "dropout inside": (
+        Case(lambda: LibraryAttention(0.5), (6, 3, C)),
+        "use xbraid_py.nn.MultiheadAttention, as xbraid_py.replace_modules",
+    ),
     "dropout": (Case(lambda: Dropped(0.3, nn.Dropout), (6, C)), "use xbraid_py.nn.Dropout(0.3)"),
     "batch norm": (Case(Statistics, (6, C)), "BatchNorm1d (norm) with statistics of the batch"),
     "batch norm without statistics": (

@@ -232,7 +232,8 @@ class MinibatchState:
         else:
             states = max(numbers["solvers"], key=_exactness)
         # Files of earlier versions have no state of recurrent networks.
-        for part, state in zip(self._solved, states, strict=True) if states else ():
+        is_earlier = not states and all(isinstance(part, ParallelRecurrent) for part in self._solved)
+        for part, state in () if is_earlier else zip(self._solved, states, strict=True):
             part.load_solver_state(state)
         self.update, self.seconds = numbers["update"], float(numbers["seconds"])
         torch.set_rng_state(checkpoint.rows(RANDOM))
