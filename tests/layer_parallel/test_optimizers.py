@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from blocks import CASES, UNCHECKED, C, distance, loss_of
+from blocks import CASES, UNCHECKED, C, distance, linear, loss_of
 from blocks import reduced as message_of
 from torch import nn
 
@@ -147,7 +147,7 @@ def test_stacked_biases_among_those_that_decay_are_named(spmd):
     """Groups by the number of axes, as for a model without stacks."""
 
     def body(comm):
-        model = nn.Sequential(CASES["mlp"].stack(comm, 9), nn.Linear(C, 2).double())
+        model = nn.Sequential(CASES["mlp"].stack(comm, 9), linear(C, 2, 1))
         parameters = list(model.parameters())
         groups = [[p for p in parameters if p.dim() >= 2], [p for p in parameters if p.dim() < 2]]
         decays = [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}]
