@@ -358,9 +358,9 @@ def test_a_step_that_is_refused_changes_nothing(spmd):
         before = [p.clone() for p in model.parameters()]
         optimizer.load_state_dict(state)
         said = reduced(comm, optimizer.step)
-        return (said is None) == (comm.rank == 0), all(map(torch.equal, before, model.parameters())) == (comm.rank == 1)
+        return (said is None) == (comm.rank == 0), all(map(torch.equal, before, model.parameters())) == (comm.rank > 0)
 
-    assert spmd(body) == [(True, True)] * 2
+    assert set(spmd(body)) == {(True, True)}
 
 
 def test_what_optimizers_may_go_on_with():
