@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class Compiled:
 
             # An adjoint solve comes through a graph more than once, so its memory is not for the backward pass to use.
             # For the whole process, as torch has it: it looks at this in the backward pass too.
-            torch._functorch.config.donated_buffer = False
+            import_module("torch._functorch.config").donated_buffer = False  # which torch loads when it compiles
             # Rows lie at other offsets in memory, and need gradients or not: each a form of its own to the compiler.
             has_limit = "recompile_limit" in inspect.signature(torch.compile).parameters  # older torch has not
             self._function = torch.compile(given, backend=self.backend, **{"recompile_limit": 64} if has_limit else {})
