@@ -249,8 +249,9 @@ class ModuleBlock:
             If it asks for more than its weights and its state: the layer's masks, its statistics, or its time.
         """
         what = "the time of its layer" if self.takes_time else None
-        if self._dropouts or self._norms:
-            what = f"{type((self._dropouts or [*self._norms.values()])[0]).__name__}, which asks for its layer"
+        asking = [part for part in self._dropouts if max(self.rates_of(part)) > 0.0] or [*self._norms.values()]
+        if asking:
+            what = f"{type(asking[0]).__name__}, which asks for its layer"
         if self.torch_random:
             what = "random numbers of its layer (torch_random=True)"
         if what is not None:
