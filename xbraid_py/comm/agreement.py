@@ -80,8 +80,7 @@ def agree(comm: Communicator, key: Any, what: str, call: str) -> None:
     """
     _met.setdefault(id(comm), weakref.ref(comm))
     watchdog.enter(call)
-    if call == "forward()":
-        comm.refuse_replicas()
+    comm.refuse_replicas()
     if not _differ(comm, (call, key)):
         return
     calls = comm.bcast(comm.gather(call))

@@ -9,10 +9,12 @@ import threading
 import time
 import traceback
 from types import TracebackType
+from typing import NoReturn
 
 from xbraid_py.comm import watchdog
 from xbraid_py.comm.agreement import END, CallError, agree, met
 from xbraid_py.comm.base import Communicator
+from xbraid_py.comm.ending import end_job, wait_for_rank_0
 
 PATIENCE = "XBRAID_PATIENCE"  # a variable of the environment: seconds that a rank waits for another
 
@@ -71,8 +73,7 @@ class _Guard:
         atexit.register(self._leave)
 
     def _uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        # Where all ranks fail alike, the first one ends the others before they repeat the same.
-        time.sleep(min(0.5 + 0.1 * self.comm.rank, 2.0) if self.comm.rank else 0.0)
+        wait_for_rank_0(self.comm.rank)
         if self.comm.misses_a_rank(error):
             self._end(f"rank {self.comm.rank} of {self.comm.size}: another rank is gone ({error})")
         if self._before is not sys.__excepthook__:
@@ -95,11 +96,5 @@ class _Guard:
             time.sleep(3.0)
             self._end(f"error: {error}")
 
-    def _end(self, text: str, status: int = 1) -> None:
-        if text:
-            sys.stderr.write(text.rstrip() + "\n")
-        sys.stderr.flush()
-        sys.stdout.flush()
-        time.sleep(0.3)  # a launcher may drop what it has not yet read
-        self.comm.abort(status)
-        os._exit(status)
+    def _end(self, text: str, status: int = 1) -> NoReturn:
+        end_job(self.comm, status, text)

@@ -22,6 +22,7 @@ import torch
 
 from xbraid_py.comm import Communicator, guard, launcher_rank, leftovers, watchdog, world
 from xbraid_py.comm.agreement import RunError, agree_on_all, launcher_size, same_data, same_installation
+from xbraid_py.comm.ending import end_job, say, wait_for_rank_0
 from xbraid_py.kernels import BACKEND
 from xbraid_py.run import memory, signals
 from xbraid_py.run.folder import last_words
@@ -242,7 +243,7 @@ class _Job:
     def end(self, status: int, message: str) -> NoReturn:
         """End in order, all ranks together: rank 0 prints the message."""
         if self.rank == 0:
-            _say(message)
+            say(message)
         # A rank that fails alone, against the rules, would wait for the others for ever.
         signal.alarm(int(_LATE) + 5)
         self.leave(_LATE)
@@ -281,8 +282,7 @@ class _Job:
             self._end(RUN_FAILED, f"rank {self.rank} of {self.comm.size}: another rank is gone ({error})")
         text = "".join(traceback.format_exception(kind, error, trace))
         last_words(f"rank {self.rank}: {kind.__name__}: {error}")
-        # Where all ranks fail alike, rank 0 ends the others before they repeat the same traceback.
-        time.sleep(min(1.0 + 0.2 * self.rank, 3.0) if self.rank else 0.0)
+        wait_for_rank_0(self.rank)
         self._end(RUN_FAILED, f"rank {self.rank} of {self.comm.size}:\n{text}" if self.comm else text)
 
     def _give_up(self, text: str) -> None:
@@ -314,31 +314,10 @@ class _Job:
     def _end(self, status: int, text: str) -> NoReturn:
         """End the whole job at once; the first thread to come here does it."""
         self._ending.acquire()
-        if text:
-            _say(text)
-            # A launcher may drop what it has not yet read from a rank when the abort reaches it.
-            time.sleep(0.4)
-        # A last resort, should MPI itself be stuck: the launcher notices the death of a rank.
-        signal.alarm(5)
-        if self.comm:
-            self.comm.abort(status)
-        os._exit(status)
+        end_job(self.comm, status, text)
 
 
 def _interrupt_once(number, frame) -> NoReturn:
     # Launcher and terminal may both send it; one is enough.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise KeyboardInterrupt
-
-
-def _say(text: str) -> None:
-    """Print to stderr, in one piece so that ranks do not mix; a reader that has gone is no error."""
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-    with contextlib.suppress(OSError):
-        # What was given, or read, may hold letters that a terminal would obey.
-        shown = (
-            letter if letter.isprintable() or letter in "\n\t" else ascii(letter)[1:-1] for letter in text.rstrip()
-        )
-        sys.stderr.write("".join(shown) + "\n")
-        sys.stderr.flush()
