@@ -232,3 +232,22 @@ def run_updates(model, case: Case, updates: int = 2) -> list:
         optimizer.step()
         record.append(found | {"state": copied(model.state_dict())})
     return record
+
+
+def two_calls(stack: LayerParallel, case: Case) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """Output and gradients of two updates with the same input, as masks and statistics make them differ."""
+    found = []
+    for _ in range(2):
+        stack.zero_grad()
+        output = stack(case.input())
+        loss_of(output).backward()
+        found.append((output.detach(), gradients(stack)))
+    return found
+
+
+def are_the_same(found: list[dict], wanted: list[dict], bound: float = 1e-10) -> None:
+    """Assert that updates are those of another stack, as `run_updates` has them."""
+    for mine, other in zip(found, wanted, strict=True):
+        assert all(distance(mine[key], other[key]) < bound for key in ("output", "input", "weights"))
+        assert list(mine["state"]) == list(other["state"])
+        assert all(distance(mine["state"][n].double(), v.double()) < bound for n, v in other["state"].items())

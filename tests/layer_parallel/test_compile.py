@@ -14,8 +14,10 @@ from torch import nn
 
 import xbraid_py.nn
 from xbraid_py import LayerParallel
+from xbraid_py.layers.transformer import DecoderBlock
 
 T, N = 2.0, 6
+EXACT = {"mgrit": SOLVES["exact"], "accuracy": UNCHECKED}
 # One state of torch's compiler for all threads of a process.
 pytestmark = pytest.mark.ranks(1, 2)
 
@@ -92,6 +94,28 @@ def test_by_the_compiler_of_torch(spmd):
     for compiled, plain in spmd(body):
         for mine, wanted in zip(compiled, plain, strict=True):
             assert all(distance(mine[key], wanted[key]) < 1e-10 for key in ("output", "input", "weights"))
+
+
+def test_dropout_of_nothing_is_compiled():
+    """In an evaluation, and where its probability is 0."""
+    stack = LayerParallel(lambda: DecoderBlock(4, 2).double(), 2, T, compile="aot_eager", **EXACT)
+    plain = LayerParallel(lambda: DecoderBlock(4, 2).double(), 2, T, **EXACT)
+    assert distance(stack(CASES["decoder"].input()).detach(), plain(CASES["decoder"].input()).detach()) < 1e-12
+    assert stack.windows[0].block.compiled.calls
+
+
+@pytest.mark.job
+def test_a_program_that_has_compiled_nothing_before(run_job, tmp_path):
+    """Torch loads the parts of it that compile only then."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import torch\nfrom torch import nn\nimport xbraid_py\n"
+        "stack = xbraid_py.LayerParallel(lambda: nn.Linear(4, 4), 3, compile='aot_eager')\n"
+        "stack(torch.ones(2, 4)).sum().backward()\nprint(stack.windows[0].block.compiled.calls)\n"
+    )
+    done = run_job([program], fresh=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 3
 
 
 class Timed(nn.Linear):

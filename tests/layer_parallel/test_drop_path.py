@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from blocks import B, C, Case, L, distance, gradients, loop, loop_gradients, loss_of, unstacked
+from blocks import B, C, Case, L, distance, gradients, loop, loop_gradients, loss_of, two_calls, unstacked
 from blocks import reduced as message_of
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
@@ -49,12 +49,7 @@ def literal(weights: dict[str, Tensor], u: Tensor, draw: int) -> Tensor:
 def test_one_mask_for_each_layer_sample_and_update(spmd, solve, recompute):
     def body(comm):
         stack = CASE.stack(comm, N, T, solve, seed=SEED, recompute=recompute)
-        found = []
-        for _ in range(2):
-            stack.zero_grad()
-            output = stack(CASE.input())
-            loss_of(output).backward()
-            found.append((output.detach(), gradients(stack)))
+        found = two_calls(stack, CASE)
         with torch.no_grad():
             return found, stack.state_dict(), stack.eval()(CASE.input())
 

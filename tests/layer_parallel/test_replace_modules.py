@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from blocks import B, C, Case, L, distance, gradients, loop, loop_gradients, loss_of, unstacked
+from blocks import B, C, Case, L, distance, gradients, loop, loop_gradients, loss_of, two_calls, unstacked
 from torch import nn
 
 import xbraid_py.nn as xnn
@@ -79,12 +79,7 @@ def test_a_block_that_was_refused_is_a_layer(spmd, solve):
 
     def body(comm):
         stack = case.stack(comm, N, T, solve, seed=SEED)
-        found = []
-        for _ in range(2):
-            stack.zero_grad()
-            output = stack(case.input())
-            loss_of(output).backward()
-            found.append((output.detach(), gradients(stack)))
+        found = two_calls(stack, case)
         with torch.no_grad():
             return found, stack.state_dict(), stack.eval()(case.input())
 

@@ -9,7 +9,7 @@ import copy
 
 import pytest
 import torch
-from blocks import CASES, SOLVES, UNCHECKED, Case, copied, distance, run_updates
+from blocks import CASES, SOLVES, UNCHECKED, Case, are_the_same, copied, distance, run_updates
 from normed import SHAPES, Normed
 
 from xbraid_py import MGRIT, LayerParallel, Splines, broadcast_loss, to_sequential
@@ -42,10 +42,7 @@ def test_converged_is_the_network_without_ends(spmd, block, num_layers, ends, so
 
     exact = run_updates(case.stack(None, num_layers, T, "exact"), case)
     for found in spmd(body):
-        for mine, wanted in zip(found, exact, strict=True):
-            assert all(distance(mine[key], wanted[key]) < 1e-10 for key in ("output", "input", "weights"))
-            assert list(mine["state"]) == list(wanted["state"])
-            assert all(distance(mine["state"][n].double(), v.double()) < 1e-10 for n, v in wanted["state"].items())
+        are_the_same(found, exact)
 
 
 def test_where_the_layers_are(spmd):

@@ -9,7 +9,7 @@ import itertools
 
 import pytest
 import torch
-from blocks import B, C, Case, L, distance, gradients, loop_gradients, loss_of, unstacked
+from blocks import B, C, Case, L, distance, gradients, loop_gradients, loss_of, two_calls, unstacked
 from blocks import reduced as message_of
 from torch import nn
 
@@ -83,12 +83,7 @@ def test_all_evaluations_of_a_layer_draw_the_same(spmd, which, solve, recompute)
 
     def body(comm):
         stack = case.stack(comm, N, T, solve, seed=SEED, recompute=recompute, form=form, torch_random=True)
-        found = []
-        for _ in range(2):
-            stack.zero_grad()
-            output = stack(case.input())
-            loss_of(output).backward()
-            found.append((output.detach(), gradients(stack)))
+        found = two_calls(stack, case)
         with torch.no_grad():
             return found, stack.state_dict(), stack.eval()(case.input())
 

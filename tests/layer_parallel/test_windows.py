@@ -15,6 +15,7 @@ from blocks import (
     UNCHECKED,
     C,
     Case,
+    are_the_same,
     copied,
     distance,
     gradients,
@@ -66,10 +67,7 @@ def test_converged_windows_equal_one_stack(spmd, block, num_layers, windows, sol
 
     exact = run_updates(case.stack(None, num_layers, T, "exact"), case)
     for found in spmd(body):
-        for mine, wanted in zip(found, exact, strict=True):
-            assert all(distance(mine[key], wanted[key]) < 1e-10 for key in ("output", "input", "weights"))
-            assert list(mine["state"]) == list(wanted["state"])
-            assert all(distance(mine["state"][n].double(), v.double()) < 1e-10 for n, v in wanted["state"].items())
+        are_the_same(found, exact)
 
 
 @pytest.mark.parametrize("block", ["dropout", "moving"])

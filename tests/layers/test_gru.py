@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
+from functools import partial
+
 import pytest
 import torch
+from gated_cells import COUNTS, B, H, M, check_cell, drawn
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.partition import Partition
@@ -12,13 +14,7 @@ from xbraid_py.layers.gated import GatedSteps, Sizes
 from xbraid_py.layers.gru import GruCell
 from xbraid_py.mgrit.equations import Adjoint, Forward
 
-M, B, H = 6, 3, 5
-DRAW = np.random.default_rng(3)
 KINDS = ("plain", "implicit")
-
-
-def drawn(*shape):
-    return torch.from_numpy(DRAW.standard_normal(shape))
 
 
 def slow_step(kind, h, a, weight, bias, size, count=1):
@@ -50,28 +46,10 @@ def steps_of(kind, n=M, coarse="compose", h=None, bias=True, sources=False):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("counts", [None, (1, 2, 3, 4, 1, 7)])
+@pytest.mark.parametrize("counts", [None, COUNTS])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_a_step_and_its_jacobian_are_those_of_autograd(kind, counts, with_bias):
-    cell, h, a, weight = GruCell(H, kind), drawn(M, B, H), drawn(M, B, 3 * H), drawn(3 * H, H)
-    bias = drawn(3 * H) if with_bias else None
-    size = torch.tensor([1.0, 0.3, 0.9, 0.01, 2.5, 1.2], dtype=torch.float64)
-    sizes = Sizes(size, None if counts is None else torch.tensor(counts, dtype=torch.float64))
-    v = drawn(M, B, H)
-    leaves = [t.clone().requires_grad_() for t in (h, a)]
-    rows = [
-        slow_step(kind, leaves[0][i], leaves[1][i], weight, bias, size[i], 1 if counts is None else counts[i])
-        for i in range(M)
-    ]
-    wanted = torch.stack(rows)
-    of_h, of_a = torch.autograd.grad(wanted, leaves, v)
-    assert torch.allclose(cell.step(h, a, weight, bias, sizes), wanted, rtol=0, atol=1e-13)
-    local = cell.linearize(h, a, weight, bias, sizes)
-    back, slopes = local.back(v, weight, slice(None))
-    gradient = torch.empty_like(a)
-    local.of_input(v, slopes, slice(None), gradient)
-    assert torch.allclose(back, of_h, rtol=0, atol=1e-12)
-    assert torch.allclose(gradient, of_a, rtol=0, atol=1e-12)
+    check_cell(GruCell(H, kind), partial(slow_step, kind), 1, 3, counts, with_bias)
 
 
 def test_plain_steps_of_size_one_are_those_of_torch():

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
+from functools import partial
+
 import pytest
 import torch
+from gated_cells import COUNTS, SIZE, B, H, M, check_cell, drawn
 
 from xbraid_py.layers.gated import KINDS, GatedSteps, Sizes
 from xbraid_py.layers.lstm import LstmCell
-
-M, B, H = 6, 3, 5
-DRAW = np.random.default_rng(4)
-SIZE = torch.tensor([1.0, 0.3, 0.9, 0.01, 2.5, 1.2], dtype=torch.float64)
-COUNTS = (1, 2, 3, 4, 1, 7)
-
-
-def drawn(*shape):
-    return torch.from_numpy(DRAW.standard_normal(shape))
 
 
 def slow_step(kind, state, a, weight, bias, size, count=1):
@@ -36,24 +29,7 @@ def slow_step(kind, state, a, weight, bias, size, count=1):
 @pytest.mark.parametrize("counts", [None, COUNTS])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_a_step_and_its_jacobian_are_those_of_autograd(kind, counts, with_bias):
-    cell, state, a, weight = LstmCell(H, kind), drawn(M, B, 2 * H), drawn(M, B, 4 * H), drawn(4 * H, H)
-    bias = drawn(4 * H) if with_bias else None
-    sizes = Sizes(SIZE, None if counts is None else torch.tensor(counts, dtype=torch.float64))
-    v = drawn(M, B, 2 * H)
-    leaves = [t.clone().requires_grad_() for t in (state, a)]
-    rows = [
-        slow_step(kind, leaves[0][i], leaves[1][i], weight, bias, SIZE[i], 1 if counts is None else counts[i])
-        for i in range(M)
-    ]
-    wanted = torch.stack(rows)
-    of_state, of_a = torch.autograd.grad(wanted, leaves, v)
-    assert torch.allclose(cell.step(state, a, weight, bias, sizes), wanted, rtol=0, atol=1e-13)
-    local = cell.linearize(state, a, weight, bias, sizes)
-    back, slopes = local.back(v, weight, slice(None))
-    gradient = torch.empty_like(a)
-    local.of_input(v, slopes, slice(None), gradient)
-    assert torch.allclose(back, of_state, rtol=0, atol=1e-12)
-    assert torch.allclose(gradient, of_a, rtol=0, atol=1e-12)
+    local, gradient = check_cell(LstmCell(H, kind), partial(slow_step, kind), 2, 4, counts, with_bias)
     assert torch.equal(local.of_gates(gradient), gradient)
 
 

@@ -83,6 +83,16 @@ class Partition:
             raise ValueError(f"row={row} is outside 0 .. {self.num_rows - 1}")
         return bisect_right(self.bounds, row) - 1
 
+    @property
+    def first_owner(self) -> int:
+        """Owner of the first row."""
+        return self.owner(0)
+
+    @property
+    def last_owner(self) -> int:
+        """Owner of the last row."""
+        return self.owner(self.num_rows - 1)
+
     def neighbor(self, rank: int, direction: int) -> int | None:
         """Owner of the row behind (`direction` +1) or before (-1) those of `rank`; None at an end."""
         row = self.bounds[rank + 1] if direction > 0 else self.bounds[rank] - 1

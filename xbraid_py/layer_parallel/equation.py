@@ -152,7 +152,7 @@ class _Equation:
         grid = LayerGrid(padded, abs(self.times[-1] - self.times[0]))
         self.hierarchy = Hierarchy.plan(self.options, grid, comm.size)
         rows = self.hierarchy.partition
-        first, self.count, self.last_rank = rows.first(comm.rank), rows.count(comm.rank), rows.owner(padded - 1)
+        first, self.count, self.last_rank = rows.first(comm.rank), rows.count(comm.rank), rows.last_owner
         # Rows that pad come behind all others.
         self.first, stop = (min(row, self.number) for row in (first, first + self.count))
         self.valid = stop - self.first
@@ -268,7 +268,7 @@ class _Equation:
         found = self.solver.solve(AdjointTrajectory(steps, self.states, None, kept=kept), start)
         self.adjoint_residuals[:] = found.residuals
         self._converged(found, "the adjoints")
-        owner = self.hierarchy.partition.owner(0)
+        owner = self.hierarchy.partition.first_owner
         of_start = found.end if self.comm.rank == owner else slope.new_empty(inner(self.u0.shape))
         of_start = self.comm.broadcast(of_start.contiguous(), owner).view(self.u0.shape)
         if not self.wanted:

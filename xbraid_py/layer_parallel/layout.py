@@ -129,9 +129,9 @@ class Cut:
         middle = self._solvers(_part(grid, before, inner), comm)
         # The ends lie where the inner part begins and ends, so that no state has to go anywhere.
         parts = (
-            (0, before, middle.partition.owner(0)),
+            (0, before, middle.partition.first_owner),
             (before, inner, None),
-            (before + inner, behind, middle.partition.owner(inner - 1)),
+            (before + inner, behind, middle.partition.last_owner),
         )
         parts = [part for part in parts if part[1]]
         found = []

@@ -81,16 +81,6 @@ class Plan:
     output: str
     watch: Watch | None
 
-    @property
-    def first_rank(self) -> int:
-        """Owner of the first module."""
-        return self.partition.owner(0)
-
-    @property
-    def last_rank(self) -> int:
-        """Owner of the last module."""
-        return self.partition.owner(self.partition.num_rows - 1)
-
     def spread(self, state: Tensor | None, empty: Tensor, root: int) -> Tensor:
         """A tensor of rank `root`: on all ranks, or there, and 0 elsewhere. `empty` is written to, or given back."""
         own = self.comm.rank == root
@@ -174,7 +164,7 @@ class Passage:
         self.ends = [torch.cat(parts) for parts in zip(*(found[n] for n in sorted(found)), strict=True)]
         if self._is_first:
             form = Form.of(self.ends, plan.forms[self._place("leaves", 0)].structure) if self.finishes else None
-            plan.forms[plan.key] = plan.comm.bcast(form, plan.last_rank)
+            plan.forms[plan.key] = plan.comm.bcast(form, plan.partition.last_owner)
 
     # ---- What portions are like
 
@@ -406,7 +396,7 @@ class PropagateModules(torch.autograd.Function):
         ends, passage.ends = passage.ends or [None] * len(plan.forms[plan.key].shapes), []
         form = plan.forms[plan.key]
         empty = (tensors[0].new_empty(shape, dtype=kind) for shape, kind in zip(form.shapes, form.dtypes, strict=True))
-        found = [plan.spread(end, each, plan.last_rank) for end, each in zip(ends, empty, strict=True)]
+        found = [plan.spread(end, each, plan.partition.last_owner) for end, each in zip(ends, empty, strict=True)]
         ctx.mark_non_differentiable(*(each for each in found if not has_slopes(each.dtype)))
         return tuple(found)
 
@@ -433,9 +423,9 @@ class PropagateModules(torch.autograd.Function):
         backs, of_weights, rows = passage.backward(own, keep)
         wanted = ctx.needs_input_grad[2:]
         count, stop = len(passage.leaves), len(passage.leaves) + len(plan.given.tensors)
-        back = iter(backs or [None] * count)
+        back, first = iter(backs or [None] * count), plan.partition.first_owner
         of_leaves = [
-            plan.spread(next(back), torch.empty_like(leaf, memory_format=torch.contiguous_format), plan.first_rank)
+            plan.spread(next(back), torch.empty_like(leaf, memory_format=torch.contiguous_format), first)
             if want
             else None
             for leaf, want in zip(passage.leaves, wanted[:count], strict=True)

@@ -145,12 +145,12 @@ class PipelineParallel(Owner):
     @property
     def first_rank(self) -> int:
         """Owner of the first module."""
-        return self.partition.owner(0)
+        return self.partition.first_owner
 
     @property
     def last_rank(self) -> int:
         """Owner of the last module."""
-        return self.partition.owner(self.partition.num_rows - 1)
+        return self.partition.last_owner
 
     @property
     def own_layers(self) -> list[int]:

@@ -326,7 +326,7 @@ class Propagation:
 
 def kept_start(start: Tensor, solvers: Solvers, keeper: int | None) -> Tensor:
     """The input of the first layer on its owner, from the rank that has kept it."""
-    comm, owner = solvers.comm, solvers.partition.owner(0)
+    comm, owner = solvers.comm, solvers.partition.first_owner
     if keeper in (None, owner):
         return start
     if comm.rank == keeper:

@@ -101,12 +101,12 @@ class Window(nn.Module):
     @property
     def first_rank(self) -> int:
         """Owner of the first layer."""
-        return self.solvers.partition.owner(0)
+        return self.solvers.partition.first_owner
 
     @property
     def last_rank(self) -> int:
         """Owner of the last layer."""
-        return self.solvers.partition.owner(self.solvers.grid.num_layers - 1)
+        return self.solvers.partition.last_owner
 
     @property
     def sizes(self) -> list[float]:

@@ -213,7 +213,7 @@ class SplineLayers:
     @property
     def root(self) -> int:
         """Owner of the first layer, where gradients are summed."""
-        return self.partition.owner(0)
+        return self.partition.first_owner
 
     @cached_property
     def _band(self) -> tuple[Tensor, Tensor]:

@@ -146,7 +146,7 @@ class DenseResNet:
     @property
     def is_first(self) -> bool:
         """Whether the opening layer is here."""
-        return self.partition.owner(0) == self.comm.rank
+        return self.partition.first_owner == self.comm.rank
 
     @property
     def is_last(self) -> bool:
@@ -156,7 +156,7 @@ class DenseResNet:
     @property
     def last_rank(self) -> int:
         """Owner of the last layer and of the classification layer."""
-        return self.partition.owner(self.grid.num_layers - 1)
+        return self.partition.last_owner
 
     @cached_property
     def layout(self) -> Layout:
@@ -166,7 +166,7 @@ class DenseResNet:
     def layout_of(self, rank: int) -> Layout:
         """The layout on a rank."""
         total = self.grid.num_layers
-        is_first, is_last = rank == self.partition.owner(0), rank == self.last_rank
+        is_first, is_last = rank == self.partition.first_owner, rank == self.last_rank
         first, count = self.partition.first(rank), self.partition.count(rank)
         if self.splines is not None:
             total = self.splines.num

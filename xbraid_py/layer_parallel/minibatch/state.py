@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from xbraid_py.run.store.write import Shard
 
 WEIGHTS, MOMENTS, SCALARS, RANDOM = "weights", "optimizer", "optimizer_scalars", "random_state"
 AVERAGE = "average"
+_Part = TypeVar("_Part", StackedWeights, PipelineParallel)
 # Held as float32, which has all their numbers.
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -334,21 +335,21 @@ def tensors_by_name(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def weights_by_name(model: nn.Module) -> dict[str, StackedWeights]:
     """What a parameter or buffer with a row for each layer is a part of, by its name; others are missing."""
-    return {
-        f"{path}.{name}".lstrip("."): part
-        for path, part in model.named_modules()
-        if isinstance(part, StackedWeights)
-        for name, _ in tensors_by_name(part)
-        if name in part.divided
-    }
+    found = _parts_by_name(model, StackedWeights)
+    return {name: part for name, (part, inner) in found.items() if inner in part.divided}
 
 
 def modules_by_name(model: nn.Module) -> dict[str, PipelineParallel]:
     """The pipeline that a parameter or buffer of this rank alone is a part of, by its name; others are missing."""
+    return {name: part for name, (part, _) in _parts_by_name(model, PipelineParallel).items()}
+
+
+def _parts_by_name(model: nn.Module, kind: type[_Part]) -> dict[str, tuple[_Part, str]]:
+    """Of all tensors within parts of that kind, by their names in the model: the part, and the name in it."""
     return {
-        f"{path}.{name}".lstrip("."): part
+        f"{path}.{name}".lstrip("."): (part, name)
         for path, part in model.named_modules()
-        if isinstance(part, PipelineParallel)
+        if isinstance(part, kind)
         for name, _ in tensors_by_name(part)
     }
 

@@ -231,7 +231,7 @@ class SequenceWindow:
             pairs = zip((of_input[number], of_state[number]), whole, strict=True)
             by_x, by_h = (weight_gradient(g, values, self.plan.intervals, self.comm) for g, values in pairs)
             found.append((by_x[0], by_h[0], by_x[1], by_h[1]))
-        root = self.plan.partition.owner(0)
+        root = self.plan.partition.first_owner
         carry[:] = self.comm.broadcast(last, root).unbind(0)
         return found, of_x, [_SWEPT] * depth
 
@@ -339,7 +339,7 @@ def chained_sum(rows: Tensor, partition: Partition, comm: Communicator) -> Tenso
             total += row
         if ahead is not None:
             comm.isend(total, ahead)()
-    return comm.broadcast(total, partition.owner(partition.num_rows - 1))
+    return comm.broadcast(total, partition.last_owner)
 
 
 def weight_gradient(slopes: Tensor, values: Tensor, partition: Partition, comm: Communicator) -> tuple[Tensor, Tensor]:
