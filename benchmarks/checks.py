@@ -1,6 +1,6 @@
 """What it costs that ranks look whether they make the same calls and have the same batches.
 
-    python benchmarks/checks.py [--quick] [--ranks 2] [--updates 400] [--blocks mlp,conv8,encoder]
+    python benchmarks/checks.py [--quick] [--ranks 2] [--rounds 3] [--blocks mlp,conv8,encoder]
 
 A stack of 64 layers (`benchmarks/layer_parallel.py` has the blocks, and their states) between two linear layers is
 trained by SGD, `MGRIT(cycle="pipeline")`. Updates take turns: all looks as they are (a message of one number before
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Callable
 from statistics import median
 
 import common
@@ -39,36 +40,47 @@ def take_turns(name: str, rounds: int) -> None:
     """What the ranks of a job do: report seconds of rounds of both kinds."""
     comm = world()
     make, shape = BLOCKS[name]
-    torch.manual_seed(0)
     width = shape[-1]
-    stack = LayerParallel(make, NUM_LAYERS, 1.0, comm, mgrit=MGRIT(cycle="pipeline"))
-    model = nn.Sequential(nn.Linear(width, width), stack, nn.Linear(width, width))
-    optimizer = torch.optim.SGD(model.parameters(), 1e-4)
     batches = [state(shape, seed) for seed in range(8)]
 
-    def update(number: int) -> float:
-        comm.barrier()
-        start = time.perf_counter()
-        optimizer.zero_grad()
-        model(batches[number % len(batches)]).square().mean().backward()
-        optimizer.step()
-        return time.perf_counter() - start
+    def training() -> Callable[[int], float]:
+        torch.manual_seed(0)
+        stack = LayerParallel(make, NUM_LAYERS, 1.0, comm, mgrit=MGRIT(cycle="pipeline"))
+        model = nn.Sequential(nn.Linear(width, width), stack, nn.Linear(width, width))
+        optimizer = torch.optim.SGD(model.parameters(), 1e-4)
+
+        def update(number: int) -> float:
+            comm.barrier()
+            start = time.perf_counter()
+            optimizer.zero_grad()
+            model(batches[number % len(batches)]).square().mean().backward()
+            optimizer.step()
+            return time.perf_counter() - start
+
+        return update
+
+    # Each with calls of its own, that are counted: every look is among them.
+    looking, blind = training(), training()
 
     def without(number: int) -> float:
         window.agree, os.environ[CHECK_INPUTS] = nothing, "0"
         try:
-            return update(number)
+            return blind(number)
         finally:
             window.agree = agree
             del os.environ[CHECK_INPUTS]
 
     for number in range(4):
-        update(number), without(number)
-    sums = {"with": [], "without": []}
+        looking(number), without(number)
+    sums: dict[str, list[float]] = {"with": [], "without": []}
+    kinds = [("with", looking), ("without", without)]
     for _ in range(rounds):
-        seconds = [(update(number), without(number)) for number in range(EVERY)]
-        for key, each in zip(sums, zip(*seconds, strict=True), strict=True):
-            sums[key].append(sum(each))
+        seconds = dict.fromkeys(sums, 0.0)
+        for number in range(EVERY):
+            for key, update in kinds[:: 1 if number % 2 else -1]:  # neither is always the first
+                seconds[key] += update(number)
+        for key, each in seconds.items():
+            sums[key].append(each)
     alone = []
     for _ in range(100):
         comm.barrier()
