@@ -38,7 +38,8 @@ over_mpi = $(MPIRUN) -n $(1) $(PY) -m mpi4py -m pytest -q --only-mpi -p no:cache
 # The same over torch.distributed, by gloo: messages, checkpoints, and all that depends on the order of messages.
 over_torch = $(PY) -m torch.distributed.run --standalone --nproc-per-node $(1) -m pytest -q --only-mpi -p no:cacheprovider $(2)
 OVER_TORCH = tests/comm tests/run/test_checkpoint.py tests/run/test_checkpoint_store.py tests/mgrit/test_mgrit.py \
-	$(patsubst %,tests/layer_parallel/test_%.py,layer_parallel_agreement pipeline sequence_parallel windows states alike optimizers)
+	$(patsubst %,tests/layer_parallel/test_%.py,layer_parallel_agreement pipeline sequence_parallel windows states alike optimizers \
+	  sequence_kinds equation_calls)
 WHOLE_RUNS = drivers studies recipes cli run/test_engine.py
 
 .PHONY: peaks check test test-all slurm faults soak lint clean env

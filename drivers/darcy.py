@@ -2,12 +2,13 @@
 
     q = -k grad p,  div q = 0  in the unit square,  p = 1  on the left,  p = 0  on the right,
 
-from a log-normal permeability k on 32 x 32 cells to p, or to the mean outflow on the right (eq. 43), by V-cycles over
-networks of half, a quarter, ... as many neurons; or from the two phases of the public 16 x 16 set to its pressure. Try
+from the logarithm of a log-normal permeability k on 32 x 32 cells to the mean outflow on the right (eq. 43), or to p,
+by V-cycles over networks of half, a quarter, ... as many neurons; or from the two phases of the public 16 x 16 set to
+its pressure. Try
 
     python drivers/darcy.py
     python drivers/darcy.py --training.levels=4 --training.eta=2.83
-    python drivers/darcy.py --target=flux
+    python drivers/darcy.py --target=pressure --inputs="[k]"
     python drivers/darcy.py --source=public --num_train=1000 --num_val=50
     mpirun -n 2 python drivers/darcy.py --data_dir=runs/data --resume auto
     python drivers/darcy.py --smoke --out /tmp/darcy
@@ -24,6 +25,8 @@ from xbraid_py.run.launch import launch
 
 PRESETS = {
     "smoke": {
+        "target": "pressure",  # a field: the pictures of one are made too
+        "inputs": ("k",),
         "mesh": 12,
         "num_train": 160,
         "num_val": 40,

@@ -33,6 +33,8 @@ PRESETS = {
         "tuning_seeds": 1,
         "num_train": 80,
         "num_val": 20,
+        "darcy_train": 80,
+        "darcy_val": 20,
         "mesh": 8,
         "max_work": 60.0,
         "validate_every": 20.0,

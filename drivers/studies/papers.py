@@ -1,10 +1,11 @@
 """The tables and figures of the four papers beside ours: writes `docs/papers.md` from the rows that are kept.
 
-python drivers/studies/papers.py
+python drivers/studies/papers.py [--out PAGE]
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -98,4 +99,6 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(*sys.argv[1:]) if sys.argv[1:] else PAGE)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=PAGE, help="where the page is written (%(default)s)")
+    main(parser.parse_args().out)

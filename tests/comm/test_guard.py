@@ -9,6 +9,8 @@ from processes import run_job, start_job
 
 pytestmark = [pytest.mark.job, pytest.mark.timeout(300)]
 LAUNCHERS = ["mpirun", "torchrun"]
+# Each kind of launcher on each number of ranks for one habit; the others once by either.
+JOBS = [("mpirun", 2), ("torchrun", 3)]
 
 PROGRAM = """
 import os, sys, time, torch
@@ -55,7 +57,7 @@ HABITS = {
         "ranks are in different calls: to_sequential() on rank 0 but forward() on rank 1",
     ),
     "exit": (
-        "if comm.rank == 1: sys.exit(3)",
+        "if comm.rank > 0: sys.exit(3)",
         "ranks are in different calls: forward() on rank 0 but the end of the program on rank 1",
     ),
 }
@@ -86,12 +88,15 @@ def program(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-@pytest.mark.parametrize("which", HABITS)
-def test_ranks_that_make_other_calls_end(program, which, launcher):
+@pytest.mark.parametrize(
+    ("which", "launcher", "ranks"),
+    [*((which, *job) for which in HABITS for job in JOBS), ("state_dict", "mpirun", 3), ("state_dict", "torchrun", 2)],
+)
+def test_ranks_that_make_other_calls_end(program, which, launcher, ranks):
     habit, message = HABITS[which]
-    done = run(launcher, program(habit))
-    assert done.returncode != 0 and message in done.stderr
+    done = run(launcher, program(habit), ranks)
+    said = message if ranks == 2 else message.replace("on rank 1", "on ranks 1-2")
+    assert done.returncode != 0 and said in done.stderr
     assert "cannot stand behind `if rank == 0:`" in done.stderr and "done 0" not in done.stdout
 
 

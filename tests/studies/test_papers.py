@@ -27,7 +27,7 @@ def lines():
 
 def test_the_page_is_what_the_command_makes(tmp_path):
     program = PROJECT / "drivers" / "studies" / "papers.py"
-    subprocess.run([sys.executable, program, tmp_path / "papers.md"], check=True, cwd=tmp_path, timeout=300)
+    subprocess.run([sys.executable, program, "--out", tmp_path / "papers.md"], check=True, cwd=tmp_path, timeout=300)
     assert (tmp_path / "papers.md").read_text() == PAGE.read_text()
 
 

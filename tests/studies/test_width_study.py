@@ -22,7 +22,16 @@ from xbraid_py.run.options import parse
 
 DRIVER = PROJECT / "drivers" / "width_study.py"
 CONV = WidthNetwork(kind="convolutional", widths=(64, 64), channels=(32,), kernels=(3,), strides=(2,))
-SIZES = {"mesh": 8, "num_train": 40, "num_val": 10, "batch_size": 8, "max_work": 45.0, "validate_every": 14.0}
+SIZES = {
+    "mesh": 8,
+    "num_train": 40,
+    "num_val": 10,
+    "darcy_train": 40,
+    "darcy_val": 10,
+    "batch_size": 8,
+    "max_work": 45.0,
+    "validate_every": 14.0,
+}
 STUDY = WidthStudyOptions(poisson=WidthNetwork(widths=(64, 64)), poisson_conv=CONV, **SIZES)
 
 
@@ -226,7 +235,7 @@ def test_the_driver_goes_on_where_it_was(run_job, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"parts": ("figure9",)}, "^parts=figure9 is none of table1, table1_conv"),
+        ({"parts": ("figure9",)}, "^parts=figure9 is none of table1, table1_undamped, table1_conv"),
         ({"tuning_seeds": 0}, "^tuning_seeds=0 must be at least 1; use 2$"),
         ({"rates": (0.1, -1.0)}, r"^rates=\[0.1, -1.0\] must be positive numbers; use 0.01,0.1$"),
         ({"max_work": 0.0}, "^max_work=0.0 must be positive and finite; use 50$"),

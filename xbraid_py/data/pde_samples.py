@@ -316,6 +316,8 @@ class PdeSource:
         Of the samples, and of which of them are for validation.
     target : str, optional
         What is to be learned; by default the solution.
+    channels : tuple of str, optional
+        What the inputs hold; by default what the problem says.
     data_dir : path-like, optional
         Folder where the samples of a problem are stored, and read if they are there; by default they stay in memory.
         For the public set the folder of its files, by default the usual one.
@@ -326,6 +328,7 @@ class PdeSource:
     num_val: int
     seed: int = 0
     target: str | None = None
+    channels: tuple[str, ...] | None = None
     data_dir: str | os.PathLike | None = None
 
     def __post_init__(self):
@@ -343,8 +346,9 @@ class PdeSource:
     @property
     def shape(self) -> tuple[int, int, int] | None:
         """(C, H, W) of the inputs; of the public set its files say so."""
-        mesh = None if self.problem is None else self.problem.mesh
-        return None if mesh is None else (len(self.problem.default_channels), mesh, mesh)
+        if self.problem is None:
+            return None
+        return len(self.channels or self.problem.default_channels), self.problem.mesh, self.problem.mesh
 
     def load(
         self, comm: Communicator | None = None, dtype: torch.dtype = torch.float32
@@ -360,4 +364,4 @@ class PdeSource:
         if self.problem is None:
             public = load_public(self.data_dir, dtype)
             return public.train.rows(slice(self.num_train)), public.test.rows(slice(self.num_val))
-        return split(self.samples(comm).dataset(target=self.target, dtype=dtype), self.num_val, self.seed)
+        return split(self.samples(comm).dataset(self.channels, self.target, dtype), self.num_val, self.seed)

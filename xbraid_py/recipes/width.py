@@ -6,7 +6,7 @@ Shape letters: `B` samples, `D` numbers of a target.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf, nan, prod
 from pathlib import Path
@@ -239,6 +239,12 @@ class PoissonOptions(WidthRunOptions):
         return PdeSource(problem=Poisson(mesh=self.mesh), **{name: getattr(self, name) for name in names})
 
 
+def check_inputs(inputs: Sequence[str]) -> None:
+    """Raise `ValueError` unless these are different channels of Darcy's problem."""
+    if not inputs or len(set(inputs)) < len(inputs) or set(inputs) - {*Darcy.channels}:
+        raise ValueError(f"inputs={list(inputs)} must be different ones of {', '.join(Darcy.channels)}; use [log_k]")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DarcyOptions(WidthRunOptions):
     """The Darcy job.
@@ -248,7 +254,9 @@ class DarcyOptions(WidthRunOptions):
     source
         Of the samples: generated, or the public set, of which data_dir is then the folder.
     target
-        What is to be learned of generated samples.
+        What is to be learned of generated samples: the mean outflow (flux), as in section 8.2, or the pressure.
+    inputs
+        What the inputs of generated samples hold, of k, log_k, x and y.
     mesh
         Cells in each direction.
     correlation_length
@@ -262,7 +270,8 @@ class DarcyOptions(WidthRunOptions):
     name: ClassVar[str] = "darcy"
 
     source: Literal["generated", "public"] = "generated"
-    target: Literal["pressure", "flux"] = "pressure"
+    target: Literal["flux", "pressure"] = "flux"
+    inputs: tuple[str, ...] = ("log_k",)
     mesh: int = 32
     correlation_length: float = 0.2
     variance: float = 1.0
@@ -270,13 +279,19 @@ class DarcyOptions(WidthRunOptions):
     out: Path = free(Path("runs/darcy"))
     training: WidthTrainingOptions = WidthTrainingOptions(steps=2, weight_decay=1e-6, rematch_every=10)
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_inputs(self.inputs)
+
     @property
     def samples(self) -> PdeSource:
         names = ("mesh", "correlation_length", "variance", "smoothness")
         problem = Darcy(**{name: getattr(self, name) for name in names})
         names = ("num_train", "num_val", "seed", "target", "data_dir")
         return PdeSource(
-            problem=None if self.source == "public" else problem, **{name: getattr(self, name) for name in names}
+            problem=None if self.source == "public" else problem,
+            channels=self.inputs,
+            **{name: getattr(self, name) for name in names},
         )
 
 

@@ -101,9 +101,10 @@ def _setting(rows: Sequence[Row]) -> str:
         f"{'standardized' if settings['standardize'] else 'raw'} inputs and targets."
     )
     if settings["problem"] == "darcy":
-        said += (
-            f" Learned is the {settings['target']}, from the permeability; in the paper the flux Q, from its logarithm."
-        )
+        # The first rows have no inputs among their settings.
+        target, inputs = settings["target"], ", ".join(settings.get("inputs", ["k"]))
+        said += f" Learned is the {target} from {inputs}"
+        said += "." if (target, inputs) == ("flux", "log_k") else "; in the paper the flux from log_k."
     return said + (f" The mean training target has the validation L2 {median(means):.2e}." if means else "")
 
 
@@ -266,6 +267,7 @@ def _figure(rows: Sequence[Row], name_of: Callable[[Mapping], str], path: Path, 
 
 SECTIONS: dict[str, tuple[str, Callable[[Sequence[Row], Path], list[str]]]] = {
     "table1": ("Poisson, fully connected (table 1, figure 3)", _levels(TABLE1, {}, "figure3")),
+    "table1_undamped": ("Poisson, fully connected, no damping", _levels(TABLE1, {}, "figure3_undamped")),
     "table1_conv": ("Poisson, convolutional (table 1, figure 4)", _levels(TABLE1_CONV, {}, "figure4")),
     "table2": ("Darcy, fully connected, no damping (table 2, figure 6)", _levels(TABLE2, {}, "figure6")),
     "table2_conv": ("Darcy, convolutional, no damping (table 2, figure 7)", _levels(TABLE2_CONV, {}, "figure7")),

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from studies.study import Parts, Result, Settings, StudyOptions, key
 from studies.width.case import changed, options_of, runs
 from studies.width.rows import merit
 from xbraid_py.multilevel.width.transfer import WidthOptions
-from xbraid_py.recipes.width import PROBLEMS, WidthNetwork, WidthRunOptions
+from xbraid_py.recipes.width import PROBLEMS, WidthNetwork, WidthRunOptions, check_inputs
 
 TUNING = 100  # the first seed that learning rates are tuned on
 # "Stability tuning" of the paper's section 8.3; section 8.2.1 is without it, which we read as no damping at all.
@@ -48,12 +48,15 @@ SCAN: Changes = {
 
 
 def _levels(most: int, changes: Mapping[str, Any] | None = None) -> Changes:
-    return {f"levels {count}": {"levels": count, **(changes or {})} for count in range(1, most + 1)}
+    # What is changed is the cycle: one level alone is the same run in all parts.
+    cycle = changes or {}
+    return {f"levels {n}": {"levels": n, **(cycle if n > 1 else {})} for n in range(1, most + 1)}
 
 
 # By part: the problem and its network, and what is changed.
 FIXED: dict[str, tuple[str, Changes]] = {
     "table1": ("poisson", _levels(4)),
+    "table1_undamped": ("poisson", _levels(4, UNDAMPED)),
     "table1_conv": ("poisson_conv", _levels(4)),
     "table2": ("darcy", _levels(2, UNDAMPED)),
     "table2_conv": ("darcy_conv", _levels(2, UNDAMPED)),
@@ -68,7 +71,15 @@ FIXED: dict[str, tuple[str, Changes]] = {
 TUNED: dict[str, tuple[str, Changes]] = {
     "tuned": ("poisson", _levels(4)),
     "tuned_conv": ("poisson_conv", _levels(2)),
-    "tuned_darcy": ("darcy", _levels(5, DAMPED)),
+    "tuned_darcy": (
+        "darcy",
+        {
+            "levels 1": {"levels": 1},
+            "levels 2": DAMPED | {"levels": 2},
+            "levels 2, no damping": UNDAMPED | {"levels": 2},
+            "adam alone": {"method": "adam", "levels": 1, "weight_decay": 0.0},
+        },
+    ),
     "scan": ("poisson", SCAN),
 }
 
@@ -86,7 +97,13 @@ class WidthStudyOptions(StudyOptions):
     tuning_work
         Work units of the runs that tune; 0 for those of the others.
     num_train, num_val
-        Samples for training and for validation.
+        Samples of Poisson's problem for training and for validation.
+    darcy_train, darcy_val
+        Of Darcy's.
+    target
+        What is learned of Darcy's problem.
+    inputs
+        What its inputs hold.
     mesh
         Points in each direction.
     max_work
@@ -109,8 +126,9 @@ class WidthStudyOptions(StudyOptions):
         What the scan compares.
     parts
         Table1, table2 and table3 have the paper's learning rate, and convolutional networks with _conv behind their
-        names; table4 is of learning rates on the levels. Tuned (with _conv, with _darcy) compares numbers of levels,
-        scan the settings of two levels, each with the best of several learning rates.
+        names; table1 and table3 are damped, table1_undamped and table2 are not. Table4 is of learning rates on the
+        levels. Tuned (with _conv) compares numbers of levels, tuned_darcy one and two of them, damped and not, and
+        Adam, and scan the settings of two levels, each with the best of several learning rates.
     """
 
     out: Path = Path("runs/width_study")
@@ -120,6 +138,10 @@ class WidthStudyOptions(StudyOptions):
     tuning_work: float = 0.0
     num_train: int = 9000
     num_val: int = 1000
+    darcy_train: int = 40_000
+    darcy_val: int = 10_000
+    target: Literal["flux", "pressure"] = "flux"
+    inputs: tuple[str, ...] = ("log_k",)
     mesh: int = 32
     max_work: float = 10_000.0
     validate_every: float = 50.0
@@ -145,15 +167,21 @@ class WidthStudyOptions(StudyOptions):
             for each in getattr(self, name):
                 if each not in known:
                     raise ValueError(f"{name}={each} is none of {', '.join(known)}; use {use}")
+        check_inputs(self.inputs)
         for part in self.parts:
             for case in self.cases(part).values():
                 _ = case.layers
 
     def base(self, name: str) -> WidthRunOptions:
         """The two-level method of paper 002 on a problem, poisson or darcy, with its convolutional network or not."""
-        names = "num_train num_val mesh max_work validate_every batch_size standardize".split()
+        names, problem = "mesh max_work validate_every batch_size standardize".split(), name.removesuffix("_conv")
         sizes = {name: getattr(self, name) for name in names}
-        return PROBLEMS[name.removesuffix("_conv")](network=getattr(self, name), count_tau=False, **sizes)
+        if problem == "darcy":
+            sizes |= {"num_train": self.darcy_train, "num_val": self.darcy_val}
+            sizes |= {"target": self.target, "inputs": self.inputs}
+        else:
+            sizes |= {"num_train": self.num_train, "num_val": self.num_val}
+        return PROBLEMS[problem](network=getattr(self, name), count_tau=False, **sizes)
 
     def cases(self, part: str) -> dict[str, WidthRunOptions]:
         """The runs of a part by what they are called, those that compete with their first learning rate."""
