@@ -203,6 +203,32 @@ def test_validations_on_mnist_are_every_fifth_work_unit():
     assert {each["validate_every"] for each in runs(PARTS["table1"](BASES), [0])} == {1}
 
 
+def test_epochs_are_of_the_papers_size_and_long_enough():
+    options = MGOptStudyOptions(parts=("mnist_epochs",))
+    long = options.first_stage({})["mnist_epochs"]
+    assert {each["seed"] for each in long} == {0, 1, 2} and {each["mgopt"]["levels"] for each in long} == {
+        1,
+        2,
+        4,
+        6,
+        8,
+    }
+    assert {(each["num_layers"], each["goal"]) for each in long} == {(2048, 0.93)}
+    assert all(each["max_work"] >= 460 * 60 for each in long)
+    # A quarter of an epoch of a single level, so that none is taken for half an epoch more than it is.
+    assert {each["mgopt"]["levels"]: each["validate_every"] for each in long} == {1: 15, 2: 5, 4: 3, 6: 3, 8: 3}
+
+
+def test_both_pages_say_the_same_of_the_papers_cycles():
+    driver = " ".join((PROJECT / "drivers" / "mgopt_mnist.py").read_text().split())
+    readme = " ".join((KEPT / "README.md").read_text().split())
+    for said in (driver, readme):
+        assert said.count("The paper's 460 V-cycles of a single level to 93 % are") == 1
+    first = readme.index("The paper's 460 V-cycles of a single level")
+    sentences = readme[first : readme.index(" `python drivers/mgopt_study.py --parts=", first)]
+    assert sentences in driver.replace(" (benchmarks/results/mgopt)", "")
+
+
 @pytest.mark.parametrize("part", METHOD_PARTS)
 def test_methods_compete_at_two_numbers_of_levels(part):
     found = competitors(BASES, part)

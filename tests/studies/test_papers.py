@@ -9,8 +9,10 @@ import sys
 import pytest
 from kinds import draw_nothing
 from processes import PROJECT
+from studies.comparison import depth
 from studies.comparison.line import Line, near
 from studies.comparison.quoted import RESULTS, behind, kept, quoted
+from studies.mgopt.parts import MGOptStudyOptions
 from studies.papers import DRAWINGS, LINES, PAGE, PAPERS
 from studies.rows import WORK
 from studies.study import PAGE as PAGE_OF_A_STUDY
@@ -116,3 +118,22 @@ def test_papers_are_cited(paper):
     for path in ("README.md", "docs/papers.md", f"xbraid_py/multilevel/{rooms[paper]}/__init__.py"):
         said = " ".join((PROJECT / path).read_text().split())
         assert authors in said and title in said and year in said[said.index(title) :][:200], path
+
+
+def test_rows_of_long_runs_take_the_place_of_shorter_ones(monkeypatch):
+    """Table 1 on MNIST: epochs of 60 cycles."""
+    cases = MGOptStudyOptions(parts=("mnist_epochs",)).first_stage({})["mnist_epochs"]
+    ends = {1: (60 * 460, 1.0), 8: (60 * 40, 5.1875)}  # cycles, and units of a cycle
+    rows = []
+    for case in (each for each in cases if each["mgopt"]["levels"] in ends and each["seed"] < 2):
+        cycles, unit = ends[case["mgopt"]["levels"]]
+        curve = [[k * cycles, k * unit * cycles, 0, 0, 0, 0, 0.93 * k] for k in (0, 1)]
+        rows.append({"settings": case, "result": {"curve": curve}})
+    monkeypatch.setattr(depth, "later", lambda name: tuple(rows))
+    found = {line.item: line for line in depth.paper_000()}
+    one, eight = (found[f"table 1, MNIST, L = {levels}"] for levels in (1, 8))
+    assert (one.ours, one.seeds, one.color) == ("460.0 epochs, 460.0 units of as many", "2 of 2 arrive", "green")
+    assert (eight.ours, eight.color) == ("40.0 epochs, 207.5 units of as many", "**red**")
+    assert "minibatch" in found["table 1, MNIST, L = 2"].size and found["table 1, MNIST, L = 2"].ours.startswith("85")
+    work = found["table 1, MNIST: work of L = 1 over L = 8"]
+    assert work.ours == "2.22 (2.22 to 2.22)" and work.color == "**red**" and work.seeds == "2"

@@ -6,13 +6,15 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean
 
 from studies.comparison.line import Line, ahead, near, source
-from studies.comparison.quoted import CIRCLES, MNIST, kept, mgopt, nested, times
+from studies.comparison.quoted import CIRCLES, MNIST, kept, later, mgopt, nested, times
 from studies.mgopt.page import TABLE1, TABLE2
+from studies.mgopt.rows import MINIBATCHES, Point, points, ratios, reached, speedup
 from studies.mgopt.rows import best as highest
-from studies.mgopt.rows import points, ratios, reached, speedup
 from studies.nested.page import PAPER
 from studies.rows import WORK, Row, accuracies, accuracy_at, paired, where, work_unit
 from studies.statistics import Summary, deviation_ratio
+
+_EPOCHS = "the paper's V-cycle read as an epoch of 60 minibatches of 1,000, each a V-cycle here"
 
 
 def paper_000() -> Iterator[Line]:
@@ -36,8 +38,13 @@ def paper_000() -> Iterator[Line]:
         )
     digits = "2048 blocks of width 10, rate 0.01; a V-cycle a minibatch of 1,000 (the paper's: very probably an epoch)"
     images = {levels: mgopt(levels=levels, **MNIST) for levels in TABLE1["mnist"]}
+    epochs = mgopt(later("mgopt/epochs.jsonl.gz"), **MNIST | {"goal": 0.93})
+    to_93 = {levels: reached(where(epochs, levels=levels)) for levels in TABLE1["mnist"]}
     for levels, (cycles, work) in TABLE1["mnist"].items():
         rows = images[levels]
+        if long := where(epochs, levels=levels):
+            yield _epochs(levels, long, to_93[levels])
+            continue
         yield Line(
             f"table 1, MNIST, L = {levels}",
             f"93 % after {cycles} V-cycles, {work} units",
@@ -64,14 +71,19 @@ def paper_000() -> Iterator[Line]:
     for seed, goal in goals.items():
         single |= reached(where(images[1], seed=seed), goal)
         eight |= reached(where(images[8], seed=seed), goal)
+    to, full = f"to the highest accuracy of L = 1, {100 * fmean(goals.values()):.1f} %, not to 93 %", False
+    if each := ratios(to_93[1], to_93[8], "work"):
+        single, eight, to, full = to_93[1], to_93[8], f"to 93 %; {_EPOCHS}", True
+    each = each or ratios(single, eight, "work")
     yield Line(
         "table 1, MNIST: work of L = 1 over L = 8",
         f"{460 / 145:.2f}, to 93 %",
         speedup(single, eight, "work"),
-        f"to the highest accuracy of L = 1, {100 * fmean(goals.values()):.1f} %, not to 93 %",
-        f"{len(eight)}",
+        to,
+        f"{len(each)}",
         study,
-        fmean(ratios(single, eight, "work")) >= 0.9 * 460 / 145,
+        fmean(each) >= 0.9 * 460 / 145,
+        full,
     )
     factors = [fmean(ratios(found[1], found[levels], "cycle")) for levels in (2, 4, 8)]
     yield Line(
@@ -126,6 +138,24 @@ def paper_000() -> Iterator[Line]:
         "10",
         study,
         over.mean >= 0.9 * 3.54,
+        True,
+    )
+
+
+def _epochs(levels: int, rows: Sequence[Row], there: dict[int, Point]) -> Line:
+    """Table 1 on MNIST to 93 %; a V-cycle of the paper is an epoch, and so is its work unit."""
+    cycles, work = TABLE1["mnist"][levels]
+    ours = [[point[name] / MINIBATCHES for point in there.values()] for name in ("cycle", "work")]
+    least = min(100 * highest(row) for row in rows)
+    means = [fmean(each) for each in ours if each]
+    return Line(
+        f"table 1, MNIST, L = {levels}",
+        f"93 % after {cycles} V-cycles, {work} units",
+        "{:.1f} epochs, {:.1f} units of as many".format(*means) if means else f"{least:.1f} % at the end",
+        f"2048 blocks of width 10, rate 0.01; {_EPOCHS}",
+        f"{len(there)} of {len(rows)} arrive",
+        source('mgopt_study.py --parts="[mnist_epochs]"', "mgopt/epochs.jsonl.gz"),
+        len(there) == len(rows) and near(means[0], cycles) and near(means[1], work),
         True,
     )
 

@@ -37,9 +37,15 @@ def kept(name: str) -> tuple[Row, ...]:
         return tuple(map(json.loads, file))
 
 
-def mgopt(**wanted: object) -> list[Row]:
+def later(name: str) -> tuple[Row, ...]:
+    """The rows of a file that a long run will leave; none before it has."""
+    return kept(name) if (RESULTS / name).exists() else ()
+
+
+def mgopt(file: Sequence[Row] | None = None, **wanted: object) -> list[Row]:
     """Rows of MG/OPT with these settings, without those of the seeds that learning rates were tuned on."""
-    rows = [{**row, "settings": words(row["settings"])} for row in kept("mgopt/runs.jsonl.gz")]
+    found = kept("mgopt/runs.jsonl.gz") if file is None else file
+    rows = [{**row, "settings": words(row["settings"])} for row in found]
     return [row for row in where(rows, **wanted) if row["settings"]["seed"] < 100]
 
 

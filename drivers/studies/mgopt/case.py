@@ -62,16 +62,16 @@ def changed(case: Case, changes: Mapping[str, Any]) -> Case:
     return from_dict(type(case), {**to_dict(case), **changes})
 
 
-def runs(cases: Iterable[MGOptRunOptions], seeds: Iterable[int]) -> list[Settings]:
+def runs(cases: Iterable[MGOptRunOptions], seeds: Iterable[int], apart: float = 5.0) -> list[Settings]:
     """Settings of runs of one problem: every case with every seed.
 
-    On MNIST a validation costs more than a cycle: there is one every fifth work unit, if not after every cycle.
+    On MNIST a validation costs more than a cycle: they are `apart` work units apart, or a cycle.
     """
     # A study is of one rank, and says of its runs how they are solved.
     cases = [replace(case, mgrit=case.solver) for case in cases]
     (problem,) = (name for name, each in PROBLEMS.items() if type(cases[0]) is each)
     if problem == "mnist":
-        cases = [replace(case, validate_every=max(1, round(5.0 / case.mgopt.steps().work()))) for case in cases]
+        cases = [replace(case, validate_every=max(1, round(apart / case.mgopt.steps().work()))) for case in cases]
     return of_seeds(cases, seeds, problem=problem)
 
 

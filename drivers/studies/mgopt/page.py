@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from studies.mgopt.rows import Point, best, groups, points, ratios, reached, speedup, spread, words
+from studies.mgopt.rows import MINIBATCHES, Point, best, groups, points, ratios, reached, speedup, spread, words
 from studies.rows import Row, table, where
 from studies.study import PAGE
 from xbraid_py.recipes.pictures.curves import over_cycles
@@ -160,7 +160,8 @@ def _epochs(rows: Sequence[Row], figures: Path) -> list[str]:
     base, lines = where(rows, levels=1), []
     for (levels,), chosen in groups(rows, "levels").items():
         # A cycle for every minibatch of 1000 images.
-        minibatches = max(1, (chosen[0]["settings"]["num_train"] or 60_000) // 1000)
+        few = chosen[0]["settings"]["num_train"]
+        minibatches = max(1, few // 1000) if few else MINIBATCHES
         found = {seed: point | {"epochs": point["cycle"] / minibatches} for seed, point in reached(chosen).items()}
         theirs = TABLE1["mnist"].get(levels, ("", ""))[0]
         cells = [f"{len(found)} of {len(chosen)}", spread(found, "epochs"), f"{theirs}"]

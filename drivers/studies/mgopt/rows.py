@@ -15,6 +15,7 @@ from studies.statistics import Summary
 # What a point of a curve consists of.
 CURVE = ("cycle", "work", "counted_work", "seconds", "loss", "train_accuracy", "val_accuracy")
 Point = dict[str, float]
+MINIBATCHES = 60  # of 1,000 images, in an epoch of MNIST
 
 
 def words(settings: Mapping[str, Any]) -> dict[str, Any]:
