@@ -9,7 +9,7 @@ import ctypes
 import importlib
 import os
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The same bits from a matrix product wherever its operands lie in memory and however many go in one call: without it
 # results depend on the partition of the layers. Costs nothing measurable; has to be set before MKL is first used.

@@ -1,5 +1,7 @@
 """The programs that come with the library, by name: NAME is `drivers/NAME.py` of the checkout that the library is in.
 
+An installed library has them in its own folder: the build puts `drivers/` into the package.
+
 A run leaves the name of its program, and it is by that name that it goes on: a path in a file may lead anywhere.
 """
 
@@ -9,19 +11,23 @@ import os
 import re
 from pathlib import Path
 
-_CHECKOUT = Path(__file__).resolve().parents[2]
+_LIBRARY, _CHECKOUT = Path(__file__).resolve().parents[1:3]
+
+
+def folder() -> Path:
+    """Where the programs are."""
+    # A folder "drivers" beside an installed library is somebody else's.
+    return (_CHECKOUT if (_CHECKOUT / "pyproject.toml").is_file() else _LIBRARY) / "drivers"
 
 
 def names() -> list[str]:
-    """All names; none where the library is installed without its checkout."""
-    if not (_CHECKOUT / "pyproject.toml").is_file():  # a folder "drivers" beside it is somebody else's then
-        return []
-    return sorted(path.stem for path in (_CHECKOUT / "drivers").glob("*.py"))
+    """All names."""
+    return sorted(path.stem for path in folder().glob("*.py"))
 
 
 def path_of(name: str) -> Path | None:
     """The program of that name; None if there is none."""
-    return _CHECKOUT / "drivers" / f"{name}.py" if re.fullmatch(r"\w+", name) and name in names() else None
+    return folder() / f"{name}.py" if re.fullmatch(r"\w+", name) and name in names() else None
 
 
 def name_of(program: str | os.PathLike) -> str:
