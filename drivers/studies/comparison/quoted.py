@@ -57,7 +57,7 @@ def nested(regime: str, width: int) -> list[Row]:
 
 def width_rows(name: str) -> list[Row]:
     """Rows of multilevel training in width."""
-    return [{**row, "settings": width_words(row["settings"])} for row in kept(f"width/{name}.jsonl.gz")]
+    return [{**row, "settings": width_words(row["settings"])} for row in later(f"width/{name}.jsonl.gz")]
 
 
 def cells(page: str, first: str) -> list[str]:
