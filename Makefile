@@ -3,8 +3,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 RANKS  ?= 4
-# Another MPI than the wheel: make test EXTRAS=test,test-models,lint MPIRUN=mpirun
-EXTRAS ?= mpi,test,test-models,lint
+# Another MPI than the wheel: make test EXTRAS=test,test-models,lint,docs MPIRUN=mpirun
+EXTRAS ?= mpi,test,test-models,lint,docs
 MPIRUN ?= $(VENV)/bin/mpirun
 # Where pip finds a CPU build of torch, if not where it looks by itself: make env TORCH_ARGS='--index-url URL'
 TORCH_ARGS ?=
@@ -42,7 +42,7 @@ OVER_TORCH = tests/comm tests/run/test_checkpoint.py tests/run/test_checkpoint_s
 	  sequence_kinds equation_calls)
 WHOLE_RUNS = drivers studies recipes cli run/test_engine.py
 
-.PHONY: peaks check test test-all slurm faults soak lint clean env
+.PHONY: peaks check test test-all slurm faults soak lint docs links clean env
 
 peaks: env
 	$(MPIRUN) -n $(RANKS) $(PY) drivers/peaks.py $(ARGS)
@@ -93,6 +93,16 @@ soak: env
 lint: env
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+# The documentation site, into build/docs/index.html; warnings are errors, links within it are checked. Needs no network.
+SPHINX = $(PY) -m sphinx -W --keep-going -q -d build/doctrees
+docs: env
+	$(SPHINX) docs build/docs
+	@echo "build/docs/index.html"
+
+# The links that lead out of it as well.
+links: env
+	$(SPHINX) -b linkcheck docs build/links
 
 env: $(STAMP)
 

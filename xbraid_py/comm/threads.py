@@ -109,6 +109,18 @@ def run_threads(size: int, body: Callable[[Communicator], Any]) -> list[Any]:
     """Run `body(comm)` on `size` ranks that are threads; their results in the order of the ranks.
 
     The first exception of a rank ends the others and is raised here.
+
+    Parameters
+    ----------
+    size : int
+        Number of ranks.
+    body : callable
+        Called as `body(comm)` on each of them, with its communicator.
+
+    Returns
+    -------
+    list
+        What the bodies return.
     """
     shared = _Shared(size, threading.Event())
     results: list[Any] = [None] * size

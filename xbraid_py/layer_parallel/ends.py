@@ -52,6 +52,13 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> float:
     Gradients of layers are counted on all ranks, all others once (they are the same on every rank). Collective; the
     same bits on any number of ranks.
 
+    Parameters
+    ----------
+    model : nn.Module
+        With stacks in it, anywhere.
+    max_norm : float
+        The gradients are scaled down to this norm where theirs is larger.
+
     Returns
     -------
     float

@@ -133,7 +133,18 @@ def local_errors(steps: Halvable, states: Tensor, halves: Tensor | None = None) 
 
 
 def error_norms(errors: Tensor) -> Tensor:
-    """Root mean squares (n,) of errors (n, *S): one number for each layer, whatever the number of samples."""
+    """Root mean squares (n,) of errors (n, *S): one number for each layer, whatever the number of samples.
+
+    Parameters
+    ----------
+    errors : (n, *S) tensor
+        Of n layers.
+
+    Returns
+    -------
+    (n,) tensor
+        A norm for each layer.
+    """
     count = max(1, errors[:1].numel())
     return kernels.distances(errors, errors)[:, 1].div(count).sqrt()
 
@@ -144,6 +155,18 @@ def output_error(coarse: Tensor, fine: Tensor, order: int) -> Tensor:
 
     That is (u_h - u_2h) / (2^p - 1), p = `order` being 1 for forward Euler and 2 for the midpoint rule, for weights
     that are the same functions of depth; added to the fine solution it makes one of order p + 1.
+
+    Parameters
+    ----------
+    coarse, fine : (*S) tensor
+        Outputs with steps of 2 h and of h.
+    order : int
+        The order p of the scheme.
+
+    Returns
+    -------
+    (*S) tensor
+        The estimate.
 
     Raises
     ------

@@ -127,10 +127,12 @@ def advise(stack: LayerParallel, batch: Tensor, *inputs: Any, seconds: float = 3
     stack : LayerParallel
     batch : (B, ...) tensor
         What the stack is called with.
-    *inputs, **named
+    *inputs
         Further inputs, as of a call.
     seconds : float
         About how long to time layers.
+    **named
+        Further inputs that have names.
 
     Returns
     -------

@@ -1,0 +1,73 @@
+"""The documentation site: every public name is in it, with a valid docstring; what its pages quote is in the code."""
+
+import importlib
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+DOCS = PROJECT / "docs"
+pytest.importorskip("numpydoc", reason="the extra docs is not installed")
+sys.path.append(str(DOCS / "_ext"))
+
+import site_reference as reference  # noqa: E402
+from numpydoc.docscrape import get_doc_object  # noqa: E402
+from numpydoc.validate import validate  # noqa: E402
+
+PUBLIC = [f"{face}.{name}" for face, name in reference.public()]
+
+# What numpydoc checks, and we keep: a docstring is there and has the form that the reference reads (GL, SS), its
+# parameters are those of the signature, in their order (PR01 to PR03, PR05, PR06, PR10), and what comes back and is
+# raised is said (RT, YD). Left out is what is a matter of style, or not ours: types of parameters that annotations give
+# (PR04) and descriptions of those whose name and type say all (PR07, PR08, PR09), "See Also" and examples for every
+# name (SA, EX), an extended summary (ES01), summaries that begin with an equation or a noun (SS02, SS05, SS06).
+CHECKS = {
+    *("GL02", "GL05", "GL06", "GL07", "GL08", "GL09", "GL10"),
+    *("SS01", "SS03", "SS04", "PR01", "PR02", "PR03", "PR05", "PR06", "PR10"),
+    *("RT02", "RT04", "YD01"),
+}
+# Their arguments are those of torch's modules of the same names, and are described there.
+AS_TORCH = {"MovingBatchNorm1d", "MovingBatchNorm2d", "MovingBatchNorm3d", "MultiheadAttention"}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_docstring_is_valid(name):
+    face, _, last = name.rpartition(".")
+    found = getattr(importlib.import_module(face), last)
+    errors = [(code, said) for code, said in validate(name)["errors"] if code in CHECKS]
+    known = {"*args", "**kwargs"}  # what Python takes a protocol to be called with
+    if inspect.isclass(found):  # the fields of a record are its attributes, and said so
+        known |= {each for field in get_doc_object(found)["Attributes"] for each in field.name.split(", ")}
+        known |= {"message"} if issubclass(found, Exception) else set()
+    undescribed = last in AS_TORCH or "all arguments are those of" in inspect.getdoc(found)
+    wrong = [
+        (code, said)
+        for code, said in errors
+        if code != "PR01" or not (undescribed or set(re.findall(r"'([\w*]+)'", said)) <= known)
+    ]
+    assert not wrong
+
+
+def test_a_broken_docstring_is_noticed(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("xbraid_py").world, "__doc__", "No full stop\n\nX\n")
+    assert "SS03" in {code for code, _ in validate("xbraid_py.world")["errors"]} & CHECKS
+
+
+def test_every_public_name_is_in_a_group_of_the_reference():
+    grouped = [name for names in reference.GROUPS.values() for name in names.split()]
+    assert sorted(grouped) == sorted(importlib.import_module("xbraid_py").__all__)
+    page = reference.reference_index()
+    assert all(f"(api/{name}.rst)" in page and f"\napi/{name}\n" in page for name in PUBLIC)
+
+
+def test_every_option_has_its_row():
+    page = reference.options_page()
+    for _, name, _ in reference.OPTIONS:
+        section = page.split(f"[`xbraid_py.{name}`]")[1].split("\n## ")[0]
+        given = set(inspect.signature(getattr(importlib.import_module("xbraid_py"), name)).parameters)
+        rows = {each.lstrip("*") for each in re.findall(r"^\| `([\w*]+)` \|", section, re.M)}
+        assert rows >= given - {"args", "kwargs"}, (name, given - rows)
+        assert not re.findall(r"^\| `[\w*]+` \|.*\|\s*\|$", section, re.M) or name in ("ParallelGRU",), name
