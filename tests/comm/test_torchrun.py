@@ -239,6 +239,14 @@ try:
     found["everybody"] = distance(gradients(wrong, DistributedDataParallel(wrong)))
 except ValueError as error:
     found["everybody"] = str(error)
+wrong = model()
+fully_shard(wrong)
+try:
+    gradients(wrong)
+    torch.optim.SGD(wrong.parameters(), 0.1).step()
+    found["sharded by everybody"] = "nothing said"
+except RuntimeError as error:
+    found["sharded by everybody"] = str(error)
 both = [None, None] if dist.get_rank() == 0 else None
 dist.gather_object(found, both, 0)
 if both:
@@ -249,6 +257,11 @@ REFUSED = (
     "DistributedDataParallel takes ranks 0, 1 for replicas, but they share the layers out; give it process_group="
     "mesh.get_group('replicas'), with mesh = xbraid_py.ProcessGrid(comm, replicas).device_mesh(), or wrap only what "
     "lies around the stack"
+)
+SHARDS_REFUSED = (
+    "fully_shard takes ranks 0, 1 for owners of the same weights, but they share the layers out; shard what lies "
+    "around the stack alone: fully_shard(head, mesh=mesh['replicas']), with mesh = "
+    "xbraid_py.ProcessGrid(comm, replicas).device_mesh()"
 )
 
 
@@ -264,6 +277,7 @@ def test_torch_averages_over_the_replicas_of_a_grid_and_not_over_ranks_that_shar
         assert found["mesh"] == mesh and found["names"] == ["replicas", "layers"]
         assert found["ddp"] < 1e-6 and found["fsdp"] < 1e-6
         assert found["everybody"] == REFUSED if replicas == 1 else found["everybody"] < 1e-6
+        assert found["sharded by everybody"] == (SHARDS_REFUSED if replicas == 1 else "nothing said")
 
 
 def test_a_mesh_is_of_ranks_of_torch():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -177,6 +177,10 @@ class Communicator(ABC):
     def refuse_replicas(self) -> None:
         """Raise `ValueError` on all ranks within a forward pass of torch's that takes them for replicas of a model."""
         return
+
+    def common_ranks(self, ranks: Iterable[int]) -> list[int]:
+        """Which of these ranks of `torch.distributed` are here, sorted; none where ranks are of another kind."""
+        return []
 
     def misses_a_rank(self, error: BaseException) -> bool:
         """Whether an error of a message says that the process at the other end is gone."""

@@ -153,13 +153,16 @@ class ProcessGroupCommunicator(Communicator):
         wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
         if wrapper is None:
             return
-        ranks = sorted({*self.ranks} & {*dist.get_process_group_ranks(wrapper.process_group)})
+        ranks = self.common_ranks(dist.get_process_group_ranks(wrapper.process_group))
         if len(ranks) > 1:
             raise ValueError(
                 f"DistributedDataParallel takes ranks {', '.join(map(str, ranks))} for replicas, but they share the "
                 f"layers out; give it process_group=mesh.get_group('replicas'), with mesh = "
                 f"xbraid_py.ProcessGrid(comm, replicas).device_mesh(), or wrap only what lies around the stack"
             )
+
+    def common_ranks(self, ranks):
+        return sorted({*self.ranks} & {*ranks})
 
     def misses_a_rank(self, error):
         return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
@@ -171,11 +174,12 @@ class ProcessGroupCommunicator(Communicator):
         at_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         if self.rank == 0:
             port = int(os.environ["MASTER_PORT"]) if at_torchrun else 0
-            store = dist.TCPStore(host, port, is_master=not at_torchrun, wait_for_workers=False)
+            store = dist.TCPStore(host, port, is_master=not at_torchrun, wait_for_workers=False)  # pyright: ignore[reportPrivateImportUsage]
             said = store.port, store.add("lines of xbraid_py", 1)
         port, number = self.bcast(said)
-        store = store or dist.TCPStore(host, port)
-        self._line = _StoreLine(dist.PrefixStore(f"line {number} of xbraid_py", store), self.rank, self.size)
+        store = store or dist.TCPStore(host, port)  # pyright: ignore[reportPrivateImportUsage]
+        prefixed = dist.PrefixStore(f"line {number} of xbraid_py", store)  # pyright: ignore[reportPrivateImportUsage]
+        self._line = _StoreLine(prefixed, self.rank, self.size)
         return self._line
 
     def _group_of(self, ranks: Sequence[int]) -> Any:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable
 from functools import cache
@@ -15,6 +16,8 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from xbraid_py.comm import Communicator
 
 # What makes one number of a whole parameter, or a matrix of it: of stacked ones that would be of all layers together.
 WHOLE = frozenset({"Adafactor", "LAMB", "Lamb", "LARS", "Lars", "Muon", "NovoGrad", "SOAP", "Shampoo"})
@@ -27,10 +30,13 @@ class Owner(nn.Module):
 
     Attributes
     ----------
+    comm : Communicator
+        The ranks that share the layers.
     is_stacked : bool
         Whether they have their layers on the first axis.
     """
 
+    comm: Communicator
     is_stacked = False
 
     def __setstate__(self, state: dict) -> None:
@@ -68,6 +74,8 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     with _lock:
         places = {id(p): list(place) for owner in _owners for p, place in owner.places()}
         stacked = {id(p) for owner in _owners if owner.is_stacked for p, _ in owner.places()}
+        shared = {id(p): owner.comm for owner in _owners for p, _ in owner.places()}
+    _check_shards(optimizer, shared)
     _check_kind(optimizer, places, stacked)
     _warn_of_decay(optimizer, stacked)
     for group in groups:
@@ -81,6 +89,22 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if own:
             group[OWNED] = own
     _known[optimizer] = [group.get(OWNED) for group in groups]
+
+
+def _check_shards(optimizer: torch.optim.Optimizer, shared: dict[int, Communicator]) -> None:
+    """Raise `RuntimeError` if weights of layers are cut into shards over ranks that have other layers each."""
+    tensors = sys.modules.get("torch.distributed.tensor")  # takes its time to load; without it there are no shards
+    if tensors is None:
+        return
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        if id(parameter) in shared and isinstance(parameter, tensors.DTensor):
+            both = shared[id(parameter)].common_ranks(parameter.device_mesh.mesh.flatten().tolist())
+            if len(both) > 1:
+                raise RuntimeError(
+                    f"fully_shard takes ranks {', '.join(map(str, both))} for owners of the same weights, but they "
+                    f"share the layers out; shard what lies around the stack alone: fully_shard(head, "
+                    f"mesh=mesh['replicas']), with mesh = xbraid_py.ProcessGrid(comm, replicas).device_mesh()"
+                )
 
 
 def _check_kind(optimizer: torch.optim.Optimizer, places: dict[int, list[int]], stacked: set[int]) -> None:
