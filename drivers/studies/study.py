@@ -27,10 +27,11 @@ from xbraid_py.comm.agreement import RunError
 from xbraid_py.run.engine import RunOptions
 from xbraid_py.run.folder import take
 from xbraid_py.run.options import to_dict
+from xbraid_py.run.record import replacing
 
 logger = logging.getLogger(__name__)
 
-RUNS, PAGE = "runs.jsonl", "study.md"
+RUNS, PAGE, PLAN = "runs.jsonl", "study.md", "study.json"
 Settings = Mapping[str, Any]
 Result = dict[str, Any]
 # The settings of the runs of each part of a study; and from the rows of the stages before, by `key`, those of the next.
@@ -130,6 +131,8 @@ class Study:
         try:
             over = self.finished()
             self._cut()
+            with replacing(self.folder / PLAN) as temporary:  # for who looks at it: the stages so far and this one
+                temporary.write_text(json.dumps({"runs": len({*over, *keys})}))
             yield from (over[each] for each in keys if each in over)
             yield from self._make([each for each, name in zip(settings, keys, strict=True) if name not in over])
         finally:

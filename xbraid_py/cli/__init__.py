@@ -1,4 +1,4 @@
-"""The command line `xbraid-py`: looks at runs, reports on them, continues and exports them, and plans new ones.
+"""The command line `xbraid-py`: starts runs, looks at them, reports on them, stops, continues and exports them.
 
 The module of a command is loaded only when it is asked for, and what takes long to load (torch, HDF5) is loaded inside
 the functions that need it.
@@ -22,13 +22,17 @@ COMMANDS = {
     "status": "what runs are doing, a line each; the exit status says it to scripts",
     "watch": "a run while it goes on: a live table and curves in the terminal",
     "report": "one HTML page with the pictures and tables of a run, or a comparison of several",
-    "resume": "continue a run, with the same options, on any number of ranks",
+    "resume": "continue a run, with the same options, on any number of ranks, here or in the queue",
     "export": "the network of a checkpoint as a plain torch module",
     "events": "the record of a run as TensorBoard event files",
+    "submit": "start a driver on some ranks, or queue it: on this machine, or by SLURM",
+    "ls": "all runs below a folder, and the jobs of its queue",
+    "stop": "ask jobs or runs for a checkpoint and their end",
+    "logs": "what a job prints",
     "plan": "how long a weight update takes on how many ranks, and which cycle is best",
 }
 # Each is main(words) of the module of its name, or of its own name beside another; it returns the exit status.
-_BESIDE = {"watch": "status", "events": "export", "resume": "export"}
+_BESIDE = {"watch": "status", "events": "export", **dict.fromkeys(("ls", "stop", "logs"), "submit")}
 BAD_INPUT, INTERRUPTED, READER_GONE = 2, 130, 1
 
 

@@ -1,20 +1,14 @@
-"""What is made of a run: it goes on (`resume`), or hands on its network (`export`) or its record (`events`)."""
+"""What is made of a run: it hands on its network (`export`) or its record (`events`)."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
-import shlex
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xbraid_py.cli.reader import CHECKPOINTS, CONFIGURATION, RECORD, Run, command_parser, printable, read_run
-from xbraid_py.cli.status import progress, summarize
-from xbraid_py.run import programs
-from xbraid_py.run.options import flat, text
+from xbraid_py.cli.reader import CHECKPOINTS, RECORD, command_parser, printable, read_run
 from xbraid_py.run.record import replacing
 
 if TYPE_CHECKING:
@@ -157,104 +151,3 @@ def events(words: Sequence[str]) -> int:
     count = write_events([header, *run.rows], out)
     print(f"{count} rows of {printable(run.path)} are in {out}; see them with\n  tensorboard --logdir {out}")
     return 0
-
-
-_EPILOG = (
-    "What follows -- goes to the driver as it is. The run goes on from its newest good checkpoint; on this process's "
-    "terminal, with the driver's exit status."
-)
-
-
-def resume(words: Sequence[str]) -> int:
-    """Run the command that continues the run, or print it."""
-    words, extra = list(words), []
-    if "--" in words:
-        words, extra = words[: words.index("--")], words[words.index("--") + 1 :]
-    usage = "DIR [--ranks N] [--print] [--driver FILE] [--launcher WORDS] [-- OPTION ...]"
-    parser = command_parser("resume", usage, "Continue a run with its own options.", _EPILOG)
-    parser.add_argument("DIR", type=Path, help="Folder of the run.")
-    parser.add_argument("--ranks", type=int, help="Number of ranks; as before if not given.")
-    parser.add_argument("--print", action="store_true", help="Print the command instead of running it.")
-    parser.add_argument("--driver", type=Path, help="The program, if it is none of the library's: it is run.")
-    parser.add_argument(
-        "--launcher",
-        help="What starts several ranks, up to their number, as in --launcher 'srun --mpi=pmi2 -n'; "
-        "the mpirun beside this python, or else on the PATH, if not given.",
-    )
-    options = parser.parse_args(words)
-    run = read_run(options.DIR)
-    summary = summarize(run)
-    if run.status.get("state") == "finished":
-        print(f"{printable(run.path)} is finished (update {progress(summary)}): there is nothing to continue")
-        return 0
-    ranks = options.ranks if options.ranks is not None else summary.ranks or 1
-    if ranks < 1:
-        raise ValueError(f"ranks={ranks} must be at least 1; use --ranks={summary.ranks or 4}")
-    driver = options.driver or find_driver(run)
-    if not driver.is_file():
-        raise ValueError(f"driver={driver} is no file; use --driver=drivers/peaks.py")
-    command = launcher(ranks, options.launcher) + [sys.executable, str(driver), *configured(run)]
-    command += ["--resume=auto", f"--out={run.path}", *extra]
-    if not run.checkpoints:
-        print(f"{printable(run.path)} holds no checkpoint: the run starts from its beginning", file=sys.stderr)
-    print(" ".join(map(quoted, command)), file=sys.stdout if options.print else sys.stderr, flush=True)
-    if options.print:
-        return 0
-    os.execvp(command[0], command)  # signals reach the driver itself
-
-
-def launcher(ranks: int, given: str | None) -> list[str]:
-    """The words before the program, which start it on so many ranks; none for one rank unless they are given."""
-    if given is not None:
-        words = shlex.split(given)
-        if not words or shutil.which(words[0]) is None:
-            raise ValueError(f"launcher={given} is no command to be found; use --launcher='mpirun -n'")
-        return [*words, str(ranks)]
-    if ranks == 1:
-        return []
-    beside = Path(sys.executable).parent / "mpirun"
-    mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
-    if mpirun is None:
-        raise ValueError(f"ranks={ranks} needs an mpirun, and there is none; use --launcher='srun -n', or --ranks=1")
-    return [mpirun, "-n", str(ranks)]
-
-
-def configured(run: Run) -> list[str]:
-    """The options of a run as words: its configuration file, or else what its record says; `ValueError` without
-    either.
-    """
-    file = run.path / CONFIGURATION
-    if not any(flaw.endswith(CONFIGURATION) or flaw.startswith(CONFIGURATION) for flaw in run.flaws):
-        return [f"--config={file}"]
-    if not run.configuration:
-        raise ValueError(f"{run.path} says nowhere with which options it was started: {'; '.join(run.flaws)}")
-    options = {name: value for name, value in flat(run.configuration).items() if name not in ("resume", "out")}
-    return [f"--{name}={text(value)}" for name, value in options.items()]
-
-
-def quoted(word: str) -> str:
-    """A word for a shell, in letters that a terminal shows and does not obey."""
-    if word.isprintable():
-        return shlex.quote(word)
-    letters = (
-        chr(byte) if 32 <= byte < 127 and chr(byte) not in "\\'" else f"\\x{byte:02x}" for byte in os.fsencode(word)
-    )
-    return f"$'{''.join(letters)}'"
-
-
-def find_driver(run: Run) -> Path:
-    """The program that a run was made by, if it comes with the library.
-
-    Whatever else the record names is not run, since it may be anything and the record from anywhere: `ValueError`.
-    """
-    named = run.about.get("driver") or run.header.get("driver")
-    if not isinstance(named, str) or not named:
-        raise ValueError(f"{run.path} does not say which program it was made by; use --driver=drivers/peaks.py")
-    own = programs.path_of(programs.name_of(named) if os.sep in named else named)
-    if own is None:
-        known = ", ".join(programs.names()) or "none here"
-        raise ValueError(
-            f"{run.path} was made by {named}, which is no program of this library ({known}) and is run only if you "
-            f"name it; use --driver={quoted(named)} if you trust it"
-        )
-    return own

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import os
 import re
+import shlex
 from argparse import ArgumentParser
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -34,6 +35,16 @@ _LETTERS = 5000
 def printable(text: Any) -> str:
     """Text in one line that a terminal shows and does not obey, some pages of it at most."""
     return "".join(letter if letter.isprintable() else " " for letter in str(text)[:_LETTERS]).strip()
+
+
+def quoted(word: str) -> str:
+    """A word for a shell, in letters that a terminal shows and does not obey."""
+    if word.isprintable():
+        return shlex.quote(word)
+    letters = (
+        chr(byte) if 32 <= byte < 127 and chr(byte) not in "\\'" else f"\\x{byte:02x}" for byte in os.fsencode(word)
+    )
+    return f"$'{''.join(letters)}'"
 
 
 class NoRun(ValueError):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import fcntl
 import math
 import sys
 import time
@@ -17,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from xbraid_py.cli.reader import NoRun, Points, Run, RunReader, command_parser, printable, read_run
+from xbraid_py.run.documents import complete_lines, load_json, open_regular, read_regular
 from xbraid_py.run.record import number, scalars
 
 COLORS = {"running": "green", "finished": "green", "failed": "red", "stale": "yellow", "stopped": "yellow"}
@@ -36,6 +39,12 @@ def main(words: Sequence[str]) -> int:
     runs: list[tuple[Run, Summary]] = []
     errors = []
     for folder in options.DIR:
+        if (folder / STUDIES).is_file():
+            state, says = study(folder)
+            console().print(
+                Text.assemble(f"{printable(folder)}  ", Text(state, style=COLORS.get(state, "")), f"  {says}")
+            )
+            continue
         try:
             run = read_run(folder)
         except NoRun as error:
@@ -47,6 +56,38 @@ def main(words: Sequence[str]) -> int:
     for message in errors:
         print(f"error: {printable(message)}", file=sys.stderr)
     return worst([summary.exit_status for _, summary in runs] + [EXIT_NO_RUN] * bool(errors))
+
+
+STUDIES = "runs.jsonl"  # of a study: a line for every run that is over
+
+
+def study(folder: Path) -> tuple[str, str]:
+    """State of a study, and how many runs it has made and has to make, as far as it says so."""
+    over = failed = 0
+    with contextlib.suppress(OSError), open_regular(folder / STUDIES) as stream:
+        for line, _ in complete_lines(stream, 1 << 22):
+            over += 1
+            failed += b'"failure":' in line
+    try:
+        left = max(0, int(load_json(read_regular(folder / "study.json"))["runs"]) - over)
+    except (OSError, ValueError, KeyError, TypeError):
+        left = None
+    says = f"{over + (left or 0)} runs" + f", {left} to do" * (left is not None) + f", {failed} failed" * bool(failed)
+    if is_locked(folder / "lock"):
+        return "running", says
+    return ("finished" if left == 0 else "stopped"), says
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process of this machine holds the lock of a run or a study."""
+    try:
+        with open_regular(path, follow=False) as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def check_stale(seconds: float) -> None:
