@@ -23,6 +23,13 @@ COPIES = {
     "jobs/README.md": "howto/jobs.md",
     "docker/README.md": "start/containers.md",
 }
+# The numbers that the code has for the papers, and what readers know them by.
+PAPERS = {
+    "000": "Gaedke-Merzhäuser, Kopaničáková, Krause 2020",
+    "001": "Cyr, Günther, Schroder 2019",
+    "002": "Ponce, Li, Mao, Vassilevski 2022",
+    "003": "Chang, Meng, Haber, Tung, Begert 2018",
+}
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 _FENCE = re.compile(r"^( *```.*?^ *```)", re.M | re.S)
 logger = logging.getLogger(__name__)
@@ -35,6 +42,11 @@ def places() -> dict[Path, str]:
         name = path.relative_to(RESULTS)
         found[path] = f"benchmarks/{name.parent.name if name.name == 'README.md' else name.with_suffix('')}.md"
     return found
+
+
+def named(text: str) -> str:
+    """A text with the papers by their authors and years."""
+    return re.sub(r"\b[Pp]aper (00[0-3])\b", lambda match: PAPERS[match[1]], text)
 
 
 def led(text: str, source: Path, page: str, pages: dict[Path, str]) -> str:
@@ -66,6 +78,7 @@ def led(text: str, source: Path, page: str, pages: dict[Path, str]) -> str:
 
 def write(page: str, text: str) -> None:
     """Write a page that is made while building, but not where it is there as it is: then it is not built again."""
+    text = named(text)
     path = DOCS / page
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_text(encoding="utf-8") != text:

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from numpydoc.docscrape import ClassDoc, FunctionDoc
-from site_pages import PROJECT, write
+from site_pages import PROJECT, named, write
 
 FACES = ("xbraid_py", "xbraid_py.nn", "xbraid_py.testing")
 # The public names by what they are for: the order of the page of the reference.
@@ -230,7 +230,7 @@ def make(app, config) -> None:
 def escape(app, what, name, found, options, lines) -> None:
     """Shapes as (B, *C) and norms as |s| are written plainly in docstrings, and are no markup."""
     markup = r"(?<![\\*])\*(?=[^\s*])(?!\w[\w ]*\*[\s.,;:]|\w[\w ]*\*$)|(?<!\\)\|(?=\S)"
-    lines[:] = [re.sub(markup, r"\\\g<0>", line) for line in lines]
+    lines[:] = [re.sub(markup, r"\\\g<0>", named(line)) for line in lines]
 
 
 def setup(app):

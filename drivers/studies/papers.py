@@ -6,6 +6,7 @@ python drivers/studies/papers.py [--out PAGE]
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -22,13 +23,20 @@ from studies.rows import table
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "papers.md"
 PAPERS = {
     "000": "L. Gaedke-Merzhäuser, A. Kopaničáková, R. Krause, *Multilevel Minimization for Deep Residual Networks*, "
-    "2020 (ESAIM: Proceedings and Surveys 71, 2021)",
+    "2020 (ESAIM: Proceedings and Surveys 71, 2021), [arXiv:2004.06196](https://doi.org/10.48550/arXiv.2004.06196)",
     "001": "E. C. Cyr, S. Günther, J. B. Schroder, *Multilevel Initialization for Layer-Parallel Deep Neural Network "
-    "Training*, 2019",
+    "Training*, 2019, [arXiv:1912.08974](https://doi.org/10.48550/arXiv.1912.08974)",
     "002": "C. Ponce, R. Li, C. Mao, P. Vassilevski, *Multilevel-in-Layer Training for Deep Neural Network Regression*"
-    ", 2022",
+    ", 2022, [arXiv:2211.06515](https://doi.org/10.48550/arXiv.2211.06515)",
     "003": "B. Chang, L. Meng, E. Haber, F. Tung, D. Begert, *Multi-level Residual Networks from Dynamical Systems "
-    "View*, 2018 (ICLR)",
+    "View*, 2018 (ICLR), [arXiv:1710.10348](https://doi.org/10.48550/arXiv.1710.10348)",
+}
+# What readers know them by.
+METHODS = {
+    "000": "MG/OPT in depth",
+    "001": "Nested iteration",
+    "002": "FAS in width",
+    "003": "Multi-level ResNets",
 }
 # What shows a scheme, a network or data, and so no result.
 DRAWINGS = {
@@ -65,6 +73,11 @@ speed-ups, the range.\
 LINES = {"000": paper_000, "001": paper_001, "002": paper_002, "003": paper_003}
 
 
+def anchor(heading: str) -> str:
+    """What a link to a heading ends in."""
+    return re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-")
+
+
 def text() -> str:
     """The page."""
     said, counts = [], []
@@ -72,12 +85,15 @@ def text() -> str:
         lines = list(LINES[name]())
         colors = [line.color for line in lines]
         counts.append(
-            [f"[{name}](#paper-{name})", *(f"{colors.count(each)}" for each in (GREEN, YELLOW, RED, NOT_RUN))]
+            [
+                f"[{METHODS[name]}](#{anchor(METHODS[name])})",
+                *(f"{colors.count(each)}" for each in (GREEN, YELLOW, RED, NOT_RUN)),
+            ]
         )
         drawn = ", ".join(DRAWINGS[name])
         shown = [[e.item, e.paper, e.ours, e.size, e.seeds, e.source, e.color] for e in lines]
         said += [
-            f"## Paper {name}",
+            f"## {METHODS[name]}",
             f"{paper}. Drawings, which have no row: {drawn}.",
             table(_HEAD, shown),
         ]
@@ -85,8 +101,8 @@ def text() -> str:
     figures_of = [[f"{page}", what, found] for page, what, found in quoted()]
     pages = (
         "Figures that sentences of the README and of the pages in `benchmarks/results` (named by their folder) stand "
-        "on. Regimes of paper 001: *paper* is the paper's, *ours* is ours with the paper's magnitudes, *defaults* are "
-        "our defaults; behind them is the width."
+        "on. Regimes of nested iteration: *paper* is the paper's, *ours* is ours with the paper's magnitudes, "
+        "*defaults* are our defaults; behind them is the width."
     )
     tail = ["## Figures of the pages", pages, table(["page", "what", "figures"], figures_of)]
     return "\n\n".join([_WORDS, table(heads, counts), *said, *tail]) + "\n"
