@@ -31,7 +31,7 @@ _SHORT = 32  # steps of a coarse level that are few enough to be made one after 
 
 @dataclass(frozen=True, kw_only=True)
 class MGRIT:
-    """Options of multigrid reduction in time with FAS (paper 001, section 2.1; design, 4.2 to 4.4).
+    """Options of multigrid reduction in time with FAS (paper 001, section 2.1).
 
     Where a default is "the cycle's", it is, for the lagged cycle and for V- and F-cycles: `intervals` intervals or a
     cfactor of 4; as many levels as leave at most 32 sequential steps, or 3; at most 10 iterations, or 2; a tolerance of

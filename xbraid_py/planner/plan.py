@@ -22,7 +22,7 @@ class Plan:
     ----------
     cycle
         serial (one layer after the other), pipeline (portions of the samples follow each other through the ranks),
-        lagged (design, 4.4), V or F. The first two are exact.
+        lagged, V or F. The first two are exact.
     cfactors
         Coarsening factors, the finest first; none for exact propagation.
     nrelax

@@ -55,7 +55,7 @@ class InitialScales:
 
 @dataclass(frozen=True)
 class DenseResNet:
-    """u_0 = opening(y), u_{n+1} = u_n + h F(u_n, theta_n), logits = classification(u_N) (design, 4.1).
+    """u_0 = opening(y), u_{n+1} = u_n + h F(u_n, theta_n), logits = classification(u_N).
 
     Parameters
     ----------

@@ -23,7 +23,7 @@ from xbraid_py.problem.regularization import Regularization
 
 @dataclass(frozen=True, kw_only=True)
 class DenseResNetOptions:
-    """A dense residual network, but for its depth (design, 4.1).
+    """A dense residual network, but for its depth.
 
     Parameters
     ----------

@@ -16,7 +16,7 @@ from xbraid_py.problem.network import DenseResNet
 
 @dataclass(frozen=True)
 class Regularization:
-    """gamma_tik/2 sum |theta_n|^2 + gamma_ddt/2 sum |(theta_n - theta_{n-1})/h|^2 (design, 4.1).
+    """gamma_tik/2 sum |theta_n|^2 + gamma_ddt/2 sum |(theta_n - theta_{n-1})/h|^2.
 
     Where the layers have different sizes, h of a jump is the distance between the middles of the two layers.
 
