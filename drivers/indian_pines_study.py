@@ -1,10 +1,13 @@
 """The study of nested iteration on Indian Pines (paper 001, figure 5): accuracy over work units, several seeds.
 
 Nested iteration over 32, 64, 128 layers by two schedules, 200/100/50 and 200/200/200 updates, and 128 layers from the
-start with as much work as the longer one, which serves both comparisons. Serial propagation: converged layer-parallel
-runs are the same. Runs that are over are not made again. Try
+start with as much work as the longer one, which serves both comparisons. By default the propagation is serial and
+exact, and runs are made side by side; under mpirun all ranks make each run together. Runs that are over are not made
+again. Try
 
     python drivers/indian_pines_study.py
+    mpirun -n 4 python drivers/indian_pines_study.py --propagations="[V, lagged]" --splits="[random, published]" \\
+        --first_seed=10
     python drivers/indian_pines_study.py --smoke --out /tmp/study
 """
 
@@ -16,7 +19,7 @@ from pathlib import Path
 from studies.indian_pines import page
 from studies.indian_pines.runs import PinesStudyOptions as Options
 from studies.indian_pines.runs import train
-from studies.study import Study, run_study
+from studies.study import PAGE, RUNS, Study, run_study, together
 
 from xbraid_py.comm import Communicator
 from xbraid_py.data import indian_pines
@@ -41,6 +44,19 @@ def setup(options: Options, comm: Communicator) -> Callable[[], None]:
     def write(parts: dict[str, list[dict]], out: Path) -> None:
         page.write(parts["all"], out, indian_pines.names(scene.train.num_classes), scene.truth.numpy())
 
+    def on_all_ranks() -> None:
+        with together(options.out, train, comm) as make:
+            rows = []
+            for each in options.settings():
+                rows.append(make(each))
+                if comm.rank == 0:
+                    print(f"{len(rows)} of {len(options.settings())} runs are over", flush=True)
+            if comm.rank == 0:
+                write({"all": rows}, options.out)
+                print(f"{len(rows)} runs in {options.out / RUNS}; tables in {options.out / PAGE}", flush=True)
+
+    if comm.size > 1:
+        return on_all_ranks
     study = Study(options.out, train, options.workers)
     return run_study(study, {"runs": lambda rows: {"all": options.settings()}}, write, comm)
 

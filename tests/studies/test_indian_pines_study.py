@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from kinds import draw_nothing
 from processes import PROJECT
-from scenes import scene, write
+from scenes import scene, write, write_split
+from studies.comparison import depth
 from studies.indian_pines import page
-from studies.indian_pines.runs import PinesStudyOptions
+from studies.indian_pines.runs import PinesStudyOptions, options_of, train
 from studies.study import key
 
 from xbraid_py.data import indian_pines
@@ -50,6 +51,61 @@ def test_the_page(tmp_path):
     assert {path.name for path in (tmp_path / "figures").iterdir()} == names
 
 
+def kind_of(rows, **kind):
+    return [{"settings": each["settings"] | kind, "result": each["result"] | {"ranks": 2}} for each in rows]
+
+
+def test_other_pixels_and_other_propagations_have_tables_of_their_own(tmp_path, monkeypatch):
+    usual = [row("non-nested", [20, 20, 20], 0, 0.7, 1.0), row("nested", [20, 20, 20], 0, 0.9, 0.5)]
+    others = kind_of(usual, propagation="V") + kind_of(usual, propagation="lagged", split="published")
+    drawn = set()
+    monkeypatch.setattr(page, "_curves", lambda *given: drawn.add(given[-1].name))
+    monkeypatch.setattr(page, "scene_map", lambda *given: drawn.add(given[-1].name))
+    page.write([*usual, *others], tmp_path, ["corn", "oats"], np.array([[0, 1], [-1, 0]]))
+    plain, second, third = (tmp_path / page.PAGE).read_text().split("\n# ")
+    assert second.startswith("V, pixels drawn at random: seeds 0, 2 rank(s)\n")
+    assert third.startswith("lagged, the published pixels: seeds 0, 2 rank(s)\n")
+    assert all(part.count("| nested 20/20/20 (1) | 90.00") == 1 for part in (plain, second, third))
+    assert {"accuracy_over_work.png", "accuracy_over_work_published_lagged.png"} < drawn and len(drawn) == 9
+
+
+def test_layer_parallel_rows_have_lines_in_the_table_of_the_papers(monkeypatch):
+    usual = [row("nested", [200, 100, 50], 10, 0.9, 0.3), row("non-nested", [200, 200, 200], 10, 0.5, 5.0)]
+    rows = [*kind_of(usual, propagation="V"), {"settings": usual[0]["settings"], "failure": "not finite"}]
+    monkeypatch.setattr(depth, "later", lambda name: tuple(rows) if "parallel" in name else ())
+    (line,) = [line for line in depth.paper_001() if "V, random" in line.item]
+    assert line.item.startswith("figure 5, top") and line.color == "yellow" and line.seeds == "1"
+    assert "V-cycles, 2 iterations and 10 after a refinement on 2 ranks" in line.size
+
+
+def test_what_is_asked_for_is_what_is_run():
+    study = PinesStudyOptions(propagations=("V", "lagged"), splits=("random", "published"), first_seed=10, seeds=3)
+    settings = study.settings()
+    assert len(settings) == 3 * 4 * 3 and {each["seed"] for each in settings} == {10, 11, 12}
+    options = [options_of(each) for each in settings]
+    assert {(each.split, each.mgrit.cycle, each.mgrit.max_iter) for each in options} == {
+        (split, cycle, most) for split in ("random", "published") for cycle, most in (("V", 2), ("lagged", None))
+    }
+    assert {(each.optim.boost_updates, each.optim.boost_iter) for each in options} == {(3, 10)}
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("propagation", ["V", "lagged"])
+def test_a_run_on_several_ranks_is_that_on_one(spmd, shared_tmp_path, propagation):
+    """The published pixels, inexact: fewer iterations than there are to be exact."""
+    write(shared_tmp_path, *scene())
+    write_split(shared_tmp_path, scene()[1], 60, 30)
+    small = {"num_layers": 64, "width": 8, "schedules": (4, 4, 6), "validate_every": 5, "dtype": "float64"}
+    kind = {"propagations": (propagation,), "splits": ("published",), "first_seed": 10, "seeds": 1}
+    _, nested = PinesStudyOptions(**small, **kind, data_dir=shared_tmp_path).settings()
+    found = spmd(lambda comm: train(nested, comm))
+    alone, exact = train(nested), train({**nested, "propagation": "exact"})
+    for each in found:
+        assert each["ranks"] == 2 and each["updates"] == 14 and len(each["scores"]["class_accuracy"]) == 4
+        assert each["objective"] == pytest.approx(alone["objective"], rel=1e-9)
+        assert each["objective"] != pytest.approx(exact["objective"], rel=1e-12)
+
+
 def test_a_page_of_nothing(tmp_path):
     page.write([{"settings": {}, "failure": "not finite"}], tmp_path, ["corn"], np.array([[0]]))
     assert (tmp_path / page.PAGE).read_text() == "0 runs, 1 failed.\n"
@@ -81,9 +137,30 @@ def test_the_driver_goes_on_where_it_was(run_job, tmp_path):
     assert again.returncode == 0 and (tmp_path / "out" / "runs.jsonl").read_text() == rows
 
 
+@pytest.mark.job
+@pytest.mark.timeout(180)
+def test_the_driver_on_two_ranks_goes_on_where_it_was(run_job, tmp_path):
+    write(tmp_path, *scene())
+    words = ["--smoke", "--seeds=1", "--first_seed=10", "--num_train=60", "--schedules=2,2,2", "--propagations=[V]"]
+    words += [f"--data_dir={tmp_path}", f"--out={tmp_path / 'out'}"]
+    first = run_job([DRIVER, *words, "--num_layers=32"], ranks=2, timeout=120)
+    assert first.returncode == 0, first.stderr
+    rows = (tmp_path / "out" / "runs.jsonl").read_text()
+    assert [json.loads(line)["result"]["ranks"] for line in rows.splitlines()] == [2, 2]
+    assert "# V, pixels drawn at random: seeds 10, 2 rank(s)" in (tmp_path / "out" / page.PAGE).read_text()
+    again = run_job([DRIVER, *words, "--num_layers=32"], ranks=2, timeout=120)
+    assert again.returncode == 0 and (tmp_path / "out" / "runs.jsonl").read_text() == rows
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"propagations": ("W",)},
+            r"^propagations=\['W'\] must be different ones of exact, lagged, V; use \['exact'\]$",
+        ),
+        ({"splits": ("random", "random")}, "^splits=.* must be different ones of random, published; use"),
+        ({"first_seed": -1}, "^first_seed=-1 must be at least 0; use 10$"),
         ({"schedules": (1, 2)}, r"^schedules=\[1, 2\] must be updates on three levels; use 200,100,50$"),
         ({"validate_every": 0}, "^validate_every=0 must be at least 1; use 5$"),
         ({"num_layers": 30}, "^num_layers=30 is not a multiple of"),

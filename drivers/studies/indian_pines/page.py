@@ -32,11 +32,36 @@ def write(rows: Sequence[Row], out: Path, names: Sequence[str], truth: np.ndarra
         Ground truth, -1 where there is none.
     """
     good = [row for row in rows if "result" in row]
+    parts = [f"{len(good)} runs, {len(rows) - len(good)} failed."]
+    pixels = {"random": "pixels drawn at random", "published": "the published pixels"}
+    for (split, propagation), chosen in by_kind(good).items():
+        suffix = ""
+        if (split, propagation) != ("random", "exact"):
+            seeds = ", ".join(map(str, sorted({row["settings"]["seed"] for row in chosen})))
+            ranks = ", ".join(map(str, sorted({row["result"]["ranks"] for row in chosen})))
+            parts.append(f"# {propagation}, {pixels[split]}: seeds {seeds}, {ranks} rank(s)")
+            suffix = f"_{split}_{propagation}"
+        parts += _sections(chosen, out / "figures", suffix, names, truth)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / PAGE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def by_kind(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """The rows by their pixels and their propagation, which are only said where they are not the usual ones."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        kind = row["settings"].get("split", "random"), row["settings"].get("propagation", "exact")
+        found.setdefault(kind, []).append(row)
+    return found
+
+
+def _sections(good: Sequence[Row], figures: Path, suffix: str, names: Sequence[str], truth: np.ndarray) -> list[str]:
+    """Tables of the runs of one split and one propagation; their pictures have names of their own."""
+    parts = []
     single = where(good, run="non-nested")
     schedules = sorted({tuple(row["settings"]["updates"]) for row in where(good, run="nested")})
     kinds = {f"nested {_said(updates)}": where(good, run="nested", updates=list(updates)) for updates in schedules}
     kinds |= {"non-nested": single} if single else {}
-    parts = [f"{len(good)} runs, {len(rows) - len(good)} failed."]
     if kinds:
         parts += ["## At the end", _ends(kinds), "## By class", _classes(kinds, names)]
     if single and schedules:
@@ -44,16 +69,14 @@ def write(rows: Sequence[Row], out: Path, names: Sequence[str], truth: np.ndarra
         units = {row["settings"]["seed"]: work_unit([row]) for row in single}
         parts += ["## Over work units, counted layer steps", _over_work(kinds, WORK, dict.fromkeys(units, 1.0))]
         parts += ["## Over work units, wall-clock time", _over_work(kinds, SECONDS, units)]
-        _curves(schedules, kinds, units, out / "figures" / "accuracy_over_work.png")
+        _curves(schedules, kinds, units, figures / f"accuracy_over_work{suffix}.png")
     for name, chosen in kinds.items():
         drawn = next((row for row in chosen if row["result"]["classes"]), None)
         if drawn:
             classes = np.array(drawn["result"]["classes"]).reshape(truth.shape)
-            scene_map(
-                classes, truth, names, out / "figures" / f"classes_{name.replace(' ', '_').replace('/', '-')}.png"
-            )
-    out.mkdir(parents=True, exist_ok=True)
-    (out / PAGE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+            path = figures / f"classes_{name.replace(' ', '_').replace('/', '-')}{suffix}.png"
+            scene_map(classes, truth, names, path)
+    return parts
 
 
 def _said(updates: Sequence[int]) -> str:
