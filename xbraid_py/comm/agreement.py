@@ -167,7 +167,7 @@ def hold(comm: Communicator, name: str, *tensors: torch.Tensor) -> None:
         digest = hashlib.blake2b(digest_size=6)
         for tensor in tensors:
             digest.update(f"{tuple(tensor.shape)} {tensor.dtype} ".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         comm.held = {**comm.held, name: f"{'x'.join(map(str, tensors[0].shape))} by digest {digest.hexdigest()}"}
 
 

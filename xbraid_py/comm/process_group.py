@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]  # documented
 from torch.nn.parallel import DistributedDataParallel
 
 from xbraid_py.comm import watchdog
@@ -174,12 +175,11 @@ class ProcessGroupCommunicator(Communicator):
         at_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         if self.rank == 0:
             port = int(os.environ["MASTER_PORT"]) if at_torchrun else 0
-            store = dist.TCPStore(host, port, is_master=not at_torchrun, wait_for_workers=False)  # pyright: ignore[reportPrivateImportUsage]
+            store = TCPStore(host, port, is_master=not at_torchrun, wait_for_workers=False)
             said = store.port, store.add("lines of xbraid_py", 1)
         port, number = self.bcast(said)
-        store = store or dist.TCPStore(host, port)  # pyright: ignore[reportPrivateImportUsage]
-        prefixed = dist.PrefixStore(f"line {number} of xbraid_py", store)  # pyright: ignore[reportPrivateImportUsage]
-        self._line = _StoreLine(prefixed, self.rank, self.size)
+        store = store or TCPStore(host, port)
+        self._line = _StoreLine(PrefixStore(f"line {number} of xbraid_py", store), self.rank, self.size)
         return self._line
 
     def _group_of(self, ranks: Sequence[int]) -> Any:

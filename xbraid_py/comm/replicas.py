@@ -6,7 +6,7 @@ import copy
 import math
 import pickle
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -161,7 +161,7 @@ class ProcessGrid:
                 for piece, part in zip(pieces, mean.split([piece.numel() for piece in pieces]), strict=True):
                     piece.copy_(part)
             for parameter, flat in flats:
-                if not parameter.grad.is_contiguous():  # then `flat` is a copy of it
+                if parameter.grad is not None and not parameter.grad.is_contiguous():  # then `flat` is a copy of it
                     parameter.grad.copy_(flat.view_as(parameter.grad))
 
     def _sum(self, mine: torch.Tensor) -> torch.Tensor:
@@ -223,7 +223,7 @@ class ProcessGrid:
                 found.append((parameter, parameter.grad.reshape(-1)))
         return found
 
-    def _of_all_replicas(self, numbers: list[int]) -> torch.Tensor:
+    def _of_all_replicas(self, numbers: Sequence[int]) -> torch.Tensor:
         """Integers of every replica, shape (replicas, len(numbers))."""
         return self.data.allgather(torch.tensor([numbers], dtype=torch.int64), [1] * self.replicas)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from torch import Tensor
 
-Value = TypeVar("Value", Tensor, float)
+Value = TypeVar("Value", bound=Any)
 
 
-class TreeSum:
+class TreeSum(Generic[Value]):
     """The sum of `total` summands, or what is known of it from those that are here.
 
     Summand m is leaf m. Node k of a level is the sum of nodes 2k and 2k + 1 of the level below it; where there is no
@@ -73,7 +73,7 @@ class TreeSum:
             if is_own:
                 value = other.add_(value)
             elif owned:
-                value = value.add_(other)
+                value = cast(Any, value).add_(other)
             else:
                 value = other + value
             owned = isinstance(value, Tensor)

@@ -148,7 +148,7 @@ class Watchdog:
 
     def _state(self) -> str:
         """What this process does, and where."""
-        awaited, frame = _awaited, sys._current_frames().get(self._watched.ident)
+        awaited, frame = _awaited, sys._current_frames().get(self._watched.ident or 0)
         does = "works" if awaited is None else f"waits for {_ranks_in_words(awaited[0], self.line)}"
         return f"{does}, in {_place(frame)}" + (f"; its last call for all ranks is {_call}" if _call else "")
 

@@ -18,6 +18,7 @@ class Cycles(Levels):
         finest = self.levels[0]
         points = warm[0].clone() if warm else self._cold_start(1)
         if self.begins(finest):
+            assert self.start is not None
             points[self.first] = self.start
         ends = self.relax(0, points, None, record=max_iter == 0 or stop.watches)
         changes, sizes = [], []
@@ -66,6 +67,7 @@ class Cycles(Levels):
         if index > 1:
             start = self.start_at(finer)
             if self.begins(finer):
+                assert start is not None
                 points[self.first] = start
         return points
 

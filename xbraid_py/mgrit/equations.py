@@ -108,6 +108,7 @@ class Adjoint:
 
     def correct(self, before: Tensor, after: Tensor, coarse: Adjoint) -> None:
         linear = self.linear(coarse)
+        assert linear is not None
         linear.relax(after - before, 1, record=True)
         self.correct_by(linear)
 
@@ -126,12 +127,13 @@ class Adjoint:
         # The gradient is linear in the adjoints: what the change adds to it, by coarse steps, goes to the layers that a
         # part of a coarse step stands for, in proportion to their sizes.
         added = linear.gradient
+        assert added is not None and self.gradient is not None
         if len(added):
             length = len(self.gradient) // len(added)
             target, h = self.gradient.unflatten(0, (-1, length)), self.steps.h
             if isinstance(h, Tensor):
                 # Steps that pad a sequence have size 0.
-                whole = linear.steps.h[:, None].clamp_min(torch.finfo(h.dtype).tiny)
+                whole = torch.as_tensor(linear.steps.h)[:, None].clamp_min(torch.finfo(h.dtype).tiny)
                 share = h.unflatten(0, (-1, length)) / whole
                 share = share.reshape(*share.shape, *[1] * (target.dim() - share.dim()))
                 target.add_(share * added[:, None])

@@ -42,9 +42,15 @@ class Level:
         """Steps of this level on all ranks."""
         return self.grid.num_layers
 
+    @property
+    def factor(self) -> int:
+        """`cfactor` of a level that is coarsened."""
+        assert self.cfactor is not None
+        return self.cfactor
+
     def begin(self, direction: int) -> slice:
         """Local rows where the intervals begin, in the direction of propagation."""
-        return slice(0 if direction > 0 else self.cfactor - 1, None, self.cfactor)
+        return slice(0 if direction > 0 else self.factor - 1, None, self.factor)
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,7 @@ class Hierarchy:
         The steps that enter tau are those of the coarser level's propagator, and are counted there.
         """
         one = 2.0 if options.scheme == "midpoint" else 1.0
-        cost = [1.0] + [options.parts(level.cfactor) * one for level in self.levels[:-1]]
+        cost = [1.0] + [options.parts(level.factor) * one for level in self.levels[:-1]]
         sweep = [level.num_steps * factor for level, factor in zip(self.levels, cost, strict=True)]
         work = [0.0] * len(self.levels)
 

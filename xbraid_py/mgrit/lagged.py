@@ -1,9 +1,10 @@
-"""The lagged cycle: one fine relaxation between two coarse sweeps, with lagged tau (design, 4.4)."""
+"""The lagged cycle: one fine relaxation between two coarse sweeps, with lagged tau."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import isnan
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class LaggedCycle(Levels):
     def run(self, warm: tuple[Tensor, ...] | None, max_iter: int, stop: Stop) -> Solution:
         """Up to `max_iter` relaxations, with the tau in `warm` (which is overwritten), or from tau = 0."""
         self.tau = warm or tuple(
-            self.own[index].empty(level.rows.count(self.comm.rank) // level.cfactor).zero_()
+            self.own[index].empty(level.rows.count(self.comm.rank) // level.factor).zero_()
             for index, level in enumerate(self.levels[:-1])
         )
         # tau that the last relaxation of a coarse level has added; that of level 0 is 0.
@@ -67,7 +68,8 @@ class LaggedCycle(Levels):
         Returns with it the shares of each interval in how far the corrected points are from those that the fine states
         start from, and on its owner the end of the last interval.
         """
-        finest, linear, fine_end = self.own[0], None, None
+        finest: Any = self.own[0]  # of a linear equation it is more than a Propagator
+        linear, fine_end = None, None
         if self.levels[1].cfactor is None and hasattr(finest, "linear"):
             linear = finest.linear(self.own[1])
         if self.finishes(self.levels[0]):
@@ -82,7 +84,10 @@ class LaggedCycle(Levels):
         if fine_end is not None:
             fine_end = fine_end.clone()
         kernels.move(self.tau[0], ends, coarse.outputs, difference=ends)
-        start = torch.zeros_like(self.start) if self.begins(self.levels[1]) else None
+        start = None
+        if self.begins(self.levels[1]):
+            assert self.start is not None
+            start = torch.zeros_like(self.start)
         changes = _Points(*self.sweep(1, start, ends, linear=linear))
         finest.correct_by(linear)
         # Inputs and outputs share memory, but for the last output.
@@ -97,13 +102,15 @@ class LaggedCycle(Levels):
         if level.cfactor is None:
             return _Points(*self.sweep(index, self.start_at(level), given))
         tau = self.comm.redistribute(given, level.induced, level.rows)
-        if self._added[index] is not None:
+        added = self._added[index]
+        if added is not None:
             # tau of the next level belongs to the old tau of this one. To first order it changes by as much.
-            change = tau - self._added[index]
+            change = tau - added
             for j in range(level.cfactor):
                 self.tau[index].add_(change[j :: level.cfactor])
         self._added[index] = tau.clone() if tau is given else tau
         inputs = self.own[index].empty(len(tau))
+        ends = inputs
         for _ in range(COARSE_RELAXATIONS):
             coarse = self._coarse(index + 1)
             ends = self.relax(index, coarse.points, tau, inputs=inputs)

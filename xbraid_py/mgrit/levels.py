@@ -31,9 +31,11 @@ class Monitor(Protocol):
         `end` is the output of the last step, on its owner, and `before` what it was before the last correction, if
         there has been one.
         """
+        ...
 
     def suffices(self, sums: Tensor) -> bool:
         """Whether the sums (m,) need no further iteration; the same on all ranks."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,8 @@ class Levels:
         # level l is relaxed.
         self.own, self.induced = [propagator], [propagator]
         for finer, level in zip(self.levels, self.levels[1:], strict=False):
-            how = options.coarse_weights, options.scheme, options.parts(finer.cfactor)
-            coarse = self.own[-1].coarsen(finer.cfactor, *how)
+            how = options.coarse_weights, options.scheme, options.parts(finer.factor)
+            coarse = self.own[-1].coarsen(finer.factor, *how)
             self.induced.append(coarse)
             moved = level.induced != level.rows
             self.own.append(coarse.redistribute(comm, level.induced, level.rows) if moved else coarse)
@@ -129,7 +131,7 @@ class Levels:
         level, propagator = self.levels[index], self.own[index]
         self.work += level.num_steps * propagator.cost
         self.sweeps += index == 0
-        return propagator.relax(points, level.cfactor, tau, record, inputs)
+        return propagator.relax(points, level.factor, tau, record, inputs)
 
     def sweep(self, index: int, start: Tensor | None, tau: Tensor | None, record: bool = False, linear=None):
         """Step through a level one row after the other, rank after rank.
@@ -146,7 +148,11 @@ class Levels:
             return propagator.empty(0), propagator.empty(0)
         ahead = level.rows.neighbor(rank, self.direction)
         behind = level.rows.neighbor(rank, -self.direction)
-        x = start[None] if behind is None else self.comm.recv(propagator.empty(1), behind)
+        if behind is None:
+            assert start is not None
+            x = start[None]
+        else:
+            x = self.comm.recv(propagator.empty(1), behind)
         # Each output but the last is the input of the next step.
         states = propagator.empty(0 if record else count + 1)
         inputs, outputs = (states[:-1], states[1:]) if self.direction > 0 else (states[1:], states[:-1])
@@ -169,9 +175,11 @@ class Levels:
         start = self.start
         if source != dest:
             if self.comm.rank == source:
+                assert start is not None
                 self.comm.isend(start.contiguous(), dest)()
             start = self.comm.recv(self.own[0].empty(1)[0], source) if self.comm.rank == dest else None
         if self.comm.rank == dest:
+            assert start is not None
             for index in range(1, level.index + 1):
                 if (transfer := self.transfer_to(index)) is not None:
                     start = transfer.restrict(start[None])[0]

@@ -55,7 +55,7 @@ def follow(
     sent = []
     for number, portion in enumerate(portions, 1):
         state = begin(portion) if arriving is None else arriving()
-        if arriving is not None and number < len(portions):
+        if behind is not None and number < len(portions):
             arriving = comm.irecv(template(portions[number]), behind)
         state = through(portion, state)
         if ahead is None:

@@ -59,20 +59,30 @@ class LevelOptimizer(Protocol):
         Whether momentum may be set.
     """
 
-    momentum: Tensor | None
-    takes_momentum: bool
+    @property
+    def momentum(self) -> Tensor | None: ...
+
+    @momentum.setter
+    def momentum(self, value: Tensor) -> None: ...
+
+    @property
+    def takes_momentum(self) -> bool: ...
 
     def minimize(self, objective: Objective, point: Point, steps: int) -> Point:
         """So many steps from a point; one gradient a step, none where the point has it."""
+        ...
 
     def reset(self) -> None:
         """Forget earlier steps."""
+        ...
 
     def kept(self) -> Kept:
         """What later visits depend on; for an optimizer that carries nothing from one to the next, nothing."""
+        ...
 
     def restore(self, vectors: dict[str, list[Tensor]], numbers: dict[str, float]) -> None:
         """Go on as if what `kept` has given were of this optimizer; all ranks together."""
+        ...
 
 
 class GradientDescent:
@@ -86,7 +96,8 @@ class GradientDescent:
         D, a flat vector of numbers that are at least 0.
     """
 
-    momentum, takes_momentum = None, False
+    momentum: Tensor | None = None
+    takes_momentum = False
 
     def __init__(self, learning_rate: float, scale: Tensor | None = None):
         self.learning_rate, self.scale = learning_rate, scale
@@ -103,6 +114,7 @@ class GradientDescent:
     def minimize(self, objective: Objective, point: Point, steps: int) -> Point:
         for _ in range(steps):
             point = point.complete(objective)
+            assert point.gradient is not None
             gradient = point.gradient if self.scale is None else self.scale * point.gradient
             point = Point(point.x.sub(gradient, alpha=self.learning_rate))
         return point
@@ -182,6 +194,7 @@ class TorchOptimizer:
 
     def _step(self, point: Point) -> Tensor:
         weights = self._weights
+        assert point.gradient is not None
         if self._root is None:
             weights.data, weights.grad = point.x.clone(), point.gradient
         else:
@@ -208,7 +221,8 @@ class QuasiNewtonOptimizer:
         As for `TorchOptimizer`; `keep` is for the pairs.
     """
 
-    momentum, takes_momentum = None, False
+    momentum: Tensor | None = None
+    takes_momentum = False
 
     def __init__(
         self,
@@ -233,7 +247,7 @@ class QuasiNewtonOptimizer:
 
     def restore(self, vectors: dict[str, list[Tensor]], numbers: dict[str, float]) -> None:
         self.quasi_newton.restore(vectors.get("s", []), vectors.get("y", []))
-        self._last = tuple(vectors["last"]) if vectors else None
+        self._last = (vectors["last"][0], vectors["last"][1]) if vectors else None
 
     def minimize(self, objective: Objective, point: Point, steps: int) -> Point:
         if not self.keep:
@@ -252,6 +266,7 @@ class QuasiNewtonOptimizer:
 
     def _observe(self, objective: Objective, point: Point) -> None:
         """Make a pair of the last point and this one."""
+        assert point.gradient is not None
         gradient = point.gradient if objective.shift is None else point.gradient - objective.shift
         if self._last is not None:
             s, y = point.x - self._last[0], gradient - self._last[1]
@@ -261,6 +276,7 @@ class QuasiNewtonOptimizer:
         self._last = point.x, gradient
 
     def _search(self, objective: Objective, point: Point) -> Point | None:
+        assert point.gradient is not None and point.evaluation is not None
         gradient = point.gradient if self._root is None else self._root * point.gradient
         direction, slope = self.quasi_newton.direction(gradient)
         direction = direction if self._root is None else self._root * direction

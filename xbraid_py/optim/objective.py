@@ -38,7 +38,8 @@ class Objective(Protocol):
         What the gradient has of a coupling term, on a coarse level.
     """
 
-    shift: Tensor | None
+    @property
+    def shift(self) -> Tensor | None: ...
 
     def evaluate(self, x: Tensor, max_iter: int | None = None, error: float | None = None) -> Evaluation:
         """The objective at the flat vector x.
@@ -46,12 +47,15 @@ class Objective(Protocol):
         Solvers make up to `max_iter` iterations if their options ask for fewer, and until the value is wrong by no more
         than `error`, as far as they can tell; 0 asks for all iterations.
         """
+        ...
 
     def gradient(self, x: Tensor, max_iter: int | None = None, exact: bool = False) -> Tensor:
         """The gradient at x, where `evaluate` has been called last; with all iterations if `exact`."""
+        ...
 
     def dots(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
         """Dot products over all ranks of each of some flat vectors with each of others, (len(a), len(b))."""
+        ...
 
 
 class ShiftedObjective:

@@ -128,15 +128,15 @@ class OneShot:
             If the objective or its gradient is not finite.
         """
         if self.evaluation is None:
-            self._evaluate(self._iterations)
+            self.evaluation = self._evaluate(self._iterations)
         while self.number < num_updates:
             if self.gradient is None:
                 self.gradient = self.objective.gradient(self.x, self._iterations)
-            norm = self._finite_norm()
+            norm = self._finite_norm(self.gradient)
             yield Update(self.number, self.evaluation, norm, self.step, self.backtracks)
             if norm <= self.options.gtol:
                 return
-            trial = self._line_search()
+            trial = self._line_search(self.evaluation, self.gradient)
             if trial is None:
                 return
             previous = self.gradient
@@ -150,7 +150,7 @@ class OneShot:
                 self.gradient = self.objective.gradient(self.x, self._iterations)
                 self.quasi_newton.add(last, self.gradient - previous, self.gradient)
 
-    def _line_search(self) -> Trial | None:
+    def _line_search(self, evaluation: Evaluation, gradient: Tensor) -> Trial | None:
         """A line search; where it fails, another one along an accurate gradient."""
         self.note = None
         for is_second in (False, True):
@@ -158,13 +158,13 @@ class OneShot:
                 # The direction may be bad because the pairs are, or because the solves were too inexact.
                 self.note = f"update {self.number}: no descent along the direction; the line search starts again"
                 self.quasi_newton.restart()
-                self._evaluate(self.options.boost_iter, error=0.0)
-                self.gradient = self.objective.gradient(self.x, self.options.boost_iter, exact=True)
-                self._finite_norm()
-            direction, slope = self.quasi_newton.direction(self.gradient)
+                self.evaluation = evaluation = self._evaluate(self.options.boost_iter, error=0.0)
+                self.gradient = gradient = self.objective.gradient(self.x, self.options.boost_iter, exact=True)
+                self._finite_norm(gradient)
+            direction, slope = self.quasi_newton.direction(gradient)
             trial = self._search.search(
                 self.x,
-                self.evaluation.value,
+                evaluation.value,
                 direction,
                 slope,
                 lambda x, error: self.objective.evaluate(x, self._iterations, error),
@@ -174,12 +174,13 @@ class OneShot:
         self.note = f"update {self.number}: no descent along the gradient either; this level ends here"
         return None
 
-    def _evaluate(self, max_iter: int | None, error: float | None = None) -> None:
-        self.evaluation = self.objective.evaluate(self.x, max_iter, error)
-        self._require_finite(self.evaluation.value, "objective")
+    def _evaluate(self, max_iter: int | None, error: float | None = None) -> Evaluation:
+        found = self.objective.evaluate(self.x, max_iter, error)
+        self._require_finite(found.value, "objective")
+        return found
 
-    def _finite_norm(self) -> float:
-        norm = sqrt(self.quasi_newton.observe(self.gradient))
+    def _finite_norm(self, gradient: Tensor) -> float:
+        norm = sqrt(self.quasi_newton.observe(gradient))
         self._require_finite(norm, "norm of the gradient")
         return norm
 
