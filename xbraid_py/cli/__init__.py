@@ -25,6 +25,7 @@ COMMANDS = {
     "resume": "continue a run, with the same options, on any number of ranks, here or in the queue",
     "export": "the network of a checkpoint as a plain torch module",
     "events": "the record of a run as TensorBoard event files",
+    "run": "run a program of the library, or one of your own, on some ranks",
     "submit": "start a driver on some ranks, or queue it: on this machine, or by SLURM",
     "ls": "all runs below a folder, and the jobs of its queue",
     "stop": "ask jobs or runs for a checkpoint and their end",
