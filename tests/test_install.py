@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -15,11 +16,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from processes import PROJECT
 
 pytestmark = pytest.mark.job
 
-SOURCES = ("xbraid_py", "tests", "CMakeLists.txt", "pyproject.toml", "setup.cfg", "README.md", "LICENSE")
+SOURCES = ("xbraid_py", "drivers", "tests", "CMakeLists.txt", "pyproject.toml", "setup.cfg", "README.md", "LICENSE")
 # Runs one hook of the build backend of the project in the working directory, as pip does.
 HOOK = """
 import json, sys
@@ -94,18 +96,52 @@ def installed(wheel: Path, folder: Path) -> tuple[set[str], str]:
 
 
 def modules(project: Path) -> set[str]:
-    """Python files of the package, as a wheel names them."""
-    return {path.relative_to(project).as_posix() for path in (project / "xbraid_py").rglob("*.py")}
+    """Python files of the package and of its programs, as a wheel names them, and what says that it has types."""
+    library = {path.relative_to(project).as_posix() for path in (project / "xbraid_py").rglob("*.py")}
+    programs = {f"xbraid_py/{path.relative_to(project).as_posix()}" for path in (project / "drivers").rglob("*.py")}
+    return library | programs | {"xbraid_py/py.typed"}
 
 
 def test_source_distribution_is_complete(project):
     missing = {
         path.relative_to(PROJECT).as_posix()
-        for path in (PROJECT / "xbraid_py").rglob("*")
-        if path.suffix in (".py", ".cpp", ".hpp") and not (project / path.relative_to(PROJECT)).exists()
+        for folder in ("xbraid_py", "drivers")
+        for path in (PROJECT / folder).rglob("*")
+        if path.suffix in (".py", ".cpp", ".hpp", ".typed") and not (project / path.relative_to(PROJECT)).exists()
     }
     assert not missing
     assert not list(project.rglob("*.so"))
+
+
+def test_a_fresh_environment_needs_no_checkout(project, tmp_path):
+    """The wheel in an environment of its own, in an empty folder: a program of the library trains on two ranks."""
+    wheel, _ = build("build_wheel", project, tmp_path / "wheels", "cmake.define.XBRAID_NATIVE:OFF")
+    python, here = tmp_path / "venv" / "bin" / "python", tmp_path / "here"
+    here.mkdir()
+    done = run([sys.executable, "-m", "venv", tmp_path / "venv"], here)
+    assert done.returncode == 0, done.stdout
+    done = run([python, "-m", "pip", "install", "--no-deps", "--no-index", wheel], here)
+    assert done.returncode == 0, done.stdout
+    # What it depends on is that of this environment, which comes last.
+    (folder,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    (folder / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    # So is MPI, with its mpirun.
+    mpi = {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "LD_LIBRARY_PATH": f"{sys.prefix}/lib{os.pathsep}{os.environ.get('LD_LIBRARY_PATH', '')}",
+    }
+    small = ["--num_layers=8", "--num_train=50", "--num_val=50", "--nested.updates=[2]", "--nested.refinements=0"]
+    program = [python.with_name("xbraid-py"), "run", "peaks", "--ranks=2", "--smoke", *small]
+    done = run(program, here, **mpi)
+    assert done.returncode == 0, done.stdout
+    header = json.loads((here / "runs" / "peaks" / "metrics.jsonl").read_text().splitlines()[0])
+    assert header["ranks"] == 2
+    done = run([python, "-c", "import xbraid_py; print(xbraid_py.__version__, xbraid_py.__file__)"], here)
+    version, file = done.stdout.split()
+    assert version in wheel.name and Path(file).is_relative_to(tmp_path / "venv")
+    # It is by its name that the run goes on.
+    done = run([*program[:1], "resume", "runs/peaks", "--print"], here, **mpi)
+    assert "nothing to continue" in done.stdout
 
 
 @pytest.mark.long
@@ -164,3 +200,19 @@ def test_tests_are_registered(tools, tmp_path):
     ctest = Path(cmake()).with_name("ctest")
     listed = run([ctest, "--test-dir", tmp_path, "-N"], tmp_path).stdout
     assert all(name in listed for name in ("serial", "jobs", "mpi-2", "mpi-3", "mpi-5"))
+
+
+def test_a_release_has_one_version():
+    """It stands in the package; what cites it says the same, and the workflow compares the tag with it."""
+    version = re.search(r'^__version__ = "(.*)"$', (PROJECT / "xbraid_py/__init__.py").read_text(), re.M)[1]
+    assert yaml.safe_load((PROJECT / "CITATION.cff").read_text())["version"] == version
+    assert "\nversion = attr: xbraid_py.__version__\n" in (PROJECT / "setup.cfg").read_text()
+    text = (PROJECT / ".github" / "workflows" / "release.yml").read_text()
+    workflow = yaml.safe_load(text)
+    assert workflow["permissions"] == {"contents": "read"} and not re.search(r"\w+://", text)
+    jobs = workflow["jobs"]
+    assert [name for name, job in jobs.items() if "permissions" in job] == ["draft"]
+    assert all(0 < job["timeout-minutes"] <= 90 for job in jobs.values())
+    ran = " ".join(step.get("run", "") for job in jobs.values() for step in job["steps"])
+    done = run(["sh", "-c", re.search(r"version=\$\(.*\)", ran)[0] + "; echo $version"], PROJECT)
+    assert done.stdout.strip() == version

@@ -127,6 +127,12 @@ inside xbraid_py:runtime bash -ec '
 say "4 ranks train for seconds"
 inside xbraid_py:runtime mpirun -n 4 python drivers/peaks.py --smoke --out /tmp/peaks
 
+say "4 ranks of a program of the wheel"
+inside --workdir /tmp xbraid_py:runtime bash -ec '
+  xbraid-py run peaks --print | grep site-packages/xbraid_py/drivers/peaks.py
+  xbraid-py run peaks --ranks 4 --smoke
+  xbraid-py status runs/peaks'
+
 if [[ $check != smoke ]]; then
   say "serial tests"
   inside xbraid_py:test python -m pytest -q
