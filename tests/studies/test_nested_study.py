@@ -9,6 +9,7 @@ import pytest
 from kinds import draw_nothing
 from processes import PROJECT
 from studies.nested import page
+from studies.nested.convergence import factors, pairs_of, section
 from studies.nested.parts import NestedStudyOptions, options_of, train
 from studies.study import key
 
@@ -103,6 +104,33 @@ def test_a_run():
     assert {point[1] for point in nested["curve"]} == {4, 8, 16} and {point[1] for point in alone["curve"]} == {16}
     assert nested["val_accuracy"] == pytest.approx(nested["curve"][-1][5], abs=1e-4)
     assert 0 <= nested["square_accuracy"] <= 1 and nested["work"] > 0
+
+
+def test_convergence_after_a_refinement():
+    """By either interpolation of the same weights: the network that training goes on with is the constant one."""
+    small = {"num_layers": 64, "updates": (4, 2, 2), "num_train": 60, "num_val": 20}
+    (settings, *_) = NestedStudyOptions(**small, parts=("convergence",)).settings()
+    found = train(settings)["refinements"]
+    kinds = [(each["num_layers"], each["interpolation"]) for each in found]
+    assert kinds == [(32, "constant"), (32, "linear"), (64, "constant"), (64, "linear")]
+    for each in found:
+        for solve in ("states", "adjoints"):
+            first, *_, last = each[solve]
+            assert len(each[solve]) == 11 and first > 1e-8 and last < 1e-3 * first
+    assert found[0]["states"] != found[1]["states"] and found[2]["states"] != found[3]["states"]
+
+
+def test_factors_are_of_iterations_that_both_have():
+    constant = {"num_layers": 32, "states": [1.0, 1e-2, 1e-4, 1e-6], "adjoints": [1.0, 0.5, 1e-12, 1e-12]}
+    linear = {"num_layers": 32, "states": [2.0, 0.2, 0.02, 0.002], "adjoints": [1.0, 0.25, 0.125, 0.1]}
+    assert factors((constant, linear), "states") == pytest.approx([1e-2, 1e-1])
+    assert factors((constant, linear), "adjoints") == pytest.approx([0.5, 0.25])
+    settings = {"regime": "paper", "num_layers": 64, "change": "convergence, deep", "seed": 0}
+    row = {"settings": settings, "result": {"refinements": [constant, linear]}}
+    (key_of,) = pairs_of([row])
+    assert key_of == ("paper", 256, 32)
+    *_, text = section([row])
+    assert "| paper, 256 layers | 32 | states | 1.0e-02 | 1.0e-01 | 10.00 | 1.0e-04 | 2.0e-02 | 1 |" in text
 
 
 @pytest.mark.job

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
+from studies.nested.convergence import measure
 from studies.rows import curve_of, end_of
 from studies.study import Settings, StudyOptions
 from xbraid_py.comm import as_communicator
@@ -77,6 +78,13 @@ def depth() -> Iterator[Settings]:
         yield {"regime": "ours", "width": 8, "layers": 1e-6, "tikhonov": 1e-5, "run": run, "change": "deep"}
 
 
+def convergence() -> Iterator[Settings]:
+    """How fast the solver converges after a refinement by either interpolation; the networks are trained for that."""
+    for (regime, layers), change in product((("paper", 1e-6), ("ours", 1e-1)), ("convergence", "convergence, deep")):
+        case = {"regime": regime, "width": 8, "layers": layers, "tikhonov": 1e-5, "run": "nested"}
+        yield {**case, "change": change}
+
+
 PARTS: dict[str, Callable[[], Iterator[Settings]]] = {
     "figure3": figure3,
     "defaults": defaults,
@@ -85,9 +93,12 @@ PARTS: dict[str, Callable[[], Iterator[Settings]]] = {
     "iterations": iterations,
     "start": start,
     "depth": depth,
+    "convergence": convergence,
 }
 # Parts of all initializations; a third of them answers the other questions.
 FULL = ("figure3", "defaults")
+# What is not run by default.
+LATER = ("convergence",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +121,8 @@ class NestedStudyOptions(StudyOptions):
         Updates between two validations.
     parts
         Figure3 is the paper's, defaults the same with this project's initial weights; open, interpolation, iterations,
-        start and depth answer questions about them.
+        start and depth answer questions about them. Not among the defaults is convergence, of the solver after a
+        refinement by either interpolation.
     """
 
     out: Path = Path("runs/nested_study")
@@ -120,7 +132,7 @@ class NestedStudyOptions(StudyOptions):
     num_train: int = 5000
     num_val: int = 2500
     validate_every: int = 5
-    parts: tuple[str, ...] = tuple(PARTS)
+    parts: tuple[str, ...] = tuple(part for part in PARTS if part not in LATER)
 
     def __post_init__(self):
         super().__post_init__()
@@ -177,7 +189,7 @@ def options_of(settings: Settings) -> ClassificationOptions:
             return replace(options, optim=replace(options.optim, boost_updates=0), validate_every=1)
         case "every":
             return replace(options, validate_every=1)
-        case "deep":
+        case "deep" | "convergence, deep":
             return replace(options, num_layers=4 * options.num_layers)
     return options
 
@@ -190,6 +202,9 @@ def train(settings: Settings) -> dict:
     points, validation = peaks.generate(*numbers, 0, options.torch_dtype, balanced=True)
     _, square = peaks.generate(*numbers, 0, options.torch_dtype)
     nested = options.nested if settings["run"] == "nested" else options.nested.non_nested()
-    training = NestedTraining(options, options.problem(points, as_communicator(None)), validation, nested=nested)
+    problem = options.problem(points, as_communicator(None))
+    training = NestedTraining(options, problem, validation, nested=nested)
+    if settings.get("change", "").startswith("convergence"):
+        return measure(training, problem, PAPER.mgrit)
     rows = list(rows_of(training))
     return {**end_of(rows), "square_accuracy": training.accuracy(square), "curve": curve_of(rows)}
