@@ -80,6 +80,7 @@ _HOMES = {
         *("AdaptiveOptions", "MGOpt", "MGOptOptions", "NestedIteration", "NestedOptions", "ResNetTraining"),
         *("ResNetTrainingOptions", "VCycle", "WidthTraining", "WidthTrainingOptions", "prolong_depth"),
     ),
+    "multilevel.depth.cycle": ("DepthCycle",),
     "multilevel.resnet.refinement": ("refine",),
     "optim": ("Armijo", "OneShot", "OneShotOptions", "QuasiNewton"),
     "optim.objective": ("Evaluation", "Objective"),

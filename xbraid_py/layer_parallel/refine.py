@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from xbraid_py.comm.partition import Partition
 from xbraid_py.layer_parallel.stack import LayerParallel
 from xbraid_py.layer_parallel.weights import StackedWeights
+from xbraid_py.mgrit import MGRIT
+from xbraid_py.mgrit.grid import LayerGrid
 
 # What optimizers keep of a parameter: by how many factors of a gradient it changes with it.
 _POWERS = {
@@ -73,7 +75,8 @@ def refine_depth(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
     if optimizer is not None:
         _check_state(optimizer, stacks)
     for name, stack in stacks.items():
-        fine = _refined(stack, factor)
+        ends = tuple(count * factor for count in stack.cut.serial_ends)
+        fine = on_grid(stack, stack.grid.refine(factor), ends)
         for coarse, window in zip(stack.windows, fine.windows, strict=True):
             _carry_over(coarse.layers, window.layers, factor, optimizer)
         fine.load_solver_state(_started_anew(stack.solver_state()))
@@ -85,19 +88,21 @@ def refine_depth(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
     return model
 
 
-def _refined(stack: LayerParallel, factor: int) -> LayerParallel:
-    """A stack of so many times the layers; its weights are yet to come."""
+def on_grid(
+    stack: LayerParallel, grid: LayerGrid, serial_ends: tuple[int, int], mgrit: MGRIT | None = None
+) -> LayerParallel:
+    """A stack like this one on another grid, with another solver if one is given; its weights are yet to come."""
     cut, window = stack.cut, stack.windows[0]
     settings, splines = vars(window.settings), window.layers.splines
     block = window.block.module
     return LayerParallel(
         lambda: copy.deepcopy(block),
-        stack.grid.refine(factor),
+        grid,
         comm=stack.comm,
         windows=cut.windows,
-        serial_ends=tuple(count * factor for count in cut.serial_ends),
-        mgrit=cut.options,
-        adjoint=cut.adjoint,
+        serial_ends=serial_ends,
+        mgrit=mgrit or cut.options,
+        adjoint=None if mgrit else cut.adjoint,
         spatial=cut.spatial,
         messages=cut.messages,
         splines=None if splines is None else splines.splines,

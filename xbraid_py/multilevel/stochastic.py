@@ -175,7 +175,7 @@ class ModuleObjective:
     """Mean loss of a module; see `Objective`.
 
     The module's parameters become views of the vectors that it is evaluated at, in the order of
-    `module.parameters()`, so nothing is copied.
+    `module.parameters()`, so nothing is copied; frozen ones are left out.
 
     Parameters
     ----------
@@ -201,8 +201,9 @@ class ModuleObjective:
     def __init__(self, module: nn.Module, loss: Loss, grid: ProcessGrid | None = None):
         self.module, self.loss, self.grid = module, loss, grid
         self.samples = self.passes = 0
+        self._weight = 1  # of this replica in the means
         self.loss_before = float("nan")
-        self._parameters = list(module.parameters())
+        self._parameters = [p for p in module.parameters() if p.requires_grad]
         self._shapes = [p.shape for p in self._parameters]
         self._sizes = [p.numel() for p in self._parameters]
         self._share: Samples | None = None
@@ -217,6 +218,7 @@ class ModuleObjective:
         """Take these samples (B, ...) from now on, the same on all ranks."""
         self.samples = len(inputs)
         self._share = self.grid.shard((inputs, targets)) if self.grid else (inputs, targets)
+        self._weight = len(self._share[0])
 
     def load(self, x: Tensor) -> nn.Module:
         """The module with the weights x, without a copy: as long as x stays as it is, and until the next call."""
@@ -228,16 +230,20 @@ class ModuleObjective:
 
     def evaluate(self, x: Tensor, max_iter: int | None = None, error: float | None = None) -> Evaluation:
         """The mean loss at x; the accuracy is not defined."""
-        inputs, targets = self._share
         with torch.enable_grad():
-            self._value = self.loss(self.load(x)(inputs), targets)
+            self._value = self._loss_of(self.load(x))
         value = float(self._value.detach())
         if self.grid:
-            weighted = torch.tensor([[value * len(inputs), len(inputs)]], dtype=torch.float64)
+            weighted = torch.tensor([[value * self._weight, self._weight]], dtype=torch.float64)
             summed, count = self.grid.data.ordered_sum(weighted, [1] * self.grid.replicas).tolist()
             value = summed / count
         self.loss_before = value
         return Evaluation(value, value, float("nan"), 0.0)
+
+    def _loss_of(self, module: nn.Module) -> Tensor:
+        """That of this replica's samples."""
+        inputs, targets = self._share
+        return self.loss(module(inputs), targets)
 
     def gradient(self, x: Tensor, max_iter: int | None = None, exact: bool = False) -> Tensor:
         """The gradient of the mean loss at x, where `evaluate` has been called last."""
@@ -247,7 +253,7 @@ class ModuleObjective:
         self._value.backward()
         self._value = None
         if self.grid:
-            self.grid.average_gradients(self._parameters, samples=len(self._share[0]))
+            self.grid.average_gradients(self._parameters, samples=self._weight)
         for parameter in self._parameters:
             parameter.grad = None
         self.passes += self.samples

@@ -67,6 +67,36 @@ def prolong_rows(rows: Tensor, interpolation: str, following: Tensor | None = No
     return torch.stack([rows, odd], 1).flatten(0, 1)
 
 
+def doubled_rows(comm, rows: Tensor, partition: Partition, interpolation: str) -> Tensor:
+    """Rows (2n, *p) where those (n, *p) of a partition are; a rank hears of the row behind its last one."""
+    following = None
+    if interpolation == "linear" and len(rows):
+        following = comm.shift(rows[:1], partition, -1)
+    return prolong_rows(rows, interpolation, following)
+
+
+def halved_rows(comm, rows: Tensor, fine: Partition, coarse: Partition, how: str) -> Tensor:
+    """Rows (n, *p) of a coarse partition from those of the fine one: collective.
+
+    `how` is inject, average, or the interpolation, constant or linear, whose transpose is meant.
+    """
+    pairs = comm.redistribute(rows, fine, coarse.refine(2))
+    even, odd = pairs[0::2], pairs[1::2]
+    if how == "inject":
+        return even
+    if how == "average":
+        return (even + odd) / 2
+    if how == "constant":
+        return even + odd
+    # Column k of the linear I: 1 for layer 2k, 1/2 for 2k - 1 and 2k + 1; 1 for the very last layer.
+    before = comm.shift(odd[-1:], coarse, +1) if len(odd) else None
+    behind = torch.cat([torch.zeros_like(odd[:1]) if before is None else before, odd[:-1]])
+    share = odd / 2
+    if comm.rank == coarse.last_owner:
+        share[-1] = odd[-1]
+    return even + share + behind / 2
+
+
 def prolong_depth(
     coarse: DenseResNet,
     fine: DenseResNet,
@@ -112,10 +142,7 @@ def prolong_depth(
         # All rows are on one rank, so that a product of matrices has the same bits on any number of ranks.
         target["layers"].copy_(theta if insertion is None or not len(theta) else insertion.to(theta.dtype) @ theta)
         return out
-    following = None
-    if interpolation == "linear" and len(theta):
-        following = comm.shift(theta[:1], coarse.partition, -1)
-    both = prolong_rows(theta, interpolation, following)
+    both = doubled_rows(comm, theta, coarse.partition, interpolation)
     source = coarse.partition.refine(2)
     if chosen is not None:
         # Before row i of the coarse network there are i rows, and one more for each that is cut.
@@ -135,6 +162,14 @@ def _insertion(coarse: Splines | None, fine: Splines | None) -> Tensor | None:
             f"coarse splines={coarse} and fine splines={fine} must both be splines, or both None; use {coarse or fine}"
         )
     return None if coarse == fine else coarse.insertion(fine)
+
+
+def check_transfer(interpolation: str, restriction: str) -> None:
+    """Raise `ValueError` if a word is none that transfers know."""
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"interpolation={interpolation!r} must be {' or '.join(INTERPOLATIONS)}; use constant")
+    if restriction not in RESTRICTIONS:
+        raise ValueError(f"restriction={restriction!r} must be {' or '.join(RESTRICTIONS)}; use inject")
 
 
 def refuse_splines(splines: Splines | None) -> None:
@@ -189,10 +224,7 @@ class DepthTransfer:
                 f"fine num_layers={fine.grid.num_layers} must be {2 * coarse.grid.num_layers}, twice the coarse"
             )
         refuse_splines(coarse.splines or fine.splines)
-        if interpolation not in INTERPOLATIONS:
-            raise ValueError(f"interpolation={interpolation!r} must be {' or '.join(INTERPOLATIONS)}; use constant")
-        if restriction not in RESTRICTIONS:
-            raise ValueError(f"restriction={restriction!r} must be {' or '.join(RESTRICTIONS)}; use inject")
+        check_transfer(interpolation, restriction)
         self.coarse, self.fine = coarse, fine
         self.interpolation, self.restriction = interpolation, restriction
 
@@ -202,37 +234,23 @@ class DepthTransfer:
 
     def restrict(self, x: Tensor) -> Tensor:
         """Weights of the coarse network, as `restriction` says."""
-        if self.restriction == "inject":
-            return self._restricted(x, lambda even, odd: even)
-        if self.restriction == "average":
-            return self._restricted(x, lambda even, odd: (even + odd) / 2)
-        return self.restrict_gradient(x)
+        return self._restricted(x, self.interpolation if self.restriction == "transpose" else self.restriction)
 
     def restrict_gradient(self, gradient: Tensor) -> Tensor:
         """R g with R = I^T."""
-        return self._restricted(gradient, self._summed_linear if self.interpolation == "linear" else torch.add)
+        return self._restricted(gradient, self.interpolation)
 
     def renewed(self, x: Tensor) -> DepthTransfer:
         """This one: it does not depend on the weights."""
         return self
 
-    def _restricted(self, x: Tensor, pairwise) -> Tensor:
-        """Coarse layers from the pairs (n, p), (n, p) of fine ones; opening and classification unchanged."""
+    def _restricted(self, x: Tensor, how: str) -> Tensor:
+        """Coarse layers from pairs of fine ones; opening and classification unchanged."""
         coarse, fine, comm = self.coarse, self.fine, self.coarse.comm
         rows = fine.layout.rows(x)
-        pairs = comm.redistribute(rows["layers"], fine.partition, coarse.partition.refine(2))
         out = coarse.layout.zeros()
         target = coarse.layout.rows(out)
-        target["layers"].copy_(pairwise(pairs[0::2], pairs[1::2]))
+        target["layers"].copy_(halved_rows(comm, rows["layers"], fine.partition, coarse.partition, how))
         target["opening"].copy_(rows["opening"])
         hand_over(comm, rows["classification"], target["classification"], fine.last_rank, coarse.last_rank)
         return out
-
-    def _summed_linear(self, even: Tensor, odd: Tensor) -> Tensor:
-        """Column k of the linear I: 1 for layer 2k, 1/2 for 2k - 1 and 2k + 1; 1 for the very last layer."""
-        before = self.coarse.comm.shift(odd[-1:], self.coarse.partition, +1) if len(odd) else None
-        behind = torch.cat([torch.zeros_like(odd[:1]) if before is None else before, odd[:-1]])
-        share = odd / 2
-        if self.coarse.is_last:
-            share[-1] = odd[-1]
-        return even + share + behind / 2
