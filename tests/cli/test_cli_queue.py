@@ -70,7 +70,9 @@ def submit(room: Path, *words: str, wait: str = "go") -> int:
 
 
 def go(room: Path, number: int) -> None:
-    (Path(Queue(room).job(number).out) / "go").touch()
+    out = Path(Queue(room).job(number).out)
+    out.mkdir(exist_ok=True)
+    (out / "go").touch()
 
 
 def notes(room: Path, what: str = "begins") -> list[list]:

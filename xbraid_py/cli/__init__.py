@@ -30,6 +30,7 @@ COMMANDS = {
     "ls": "all runs below a folder, and the jobs of its queue",
     "stop": "ask jobs or runs for a checkpoint and their end",
     "logs": "what a job prints",
+    "serve": "runs, live curves and the queue in a browser",
     "plan": "how long a weight update takes on how many ranks, and which cycle is best",
 }
 # Each is main(words) of the module of its name, or of its own name beside another; it returns the exit status.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import os
 import re
 import shutil
@@ -96,12 +98,25 @@ def runs_below(folder: Path) -> Iterator[Path]:
 
 
 def _entry(root: Path, path: Path, job: Job | None) -> Entry:
-    run = summary = None
-    with contextlib.suppress(NoRun):
-        run = read_run(path, _SHORT)
-        summary = summarize(run)
+    run = _read(path, *(_stamp(path / name) for name in (STATUS, RECORD, CONFIGURATION)))
+    summary = summarize(run) if run else None
     name = os.path.relpath(path, root)
     return Entry(path=path, name=str(path) if name.startswith("..") else name, job=job, run=run, summary=summary)
+
+
+@functools.lru_cache(2000)
+def _read(path: Path, *stamps: tuple[int, int] | None) -> Run | None:
+    """A run as its files are at these moments: who lists runs every second reads those that have changed."""
+    with contextlib.suppress(NoRun):
+        return read_run(path, _SHORT)
+    return None
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        return found.st_mtime_ns, found.st_size
+    return None
 
 
 def looked_up(queue: Queue) -> list[Job]:
@@ -186,7 +201,7 @@ def resume(
     if (Path(job.out) / CONFIGURATION).exists():
         run = read_run(job.out, _SHORT)
         refuse_finished(run)
-        program = [job.program[0], *configured(run)]
+        program = [job.program[0], *configured(run), *_replicas(run, ranks or job.ranks)]
     else:
         program = job.program  # it has not come so far as to write down its options
     job = queue.again(
@@ -206,9 +221,17 @@ def _queue_run(queue: Queue, path: Path, ranks: int | None, on: str, driver: Pat
     summary = summarize(run)
     if summary.state in (RUNNING, "starting"):
         raise ValueError(f"{run.path} is {summary.state}; stop it first, or wait for its end")
-    program = [os.path.abspath(driver or find_driver(run)), *configured(run)]
-    about = {"program": program, "out": os.path.abspath(run.path), "ranks": ranks or summary.ranks or 1}
+    ranks = ranks or summary.ranks or 1
+    program = [os.path.abspath(driver or find_driver(run)), *configured(run), *_replicas(run, ranks)]
+    about = {"program": program, "out": os.path.abspath(run.path), "ranks": ranks}
     return start(queue, about | {"on": on, "folder": os.getcwd()})
+
+
+def _replicas(run: Run, ranks: int) -> list[str]:
+    """What is said of replicas where those of a run do not divide the ranks on which it goes on."""
+    before = run.configuration.get("replicas")
+    fits = not isinstance(before, int) or isinstance(before, bool) or before < 1 or ranks % before == 0
+    return [] if fits else [f"--replicas={math.gcd(before, ranks)}"]
 
 
 def refuse_finished(run: Run) -> None:

@@ -359,7 +359,9 @@ def _look_after(queue: Queue, job: Job, children: dict[int, subprocess.Popen], a
     if status is None and (is_alive(job) or child is not None):
         if job.limit and job.state == RUNNING and time.time() - (job.started or 0) > job.limit:
             job = queue.change(job, state=STOPPING, message="time limit")
-        if job.state == STOPPING and time.monotonic() - asked.get(job.number, 0.0) > _ASK:
+            signal_job(job, signal.SIGUSR1)
+        # Who has made it "stopping" has asked once; a job that was only starting did not listen.
+        if job.state == STOPPING and time.monotonic() - asked.setdefault(job.number, time.monotonic()) > _ASK:
             signal_job(job, signal.SIGUSR1)
             asked[job.number] = time.monotonic()
         return job
