@@ -36,8 +36,11 @@ PRESETS = {
 def setup(options: Options, comm: Communicator) -> Callable[[], None]:
     """Check everything; returns the study."""
     study = Study(options.out, train, options.workers)
-    stages = {"runs": lambda rows: {"all": options.settings()}}
-    return run_study(study, stages, lambda parts, out: page.write(parts["all"], out), comm)
+    stages = {
+        "runs": lambda rows: {"all": options.settings()},
+        "tuned runs": lambda rows: {"tuned": options.second_stage(rows)},
+    }
+    return run_study(study, stages, lambda parts, out: page.write(sum(parts.values(), []), out), comm)
 
 
 if __name__ == "__main__":

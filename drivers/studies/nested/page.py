@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from studies.nested import convergence
+from studies.nested import convergence, tuning
 from studies.rows import Row, accuracies, accuracy_at, paired, table, where, work_unit
 from studies.statistics import Summary, deviation_ratio
 from studies.study import PAGE
@@ -41,7 +41,8 @@ def write(rows: Sequence[Row], out: Path) -> None:
     good = [row for row in rows if "result" in row]
     parts = [f"{len(good)} runs, {len(rows) - len(good)} failed."]
     measured = [row for row in good if "refinements" in row["result"]]
-    good = [row for row in good if "refinements" not in row["result"]]
+    alike = [row for row in rows if _is_tuned(row)]
+    good = [row for row in good if "refinements" not in row["result"] and not _is_tuned(row)]
     basic = [grouped(row) for row in good if "change" not in row["settings"] and row["settings"]["layers"] <= _DEFAULT]
     figures = out / "figures"
     found = {(row["settings"]["regime"], row["settings"]["width"]) for row in basic}
@@ -56,10 +57,15 @@ def write(rows: Sequence[Row], out: Path) -> None:
         _boxes(basic, groups, figures / "accuracies.png")
         _means(basic, groups, figures / "mean_over_work.png")
     parts += _changes(good) + (convergence.section(measured) if measured else [])
+    parts += tuning.section(alike) if alike else []
     if flown := [row for row in good if row["settings"].get("change") in ("every", "no boost")]:
         _refinements(flown, figures / "after_refinement.png")
     out.mkdir(parents=True, exist_ok=True)
     (out / PAGE).write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+def _is_tuned(row: Row) -> bool:
+    return row["settings"].get("change") == "tuned alike"
 
 
 def grouped(row: Row) -> Row:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
+from studies.nested import tuning
 from studies.nested.convergence import measure
 from studies.rows import curve_of, end_of
-from studies.study import Settings, StudyOptions
+from studies.study import Result, Settings, StudyOptions
 from xbraid_py.comm import as_communicator
 from xbraid_py.data import peaks
 from xbraid_py.mgrit import MGRIT
@@ -98,7 +99,8 @@ PARTS: dict[str, Callable[[], Iterator[Settings]]] = {
 # Parts of all initializations; a third of them answers the other questions.
 FULL = ("figure3", "defaults")
 # What is not run by default.
-LATER = ("convergence",)
+TUNED = "tuned_alike"
+LATER = ("convergence", TUNED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +123,9 @@ class NestedStudyOptions(StudyOptions):
         Updates between two validations.
     parts
         Figure3 is the paper's, defaults the same with this project's initial weights; open, interpolation, iterations,
-        start and depth answer questions about them. Not among the defaults is convergence, of the solver after a
-        refinement by either interpolation.
+        start and depth answer questions about them. Not among the defaults are convergence, of the solver after a
+        refinement by either interpolation, and tuned_alike, either method with the best of the same settings, on other
+        seeds.
     """
 
     out: Path = Path("runs/nested_study")
@@ -140,13 +143,26 @@ class NestedStudyOptions(StudyOptions):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1; use 2")
         for part in self.parts:
-            if part not in PARTS:
-                raise ValueError(f"parts={part} is none of {', '.join(PARTS)}; use figure3")
+            if part not in (*PARTS, TUNED):
+                raise ValueError(f"parts={part} is none of {', '.join((*PARTS, TUNED))}; use figure3")
         NestedOptions(updates=self.updates).depths(self.num_layers)
 
     def settings(self) -> list[Settings]:
         """All runs of the study: of every seed in turn, so that a part of the study is a study of fewer seeds."""
-        common = {
+        settings = []
+        for seed in range(self.seeds):
+            parts = [part for part in self.parts if part in FULL or (3 * seed < self.seeds and part != TUNED)]
+            settings += [{**case, **self.common, "seed": seed} for part in parts for case in PARTS[part]()]
+        return settings + (tuning.trials(self.common) if TUNED in self.parts else [])
+
+    def second_stage(self, rows: Mapping[str, Result]) -> list[Settings]:
+        """The runs whose settings are those that were the best."""
+        return tuning.fresh(self.common, rows, self.seeds) if TUNED in self.parts else []
+
+    @property
+    def common(self) -> Settings:
+        """What all runs have in common."""
+        return {
             "num_layers": self.num_layers,
             "updates": list(self.updates),
             "num_train": self.num_train,
@@ -154,11 +170,6 @@ class NestedStudyOptions(StudyOptions):
             "validate_every": self.validate_every,
             "validation": "balanced",
         }
-        settings = []
-        for seed in range(self.seeds):
-            parts = [part for part in self.parts if part in FULL or 3 * seed < self.seeds]
-            settings += [{**case, **common, "seed": seed} for part in parts for case in PARTS[part]()]
-        return settings
 
 
 def options_of(settings: Settings) -> ClassificationOptions:
@@ -189,6 +200,8 @@ def options_of(settings: Settings) -> ClassificationOptions:
             return replace(options, optim=replace(options.optim, boost_updates=0), validate_every=1)
         case "every":
             return replace(options, validate_every=1)
+        case "tuned alike":
+            return tuning.applied(options, settings)
         case "deep" | "convergence, deep":
             return replace(options, num_layers=4 * options.num_layers)
     return options
