@@ -91,6 +91,7 @@ def main(words: Sequence[str]) -> int:
         app, host=options.host, port=options.port, log_level="warning", timeout_graceful_shutdown=1, access_log=False
     )
     sock = config.bind_socket()
+    sock.listen()  # who opens the address at once is kept waiting, and not refused
     address = f"[{options.host}]" if ":" in options.host else options.host
     url = f"http://{address}:{sock.getsockname()[1]}/" + (f"?token={token}" if token else "")
     print(f"{printable(options.DIR)} is at {url}\nCtrl-C ends it", flush=True)
@@ -181,7 +182,7 @@ def _same(given: str | None, known: str) -> bool:
 def _file(name: str):
     async def respond(request: Request) -> Response:
         path = PAGE / name
-        return Response(path.read_bytes(), media_type=f"{_TYPES[path.suffix]}; charset=utf-8")
+        return Response(path.read_bytes(), media_type=_TYPES[path.suffix])
 
     return respond
 
@@ -224,7 +225,7 @@ class _Room:
                 found = {
                     "folder": printable(self._folder),
                     "at_once": self._queue.at_once(),
-                    "runs": [self._line(each) for each in control.entries(self._folder)],
+                    "runs": [line for each in control.entries(self._folder) if (line := self._line(each))],
                     "studies": [
                         {"name": os.path.relpath(path.parent, self._folder), "says": ": ".join(study(path.parent))}
                         for path in sorted(self._folder.rglob(STUDIES))
@@ -234,9 +235,12 @@ class _Room:
                 self._list = time.monotonic(), found
             return found
 
-    def _line(self, each: control.Entry) -> dict[str, Any]:
-        is_here = self._is_all_inside(each.path)
-        job, state, summary = each.job, each.state, each.summary if is_here else None
+    def _line(self, each: control.Entry) -> dict[str, Any] | None:
+        """A run or job; of one outside the folder only what the queue says, None where that is nothing."""
+        job, is_here = each.job, self._is_all_inside(each.path)
+        if not is_here and job is None:
+            return None
+        state, summary = (each.state, each.summary) if is_here else (job.state, None)
         is_over = state in control.ENDED
         return {
             "name": each.name,
@@ -249,7 +253,7 @@ class _Room:
             "accuracy": summary.accuracy if summary else None,
             "objective": summary.objective if summary else None,
             "seconds_left": summary.seconds_left if summary and not is_over else None,
-            "message": printable(each.message if is_here else job.message if job else ""),
+            "message": printable(each.message if is_here else job.message),
             "can_stop": not is_over and state != "stopping" and (job is not None or state != "stale"),
             "can_resume": (is_over or (job is None and state == "stale")) and state != "finished",
             "is_here": summary is not None,
