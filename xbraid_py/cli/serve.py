@@ -88,14 +88,16 @@ def main(words: Sequence[str]) -> int:
     token = os.environ.get(_VARIABLE) or (None if options.host in _LOOPBACK else secrets.token_urlsafe(24))
     app = make_app(options.DIR, token, options.host in _LOOPBACK)
     config = uvicorn.Config(
-        app, host=options.host, port=options.port, log_level="warning", timeout_graceful_shutdown=1, access_log=False
+        app, host=options.host, port=options.port, log_level="warning", timeout_graceful_shutdown=5, access_log=False
     )
     sock = config.bind_socket()
     sock.listen()  # who opens the address at once is kept waiting, and not refused
     address = f"[{options.host}]" if ":" in options.host else options.host
     url = f"http://{address}:{sock.getsockname()[1]}/" + (f"?token={token}" if token else "")
     print(f"{printable(options.DIR)} is at {url}\nCtrl-C ends it", flush=True)
-    uvicorn.Server(config).run(sockets=[sock])
+    serving = uvicorn.Server(config)
+    app.state.is_ending = lambda: serving.should_exit
+    serving.run(sockets=[sock])
     return 0
 
 
@@ -127,6 +129,7 @@ def make_app(folder: str | os.PathLike, token: str | None = None, is_local: bool
         Route("/api/resume", room.resume, methods=["POST"]),
     ]
     app = Starlette(routes=routes)
+    app.state.is_ending = lambda: False  # then streams end, which are waited for
     app.add_middleware(_Guard, token=token, is_local=is_local, key=room.key)
     return app
 
@@ -328,7 +331,7 @@ class _Room:
         import anyio
 
         before = None
-        while not await request.is_disconnected():
+        while not (request.app.state.is_ending() or await request.is_disconnected()):
             found = await run_in_threadpool(self._listed)
             if found != before:
                 yield _event("runs", found)

@@ -271,6 +271,7 @@ function outcomes(names) {
 }
 
 function compared(names) {
+  if (!names.every((name) => STATE.about.has(name))) return [outcomes(names), html("p", { class: "empty" }, "Reading the runs")];
   const all = names.map((name) => STATE.about.get(name)?.options ?? {});
   const keys = [...new Set(all.flatMap((options) => Object.keys(options)))];
   const rows = keys.map((key) => ({ key, cells: all.map((options) => options[key] ?? "–") }))
