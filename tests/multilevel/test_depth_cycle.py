@@ -5,12 +5,14 @@ Shape letters: `N` layers.
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import pytest
 import torch
 from blocks import CASES, UNCHECKED, B, C, distance, linear, loss_of
 from blocks import reduced as message_of
+from processes import PROJECT
 from torch import nn
 from torch.func import functional_call
 
@@ -356,3 +358,14 @@ def test_what_is_refused(spmd):
     for found in spmd(body):
         assert len(found) == len(words)
         assert all(message is not None and word in message for word, message in zip(words, found, strict=True)), found
+
+
+def test_the_code_of_the_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (PROJECT / "docs" / "pytorch.md").read_text()
+    names = {}
+    for block in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S):
+        exec(compile(block, "pytorch.md", "exec"), names)
+    assert names["model"][1].grid.num_layers == 64 and len(names["cycle"].models) == 3
+    assert names["losses"][-1] < names["losses"][0] and (tmp_path / "runs" / "cycle.h5").exists()
+    assert re.fullmatch(r"\d+ gradients' worth of work: the loss fell from 0\.\d+ to 0\.\d+\n", capsys.readouterr().out)

@@ -35,8 +35,10 @@ _EVALUATION = 1 / 3  # of a gradient: a pass forwards of three passes' work
 
 
 class DepthCycle(nn.Module):
-    """MG/OPT ("Multilevel Minimization for Deep Residual Networks", L. Gaedke-Merzhäuser, A. Kopaničáková, R. Krause,
-    2020) for a model with `LayerParallel` stacks: V-cycles over copies whose stacks have 1/2, 1/4, ... of the layers.
+    """MG/OPT in depth for a model with `LayerParallel` stacks: a V-cycle for each minibatch of a training loop.
+
+    The method of "Multilevel Minimization for Deep Residual Networks" (L. Gaedke-Merzhäuser, A. Kopaničáková,
+    R. Krause, 2020); its levels are copies of the model whose stacks have 1/2, 1/4, ... of the layers.
 
     A step is a cycle on one minibatch, the same on all levels (algorithm 3). On each level it makes steps of the
     optimizer, restricts the weights, and goes on with the coarser network, whose layers have twice the step size and
