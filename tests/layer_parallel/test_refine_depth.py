@@ -178,8 +178,15 @@ def test_what_is_refused(spmd):
             message_of(comm, lambda: refine_depth(nn.Linear(2, 2))),
             message_of(comm, lambda: refine_depth(maps)),
             message_of(comm, lambda: refine_depth(stack, optimizer)),
+            message_of(comm, lambda: refine_depth(CASES["mlp"].stack(comm, 5, T, windows=2, **EXACT))),
         ]
 
     for found in spmd(body):
-        words = ("factor=1 must be", "holds no LayerParallel", "form='map'", "keeps 'strange'")
+        words = (
+            "factor=1 must be",
+            "holds no LayerParallel",
+            "form='map'",
+            "keeps 'strange'",
+            "of num_layers=5 would cut",
+        )
         assert all(word in message for word, message in zip(words, found, strict=True))

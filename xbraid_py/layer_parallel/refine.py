@@ -77,6 +77,7 @@ def refine_depth(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
     for name, stack in stacks.items():
         ends = tuple(count * factor for count in stack.cut.serial_ends)
         fine = on_grid(stack, stack.grid.refine(factor), ends)
+        check_places(stack, stack, fine, factor)
         for coarse, window in zip(stack.windows, fine.windows, strict=True):
             _carry_over(coarse.layers, window.layers, factor, optimizer)
         fine.load_solver_state(_started_anew(stack.solver_state()))
@@ -108,6 +109,17 @@ def on_grid(
         splines=None if splines is None else splines.splines,
         **{**settings, "form": "increment"},
     )
+
+
+def check_places(given: LayerParallel, coarse: LayerParallel, fine: LayerParallel, factor: int) -> None:
+    """Raise `ValueError` unless windows and ends of both hold the same layers, of which the given stack is one."""
+    counts = [[window.layers.partition.num_rows for window in stack.windows] for stack in (coarse, fine)]
+    if [factor * count for count in counts[0]] != counts[1]:
+        raise ValueError(
+            f"windows={given.cut.windows}, serial_ends={given.cut.serial_ends} of num_layers={given.grid.num_layers} "
+            f"would cut {coarse.grid.num_layers} and {fine.grid.num_layers} layers at other places; use windows of "
+            f"equal numbers of layers, and even ends"
+        )
 
 
 def _check_state(optimizer: torch.optim.Optimizer, stacks: dict[str, LayerParallel]) -> None:

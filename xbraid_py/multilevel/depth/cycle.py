@@ -18,7 +18,7 @@ from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.layer_parallel.ends import clip_grad_norm_
 from xbraid_py.layer_parallel.minibatch.state import weights_by_name
 from xbraid_py.layer_parallel.modules import PipelineParallel
-from xbraid_py.layer_parallel.refine import on_grid
+from xbraid_py.layer_parallel.refine import check_places, on_grid
 from xbraid_py.layer_parallel.stack import LayerParallel
 from xbraid_py.layer_parallel.weights import StackedWeights
 from xbraid_py.mgrit import MGRIT
@@ -202,13 +202,9 @@ def coarsened(model: nn.Module, mgrit: MGRIT | None = None) -> nn.Module:
 @torch.no_grad()
 def _half(stack: LayerParallel, mgrit: MGRIT | None) -> LayerParallel:
     coarse = on_grid(stack, stack.grid.coarsen(2), tuple(count // 2 for count in stack.cut.serial_ends), mgrit)
+    check_places(stack, coarse, stack, 2)
     for fine, window in zip(stack.windows, coarse.windows, strict=True):
         weights, target = fine.layers, window.layers
-        if weights.partition.num_rows != 2 * target.partition.num_rows:
-            raise ValueError(
-                f"windows={stack.cut.windows}, serial_ends={stack.cut.serial_ends} of num_layers="
-                f"{stack.grid.num_layers} cut pairs of layers apart; use even numbers of layers in all of them"
-            )
         have = dict(weights.named_parameters()) | dict(weights.named_buffers())
         for name, tensor in [*target.named_parameters(), *target.named_buffers()]:
             rows = halved_rows(weights.comm, have[name], weights.partition, target.partition, "inject")
