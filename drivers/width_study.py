@@ -10,6 +10,7 @@ that are over are not made again. Try
     python drivers/width_study.py
     python drivers/width_study.py --num_train=2000 --num_val=500 --max_work=3000 --parts="[tuned, scan]"
     python drivers/width_study.py --parts="[scan]" --methods="[two levels, no tau, sgd alone]"
+    python drivers/width_study.py --parts="[table1_conv, table3_conv]" --device=cuda --workers=1
     python drivers/width_study.py --smoke --out /tmp/study
 """
 
@@ -53,7 +54,8 @@ PRESETS = {
 def setup(options: Options, comm: Communicator) -> Callable[[], None]:
     """Check everything; returns the study."""
     folder = str(options.data_dir or options.out / "data")
-    study = Study(options.out, partial(train, data_dir=folder), options.workers)
+    options.device_of(0)
+    study = Study(options.out, partial(train, data_dir=folder, device=options.device), options.workers)
 
     def first(rows: Mapping[str, Result]) -> Parts:
         print(f"at most {options.work_ahead(study.finished()):,.0f} work units, tau included", flush=True)

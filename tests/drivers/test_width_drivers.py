@@ -98,6 +98,14 @@ def test_what_cannot_be_made_is_said_in_one_message(tmp_path):
         made("poisson", tmp_path / "e", *few)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", ["poisson", "darcy"])
+def test_a_gpu_that_is_not_there(name, tmp_path):
+    with pytest.raises(ValueError, match="^device=cuda: PyTorch finds no such device here; use cpu$"):
+        made(name, tmp_path / "out", "--device=cuda")
+    assert not list(tmp_path.iterdir())
+
+
 def test_more_ranks_than_samples_of_a_minibatch(tmp_path):
     class Many(SerialCommunicator):
         size = 30

@@ -14,6 +14,7 @@ from width_runs import NETWORK, TINY, run_of, samples
 
 from xbraid_py.data.darcy import FILES
 from xbraid_py.multilevel.width.transfer import WidthOptions
+from xbraid_py.recipes.device import DeviceOptions
 from xbraid_py.recipes.pictures.curves import fields, over_work, smoothed
 from xbraid_py.recipes.width import ERRORS, DarcyOptions, PoissonOptions, WidthNetwork, WidthRun
 from xbraid_py.run.engine import rows_of
@@ -64,6 +65,28 @@ def test_weights_depend_on_the_seed_alone():
     assert torch.equal(torch.get_rng_state(), before)
     for a, b, c, d in zip(*(each.parameters() for each in (one, same, other, double)), strict=True):
         assert torch.equal(a, b) and not torch.equal(a, c) and torch.equal(a.double(), d)
+
+
+def test_all_that_a_run_computes_with_is_on_its_device(monkeypatch):
+    """A device without numbers shows what would be left behind."""
+    monkeypatch.setattr(DeviceOptions, "device_of", lambda self, rank: torch.device("meta"))
+    options = replace(TINY, standardize=True)
+    run = WidthRun(options, *options.samples.load())
+    tensors = [run.method.x, run.method.minibatches.inputs, run.method.minibatches.targets, *run.seen, *run.unseen]
+    assert {each.device.type for each in tensors} == {"meta"}
+    assert {each.device.type for each in run.method.objective.module.parameters()} == {"meta"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("kind", ["dense", "convolutional"])
+def test_a_gpu_learns_the_same(kind):
+    network = WidthNetwork(kind=kind, widths=(32, 32), channels=(8,), kernels=(3,), strides=(2,))
+    options = replace(TINY, dtype="float64", network=network)
+    (case,) = runs([options], [0])
+    here, there = (train(case, device=device)["curve"] for device in ("cpu", "cuda"))
+    places = [place for place, name in enumerate(CURVE) if name.endswith(("l2", "linf"))]
+    for one, other in zip(here, there, strict=True):
+        assert [one[place] for place in places] == pytest.approx([other[place] for place in places], rel=1e-3)
 
 
 @pytest.mark.parametrize("standardize", [False, True])

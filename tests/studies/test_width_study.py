@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 from kinds import program
 from processes import PROJECT
 from studies.study import PAGE, key
@@ -164,6 +165,32 @@ def test_parts_are_of_different_runs_that_can_be_made(part):
     assert part == "table4" or {case.training.levels for case in cases} >= {1, 2}
 
 
+@pytest.mark.parametrize("part", ["tuned_conv", "table1_conv", "table2_conv", "table3_conv"])
+def test_convolutional_parts_can_be_made_smaller(part):
+    """Fewer samples and levels: the runs of one seed that are left are those of the whole, but for that."""
+    study = replace(STUDY, darcy_train=20, num_train=16, most_levels=2)
+    found = list(study.cases(part).values())
+    assert {case.num_train for case in found} == {20 if "darcy" in {case.name for case in found} else 16}
+    assert {case.training.levels for case in found} == {1, 2}
+    whole = [case for case in STUDY.cases(part).values() if case.training.levels <= 2]
+    assert [case.training for case in found] == [case.training for case in whole]
+
+
+def test_the_device_is_not_one_of_the_settings():
+    """What was made on one is not made again on another; and rows of before there was a choice are found."""
+    cases = [replace(STUDY, device=device).cases("table1_conv").values() for device in ("cpu", "cuda")]
+    here, there = (list(map(key, runs(each, [0]))) for each in cases)
+    assert here == there and not any("device" in each for each in here)
+    assert options_of(json.loads(here[0])).device == "cpu"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="^device=cuda: PyTorch finds no such device here; use cpu$"):
+        program("width_study").setup(small("--device=cuda", f"--out={tmp_path}"), SerialCommunicator())
+    assert not list(tmp_path.iterdir())
+
+
 def test_names_of_settings_are_of_one_group():
     """So that tables can name them without their groups."""
     for part in ("scan", "table1_conv", "table4"):
@@ -237,6 +264,8 @@ def test_the_driver_goes_on_where_it_was(run_job, tmp_path, capsys):
     [
         ({"parts": ("figure9",)}, "^parts=figure9 is none of table1, table1_undamped, table1_conv"),
         ({"tuning_seeds": 0}, "^tuning_seeds=0 must be at least 1; use 2$"),
+        ({"most_levels": 0}, "^most_levels=0 must be at least 1; use 2$"),
+        ({"device": "tpu"}, "^device='tpu' must be cpu or cuda; use cpu$"),
         ({"rates": (0.1, -1.0)}, r"^rates=\[0.1, -1.0\] must be positive numbers; use 0.01,0.1$"),
         ({"max_work": 0.0}, "^max_work=0.0 must be positive and finite; use 50$"),
     ],

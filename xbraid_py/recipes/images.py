@@ -25,6 +25,7 @@ from xbraid_py.multilevel.resnet.training import (
     ResNetTrainingOptions,
     load_network,
 )
+from xbraid_py.recipes.device import DeviceOptions
 from xbraid_py.run.engine import Row, RunOptions, State, Training, free, state_of, train
 from xbraid_py.run.options import from_dict
 from xbraid_py.run.store.read import Checkpoint, no_state, restoring
@@ -36,7 +37,7 @@ _BATCH_SIZES, _PADS = {"stl10": 32}, {"stl10": 12}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageOptions:
+class ImageOptions(DeviceOptions):
     """Images, and what a residual network makes of them, whatever its blocks.
 
     Parameters
@@ -74,8 +75,6 @@ class ImageOptions:
         Of the numbers; bfloat16 and float16 are mixed with float32.
     channels_last
         Channels innermost in memory: faster on GPUs with mixed precision.
-    device
-        Where it runs; on several GPUs every rank takes its own.
     validate_every
         Epochs between two looks at the test images; the ends of cycles come in addition.
     """
@@ -96,28 +95,18 @@ class ImageOptions:
     flip: bool = True
     precision: Literal["float64", "float32", "bfloat16", "float16"] = "float32"
     channels_last: bool = False
-    device: Literal["cpu", "cuda"] = free("cpu")
     validate_every: int = free(1)
 
     def __post_init__(self):
+        DeviceOptions.__post_init__(self)
         if self.validate_every < 1:
             raise ValueError(f"validate_every={self.validate_every} must be at least 1; use 5")
         if self.pad is not None and self.pad < 0:
             raise ValueError(f"pad={self.pad} must be at least 0; use 4")
-        if self.device not in ("cpu", "cuda"):
-            raise ValueError(f"device={self.device!r} must be cpu or cuda; use cpu")
 
     def samples(self) -> ImageSplit:
         """The images; reads files, sends no message."""
         return load_split(self.data, self.train_images, self.test_images, self.data_dir)
-
-    def device_of(self, rank: int) -> torch.device:
-        """That of a rank."""
-        if self.device == "cpu":
-            return torch.device("cpu")
-        if not torch.cuda.is_available():
-            raise ValueError("device=cuda: PyTorch finds no such device here; use cpu")
-        return torch.device("cuda", rank % torch.cuda.device_count())
 
     @property
     def border(self) -> int:

@@ -26,6 +26,7 @@ from xbraid_py.layers.module_block import own_random_numbers
 from xbraid_py.multilevel.stochastic import Minibatches
 from xbraid_py.multilevel.width.training import WidthRecord, WidthTraining, WidthTrainingOptions, errors
 from xbraid_py.multilevel.width.transfer import WidthLayout
+from xbraid_py.recipes.device import DeviceOptions
 from xbraid_py.run import memory
 from xbraid_py.run.engine import Row, RunOptions, State, Training, free, state_of, train
 from xbraid_py.run.options import from_dict
@@ -111,6 +112,7 @@ class WidthNetwork:
                 for n, (kernel, stride) in enumerate(zip(self.kernels, self.strides, strict=True)):
                     parts += [nn.Conv2d(channels[n], channels[n + 1], kernel, stride), nn.ReLU()]
             parts.append(nn.Flatten())
+            assert self.widths is not None
             for neurons in self.widths:
                 parts += [nn.Linear(size, neurons), nn.ReLU()]
                 size = neurons
@@ -138,7 +140,7 @@ ERRORS = tuple(
 
 
 @dataclass(frozen=True, kw_only=True)
-class WidthRunOptions(RunOptions):
+class WidthRunOptions(DeviceOptions, RunOptions):
     """A job of multilevel training in width.
 
     Parameters
@@ -189,7 +191,8 @@ class WidthRunOptions(RunOptions):
     training: WidthTrainingOptions = WidthTrainingOptions()
 
     def __post_init__(self):
-        super().__post_init__()
+        DeviceOptions.__post_init__(self)
+        RunOptions.__post_init__(self)
         for name in ("max_work", "validate_every"):
             if not 0.0 < getattr(self, name) < inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive and finite; use 50")
@@ -330,17 +333,18 @@ class WidthRun(Training):
         self, options: WidthRunOptions, train: PdeDataset, validation: PdeDataset, grid: ProcessGrid | None = None
     ):
         self.options, self.total, self.scale = options, options.cycles, 1.0
+        device = options.device_of(grid.data.rank if grid else 0)
         if options.standardize:
             statistics = Standardization.of(train)
             train, validation = statistics.apply(train), statistics.apply(validation)
             self.scale = float(statistics.target_scale)
-        inputs, targets = train.inputs, train.targets.flatten(1)
-        module = options.layers.module(tuple(inputs.shape[1:]), targets.shape[1], options.seed, inputs.dtype)
+        inputs, targets = train.inputs.to(device), train.targets.flatten(1).to(device)
+        module = options.layers.module(tuple(inputs.shape[1:]), targets.shape[1], options.seed, inputs.dtype).to(device)
         minibatches = Minibatches(inputs, targets, options.batch_size, options.seed)
         self.method = WidthTraining(module, nn.functional.mse_loss, minibatches, options.training, grid)
         few = min(len(inputs), validation.num_samples)
         self.seen = inputs[:few], targets[:few]
-        self.unseen = validation.inputs, validation.targets.flatten(1)
+        self.unseen = validation.inputs.to(device), validation.targets.flatten(1).to(device)
         self.best = {"val_l2": inf, "val_linf": inf}
 
     def steps(self) -> Iterator[Row]:
@@ -397,7 +401,7 @@ class WidthRun(Training):
         layout, x = self.method.auxiliary(0)
         inputs, targets = self.unseen
         with torch.no_grad():
-            return targets[sample], layout.module(x)(inputs[sample : sample + 1])[0]
+            return targets[sample].cpu(), layout.module(x)(inputs[sample : sample + 1])[0].cpu()
 
     def score(self, row: Row) -> Score:
         return Score(objective=row.get("val_l2"))
@@ -446,6 +450,7 @@ def set_up(options: WidthRunOptions, comm: Communicator) -> Callable[[], Row]:
     """
     if options.batch_size < comm.size:
         raise ValueError(f"batch_size={options.batch_size} is less than one for each of {comm.size} ranks; use 200")
+    options.device_of(0)
     source, dtype = options.samples, options.torch_dtype
     # Files that are there are read now; what has to be made, by all ranks together, in the run.
     found, problem = None, source.problem
@@ -467,6 +472,7 @@ def set_up(options: WidthRunOptions, comm: Communicator) -> Callable[[], Row]:
         training.method.match()  # whether there can be so many levels
         return training
 
+    assert shape is not None
     sizes = {"channels": shape[0], "mesh": shape[1], "outputs": outputs}
     return train("width", make, options, comm, sizes=sizes, recipe=options.name)
 

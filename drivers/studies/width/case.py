@@ -28,9 +28,10 @@ def changed(options: WidthRunOptions, **changes: Any) -> WidthRunOptions:
 
 
 def runs(cases: Iterable[WidthRunOptions], seeds: Iterable[int]) -> list[Settings]:
-    """Settings of runs of one problem: every case with every seed."""
+    """Settings of runs of one problem: every case with every seed. Where they are made is none of them."""
     cases = list(cases)
-    return of_seeds(cases, seeds, problem=cases[0].name)
+    found = of_seeds(cases, seeds, problem=cases[0].name)
+    return [{name: value for name, value in each.items() if name != "device"} for each in found]
 
 
 def options_of(settings: Mapping[str, Any], data_dir: str | os.PathLike | None = None) -> WidthRunOptions:
@@ -39,7 +40,7 @@ def options_of(settings: Mapping[str, Any], data_dir: str | os.PathLike | None =
     return replace(from_dict(PROBLEMS[settings["problem"]], values), data_dir=data_dir)
 
 
-def train(settings: Mapping[str, Any], data_dir: str | os.PathLike | None = None) -> dict:
+def train(settings: Mapping[str, Any], data_dir: str | os.PathLike | None = None, device: str = "cpu") -> dict:
     """Make a run on one rank, in memory.
 
     Parameters
@@ -48,6 +49,8 @@ def train(settings: Mapping[str, Any], data_dir: str | os.PathLike | None = None
         One of `runs`.
     data_dir : path-like, optional
         See `WidthRunOptions`.
+    device : {"cpu", "cuda"}
+        The same.
 
     Returns
     -------
@@ -61,7 +64,7 @@ def train(settings: Mapping[str, Any], data_dir: str | os.PathLike | None = None
     RunError
         If the loss is not finite.
     """
-    options = options_of(settings, data_dir)
+    options = replace(options_of(settings, data_dir), device=device)
     training = WidthRun(options, *_loaded(options.samples, options.torch_dtype))
     rows = [row for row in rows_of(training) if row.get("val_l2") is not None]
     curve = [[_rounded(row[name]) for name in CURVE] for row in rows]

@@ -12,6 +12,7 @@ from studies.study import Parts, Result, Settings, StudyOptions, key
 from studies.width.case import changed, options_of, runs
 from studies.width.rows import merit
 from xbraid_py.multilevel.width.transfer import WidthOptions
+from xbraid_py.recipes.device import DeviceOptions
 from xbraid_py.recipes.width import PROBLEMS, WidthNetwork, WidthRunOptions, check_inputs
 
 TUNING = 100  # the first seed that learning rates are tuned on
@@ -85,13 +86,15 @@ TUNED: dict[str, tuple[str, Changes]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class WidthStudyOptions(StudyOptions):
+class WidthStudyOptions(DeviceOptions, StudyOptions):
     """The study.
 
     Parameters
     ----------
     data_dir
         Folder of the samples; by default data in the out folder.
+    most_levels
+        Leave out runs with more levels than this.
     tuning_seeds
         Seeds that learning rates are tuned on, from 100 on.
     tuning_work
@@ -134,6 +137,7 @@ class WidthStudyOptions(StudyOptions):
     out: Path = Path("runs/width_study")
     seeds: int = 5
     data_dir: Path | None = None
+    most_levels: int = 5
     tuning_seeds: int = 2
     tuning_work: float = 0.0
     num_train: int = 9000
@@ -157,9 +161,11 @@ class WidthStudyOptions(StudyOptions):
     parts: tuple[str, ...] = ("tuned", "scan", "table1", "table2", "table3", "table4")
 
     def __post_init__(self):
-        super().__post_init__()
-        if self.tuning_seeds < 1:
-            raise ValueError(f"tuning_seeds={self.tuning_seeds} must be at least 1; use 2")
+        DeviceOptions.__post_init__(self)
+        StudyOptions.__post_init__(self)
+        for name in ("tuning_seeds", "most_levels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1; use 2")
         for name in ("rates", "adam_rates"):
             if not getattr(self, name) or min(getattr(self, name)) <= 0:
                 raise ValueError(f"{name}={list(getattr(self, name))} must be positive numbers; use 0.01,0.1")
@@ -187,7 +193,8 @@ class WidthStudyOptions(StudyOptions):
         """The runs of a part by what they are called, those that compete with their first learning rate."""
         name, changes = (FIXED | TUNED)[part]
         base, names = self.base(name), self.methods if part == "scan" else changes
-        return {name: changed(base, **changes[name]) for name in names}
+        found = {name: changed(base, **changes[name]) for name in names}
+        return {name: case for name, case in found.items() if case.training.levels <= self.most_levels}
 
     def rates_of(self, case: WidthRunOptions) -> tuple[float, ...]:
         """Learning rates that a run has to choose from."""
