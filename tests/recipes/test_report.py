@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from xbraid_py.recipes import pictures as report
-from xbraid_py.recipes.pictures import style
+from xbraid_py.recipes.pictures import curves, style
 
 HEADER = {"kind": "header", "num_layers": 64}
 
@@ -110,7 +110,7 @@ def test_convergence(tmp_path, nested, non_nested, figures):
     report.convergence([*nested, *non_nested], path)
     assert_picture(path)
     objective, _, residual, _ = figures[0].axes
-    assert objective.get_yscale() == residual.get_yscale() == "log"
+    assert (objective.get_yscale(), residual.get_yscale()) == ("linear", "log"), "by the factor that values span"
     drawn = lines_of(residual)
     assert drawn["states"][0] == [0, 2, 3]
     assert drawn["adjoints"][0] == [0, 1, 3]
@@ -123,7 +123,34 @@ def test_convergence_without_residuals(tmp_path, non_nested, figures):
     rows = [row | {"state_residual": None, "adjoint_residual": 0.0} for row in non_nested]
     report.convergence(rows, tmp_path / "serial.png")
     assert_picture(tmp_path / "serial.png")
-    assert [text.get_text() for text in figures[0].axes[1].texts] == ["no residual above 0 was recorded"]
+    assert [text.get_text() for text in figures[0].axes[1].texts] == [
+        "the states are exact: no residual above 0 was recorded"
+    ]
+
+
+def minibatches(count, low, high):
+    """Rows of training on minibatches whose losses go from one number to another."""
+    losses = np.geomspace(low, high, count)
+    rows = [{"kind": "update", "update": n + 1, "loss": loss, "stacks": []} for n, loss in enumerate(losses)]
+    rows[-1] |= {"val_accuracy": 0.5, "val_loss": high, "train_accuracy": 0.6, "gradient_error": 0.01}
+    return rows
+
+
+@pytest.mark.parametrize(("low", "high", "kind"), [(2.25, 2.37, "linear"), (2.3, 0.1, "log"), (1.0, 1e-7, "log")])
+def test_training_on_minibatches_has_a_panel_for_each_quantity(tmp_path, figures, low, high, kind):
+    path = tmp_path / "training.png"
+    curves.picture([HEADER, *minibatches(8, low, high)], path)
+    assert_picture(path, least=(800, 600))
+    panels = figures[0].axes
+    assert [axes.get_ylabel() for axes in panels] == ["loss", "accuracy (%)", "gradient error,\nrelative"]
+    bottoms = [round(axes.get_position().y0, 2) for axes in panels]
+    assert len({*bottoms}) == 3, "none lies over another"
+    assert panels[0].get_yscale() == kind
+    for axes in panels:
+        ticks = [label.get_text() for label in axes.get_yticklabels()]
+        assert len(ticks) >= 2 and not any("$" in tick for tick in ticks), ticks
+        legend = axes.get_legend()
+        assert legend.get_window_extent().y0 >= axes.get_window_extent().y1 - 1, "above the curves, not on them"
 
 
 @pytest.mark.parametrize("picture", [report.accuracy_over_work, report.convergence])

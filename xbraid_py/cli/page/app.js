@@ -278,7 +278,7 @@ function compared(names) {
     .map((row) => ({ ...row, differs: new Set(row.cells).size > 1 })).sort((a, b) => b.differs - a.differs);
   const table = (some) => html("div", { class: "wide" }, html("table", {}, html("thead", {}, html("tr", {}, html("th", { scope: "col" }, "option"), ...names.map((name) => html("th", { scope: "col" }, name)))),
     html("tbody", {}, ...some.map((row) => html("tr", { class: row.differs ? "differs" : null }, ...[row.key, ...row.cells].map((text) => html("td", {}, text)))))));
-  const differing = rows.filter((row) => row.differs);
+  const differing = rows.filter((row) => row.differs && row.key !== "out"); // each run has a folder of its own
   return [outcomes(names),
     html("section", { class: "card" }, html("h3", {}, "What differs"), differing.length ? table(differing) : html("p", { class: "note" }, "All options are the same.")),
     html("details", { class: "card", id: "options" }, html("summary", {}, "All options"), table(rows))];

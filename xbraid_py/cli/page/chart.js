@@ -24,7 +24,7 @@ export function html(name, attributes = {}, ...children) {
 export function shown(value) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";
   const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(2).replace("e-", "e−").replace("e+", "e");
+  if (size !== 0 && (size < 1e-3 || size >= 1e6)) return Number(value.toPrecision(3)).toExponential().replace("e-", "e−").replace("e+", "e");
   return String(Number(value.toPrecision(5)));
 }
 

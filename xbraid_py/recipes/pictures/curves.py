@@ -10,9 +10,8 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
-from xbraid_py.recipes.pictures.style import ADJOINT, GRAY, RED, STATE, clean, line, note, save
+from xbraid_py.recipes.pictures.style import ADJOINT, GRAY, RED, STATE, clean, legend, line, note, save, scale
 
 
 def accuracy_over_work(rows: Sequence[dict], path: str | os.PathLike, unit: float | None = None) -> None:
@@ -44,7 +43,7 @@ def accuracy_over_work(rows: Sequence[dict], path: str | os.PathLike, unit: floa
         axes.set_xlim(left=0)
     panels[0].set(ylabel="validation accuracy (%)", ylim=(None, 100))
     if panels[0].lines:
-        panels[0].legend(loc="lower right", frameon=False)
+        legend(panels[0])
     else:
         note(panels[0], "validation accuracy was not evaluated")
     save(figure, path)
@@ -73,24 +72,23 @@ def convergence(rows: Sequence[dict], path: str | os.PathLike) -> None:
         for (num_layers, section), color in _colored(run, entries):
             _draw_positive(upper, section, "objective", color, f"{num_layers} layers")
         for axes in (upper, lower):
-            axes.set_yscale("log")
             clean(axes, "update" if axes is lower else "")
+            axes.locator_params(axis="x", integer=True)
             for _, section in list(sections_of(entries))[1:]:
                 axes.axvline(section[0]["update"] - 0.5, color=GRAY, linewidth=0.8, linestyle=":", zorder=0)
-        # Objectives span few decades: ticks at 1, 2 and 5, written as plain numbers.
-        upper.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        upper.yaxis.set_major_formatter("{x:g}")
-        upper.yaxis.set_minor_formatter(NullFormatter())
+        scale(upper, [row["objective"] for row in entries])
         _draw_positive(lower, entries, "state_residual", STATE, "states")
         _draw_positive(lower, entries, "adjoint_residual", ADJOINT, "adjoints")
         if len(runs) > 1:
-            upper.set_title(run)
-        upper.legend(loc="upper right", frameon=False)
+            upper.set_title(run, pad=20 + 18 * -(-len(upper.lines) // 3))  # above the legend
+        legend(upper)
+        residuals = [value for each in lower.lines for value in each.get_ydata()]
+        scale(lower, [value for value in residuals if value > 0])
         if lower.get_legend_handles_labels()[0]:
-            # Above the panel: residuals fill it from top to bottom.
-            lower.legend(loc="lower right", bbox_to_anchor=(1, 0.98), frameon=False, ncols=2)
+            legend(lower)
         else:
-            note(lower, "no residual above 0 was recorded")
+            lower.set_yticks([])
+            note(lower, "the states are exact: no residual above 0 was recorded")
     panels[0, 0].set_ylabel("objective")
     panels[1, 0].set_ylabel("relative residual")
     save(figure, path)
@@ -190,42 +188,58 @@ def over_cycles(runs: Mapping[str, Sequence[dict]], path: str | os.PathLike, ove
     left.set_ylabel("loss (solid)")
     right.set(ylabel="validation accuracy, % (dashed)", ylim=(None, 101))
     right.spines["top"].set_visible(False)
-    left.legend(frameon=False, fontsize="small", loc="center right")
+    legend(left)
     save(figure, path)
 
 
 def picture(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
-    """Loss and validations over the updates of a record, and below them the estimated error of gradients, as a PNG."""
-    updates = [row for row in rows if row["kind"] == "update"]
-    at = [row["update"] for row in updates]
-    figure = Figure(figsize=(7.0, 5.4), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    upper.plot(at, [row["loss"] for row in updates], color=STATE, linewidth=0.9, label="loss of a minibatch")
-    upper.set(ylabel="loss", yscale="log")
-    for name, title, color in (("val_accuracy", "accuracy", RED), ("val_loss", "loss", "#009e73")):
-        points = [(row["update"], row[name]) for row in updates if row.get(name) is not None]
-        if not points:
-            continue
-        # Losses share the axis of the loss; accuracies have their own on the right.
-        axes = upper if title == "loss" else upper.twinx()
-        axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4, label=f"validation {title}")
-        if axes is not upper:
-            axes.set_ylabel(f"validation {title}", color=color)
-            axes.set_ylim(top=1.0)
-    upper.legend(loc="upper right", frameon=False)
-    solved = [(row["update"], stack) for row in updates for stack in row["stacks"]]
-    for measured, marker, label in ((False, ".", "estimated"), (True, "o", "measured")):
-        points = [(n, s["gradient_error"]) for n, s in solved if s["measured"] is measured and s["gradient_error"]]
-        if points:
-            lower.plot(*zip(*points, strict=True), marker, color=ADJOINT if measured else "0.5", label=label)
-            lower.set_yscale("log")
-    if lower.lines:
-        lower.legend(loc="upper right", frameon=False)
-    lower.set(xlabel="update", ylabel="gradient error")
-    for axes in (upper, lower):
-        axes.grid(color="0.9", linewidth=0.7)
-        axes.spines["top"].set_visible(False)
+    """Training on minibatches over the updates of a record, as a PNG: a panel for each quantity that there is.
+
+    Losses of minibatches and of validations; accuracies; the error of gradients, estimated at every update and measured
+    at some.
+    """
+    updates = updates_of(rows)
+
+    def of(name: str, factor: float = 1.0) -> list[tuple[float, float]]:
+        return [(row["update"], factor * row[name]) for row in updates if row.get(name) is not None]
+
+    solved = [(row["update"], stack) for row in updates for stack in row.get("stacks") or [row]]
+    errors = {
+        measured: [(n, each["gradient_error"]) for n, each in solved if _has_error(each, measured)]
+        for measured in (False, True)
+    }
+    panels = [
+        (
+            "loss",
+            [(of("loss"), STATE, "of a minibatch, training"), (of("val_loss"), RED, "of all samples, validation")],
+        ),
+        (
+            "accuracy (%)",
+            [(of("train_accuracy", 100), STATE, "training"), (of("val_accuracy", 100), RED, "validation")],
+        ),
+        ("gradient error,\nrelative", [(errors[False], GRAY, "estimated"), (errors[True], ADJOINT, "measured")]),
+    ]
+    panels = [(title, [curve for curve in curves if curve[0]]) for title, curves in panels]
+    panels = [(title, curves) for title, curves in panels if curves]
+    figure = Figure(figsize=(7.0, 0.8 + 2.2 * len(panels)), layout="constrained")
+    for axes, (title, curves) in zip(
+        figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0], panels, strict=True
+    ):
+        for points, color, label in curves:
+            if "error" in title:
+                axes.plot(*zip(*points, strict=True), "o", color=color, markersize=3, label=label)
+            else:
+                line(axes, points, color, label)
+        clean(axes, "update" if (title, curves) == panels[-1] else "")
+        axes.set_ylabel(title)
+        axes.locator_params(axis="x", integer=True)
+        scale(axes, [value for points, _, _ in curves for _, value in points])
+        legend(axes)
     save(figure, path)
+
+
+def _has_error(solved: Mapping[str, Any], measured: bool) -> bool:
+    return bool(solved.get("gradient_error")) and bool(solved.get("measured")) is measured
 
 
 _CURVES = (
@@ -253,20 +267,26 @@ def over_epochs(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> N
         points = [(row["epoch"], factor * row[name]) for row in rows if row.get(name) is not None]
         if points:
             line(axes, points, color, label)
-            axes.lines[-1].set_linestyle(style)
+            axes.lines[-1].set(linestyle=style)
     begins = [rows[0], *(row for before, row in zip(rows, rows[1:], strict=False) if row["cycle"] != before["cycle"])]
     for row in begins:
         left.axvline(row["epoch"] - 1, color=GRAY, linewidth=0.7, linestyle="--")
         blocks = "-".join(map(str, row["blocks"]))
-        left.annotate(blocks, (row["epoch"] - 1, 1.0), xycoords=("data", "axes fraction"), color=GRAY, va="bottom")
+        left.annotate(
+            blocks,
+            (row["epoch"] - 1, 1.0),
+            xycoords=("data", "axes fraction"),
+            color=GRAY,
+            va="top",
+            xytext=(3, -1),
+            textcoords="offset points",
+        )
     clean(left, "epochs")
-    left.xaxis.get_major_locator().set_params(integer=True)
+    left.locator_params(axis="x", integer=True)
     left.set_ylabel("loss (solid)")
     right.set(ylabel="error, % (dotted)", ylim=(0, None))
     right.spines["top"].set_visible(False)
-    lines = [*left.lines, *right.lines]
-    named = {each.get_label(): each for each in lines if not str(each.get_label()).startswith("_")}
-    right.legend(named.values(), named.keys(), fontsize="x-small")  # the axes that are drawn last
+    legend(left, right)
     save(figure, path)
 
 
@@ -305,20 +325,21 @@ def over_work(
     entries = len(runs) * len(lines)
     figure = Figure(figsize=(9.0, 3.4 + 0.09 * entries), layout="constrained")
     shades = colormaps["viridis"](np.linspace(0.0, 0.85, len(runs)))
-    for axes, (norm, title) in zip(figure.subplots(1, 2), _PANELS, strict=True):
+    panels = figure.subplots(1, 2)
+    for axes, (norm, title) in zip(panels, _PANELS, strict=True):
         for (name, rows), color in zip(runs.items(), shades, strict=True):
             for samples, style, kind in lines:
                 known = [(row[over], row[f"{samples}_{norm}"]) for row in rows if row[f"{samples}_{norm}"] is not None]
                 if known:
                     work, values = zip(*known, strict=True)
                     line(axes, list(zip(work, smoothed(values, window), strict=True)), color, f"{name} {kind}".strip())
-                    axes.lines[-1].set_linestyle(style)
+                    axes.lines[-1].set(linestyle=style)
         clean(axes, "work units" + " without tau" * (over == "work_without_tau"))
-        axes.set_yscale("log")
-        axes.set_title(title, fontsize="medium")
+        scale(axes, [value for each in axes.lines for value in each.get_ydata()])
+        axes.set_title(title)
     # Below the panels: in them there is no room for many long names.
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", frameon=False, fontsize="x-small", ncols=2)
+    handles, labels = panels[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", frameon=False, fontsize="small", ncols=2)
     save(figure, path)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +12,18 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 # Figures are objects of their own, without pyplot: no global state, and no display is looked for.
 DPI = 150
 RED = "#c1272d"  # the non-nested run, as in the paper's figure 4
+_LOG_FROM = 20.0  # ratio of the largest to the smallest value from which powers of ten are even steps
 STATE, ADJOINT, GRAY = "#0072b2", "#e69f00", "0.55"
 
 
 def line(axes: Axes, points: list[tuple[float, float]], color, label: str) -> None:
-    """A line through points; a dot where there is only one."""
-    marker = "o" if len(points) == 1 else None
+    """A line through points, and dots where there are few."""
+    marker = "o" if len(points) <= 12 else None
     axes.plot(*zip(*points, strict=True), color=color, label=label, linewidth=1.6, marker=marker, markersize=4)
 
 
@@ -31,6 +33,33 @@ def clean(axes: Axes, xlabel: str) -> None:
     axes.grid(color="0.9", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def scale(axes: Axes, values: Iterable[float]) -> None:
+    """A logarithmic vertical axis where values span a factor of 20 or more, and ticks that are plain numbers.
+
+    Zeros have no place on it, and are left out.
+    """
+    values = [value for value in values if np.isfinite(value)]
+    positive = [value for value in values if value > 0]
+    if not positive or min(values) < 0 or max(positive) < _LOG_FROM * min(positive):
+        return
+    axes.set_yscale("log", nonpositive="mask")
+    decades = np.log10(max(positive) / min(positive))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,), numticks=8))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}".replace("e-0", "e-")))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def legend(axes: Axes, *more: Axes) -> None:
+    """The legend of an axes, and of others on the same panel, above it: no curve runs through it."""
+    found = [each.get_legend_handles_labels() for each in (axes, *more)]
+    handles, labels = ([item for pair in found for item in pair[side]] for side in (0, 1))
+    named = dict(zip(labels, handles, strict=True))
+    if named:
+        columns = 1 if max(map(len, named)) > 34 else 2 if max(map(len, named)) > 17 else 3
+        place = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "ncols": columns}
+        axes.legend(named.values(), named.keys(), frameon=False, borderaxespad=0.2, **place)
 
 
 def note(axes: Axes, text: str) -> None:
@@ -126,7 +155,7 @@ def scene_map(predicted, true, names: Sequence[str], path: str | os.PathLike) ->
         raise ValueError(f"names has {len(names)} classes, more than colors; use at most 20")
     figure = Figure(figsize=(9.0, 6.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    colors = ListedColormap(colormaps["tab20"].colors[: len(names)])
+    colors = ListedColormap(colormaps["tab20"](range(len(names))))
     look = {"cmap": colors, "vmin": -0.5, "vmax": len(names) - 0.5, "interpolation": "nearest"}
     labeled = true >= 0
     share = np.mean(predicted[labeled] == true[labeled]) if labeled.any() else float("nan")
