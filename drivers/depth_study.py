@@ -18,11 +18,13 @@ from studies.depth.runs import train
 from studies.study import Settings, Study, run_study
 
 from xbraid_py.comm import Communicator
+from xbraid_py.data import mnist
 from xbraid_py.run.launch import launch
 
 PRESETS = {
     "smoke": {
         "seeds": 1,
+        "problems": ("text",),  # which needs no files
         "optimizers": ("sgd",),
         "work": 12.0,
         "num_layers": 8,
@@ -39,6 +41,8 @@ def said(settings: Settings) -> str:
 
 def setup(options: Options, comm: Communicator) -> Callable[[], None]:
     """Check everything; returns the study."""
+    if "digits" in options.problems:
+        mnist.load(options.data_dir)  # what is wrong with the files is said now
     study = Study(options.out, train, options.workers)
     stages = {"runs with other rates": options.tuning, "runs": options.compared}
     return run_study(study, stages, page.write, comm, said)

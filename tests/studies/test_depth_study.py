@@ -8,10 +8,13 @@ import math
 
 import pytest
 from digit_files import write_digits
+from kinds import program
 from processes import PROJECT
 from studies.depth import page
 from studies.depth.runs import LOOPS, RATES, TUNING, DepthStudyOptions, merit, share, train
 from studies.study import key
+
+from xbraid_py.comm import SerialCommunicator
 
 DRIVER = PROJECT / "drivers" / "depth_study.py"
 KEPT = PROJECT / "benchmarks" / "results" / "depth"
@@ -109,6 +112,11 @@ def test_results_that_are_kept_make_their_page(tmp_path):
     parts |= {name: [rows[key(each)] for each in wanted] for name, wanted in options.compared(rows).items()}
     assert sum(map(len, parts.values())) == len(rows)
     assert written(parts, tmp_path) == (KEPT / "study.md").read_text()
+
+
+def test_files_that_are_missing_are_said_at_once(tmp_path):
+    with pytest.raises(FileNotFoundError, match="--data_dir FOLDER"):
+        program("depth_study").setup(DepthStudyOptions(out=tmp_path, data_dir=tmp_path), SerialCommunicator())
 
 
 @pytest.mark.job
