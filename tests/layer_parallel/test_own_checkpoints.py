@@ -21,6 +21,7 @@ from xbraid_py import (
     LayerParallel,
     ParallelGRU,
     PipelineParallel,
+    layer_views,
     load_checkpoint,
     save_checkpoint,
 )
@@ -38,6 +39,7 @@ OPTIMIZERS = {
     "adamax": lambda p: torch.optim.Adamax(p, lr=0.01),
     "radam": lambda p: torch.optim.RAdam(p, lr=0.01),
     "rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
+    "adam, layer by layer": lambda p: torch.optim.Adam(p, lr=0.01),
     "asgd": lambda p: torch.optim.ASGD(p, lr=0.01),
 }
 schedules = torch.optim.lr_scheduler
@@ -84,7 +86,9 @@ class Training:
         with torch.no_grad():
             for tensor in [*self.model.parameters(), *self.model.buffers()]:
                 tensor.mul_(scale)
-        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
+        by_layer = optimizer.endswith("layer by layer")
+        parameters = layer_views(self.model) if by_layer else self.model.parameters()
+        self.optimizer = OPTIMIZERS[optimizer](parameters)
         self.scheduler = None if schedule is None else SCHEDULES[schedule](self.optimizer)
 
     @property
@@ -144,6 +148,48 @@ def test_whatever_the_optimizer_and_the_schedule(spmd, shared_tmp_path, optimize
     options = {"optimizer": optimizer, "schedule": schedule}
     results = spmd(lambda comm: is_bitwise(comm, shared_tmp_path / "a.h5", **options))
     assert results == [True] * len(results)
+
+
+@pytest.mark.ranks(1, 2, 3)
+def test_muon_of_matrices_layer_by_layer(spmd, shared_tmp_path):
+    """What is kept of all layers is one array, and goes to other ranks as weights do."""
+
+    def make(comm):
+        stack = LayerParallel(lambda: nn.Linear(4, 4, bias=False).double(), 7, 1.0, comm)
+        return stack, torch.optim.Muon(layer_views(stack), lr=0.01)
+
+    def train(stack, optimizer, updates):
+        for _ in range(updates):
+            optimizer.zero_grad()
+            stack(torch.ones(3, 4, dtype=torch.float64)).square().mean().backward()
+            optimizer.step()
+        return stack.state_dict()
+
+    def body(comm):
+        stack, optimizer = make(comm)
+        train(stack, optimizer, 2)
+        save_checkpoint(shared_tmp_path / "a.h5", stack, optimizer)
+        whole = train(stack, optimizer, 2)
+        again, fresh = make(comm), make(None)
+        load_checkpoint(shared_tmp_path / "a.h5", *again)
+        comm.barrier()
+        alone = None
+        if comm.rank == 0:
+            load_checkpoint(shared_tmp_path / "a.h5", *fresh)
+            alone = train(*fresh, 2)
+        alone, other, views = comm.bcast(alone), train(*again, 2), layer_views(stack)
+        partly = [
+            reduced(
+                comm, lambda each=each: save_checkpoint(shared_tmp_path / "b.h5", stack, torch.optim.SGD(each, 0.1))
+            )
+            for each in (views[:-1], views[::-1])
+        ]
+        return whole, other, alone, partly
+
+    for whole, other, alone, partly in spmd(body):
+        assert all(torch.equal(whole[key], other[key]) for key in whole)
+        assert all(torch.allclose(whole[key], alone[key], rtol=1e-12, atol=0) for key in whole)
+        assert "some layers of" in partly[0] and "in another order" in partly[1]
 
 
 @pytest.mark.ranks(2, 3)

@@ -49,7 +49,8 @@ def save_checkpoint(
         averaged ones (`torch.optim.swa_utils.AveragedModel`) among them, an `nn.ModuleDict`.
     optimizer : torch.optim.Optimizer, optional
         Of parameters of the model. What it keeps of each must be numbers and tensors of its shape: SGD, Adam, AdamW,
-        RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam, Rprop and the like; not LBFGS, Adafactor and Muon.
+        RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam, Rprop and the like, and Muon, of `layer_views(model)` too; not
+        LBFGS and Adafactor.
     scheduler : torch.optim.lr_scheduler.LRScheduler, optional
     scaler : torch.amp.GradScaler, optional
         That of `xbraid_py` too.

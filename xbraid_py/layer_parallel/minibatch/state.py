@@ -61,7 +61,7 @@ class MinibatchState:
     Raises
     ------
     ValueError
-        If the optimizer has a parameter that is not the model's.
+        If the optimizer has a parameter that is not the model's, or some of its layers alone.
     """
 
     model: nn.Module
@@ -75,7 +75,7 @@ class MinibatchState:
     seconds: float = 0.0
 
     def __post_init__(self):
-        _names_in(self.optimizer, self.model)
+        _slots(self.optimizer, self.model)
 
     @property
     def stacks(self) -> list[LayerParallel]:
@@ -137,9 +137,10 @@ class MinibatchState:
             if self.average is not None:
                 add_all(self.average, AVERAGE)
             alone, rows = modules_by_name(self.model), weights_by_name(self.model)
-            for name, parameter in _names_in(self.optimizer, self.model):
-                for key, value in self.optimizer.state.get(parameter, {}).items():
-                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+            for slot in _slots(self.optimizer, self.model):
+                name = slot.name
+                for key, value in slot.kept(self.optimizer).items():
+                    if isinstance(value, Tensor) and value.shape == slot.parameter.shape:
                         add(f"{MOMENTS}/{key}/{name}", value, rows.get(name) or alone.get(name))
                     elif isinstance(value, Tensor) and value.dim() == 0:
                         add(f"{SCALARS}/{key}/{name}", value, alone.get(name))
@@ -178,9 +179,11 @@ class MinibatchState:
         """What an optimizer is: its kind, and the names of the parameters of each group that all ranks know."""
         if self.optimizer is None:
             return None
-        names, alone = iter(_names_in(self.optimizer, self.model)), modules_by_name(self.model)
-        groups = [[next(names)[0] for _ in group["params"]] for group in self.optimizer.param_groups]
-        return [type(self.optimizer).__name__, [[name for name in group if name not in alone] for group in groups]]
+        alone, groups = modules_by_name(self.model), [[] for _ in self.optimizer.param_groups]
+        for slot in _slots(self.optimizer, self.model):
+            if slot.name not in alone and not slot.is_by_layer:
+                groups[slot.group].append(slot.name)
+        return [type(self.optimizer).__name__, groups]
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Take over what `state` gave, whatever the number of ranks that wrote it; sends no message.
@@ -244,25 +247,28 @@ class MinibatchState:
         if len(saved) != len(fresh):
             raise CheckpointError(f"{checkpoint.path} was written with another optimizer; start without --resume")
         owners = weights_by_name(self.model)
-        names = _names_in(self.optimizer, self.model)
-        index = {name: number for number, (name, _) in enumerate(names)}
+        slots = {slot.name: slot for slot in _slots(self.optimizer, self.model)}
         state: dict[int, dict[str, Tensor]] = {}
         for array in checkpoint.names():
             kind, _, rest = array.partition("/")
             key, _, name = rest.partition("/")
-            if kind in (MOMENTS, SCALARS) and name in index:
-                owner, parameter = owners.get(name) if kind == MOMENTS else None, names[index[name]][1]
-                rows = _own_rows(checkpoint, array, owner)
-                if kind == MOMENTS and parameter.dtype in _HALVES:
-                    rows = rows.to(parameter.dtype)
-                state.setdefault(index[name], {})[key] = rows.reshape(parameter.shape if kind == MOMENTS else ())
+            if kind in (MOMENTS, SCALARS) and name in slots:
+                slot = slots[name]
+                rows = _own_rows(checkpoint, array, owners.get(name) if kind == MOMENTS else None)
+                if kind == MOMENTS and slot.parameter.dtype in _HALVES:
+                    rows = rows.to(slot.parameter.dtype)
+                value = rows.reshape(slot.parameter.shape if kind == MOMENTS else ())
+                for row in range(len(slot.parts)):
+                    own = value[row].clone() if slot.is_by_layer and kind == MOMENTS else value.clone()
+                    state.setdefault(slot.first + row, {})[key] = own
         groups = [
             own | {key: _like(own.get(key), value) for key, value in group.items()}
             for own, group in zip(fresh, saved, strict=True)
         ]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        parts = [part for slot in slots.values() for part in slot.parts]
         for number, values in state.items():
-            kept = self.optimizer.state[names[number][1]]
+            kept = self.optimizer.state[parts[number]]
             for key, value in values.items():
                 # Of what is one number torch makes the type of the weights, with other bits.
                 if kept[key].dtype != value.dtype:
@@ -354,15 +360,74 @@ def _parts_by_name(model: nn.Module, kind: type[_Part]) -> dict[str, tuple[_Part
     }
 
 
-def _names_in(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The parameters of an optimizer in its order, with their names in the model."""
+@dataclass(frozen=True)
+class _Slot:
+    """A parameter of the model in an optimizer: as it is, or layer by layer (`layer_views`).
+
+    Attributes
+    ----------
+    name : str
+        In the model.
+    parameter : Tensor
+        Of the model.
+    group, first : int
+        Of the optimizer's groups, and the number of its first part among all parameters of the optimizer.
+    parts : list of Tensor
+        What the optimizer has of it.
+    is_by_layer : bool
+    """
+
+    name: str
+    parameter: Tensor
+    group: int
+    first: int
+    parts: list[Tensor]
+    is_by_layer: bool
+
+    def kept(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """What the optimizer keeps of it: of parts by layer one under the other, and of single numbers the first."""
+        each = [optimizer.state.get(part, {}) for part in self.parts]
+        if not self.is_by_layer:
+            return each[0]
+        if any(one.keys() != each[0].keys() for one in each):
+            raise ValueError(f"optimizer keeps something of some layers of {self.name} and not of others")
+        return {
+            key: torch.stack([one[key] for one in each]) if _has_shape(value, self.parts[0]) else value
+            for key, value in each[0].items()
+        }
+
+
+def _has_shape(value: Any, part: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == part.shape
+
+
+def _slots(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> list[_Slot]:
+    """The parameters of an optimizer in its order, those that it has layer by layer together."""
     if optimizer is None:
         return []
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if any(id(parameter) not in names for parameter in found):
-        raise ValueError("optimizer holds a parameter that is not the model's; use model.parameters()")
-    return [(names[id(parameter)], parameter) for parameter in found]
+    named, stacked = dict(model.named_parameters()), weights_by_name(model)
+    names = {id(parameter): name for name, parameter in named.items()}
+    rows = {row.data_ptr(): (name, n) for name in stacked.keys() & named for n, row in enumerate(named[name].detach())}
+    found: list[_Slot] = []
+    number = 0
+    for group, params in enumerate(group["params"] for group in optimizer.param_groups):
+        for part in params:
+            name, row = (names[id(part)], None) if id(part) in names else rows.get(part.data_ptr(), (None, None))
+            if name is None:
+                raise ValueError(
+                    "optimizer holds a parameter that is not the model's; use model.parameters() or layer_views(model)"
+                )
+            if row:  # it follows the one before
+                if not found or found[-1].name != name or found[-1].group != group or len(found[-1].parts) != row:
+                    raise ValueError(f"optimizer has layers of {name} in another order; use layer_views(model)")
+                found[-1].parts.append(part)
+            else:
+                found.append(_Slot(name, named[name], group, number, [part], row is not None))
+            number += 1
+    for slot in found:
+        if slot.is_by_layer and len(slot.parts) != len(slot.parameter):
+            raise ValueError(f"optimizer has some layers of {slot.name} alone; use layer_views(model)")
+    return found
 
 
 def _own_rows(checkpoint: Checkpoint, name: str, owner: StackedWeights | None) -> Tensor:
