@@ -46,17 +46,20 @@ def test_the_page_says_what_is_in_the_rows(tmp_path):
     compared += [row("nested", seed, 0.90 + 0.02 * seed, 1.0, rate=0.3) for seed in range(3)]
     compared += [row("[(1), {2}]", 0, 0.5, 4.0, search=True), failure("[(1), {2}]", 1)]
     compared += [row("plain", 0, 2.0, problem="text"), failure("[(1), 1, {2}]", 0)]
-    text = written({"tuning": [row("plain", TUNING, 0.7)], "compared": compared}, tmp_path)
-    assert text.startswith("11 runs, 2 failed.")
+    tuning = [row("plain", TUNING, value, rate=rate) for rate, value in ((0.1, 0.7), (1.0, 0.71))]
+    text = written({"tuning": [*tuning, failure("nested", TUNING)], "compared": compared}, tmp_path)
+    assert text.startswith("13 runs, 3 failed.")
     # Differences of 10, 11 and 12 points: mean 11, deviation 1, t(2) = 4.303, so 2.48 to either side.
     for line in (
         "| all layers from the start | 0.1 | 8 | 40.50 | 81.00 ± 1.00 (3) |  | 2.0 | 1.00 |",
         "| nested iteration | 0.3 | 8 | 46.00 | 92.00 ± 2.00 (3) | +11.00 (+8.52 to +13.48) | 1.0 | 0.50 |",
         "| MG/OPT [(1), {2}] |  |  |  | failed |  |  |  |",
         "| all layers from the start | 0.1 | 8 | 1.000 | 2.000 ± 0.000 (1) |  | 2.0 | 1.00 |",
+        "| loop | 0.1 | 0.3 | 1 |",
+        "| all layers from the start | 70.00 |  | 71.00 |",
+        "| nested iteration |  |  |  |",
     ):
         assert line in text, line
-    assert "At the edge of them: all layers from the start" in text and "by a third of the work" in text
 
 
 def test_a_part_of_the_study_has_a_page(tmp_path):

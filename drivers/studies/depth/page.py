@@ -36,7 +36,9 @@ def write(parts: Mapping[str, Sequence[Row]], out: Path) -> None:
         for optimizer, name in _NAMES.items():
             chosen = where(compared, problem=problem, optimizer=optimizer)
             if chosen:
-                said += [f"## {title}, {name}", _sizes(chosen[0]), _compared(chosen), _edges(chosen)]
+                said += [f"## {title}, {name}", _sizes(chosen[0]), _compared(chosen)]
+                tuning = where(parts.get("tuning", ()), problem=problem, optimizer=optimizer)
+                said += [_by_rate(tuning)] if tuning else []
     out.mkdir(parents=True, exist_ok=True)
     (out / PAGE).write_text("\n\n".join(part for part in said if part) + "\n", encoding="utf-8")
 
@@ -120,12 +122,17 @@ def _middle(row: Row) -> int:
     return min(range(len(curve)), key=lambda number: abs(curve[number][_WORK] - work / 2))
 
 
-def _edges(rows: Sequence[Row]) -> str:
-    """Which rates are the first or the last of those that there were to choose from."""
-    settings = rows[0]["settings"]
-    rates = RATES[settings["problem"], settings["optimizer"]]
-    found = {name: each[0]["settings"]["learning_rate"] for name, each in cases(rows).items() if each}
-    edge = [name for name, rate in found.items() if rate in (rates[0], rates[-1])]
-    listed = ", ".join(f"{rate:g}" for rate in rates)
-    ends = f" At the edge of them: {'; '.join(edge)}." if edge else ""
-    return f"Rates chosen on another seed, by a third of the work, from {listed}.{ends}"
+def _by_rate(rows: Sequence[Row]) -> str:
+    """The value at the end by loop and rate, of the runs that rates were chosen by."""
+    problem, optimizer = (rows[0]["settings"][name] for name in ("problem", "optimizer"))
+    (value, _), (shown, factor, digits) = VALUES[problem], _SHOWN[problem]
+    rates = RATES[problem, optimizer]
+    found = {(name_of(row), row["settings"]["learning_rate"]): row.get("result") for row in rows}
+    lines = [
+        [name, *(f"{factor * end[value]:.{digits}f}" if (end := found.get((name, rate))) else "" for rate in rates)]
+        for name in dict.fromkeys(name for name, _ in found)
+    ]
+    return (
+        f"{shown.capitalize()}, on another seed after a third of the work, by rate; the best ones were chosen.\n\n"
+        + (table(["loop", *(f"{rate:g}" for rate in rates)], lines))
+    )
