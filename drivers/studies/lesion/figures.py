@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from studies.lesion.tables import depth, fit_power, mean_norm, networks, series
 from studies.rows import Row
-from xbraid_py.recipes.pictures.style import ADJOINT, GRAY, RED, STATE, clean, line, note, save
+from xbraid_py.recipes.pictures.style import ADJOINT, GRAY, RED, STATE, clean, legend, line, note, save
 
 FIGURES = ("figure3.png", "figure4.png", "figure7.png", "lesion.png")
 
@@ -50,7 +50,7 @@ def figure3(rows: Sequence[Row], path: str | os.PathLike) -> None:
         sizes = sorted({depth(row) for row in rows})
         axes.set_xticks(sizes, map(str, sizes), minor=False)
         axes.set_xticks([], minor=True)
-        axes.legend(frameon=False, fontsize="x-small")
+        legend(axes)
     else:
         note(axes, "no two depths of one h, or of one h d")
     clean(axes, "blocks d")
@@ -74,13 +74,14 @@ def figure4(rows: Sequence[Row], path: str | os.PathLike) -> None:
             line(axes, list(zip(range(len(norms)), norms[:, column], strict=True)), color, label)
         for block in np.flatnonzero((norms[:, 1] == 0) & (norms[:, 0] > 0)):
             axes.axvline(block, color=GRAY, linewidth=0.7, linestyle="--")
-        axes.set_title(name, fontsize="small")
+        axes.set_title(name, fontsize="medium")
         axes.set_yscale("log")
         clean(axes, "block")
     for axes in list(panels):
         axes.set_visible(False)
     figure.axes[0].set_ylabel("norm")
-    figure.axes[0].legend(frameon=False, fontsize="x-small")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     save(figure, path)
 
 
@@ -93,7 +94,7 @@ def figure7(rows: Sequence[Row], path: str | os.PathLike) -> None:
         norms, h = _mean_norms(members), members[0]["settings"]["step_size"]
         line(axes, [(h * j, residual / h) for j, residual in enumerate(norms[:, 3])], color, name)
     if known:
-        axes.legend(frameon=False, fontsize="x-small")
+        legend(axes)
     else:
         note(axes, "no two depths of one h d")
     clean(axes, "time h j")
@@ -125,7 +126,7 @@ def lesions(rows: Sequence[Row], path: str | os.PathLike) -> None:
     mixed.axline((high, high), slope=1, color=GRAY, linewidth=0.7, linestyle="--")
     clean(one, "place of the block left out, block / d")
     one.set_ylabel("accuracy lost, points")
-    one.legend(frameon=False, fontsize="x-small")
+    legend(one)
     clean(several, "blocks left out at random")
     several.set_ylabel("accuracy, %")
     clean(mixed, "accuracy of the whole network, %")

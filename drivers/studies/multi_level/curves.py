@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from studies.multi_level.tables import CURVE
 from studies.rows import Row
-from xbraid_py.recipes.pictures.style import ADJOINT, GRAY, RED, STATE, clean, line, note, save
+from xbraid_py.recipes.pictures.style import ADJOINT, GRAY, RED, STATE, clean, legend, line, note, save
 
 _COLORS = {"multilevel": STATE, "last": RED, "first": ADJOINT}
 _OVER = {"epoch": "epochs", "seconds": "seconds of training", "block_evaluations": "block evaluations"}
@@ -61,7 +61,7 @@ def figure6(
         if log:
             axes.set_yscale("log")
     panels[0].set_ylabel("error, %")
-    panels[0].legend(frameon=False, fontsize="x-small")
+    legend(panels[0])
     save(figure, path)
 
 

@@ -13,7 +13,7 @@ from studies.rows import Row, accuracies, accuracy_at, paired, table, where, wor
 from studies.statistics import Summary, deviation_ratio
 from studies.study import PAGE
 from xbraid_py.recipes.pictures.curves import accuracy_over_work
-from xbraid_py.recipes.pictures.style import RED, STATE, clean, save
+from xbraid_py.recipes.pictures.style import RED, STATE, clean, legend, save
 
 # The paper's figure 3: mean, median, largest, least, standard deviation, in per cent.
 PAPER = {
@@ -176,7 +176,7 @@ def _boxes(rows: Sequence[Row], groups: Sequence[tuple[str, int]], path: Path) -
     labels = [f"{_regime(regime).replace(', ', chr(10))},\nwidth {width}" for regime, width in groups]
     axes.set_xticks(range(len(groups)), labels, fontsize="small")
     axes.set_ylabel("validation accuracy (%)")
-    axes.legend(loc="lower right", frameon=False)
+    legend(axes)
     save(figure, path)
 
 
@@ -196,13 +196,13 @@ def _means(rows: Sequence[Row], groups: Sequence[tuple[str, int]], path: Path) -
                 continue
             low, high = np.quantile(curves, (0.25, 0.75), axis=0)
             axes.fill_between(units, low, high, color=color, alpha=0.15, linewidth=0)
-            axes.plot(units, curves.mean(0), color=color, linewidth=1.6, label=run)
+            axes.plot(units, curves.mean(0), color=color, linewidth=1.6, label=f"{run}, mean; shaded: middle half")
         clean(axes, "work units, wall-clock time" if width == widths[-1] else "")
-        axes.set_title(f"{_regime(regime)}, width {width}", fontsize="small")
+        axes.set_title(f"{_regime(regime)},\nwidth {width}", fontsize="medium")
     for axes in panels[:, 0]:
-        axes.set(ylabel="validation accuracy (%)", ylim=(20, 100))
-    if panels[0, 0].lines:
-        panels[0, 0].legend(loc="lower right", frameon=False)
+        axes.set(ylabel="validation accuracy (%)", ylim=(None, 100))
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", frameon=False)
     save(figure, path)
 
 
