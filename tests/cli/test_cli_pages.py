@@ -17,7 +17,7 @@ from matplotlib.image import imread
 from processes import PROJECT, job_environment
 from runs_on_disk import make_run, minibatch_rows, nested_rows, status
 
-from xbraid_py.cli import main
+from xbraid_py.cli import curves, main
 from xbraid_py.cli.reader import read_run
 from xbraid_py.cli.report import page
 from xbraid_py.cli.status import draw, uses_log
@@ -164,14 +164,16 @@ def test_the_page_of_a_run(tmp_path, capsys):
     assert capsys.readouterr().out.startswith(f"{folder / 'report.html'} (")
     text = (folder / "report.html").read_text()
     found = Page(text)
-    assert [name for name, _ in found.images] == ["objective", "val_accuracy", "grad_norm", "classes"]
+    own, together, *others = [name for name, _ in found.images]
+    assert (own, together) == ("classes", "training and validation"), "its own pictures first"
+    assert others == ["objective", "validation accuracy", "norm of the gradient"]
     for _, content in found.images:
         height, width, _ = imread(io.BytesIO(content)).shape
         assert min(height, width) >= 100
     assert {"running", "12 / 40", "0.625", "87.50 %", "mgrit.max_iter", "a line of the log"} <= set(found.texts)
-    at = found.texts.index("grad_norm", found.texts.index("quantity"))
+    at = found.texts.index("norm of the gradient", found.texts.index("quantity"))
     values = [text for text in found.texts[at : at + 12] if text][:5]
-    assert values == ["grad_norm", "1", f"{0.5**11:.5g}", f"{0.5**11:.5g}", "1"]
+    assert values == ["norm of the gradient", "1", f"{0.5**11:.5g}", f"{0.5**11:.5g}", "1"]
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in found.tags
     assert [each for each in folder.iterdir() if each.name.endswith(".tmp")] == []
 
@@ -225,7 +227,8 @@ def test_a_comparison(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("both.html (")
     found = Page((tmp_path / "both.html").read_text())
     assert "Comparison of 2 runs" in found.texts, "a folder that is given twice counts once"
-    assert [name for name, _ in found.images][:3] == ["objective", "val_accuracy", "grad_norm"]
+    drawn = ["training and validation", "objective", "validation accuracy", "norm of the gradient"]
+    assert [name for name, _ in found.images][:4] == drawn
     cells = [text for text in found.texts if text]
     at = cells.index("objective", cells.index("Final values"))
     assert cells[at : at + 3] == ["objective", f"{2 / 13:.5g}", f"{4 / 13:.5g}"]
@@ -235,6 +238,76 @@ def test_a_comparison(tmp_path, monkeypatch, capsys):
     assert main(["report", "one", "three"]) == 0
     found = Page((tmp_path / "comparison.html").read_text())
     assert "There is nothing to draw: no quantity with two different values that all runs have." in found.texts
+
+
+def deepened(count=12, seconds=1.0, work=1.0):
+    """Rows of a run that is refined in its middle; an update of the deep network takes twice the work."""
+    rows, done = [], 0.0
+    for n in range(count):
+        done += work * (1 if n < count // 2 else 2)
+        rows.append(nested_rows(count)[n] | {"num_layers": 8 if n < count // 2 else 16, "work": done, "loss": 1.0})
+        rows[-1] |= {"seconds": seconds * (n + 1), "train_accuracy": 0.5 + n / 50}
+    return rows
+
+
+def test_a_page_begins_with_one_sentence(tmp_path):
+    folder = make_run(tmp_path / "run", deepened(), status("finished", ranks=3))
+    (folder / "log.txt").write_text(
+        "2026 INFO x: plan: 3 ranks over the layers; predicted 2.1 times one rank; next: y\n"
+    )
+    found = Page(page([read_run(folder)]))
+    said = next(text for text in found.texts if text.startswith("run has come to"))
+    assert said == (
+        "run has come to 87.50 % validation accuracy and an objective of 0.625 in 12 updates and 12.0 s of training on "
+        "3 ranks; plan: 3 ranks over the layers; predicted 2.1 times one rank; it began with fewer layers, which took "
+        "18 work units where as many updates of all 16 layers take 22: 18 % saved."
+    )
+
+
+def test_a_refinement_is_marked_and_depths_have_colors(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(curves, "_png", lambda figure: drawn.append(figure) or b"")
+    run = read_run(make_run(tmp_path / "run", deepened()))
+    curves.draw([run], ["run"], "objective")
+    curves.overview([run], ["run"])
+    one, several = drawn
+    assert [text.get_text() for text in one.axes[0].texts] == ["16"]
+    assert len(several.axes) == 6, "losses and accuracies over updates, work and seconds"
+    losses = several.axes[0].lines
+    marks = [each for each in losses if each.get_linestyle() == ":" and list(each.get_xdata()) == [6, 6]]
+    assert len(marks) == 1
+    assert len({str(each.get_color()) for each in losses if each not in marks}) == 2
+    labels = [text.get_text() for text in several.legends[0].get_texts()]
+    assert labels == ["8 layers", "16 layers", "objective", "training", "validation"]
+
+
+def test_a_comparison_has_seconds_and_speed_up(tmp_path):
+    runs = [read_run(make_run(tmp_path / name, deepened(seconds=s))) for name, s in (("slow", 3.0), ("fast", 1.0))]
+    cells = [text for text in Page(page(runs)).texts if text]
+    assert "speed-up over slow" in cells
+    assert cells[cells.index("36") + 1] == "1.00" and cells[cells.index("12", cells.index("36")) + 1] == "3.00"
+
+
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [
+        ("stacks.0.gradient_error", "gradient error of stack 1"),
+        ("val_accuracy", "validation accuracy"),
+        ("loss", "training loss"),
+        ("optim.rates.3.largest", "largest of rate 4 of optim"),
+        ("a.99999999999999999999.b", "b of 99999999999999999999 of a"),
+        ("val_", "val "),
+    ],
+)
+def test_quantities_have_names_in_words(column, words):
+    assert curves.named(column) == words
+
+
+def test_the_rows_of_parts_are_no_quantities(tmp_path):
+    rows = [row | {"stacks": [{"update": row["update"], "residual": 0.1 * row["update"]}]} for row in nested_rows()]
+    found = Page(page([read_run(make_run(tmp_path / "run", rows))]))
+    assert "residual of stack 1" in found.texts
+    assert not any("stacks." in text or "update of stack" in text for text in found.texts)
 
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path):

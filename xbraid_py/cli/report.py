@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import base64
 import datetime
-import io
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from xbraid_py.cli.reader import LOG, Points, Run, command_parser, printable, read_run
-from xbraid_py.cli.status import progress, shown, summarize, uses_log
-from xbraid_py.run.documents import read_regular, tail
+from xbraid_py.cli.curves import MOST, draw, named, overview, quantities, refinements
+from xbraid_py.cli.reader import LOG, Run, command_parser, printable, read_run
+from xbraid_py.cli.status import Summary, duration, progress, shown, summarize
+from xbraid_py.run.documents import open_regular, read_regular, tail
 from xbraid_py.run.options import flat, text
 from xbraid_py.run.record import MOST_READ, number, replacing, scalars
 
@@ -56,13 +55,14 @@ def page(runs: Sequence[Run]) -> str:
     """The page as text, of one run, or of several to be compared."""
     labels = _labels(runs)
     names = quantities(runs)
-    curves = [{"title": printable(name), "content": draw(runs, labels, name)} for name in names[:MOST]]
-    several = len(runs) > 1
+    curves = [{"title": printable(named(name)), "content": draw(runs, labels, name)} for name in names[:MOST]]
+    several, together = len(runs) > 1, overview(runs, labels)
     return render(
         title=f"Comparison of {len(runs)} runs" if several else f"Run {labels[0]}",
-        runs=[_about(run, label, _PAGE_BYTES // len(runs)) for run, label in zip(runs, labels, strict=True)],
+        runs=[_about(run, label, _PAGE_BYTES // len(runs), runs[0]) for run, label in zip(runs, labels, strict=True)],
         curves=curves,
-        left_out=[printable(name) for name in names[MOST : MOST + _COLUMNS]],
+        overview=[{"title": "training and validation", "content": together}] if together else [],
+        left_out=[printable(named(name)) for name in names[MOST : MOST + _COLUMNS]],
         values=_final_values(runs, labels) if several else _values(runs[0]),
         differences=_differences(runs) if several else None,
         date=f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
@@ -77,7 +77,7 @@ def _labels(runs: Sequence[Run]) -> list[str]:
     return next((names for names in ends if len(set(names)) == len(names)), [printable(run.path) for run in runs])
 
 
-def _about(run: Run, label: str, room: int) -> dict[str, Any]:
+def _about(run: Run, label: str, room: int, first: Run) -> dict[str, Any]:
     summary = summarize(run)
     figures, flaws = [], list(run.flaws)
     if len(run.figures) > _FIGURES:
@@ -97,6 +97,9 @@ def _about(run: Run, label: str, room: int) -> dict[str, Any]:
         "update": progress(summary),
         "objective": shown(summary.objective),
         "accuracy": shown(summary.accuracy, percent=True),
+        "seconds": shown(_seconds(run)),
+        "speedup": _speedup(first, run),
+        "sentence": sentence(run, label, summary),
         "ranks": shown(summary.ranks),
         "host": summary.host,
         "started": printable(run.status.get("started") or run.header.get("date") or ""),
@@ -112,6 +115,69 @@ def _about(run: Run, label: str, room: int) -> dict[str, Any]:
         "checkpoints": [(printable(path.name), _kilobytes(path)) for path in run.checkpoints],
         "log": _log(run.path / LOG),
     }
+
+
+def _seconds(run: Run) -> float | None:
+    """Seconds of training, as the record has them last."""
+    return next((found for row in reversed(run.rows) if (found := number(row.get("seconds"))) is not None), None)
+
+
+def _speedup(first: Run, run: Run) -> str:
+    ours, theirs = _seconds(run), _seconds(first)
+    return f"{theirs / ours:.2f}" if ours and theirs else "-"
+
+
+def sentence(run: Run, label: str, summary: Summary) -> str:
+    """What was trained, how good it is, how long it took, by which plan, and what was saved."""
+    driver, seconds = run.about.get("driver"), _seconds(run)
+    what = f"{label} ({Path(driver).stem})" if isinstance(driver, str) and Path(driver).stem not in label else label
+    good = [f"{shown(summary.accuracy, percent=True)} validation accuracy"] * (summary.accuracy is not None)
+    good += [f"an objective of {shown(summary.objective)}"] * (summary.objective is not None)
+    words = [f"{what} has come to {' and '.join(good)}" if good else f"{what} has not said yet how good it is"]
+    words += [f"in {summary.update} updates"] * (summary.update is not None)
+    words += [] if seconds is None else [f"and {_time(seconds)} of training"]
+    words += [f"on {summary.ranks} rank{'s' * (summary.ranks != 1)}"] * (summary.ranks is not None)
+    parts = [" ".join(words), *filter(None, [_plan(run.path / LOG), _saved(run)])]
+    return printable("; ".join(parts)) + "."
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
+
+
+def _plan(log: Path) -> str:
+    """The plan that the log says first, and what it was predicted to gain."""
+    try:
+        with open_regular(log, follow=False) as stream:
+            said = re.search(r"\bplan: (.+)", stream.read(_LOG_BYTES).decode(errors="replace"))
+    except OSError:
+        return ""
+    return "plan: " + "; ".join(said[1].split("; ")[:2]).strip() if said else ""
+
+
+def _saved(run: Run) -> str:
+    """How much less work a run of growing depth was than as many updates of its deepest network."""
+    if not (refined := refinements(run)):
+        return ""
+    start, layers = refined[-1]
+    rows = [row for row in run.rows if row.get("run") == start.get("run")]
+    works = [(update, work) for row in rows if None not in (pair := (_at(row, "update"), _at(row, "work")))
+             for update, work in [pair]]  # fmt: skip
+    deep = [pair for pair in works if pair[0] >= start["update"]]
+    if len(deep) < 2 or deep[-1][0] <= deep[0][0] or deep[-1][0] <= works[0][0]:
+        return ""
+    (first, before), (last, total) = deep[0], deep[-1]
+    all_deep = (total - before) / (last - first) * (last - works[0][0])
+    if not 0 < total < all_deep:
+        return ""
+    return (
+        f"it began with fewer layers, which took {shown(round(total, 1))} work units where as many updates of all "
+        f"{layers:.0f} layers take {shown(round(all_deep, 1))}: {100 * (1 - total / all_deep):.0f} % saved"
+    )
+
+
+def _at(row: Mapping[str, Any], name: str) -> float | None:
+    return number(row.get(name))
 
 
 def _bytes(path: Path, room: int) -> bytes:
@@ -144,22 +210,23 @@ def _options(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _row_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     values = [scalars(row) | {"update": number(row.get("update"))} for row in rows]
     words = [name for name in ("kind", "run", "note") if any(row.get(name) for row in rows)]
-    names = ["update", *dict.fromkeys(name for each in values for name in each if name != "update")][:_COLUMNS]
+    found = dict.fromkeys(name for each in values for name in each if name.rpartition(".")[2] != "update")
+    names = ["update", *found][:_COLUMNS]
     lines = [
         [printable(row.get(word) or "") for word in words] + [shown(each.get(name)) for name in names]
         for row, each in zip(rows, values, strict=True)
     ]
-    return {"titles": [*words, *map(printable, names)], "rows": lines, "words": len(words)}
+    return {"titles": [*words, *(printable(named(name)) for name in names)], "rows": lines, "words": len(words)}
 
 
 def _values(run: Run) -> dict[str, Any]:
     """First, last, smallest and largest value of every column."""
     rows = []
-    pairs = [(column, name) for column, curves in run.columns.items() for name in curves]
+    pairs = [(column, name) for column, curves in run.columns.items() for name in curves if _tells(column)]
     for column, name in pairs[:_LINES]:
         points = run.columns[column][name]
         values = points.values()
-        title = f"{name}: {column}" if name and len(run.columns[column]) > 1 else column
+        title = f"{name}: {named(column)}" if name and len(run.columns[column]) > 1 else named(column)
         ends = points[min(points)], points[max(points)]
         rows.append([printable(title), *map(shown, (*ends, min(values), max(values)))])
     titles = ["quantity", "first", "last", "smallest", "largest"]
@@ -168,14 +235,21 @@ def _values(run: Run) -> dict[str, Any]:
 
 def _final_values(runs: Sequence[Run], labels: Sequence[str]) -> dict[str, Any]:
     """The last value of every column of every run, at its last update."""
-    keys = dict.fromkeys((column, name) for run in runs for column in run.columns for name in run.columns[column])
+    keys = dict.fromkeys(
+        (column, name) for run in runs for column in run.columns if _tells(column) for name in run.columns[column]
+    )
     several = len({name for _, name in keys}) > 1
     rows = []
     for column, name in islice(keys, _LINES):
         found = [run.columns.get(column, {}).get(name) for run in runs]
-        title = f"{name}: {column}" if name and several else column
+        title = f"{name}: {named(column)}" if name and several else named(column)
         rows.append([printable(title), *(shown(points[max(points)] if points else None) for points in found)])
     return {"titles": ["quantity", *labels], "rows": rows, "left_out": len(keys) - len(rows)}
+
+
+def _tells(column: str) -> bool:
+    """Whether a column is a quantity, and not the place of a part's row."""
+    return column.rpartition(".")[2] != "update"
 
 
 def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
@@ -199,6 +273,7 @@ tr.differs td { background: #fff3cd; } td.differs { font-weight: 600; }
 .finished, .running { background: #d4edda; } .failed { background: #f8d7da; }
 .stale, .stopped { background: #fff3cd; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
+.whole .pictures { display: block; } .lead { font-size: 1.1rem; overflow-wrap: anywhere; }
 figure { margin: 0; } img { max-width: 100%; height: auto; } figcaption { color: #666; font-size: .9rem; }
 pre { overflow-x: auto; background: #f6f6f6; padding: .6rem; font-size: .8rem; }
 summary { cursor: pointer; font-weight: 600; margin-top: 1rem; }
@@ -234,7 +309,11 @@ _TEMPLATE = """\
 </div>
 {%- endmacro %}
 <h1>{{ title }}</h1>
-{% set titles = ["state", "update", "objective", "accuracy", "ranks", "host", "started", "says"] -%}
+{% for run in runs %}<p class="lead">{{ run.sentence }}</p>
+{% endfor %}
+{% set several = runs | length > 1 -%}
+{% set titles = ["state", "update", "objective", "accuracy", "seconds"] + ["speedup"] * several
+  + ["ranks", "host", "started", "says"] -%}
 {% macro cell(run, title) -%}
 {% if title == "state" %}<span class="state {{ run.state }}">{{ run.state }}</span>{% else %}{{ run[title] }}{% endif %}
 {%- endmacro %}
@@ -245,7 +324,9 @@ _TEMPLATE = """\
 {% endfor -%}
 </tbody>
 {%- else -%}
-<thead><tr><th>run</th>{% for title in titles %}<th>{{ title }}</th>{% endfor %}</tr></thead>
+<thead><tr><th>run</th>{% for title in titles %}<th>
+{%- if title == "speedup" %}speed-up over {{ runs[0].label }}{% else %}{{ title }}{% endif %}</th>
+{%- endfor %}</tr></thead>
 <tbody>
 {% for run in runs -%}
 <tr><td>{{ run.label }}</td>{% for title in titles %}<td>{{ cell(run, title) }}</td>{% endfor %}</tr>
@@ -256,6 +337,10 @@ _TEMPLATE = """\
 {% for run in runs if run.flaws -%}
 <p class="note">{% if runs | length > 1 %}{{ run.label }}: {% endif %}{{ run.flaws | join("; ") }}.</p>
 {% endfor %}
+{% if runs | length == 1 and runs[0].figures %}<h2>Pictures of the run</h2>
+{{ pictures(runs[0].figures) }}{% endif %}
+{% if overview %}<h2>Training and validation</h2>
+<div class="whole">{{ pictures(overview) }}</div>{% endif %}
 <h2>Over the updates</h2>
 {% if curves %}{{ pictures(curves) }}{% else %}<p>There is nothing to draw: no quantity with two different values
 {%- if runs | length > 1 %} that all runs have{% endif %}.</p>{% endif %}
@@ -281,7 +366,7 @@ _TEMPLATE = """\
 {%- endif %}
 {% for run in runs %}
 <h2>{{ run.label if runs | length > 1 else "The run" }}</h2>
-{% if run.figures %}{{ pictures(run.figures) }}{% endif %}
+{% if runs | length > 1 and run.figures %}{{ pictures(run.figures) }}{% endif %}
 {% if run.last_rows.rows -%}
 <details><summary>Rows of the record{% if run.thinned %} ({{ run.thinned }}){% endif %}</summary>
 {{ table(run.last_rows.titles, run.last_rows.rows, run.last_rows.words) }}</details>
@@ -307,70 +392,3 @@ def render(**content) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters["base64"] = lambda content: base64.b64encode(content).decode("ascii")
     return environment.from_string(_TEMPLATE).render(style=_STYLE, **content)
-
-
-# Colors that any kind of sight tells apart, and dashes, so that a curve on top of an equal one hides it not.
-_COLORS = ("#0072b2", "#c1272d", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#000000")
-_DASHES = ("-", "--", ":", "-.")
-# Quantities that say where in the run a row is, or that only grow.
-_NOT_DRAWN = ("level", "num_layers", "seconds", "work", "evaluations")
-_FIRST = ("objective", "loss", "val_accuracy", "val_loss", "train_accuracy", "grad_norm")
-_DPI = 120
-_LARGEST = 1e100  # of what can be drawn: the differences of larger numbers overflow
-MOST = 16
-
-
-def quantities(runs: Sequence[Run]) -> list[str]:
-    """Columns worth a picture: common to all runs, with two points or more that are not all the same."""
-    common = [name for name in runs[0].columns if all(name in run.columns for run in runs)]
-    changing = [name for name in common if name not in _NOT_DRAWN and any(_changes(run, name) for run in runs)]
-    return sorted(changing, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST))
-
-
-def _changes(run: Run, name: str) -> bool:
-    return any(len(set(values.values())) > 1 for values in run.columns[name].values())
-
-
-def draw(runs: Sequence[Run], labels: Sequence[str], column: str) -> bytes:
-    """The PNG of a column over the updates: a curve for each run, and for each run in its record."""
-    several = len({name for run in runs for name in run.columns[column]}) > 1
-    curves = [
-        (" ".join(filter(None, (label if len(runs) > 1 else "", name if several else ""))), points)
-        for run, label in zip(runs, labels, strict=True)
-        for name, points in _drawable(run.curves(column))
-    ][:_CURVES]
-    figure = Figure(figsize=(5.6, 3.5), layout="constrained")
-    axes = figure.subplots()
-    for index, (label, points) in enumerate(curves):
-        axes.plot(
-            *zip(*points, strict=True),
-            label=_literal(label),
-            color=_COLORS[index % len(_COLORS)],
-            linestyle=_DASHES[index % len(_DASHES)],
-            linewidth=1.5,
-            marker="o" if len(points) < 8 else None,
-            markersize=4,
-        )
-    if uses_log([value for _, points in curves for _, value in points]):
-        axes.set_yscale("log", nonpositive="mask")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="update", ylabel=_literal(column.replace("_", " ")))
-    axes.grid(color="0.9", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    if len(curves) > 1:
-        axes.legend(frameon=False, fontsize="small")
-    stream = io.BytesIO()
-    figure.savefig(stream, dpi=_DPI, format="png")
-    return stream.getvalue()
-
-
-def _drawable(curves: dict[str, Points]) -> Iterator[tuple[str, Points]]:
-    for name, points in curves.items():
-        if kept := [point for point in points if max(map(abs, point)) < _LARGEST]:
-            yield name, kept
-
-
-def _literal(text: str) -> str:
-    """Text in which matplotlib sees no formula; it leaves out labels that begin with an underscore."""
-    return printable(text)[:60].replace("$", r"\$").lstrip("_") or " "
