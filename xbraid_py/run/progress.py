@@ -9,9 +9,9 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -30,6 +30,7 @@ _COLUMNS = (
     ("grad_norm", "gradient", 9, ".2e", 1),
     ("train_accuracy", "train %", 7, ".2f", 100),
     ("val_accuracy", "valid %", 7, ".2f", 100),
+    ("val_loss", "val loss", 8, ".4f", 1),
     ("state_residual", "state res", 9, ".1e", 1),
     ("adjoint_residual", "adj. res", 8, ".1e", 1),
     ("step_size", "step", 8, ".1e", 1),
@@ -53,7 +54,7 @@ class Progress:
 
     A context manager. On a terminal: a bar with the current row, above it the last row of each level done. In a batch
     log: the first and last row of each level under a line of titles, and between them a row every `every` updates, or
-    when the last one is 10 seconds old.
+    when the last one is 10 seconds old. Columns that no row has filled yet are left out.
 
     Parameters
     ----------
@@ -94,10 +95,11 @@ class Progress:
     def __enter__(self) -> Self:
         if self._is_shown:
             console = Console(file=self._stream or sys.stdout, highlight=False)
-            if console.is_terminal and not console.is_dumb_terminal:
+            is_seen = self._stream is not None or reaches_terminal()
+            if console.is_terminal and not console.is_dumb_terminal and is_seen:
                 self._view = _Bar(console, self._total, self._done)
             else:
-                self._view = _Rows(console.file, self._every)
+                self._view = _Rows(cast(TextIO, console.file), self._every)
         return self
 
     def __exit__(self, *exception) -> None:
@@ -121,18 +123,53 @@ class Progress:
             self._view.note(text)
 
 
-def titles() -> str:
-    """The line above the rows."""
-    return "  ".join(title.rjust(width) for _, title, width, _, _ in _COLUMNS)
+# Names of the processes by which Open MPI hands on what a rank prints to a terminal of its own making.
+_HANDING_ON = ("mpirun", "mpiexec", "orterun", "orted", "prterun", "prted")
 
 
-def format_row(row: Mapping[str, Any]) -> str:
+def reaches_terminal() -> bool:
+    """Whether what is printed to a terminal comes to one that somebody looks at.
+
+    Open MPI gives every rank one of its own, also where the output of its `mpirun` goes into a file; there it is the
+    output of `mpirun` that counts. Where that cannot be seen, as on another node, it is taken to be a file.
+    """
+    if "OMPI_COMM_WORLD_SIZE" not in os.environ:
+        return True
+    pid, found = os.getppid(), ""
+    with contextlib.suppress(OSError, ValueError):
+        while True:
+            name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(")")
+            if name not in _HANDING_ON:
+                break
+            found = os.readlink(f"/proc/{pid}/fd/1")
+            pid = int(rest.split()[1])
+    return found.startswith("/dev/") and found != os.devnull
+
+
+Filled = Collection[str]  # keys of the columns that are shown
+
+
+def filled(row: Mapping[str, Any]) -> set[str]:
+    """Keys of the columns that a row fills."""
+    return {key for key, *_ in (*_COLUMNS, *_SHORT) if row.get(key) is not None}
+
+
+def titles(keys: Filled | None = None) -> str:
+    """The line above the rows: of these columns, or of all there are."""
+    return "  ".join(title.rjust(width) for key, title, width, _, _ in _COLUMNS if keys is None or key in keys)
+
+
+def format_row(row: Mapping[str, Any], keys: Filled | None = None) -> str:
     """A row of the record as one line under `titles`."""
-    return "  ".join(_cell(row, key, form, factor).rjust(width) for key, _, width, form, factor in _COLUMNS)
+    return "  ".join(
+        _cell(row, key, form, factor).rjust(width)
+        for key, _, width, form, factor in _COLUMNS
+        if keys is None or key in keys
+    )
 
 
-def _short_row(row: Mapping[str, Any]) -> str:
-    parts = (f"{before}{_cell(row, key, form, by)}{after}" for key, before, after, form, by in _SHORT)
+def _short_row(row: Mapping[str, Any], keys: Filled) -> str:
+    parts = (f"{before}{_cell(row, key, form, by)}{after}" for key, before, after, form, by in _SHORT if key in keys)
     return "  ".join(parts)
 
 
@@ -163,14 +200,18 @@ class _Rows:
         self._every = every
         self._last: Mapping[str, Any] | None = None
         self._skipped = 0  # rows since the one shown last
+        self._filled: set[str] = {"update"}
+        self._titles = ""  # shown last
         self._shown_at = 0.0
 
     def update(self, row):
         begins = self._last is None or _level(row) != _level(self._last)
         if begins:
             self._flush()
-            self._print(f"\n{_name(row)}\n{titles()}" if _name(row) else f"\n{titles()}")
+            self._print(f"\n{_name(row)}" if _name(row) else "")
+            self._titles = ""
         self._last = row
+        self._filled |= filled(row)
         self._skipped += 1
         if begins or self._skipped >= self._every or time.monotonic() - self._shown_at >= _ROW_SECONDS:
             self._flush()
@@ -184,7 +225,11 @@ class _Rows:
 
     def _flush(self):
         if self._skipped:
-            self._print(format_row(self._last))
+            assert self._last is not None
+            if (line := titles(self._filled)) != self._titles:
+                self._print(line)
+                self._titles = line
+            self._print(format_row(self._last, self._filled))
             self._skipped = 0
             self._shown_at = time.monotonic()
 
@@ -208,17 +253,19 @@ class _Bar:
         self._count_width = 2 * len(str(total)) + 1
         self._last: Mapping[str, Any] | None = None
         self._drawn_at = 0.0
-        self._has_titles = False
+        self._filled: set[str] = {"update"}
+        self._titles = ""
         self._bar.start()
 
     def update(self, row):
         if self._last is not None and _level(row) != _level(self._last):
             self._end_level()
         self._last = row
+        self._filled |= filled(row)
         now = time.monotonic()
         # On a narrow screen the row is cut; rich would drop the bar. The rest is "400/400 0:00:00" and spaces.
         room = max(0, self._bar.console.width - _BAR_WIDTH - self._count_width - 11)
-        self._bar.update(self._task, completed=row.get("update"), row=_short_row(row)[:room])
+        self._bar.update(self._task, completed=row.get("update"), row=_short_row(row, self._filled)[:room])
         if now - self._drawn_at >= _REDRAW_SECONDS:
             self._bar.refresh()
             self._drawn_at = now
@@ -233,10 +280,10 @@ class _Bar:
         self._bar.stop()
 
     def _end_level(self):
-        text = format_row(self._last)
-        if not self._has_titles:
-            text = f"{titles()}\n{text}"
-            self._has_titles = True
+        assert self._last is not None
+        text = format_row(self._last, self._filled)
+        if (line := titles(self._filled)) != self._titles:
+            text, self._titles = f"{line}\n{text}", line
         self._bar.console.print(text, markup=False, no_wrap=True, overflow="ellipsis", crop=True)
 
 
