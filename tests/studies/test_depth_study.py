@@ -44,17 +44,19 @@ def written(parts, out):
 def test_the_page_says_what_is_in_the_rows(tmp_path):
     compared = [row("plain", seed, 0.80 + 0.01 * seed) for seed in range(3)]
     compared += [row("nested", seed, 0.90 + 0.02 * seed, 1.0, rate=0.3) for seed in range(3)]
-    compared += [row("[(1), {2}]", 0, 0.5, 4.0, search=True), failure("[(1), {2}]", 1)]
+    compared += [row("[(1), {2}]", 0, 0.5, 4.0, search=True), failure("[(1), {2}]", 1)]  # at its half after 2 seconds
     compared += [row("plain", 0, 2.0, problem="text"), failure("[(1), 1, {2}]", 0)]
     tuning = [row("plain", TUNING, value, rate=rate) for rate, value in ((0.1, 0.7), (1.0, 0.71))]
     text = written({"tuning": [*tuning, failure("nested", TUNING)], "compared": compared}, tmp_path)
     assert text.startswith("13 runs, 3 failed.")
     # Differences of 10, 11 and 12 points: mean 11, deviation 1, t(2) = 4.303, so 2.48 to either side.
     for line in (
-        "| all layers from the start | 0.1 | 8 | 40.50 | 81.00 ± 1.00 (3) |  | 2.0 | 1.00 |",
-        "| nested iteration | 0.3 | 8 | 46.00 | 92.00 ± 2.00 (3) | +11.00 (+8.52 to +13.48) | 1.0 | 0.50 |",
-        "| MG/OPT [(1), {2}] |  |  |  | failed |  |  |  |",
-        "| all layers from the start | 0.1 | 8 | 1.000 | 2.000 ± 0.000 (1) |  | 2.0 | 1.00 |",
+        "| all layers from the start | 0.1 | 8 | 40.50 | 81.00 ± 1.00 (3) |  | 2.0 | 1.00 | 81.00 |",
+        "| nested iteration | 0.3 | 8 | 46.00 | 92.00 ± 2.00 (3) | +11.00 (+8.52 to +13.48) | 1.0 | 0.50 | 92.00 |",
+        "| MG/OPT [(1), {2}], line search | 0.1 | 8 | 25.00 | 50.00 ± 0.00 (1) | -30.00 (-30.00 to -30.00) "
+        "| 4.0 | 2.00 | 25.00 |",
+        "| MG/OPT [(1), {2}] |  |  |  | failed |  |  |  |  |",
+        "| all layers from the start | 0.1 | 8 | 1.000 | 2.000 ± 0.000 (1) |  | 2.0 | 1.00 | 2.000 |",
         "| loop | 0.1 | 0.3 | 1 |",
         "| all layers from the start | 70.00 |  | 71.00 |",
         "| nested iteration |  |  |  |",
