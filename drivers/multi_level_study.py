@@ -6,6 +6,8 @@ take 35 minutes on two cores. Runs that are over are not made again. Try
     python drivers/multi_level_study.py
     python drivers/multi_level_study.py --parts="[models, reset, interpolation]" --seeds=3
     python drivers/multi_level_study.py --paper --device=cuda --precision=bfloat16 --channels_last --workers=1
+    python drivers/multi_level_study.py --paper --train_images=10000 --precision=bfloat16 --channels_last=true \\
+        --checkpoint_every=5
     python drivers/multi_level_study.py --smoke --out /tmp/study
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -26,13 +29,18 @@ from xbraid_py.run.engine import free
 from xbraid_py.run.launch import launch
 
 MODELS = ("first", "last", "multilevel")
-# What the parts change of the multilevel model.
+# What the parts change of the multilevel model, each in a run of its own; step_size of the model last.
 CHANGES = {
-    "models": {},
-    "reset": {"reset": False},
-    "interpolation": {"interpolation": "linear"},
-    "momentum": {"carry_momentum": True},
-    "step_size": {"last_step_size": 1.0},
+    "models": (),
+    "reset": ({"reset": False},),
+    "rates": (
+        *({"eta_max": rate} for rate in (0.05, 0.1, 0.2, 1.0)),
+        *({"eta_min": rate} for rate in (1e-4, 1e-2)),
+    ),
+    "interpolation": ({"interpolation": "linear"},),
+    "momentum": ({"carry_momentum": True},),
+    "noise": ({"noise": 0.05}, {"noise": 0.2}),
+    "step_size": ({"last_step_size": 1.0},),
 }
 PRESETS = {
     "paper": {  # the protocol of paper 003
@@ -63,13 +71,19 @@ class Options(MultiLevelOptions, StudyOptions):
     Parameters
     ----------
     parts
-        Models are tables 3 and 4 and figure 6; reset is figure 10 (one cosine over all cycles); interpolation is a
-        linear one, momentum carries that of SGD over, step_size trains the model last with h=1.
+        Models are tables 3 and 4 and figure 6; rates is figure 9, reset is figure 10 (one cosine over all cycles);
+        interpolation is a linear one, momentum carries that of SGD over, noise makes inserted blocks other ones than
+        those they are copied from, step_size trains the model last with h=1.
     seeds
         Of weights, order and augmentation, from 0 on.
+    checkpoint_every
+        Epochs between two checkpoints of a run, in the folder checkpoints of the out folder, from which a study that
+        was stopped goes on; 0 writes none: then it goes on with the run that it was at.
     """
 
-    parts: tuple[Literal["models", "reset", "interpolation", "momentum", "step_size"], ...] = ("models",)
+    parts: tuple[Literal["models", "reset", "rates", "interpolation", "momentum", "noise", "step_size"], ...] = (
+        "models",
+    )
     seeds: int = 5
     out: Path = Path("runs/multi_level_study")
     stem_stride: int = 4
@@ -78,10 +92,13 @@ class Options(MultiLevelOptions, StudyOptions):
     channels_last: bool = True
     train_images: int = 5000
     validate_every: int = free(14)
+    checkpoint_every: int = 0
 
     def __post_init__(self):
         StudyOptions.__post_init__(self)
         MultiLevelOptions.__post_init__(self)
+        if self.checkpoint_every < 0:
+            raise ValueError(f"checkpoint_every={self.checkpoint_every} must be at least 0; use 5")
         if not self.parts or not set(self.parts) <= set(CHANGES):
             raise ValueError(f"parts={list(self.parts)} must be some of {', '.join(CHANGES)}; use models")
 
@@ -90,14 +107,20 @@ def cases(options: Options, part: str) -> list[Case]:
     """The runs of a part, but for their seeds."""
     base = Case(**{field.name: getattr(options, field.name) for field in fields(MultiLevelOptions)})
     found = [replace(base, model=model) for model in MODELS]
-    if CHANGES[part]:
-        found.append(replace(base, model="last" if part == "step_size" else "multilevel", **CHANGES[part]))
-    return found
+    changed = "last" if part == "step_size" else "multilevel"
+    return found + [replace(base, model=changed, **changes) for changes in CHANGES[part]]
 
 
 def settings_of(options: Options) -> Parts:
     """The settings of the runs of each part."""
-    return {part: of_seeds(cases(options, part), range(options.seeds)) for part in options.parts}
+    return {
+        part: [_said(each) for each in of_seeds(cases(options, part), range(options.seeds))] for part in options.parts
+    }
+
+
+def _said(settings: Settings) -> Settings:
+    """Without what is not given of later options, so that rows of before there were any are found."""
+    return {name: value for name, value in settings.items() if name not in ("noise", "data_dir") or value is not None}
 
 
 def said(settings: Settings) -> str:
@@ -109,7 +132,8 @@ def setup(options: Options, comm: Communicator) -> Callable[[], None]:
     """Check everything; returns the study."""
     samples = options.samples()
     options.check(samples, 1)
-    study = Study(options.out, train, options.workers)
+    how = {"folder": options.out / "checkpoints", "checkpoint_every": options.checkpoint_every}
+    study = Study(options.out, partial(train, **how), options.workers)
     study_run = run_study(study, {"runs": lambda rows: settings_of(options)}, page.write, comm, said)
 
     def run() -> None:

@@ -12,7 +12,7 @@ from image_networks import network, random
 
 from xbraid_py.layers.image_resnet import ImageResNet, residual_norms, with_blocks
 from xbraid_py.multilevel.depth.transfer import prolong_rows
-from xbraid_py.multilevel.resnet.refinement import refine, refined_tensors
+from xbraid_py.multilevel.resnet.refinement import perturb, refine, refined_tensors
 
 DEPTHS = (2, 4, 8, 16, 32)
 # Old blocks whose mean a new one is, of a stage of 1, 2 and 3 blocks (figure 5, appendix B).
@@ -137,6 +137,26 @@ def test_the_refined_network_is_on_its_own():
     optimizer.step()
     pair = [fine.state_dict()[f"stages.0.{j}.residual.conv1.weight"] for j in (0, 1)]
     assert not torch.equal(*pair)
+
+
+def test_noise_is_on_the_weights_of_inserted_blocks_alone():
+    coarse = network(blocks=(2, 2), filters=(4, 8))
+    plain, noisy, again = (refine(coarse) for _ in range(3))
+    perturb(noisy, 0.1, torch.Generator().manual_seed(3))
+    perturb(again, 0.1, torch.Generator().manual_seed(3))
+    moved = 0
+    for (name, before), after, same in zip(
+        plain.state_dict().items(), noisy.state_dict().values(), again.state_dict().values(), strict=True
+    ):
+        assert torch.equal(after, same), "of the generator alone"
+        _, _, block, *_ = [*name.split("."), "", ""]
+        if name.startswith("stages") and int(block) % 2 and before.dim() > 1:
+            moved += 1
+            relative = float((after - before).std() / before.std())
+            assert 0.03 < relative < 0.3, name
+        else:
+            assert torch.equal(before, after), name
+    assert moved == 2 * 2 * 2, "two stages, two inserted blocks, two convolutions"
 
 
 def test_momentum_is_interpolated_as_the_weights_are():

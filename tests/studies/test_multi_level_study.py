@@ -13,9 +13,13 @@ from kinds import program
 from multi_level_rows import row
 from processes import PROJECT
 from studies.multi_level import page
+from studies.multi_level.case import train
+from studies.multi_level.tables import CURVE
 from studies.statistics import Summary
+from studies.study import key
 
 from xbraid_py.comm import SerialCommunicator
+from xbraid_py.multilevel.resnet.training import ResNetTraining
 from xbraid_py.run.options import parse
 
 STUDY = program("multi_level_study")
@@ -80,9 +84,11 @@ def test_results_that_are_kept_make_their_page(tmp_path):
 def test_parts(part):
     found = STUDY.settings_of(STUDY.Options(seeds=2, parts=(part,)))[part]
     models = [settings["model"] for settings in found if settings["seed"] == 1]
-    assert models[:3] == ["first", "last", "multilevel"] and len(models) == (3 if part == "models" else 4)
     changes = STUDY.CHANGES[part]
-    assert all(found[-1][name] == value for name, value in changes.items())
+    assert models[:3] == ["first", "last", "multilevel"] and len(models) == 3 + len(changes)
+    for settings, change in zip(found[len(found) - len(changes) :], changes, strict=True):
+        assert all(settings[name] == value for name, value in change.items())
+    assert sum("noise" in settings for settings in found) == 2 * len(changes) * (part == "noise")
     assert len({repr(settings) for settings in found}) == len(found)
     assert not {"out", "resume", "workers"} & found[0].keys()
 
@@ -106,6 +112,10 @@ def test_wrong_options():
         STUDY.Options(seeds=0)
     with pytest.raises(ValueError, match=r"^parts=\[\] must be some of models, reset"):
         STUDY.Options(parts=())
+    with pytest.raises(ValueError, match=r"^checkpoint_every=-1 must be at least 0; use 5$"):
+        STUDY.Options(checkpoint_every=-1)
+    with pytest.raises(ValueError, match=r"^noise=-0.1 must be at least 0 and finite; use 0.1$"):
+        STUDY.Options(noise=-0.1)
     with pytest.raises(ValueError, match=r"^filters=.* must name 3 stages"):
         STUDY.Options(filters=(4, 8))
 
@@ -118,6 +128,49 @@ def test_the_study_runs_and_goes_on(tmp_path, capsys):
     assert len(made) == 4 and all("result" in each for each in made)
     STUDY.setup(options, SerialCommunicator())()
     assert "4 runs, 4 of them over" in capsys.readouterr().out
+
+
+def test_rows_of_before_are_those_of_the_study():
+    """So that a study goes on from what is kept."""
+    with gzip.open(PROJECT / "benchmarks" / "results" / "multi_level" / "runs.jsonl.gz", "rt") as file:
+        kept = {key(json.loads(line)["settings"]) for line in file}
+    assert kept == set(map(key, STUDY.settings_of(STUDY.Options())["models"]))
+
+
+def test_a_run_goes_on_from_its_own_checkpoint(tmp_path, monkeypatch):
+    """Stopped after the refinement, and then as if nothing had happened."""
+    data = write_cifar10(tmp_path)
+    options = STUDY.Options(**TINY | {"epochs": (2, 2)}, data_dir=data, out=tmp_path, parts=("noise",))
+    settings = next(each for each in STUDY.settings_of(options)["noise"] if "noise" in each)
+    whole = train(settings, tmp_path / "whole", 1)
+    in_memory = train(settings)
+    assert without_seconds(whole) == without_seconds(in_memory)
+    monkeypatch.setattr(ResNetTraining, "run", stopping(ResNetTraining.run, 3))
+    with pytest.raises(InterruptedError):
+        train(settings, tmp_path / "cut", 1)
+    monkeypatch.undo()
+    (folder,) = (tmp_path / "cut").iterdir()
+    metrics = folder / "multilevel_0" / "metrics.jsonl"
+    before = metrics.read_text().count('"epoch"')
+    found = train(settings, tmp_path / "cut", 1)
+    assert without_seconds(found) == without_seconds(whole) and metrics.read_text().count('"epoch"') == 4 > before
+    assert without_seconds(train(settings, tmp_path / "cut", 1)) == without_seconds(whole), "a run that is over"
+
+
+def stopping(run, epochs):
+    def until(self):
+        for record in run(self):
+            if record.epoch > epochs:
+                raise InterruptedError
+            yield record
+
+    return until
+
+
+def without_seconds(result):
+    place = CURVE.index("seconds")
+    curve = [[value for n, value in enumerate(point) if n != place] for point in result["curve"]]
+    return {**result, "seconds": 0.0, "curve": curve}
 
 
 @pytest.mark.job

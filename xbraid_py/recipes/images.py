@@ -136,6 +136,9 @@ class MultiLevelOptions(ImageOptions):
         Of the weights in depth where the blocks are doubled.
     carry_momentum
         Prolong the momentum there as well; otherwise it begins anew.
+    noise
+        Standard deviation of noise on the weights of the blocks that are inserted there, in units of the weights' own;
+        none if not given.
     """
 
     blocks: tuple[int, ...] = (2, 2, 2)
@@ -146,6 +149,7 @@ class MultiLevelOptions(ImageOptions):
     reset: bool = True
     interpolation: Literal["constant", "linear"] = "constant"
     carry_momentum: bool = False
+    noise: float | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -163,6 +167,7 @@ class MultiLevelOptions(ImageOptions):
         return ResNetTrainingOptions(
             cycles=CosineCycles(epochs=self.epochs, eta_max=self.eta_max, eta_min=self.eta_min, reset=self.reset),
             batch_size=_BATCH_SIZES.get(self.data, 100) if self.batch_size is None else self.batch_size,
+            noise=self.noise or 0.0,
             **{name: getattr(self, name) for name in names},
         )
 

@@ -15,8 +15,10 @@ from studies.study import PAGE
 _TITLES = {
     "models": "First-cycle, last-cycle and multi-level models (tables 3 and 4, figure 6)",
     "reset": "One cosine over all cycles instead of one for each (figure 10)",
+    "rates": "Learning rates of the cycles (figure 9)",
     "interpolation": "Linear interpolation in depth",
     "momentum": "Momentum of SGD interpolated as well",
+    "noise": "Noise on the weights of inserted blocks",
     "step_size": "The last-cycle model with h=1",
 }
 
@@ -63,7 +65,8 @@ def differences(rows: Sequence[Row]) -> str:
             continue
         apart = Summary.of([100 * (row["result"]["val_error"] - errors[row["settings"]["seed"]]) for row in pairs])
         time = [100 * (1 - row["result"]["seconds"] / seconds[row["settings"]["seed"]]) for row in pairs]
-        unlike = [f"{k}={v}" for k, v in runs[0]["settings"].items() if v != usual[k] and k not in ("model", "seed")]
+        own = runs[0]["settings"].items()
+        unlike = [f"{k}={v}" for k, v in own if v != usual.get(k) and k not in ("model", "seed")]
         label = ", ".join([name_of(runs[0]["settings"]), *unlike])
         interval = (
             f"{apart.mean:+.2f} ({apart.low:+.2f} to {apart.high:+.2f})" if len(pairs) > 1 else f"{apart.mean:+.2f}"
@@ -94,7 +97,7 @@ def figures(rows: Sequence[Row]) -> dict[str, float]:
 def _is_usual(row: Row, rows: Sequence[Row]) -> bool:
     """Whether its settings are those of the first row but for model and seed."""
     usual = rows[0]["settings"]
-    return all(value == usual[name] for name, value in row["settings"].items() if name not in ("model", "seed"))
+    return all(value == usual.get(name) for name, value in row["settings"].items() if name not in ("model", "seed"))
 
 
 def _setting(settings: Mapping) -> str:

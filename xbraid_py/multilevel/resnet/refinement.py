@@ -116,6 +116,25 @@ def refined_tensors(
     return found
 
 
+def perturb(network: ImageResNet, noise: float, random: torch.Generator) -> None:
+    """Add noise to the weights of the blocks that `refine` has inserted, so that they are not those of their neighbors.
+
+    Parameters
+    ----------
+    network : ImageResNet
+        As `refine` gave it; it is changed.
+    noise : float
+        Standard deviation, in units of that of the entries of each matrix or kernel; scales and biases stay.
+    random : torch.Generator
+        Of the CPU: the noise is the same on every device.
+    """
+    with torch.no_grad():
+        for weight in (p for stage in network.stages for block in stage[1::2] for p in block.parameters()):
+            if weight.dim() > 1:
+                drawn = torch.randn(weight.shape, generator=random, dtype=torch.float64)
+                weight += (noise * weight.std()) * drawn.to(weight)
+
+
 MODELS = ("first", "last", "multilevel")
 
 

@@ -18,7 +18,7 @@ from xbraid_py.comm.agreement import RunError
 from xbraid_py.comm.partition import Partition
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.layers.image_resnet import ImageResNet
-from xbraid_py.multilevel.resnet.refinement import CosineCycles, Discretization, refine, refined_tensors
+from xbraid_py.multilevel.resnet.refinement import CosineCycles, Discretization, perturb, refine, refined_tensors
 from xbraid_py.run.store.read import Checkpoint, no_state
 from xbraid_py.run.store.write import Shard
 
@@ -71,6 +71,9 @@ class ResNetTrainingOptions:
         Of the weights in depth where the blocks are doubled.
     carry_momentum
         Prolong the momentum like the weights there; otherwise it begins anew (the paper says nothing).
+    noise
+        Standard deviation of what is added there to the weights of the inserted blocks, in units of the weights' own;
+        the paper adds nothing.
     precision
         Of the numbers; with bfloat16 and float16 that of the products alone (mixed precision), float16 with a
         scaled loss.
@@ -84,6 +87,7 @@ class ResNetTrainingOptions:
     weight_decay: float = 2e-4
     interpolation: Literal["constant", "linear"] = "constant"
     carry_momentum: bool = False
+    noise: float = 0.0
     precision: Literal["float64", "float32", "bfloat16", "float16"] = "float32"
     channels_last: bool = False
 
@@ -94,6 +98,8 @@ class ResNetTrainingOptions:
             raise ValueError(f"momentum={self.momentum} must lie in 0 .. 1, 1 excluded; use 0.9")
         if not 0.0 <= self.weight_decay < inf:
             raise ValueError(f"weight_decay={self.weight_decay} must be at least 0 and finite; use 2e-4")
+        if not 0.0 <= self.noise < inf:
+            raise ValueError(f"noise={self.noise} must be at least 0 and finite; use 0.1")
         if self.interpolation not in ("constant", "linear"):
             raise ValueError(f"interpolation={self.interpolation!r} must be constant or linear; use constant")
         if self.precision not in PRECISIONS:
@@ -228,6 +234,10 @@ class ResNetTraining:
         """Double the blocks of every stage and halve the step size (paper 003, figure 5)."""
         coarse, momentum, how = self.network, self._momentum(), self.options.interpolation
         self.network = self._placed(refine(coarse, how))
+        if self.options.noise:
+            # Of the seed and the epoch alone, so that a run which goes on has the same.
+            random = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            perturb(self.network, self.options.noise, random)
         self.optimizer = self._new_optimizer()
         if self.options.carry_momentum and momentum:
             self._set_momentum(refined_tensors(coarse, momentum, how))
