@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 PROJECT = Path(__file__).resolve().parent.parent
 DOCS = PROJECT / "docs"
@@ -71,3 +72,41 @@ def test_every_option_has_its_row():
         rows = {each.lstrip("*") for each in re.findall(r"^\| `([\w*]+)` \|", section, re.M)}
         assert rows >= given - {"args", "kwargs"}, (name, given - rows)
         assert not re.findall(r"^\| `[\w*]+` \|.*\|\s*\|$", section, re.M) or name in ("ParallelGRU",), name
+
+
+def test_the_errors_that_the_page_quotes_are_the_code_s():
+    """What stands as code in the first column is a piece of a message, in its words."""
+    said = " ".join(sentence for _, _, sentence in reference.messages()).replace("{size_name}", "")
+    said = " ".join(re.sub(r"\{[^}]*\}", "", said).split())
+    page = (DOCS / "reference" / "errors.md").read_text()
+    others = {
+        "gradient_error",
+        "nn.Dropout",
+        "max_iter",
+        "DataLoader worker (pid(s) ...) exited unexpectedly",
+        "export",
+    }
+    rows = re.findall(r"^\| (.*?) \| .*? \| .*? \|$", page.split("## Starting")[1], re.M)
+    quoted = {each for row in rows for each in re.findall(r"`([^`]+)`", row)} - others - {"solve"}
+    assert len(quoted) > 12
+    assert not [each for each in quoted if " ".join(each.split()) not in said]
+
+
+def test_the_code_of_the_readme_runs_and_trains(capsys):
+    """Its blocks are one program; each of the four systems is in it, in about ten lines."""
+    text = (PROJECT / "README.md").read_text()
+    assert len(text.splitlines()) <= 120
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    names, said = {"__name__": "readme"}, []
+    torch.manual_seed(0)
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+        said.append(
+            [float(line.split()[1]) for line in capsys.readouterr().out.splitlines() if re.match(r"\d+\S* \d", line)]
+        )
+    assert len(blocks) == 5 and all(len(block.strip().splitlines()) <= 12 for block in blocks[1:])
+    for system in ("NestedIteration", "DepthCycle", "WidthTraining", "refine"):
+        assert any(f"xb.{system}(" in block for block in blocks[1:]), system
+    nested, width = said[1], said[3]
+    assert nested[-1] < 0.5 * nested[0] and width[-1] < width[0]
+    assert [len(stage) for stage in names["resnet"].stages] == [8, 8, 8] and names["levels"].work > 0
