@@ -233,3 +233,30 @@ def test_an_array_over_ranks(cluster):
     assert [element.end() for element in elements] == ["COMPLETED"] * 2, job.text()
     assert elements[0].updates()[-1]["objective"] == pytest.approx(elements[1].updates()[-1]["objective"], rel=1e-9)
     assert sorted(text.split(" rank(s)")[0][-1] for text in job.text().splitlines() if "start 1," in text) == ["1", "2"]
+
+
+def test_the_queue_hands_jobs_to_slurm(cluster, undisturbed):
+    # `xbraid-py submit --on slurm`, stopped behind a checkpoint without being requeued, and resumed on other ranks.
+    folder = cluster.folder / "queue"
+
+    def command(*words: str) -> str:
+        return cluster.run(sys.executable, "-m", "xbraid_py", *words, "--folder", str(folder))
+
+    def state() -> str:
+        return command("ls").splitlines()[1].split()[2]
+
+    command("submit", str(DRIVER), *LONG, "--on=slurm", "--ranks=2", "--time=10", f"--out={folder / 'run'}")
+    number = command("ls").splitlines()[1].split("slurm ")[1].split()[0]
+    job = Job(cluster, number, folder / "run", folder / ".queue" / "1.log")
+    job.until(lambda job: len(job.updates()) > 10)
+    command("stop", "1")
+    assert job.end() == "FAILED" and job.told("Restarts") == "0", job.text()
+    job.until(lambda job: state() == "stopped")
+    command("resume", "1", "--ranks=1")
+    again = Job(cluster, command("ls").splitlines()[1].split("slurm ")[1].split()[0], job.out, job.log)
+    again.go()
+    assert again.end() == "COMPLETED", again.text()
+    assert state() == "finished"
+    rows = again.updates()
+    assert [row["update"] for row in rows] == list(range(rows[0]["update"], rows[-1]["update"] + 1))
+    assert abs(rows[-1]["objective"] - undisturbed) <= 1e-9 * abs(undisturbed)

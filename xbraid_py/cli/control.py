@@ -58,7 +58,9 @@ class Entry:
         if self.job is None:
             return said or "starting"
         if self.job.state == RUNNING:
-            return said if said in ("running", "stale") and self._has_spoken_since(self.job.started) else "starting"
+            if not self._has_spoken_since(self.job.submitted):
+                return "starting"
+            return said if said in ("starting", "stale") else "running"  # one that is over is about to end
         if self.job.is_over and said in ("starting", "running") and self._has_spoken_since(self.job.ended):
             return said  # somebody goes on with it by hand
         return self.job.state
