@@ -9,13 +9,15 @@ import sys
 import pytest
 from kinds import draw_nothing
 from processes import PROJECT
-from studies.comparison import depth
+from studies.comparison import depth, resnet
 from studies.comparison.line import Line, near
 from studies.comparison.quoted import RESULTS, behind, kept, quoted
 from studies.mgopt.parts import MGOptStudyOptions
+from studies.nested.parts import NestedStudyOptions
 from studies.papers import DRAWINGS, LINES, PAGE, PAPERS
 from studies.rows import WORK
 from studies.study import PAGE as PAGE_OF_A_STUDY
+from studies.study import key
 from studies.width import page as width_page
 
 # Tables and figures of each paper.
@@ -137,3 +139,53 @@ def test_rows_of_long_runs_take_the_place_of_shorter_ones(monkeypatch):
     assert "minibatch" in found["table 1, MNIST, L = 2"].size and found["table 1, MNIST, L = 2"].ours.startswith("85")
     work = found["table 1, MNIST: work of L = 1 over L = 8"]
     assert work.ours == "2.22 (2.22 to 2.22)" and work.color == "**red**" and work.seeds == "2"
+
+
+def lines_with(monkeypatch, module, make, **files):
+    """The lines of a paper when long runs have left these rows."""
+    monkeypatch.setattr(module, "later", lambda name: tuple(files.get(name.split("/")[1].split(".")[0], ())))
+    return {line.item: line for line in make()}
+
+
+def test_long_runs_of_paper_001(monkeypatch):
+    study = NestedStudyOptions(parts=("tuned_alike",), seeds=2)
+    trials = study.settings()
+    made = [{"settings": each, "result": {"val_accuracy": 0.9 + (each["tikhonov"] == 1e-4) / 100}} for each in trials]
+    gains = {"nested": 0.97, "non-nested": 0.95}
+    for each in study.second_stage({key(row["settings"]): row for row in made}):
+        made.append({"settings": each, "result": {"val_accuracy": gains[each["run"]] + each["seed"] / 1e5}})
+    solve = {"states": [1.0, 1e-3, 1e-5, 1e-7], "adjoints": [1.0, 1e-2, 1e-5, 1e-7]}
+    slow = {"states": [1.0, 1e-1, 1e-2, 1e-5], "adjoints": [1.0, 1e-2, 1e-5, 1e-7]}
+    pair = [{"num_layers": 64, "interpolation": name, **each} for name, each in (("constant", solve), ("linear", slow))]
+    settings = {"regime": "paper", "num_layers": 64, "change": "convergence", "seed": 0}
+    solved = [{"settings": settings, "result": {"refinements": pair}}]
+    found = lines_with(monkeypatch, depth, depth.paper_001, tuned_alike=made, convergence=solved)
+    line = found["figure 3, width 5: nested less non-nested, each tuned"]
+    assert (line.ours, line.seeds, line.color) == ("+2.00 (+2.00 to +2.00)", "2", "yellow")
+    line = found["section 2.2: MGRIT's convergence by linear and by constant interpolation"]
+    assert line.ours.startswith("2.50 and 2.00 V-cycles") and line.color == "**red**"
+
+
+def test_long_runs_of_paper_003(monkeypatch):
+    def run(model, seed, error, **changes):
+        settings = {"model": model, "seed": seed, "eta_max": 0.5, "eta_min": 0.001, "reset": True}
+        return {"settings": settings | changes, "result": {"val_error": error}}
+
+    paper = [run("last", seed, 0.08) for seed in (0, 1)] + [run("multilevel", seed, 0.07) for seed in (0, 1)]
+    more = [run("multilevel", seed, 0.9, **how) for seed in (0, 1) for how in ({"reset": False}, {"eta_max": 0.1})]
+    more += [run("multilevel", seed, 0.1, noise=0.1) for seed in (0, 1)]
+
+    def network(depth, h, size):
+        norms = [[stage, block, 100.0, size] for stage in range(3) for block in range(depth)]
+        return {"settings": {"blocks": [depth] * 3, "step_size": h}, "result": {"norms": norms}}
+
+    norms = [network(2, 1.0, 36.0), network(18, 1.0, 4.0), network(18, 2 / 18, 4.0)]
+    found = lines_with(monkeypatch, resnet, resnet.paper_003, paper=paper, more=more, lesion=norms)
+    line = found["table 3, CIFAR-10: ResNet-50-i less ResNet-50, 32 x 32 pixels"]
+    assert (line.ours, line.color) == ("-1.00 (-1.00 to -1.00)", "yellow")
+    assert found["table 3, CIFAR-10, ResNet-50-i: test error, 32 x 32 pixels"].ours == "7.00 ± 0.00 %"
+    assert found["figure 9: learning rates"].ours.count("eta_max=0.1 +5") == 1
+    assert found["figure 10: learning rate begun anew"].color == "yellow"
+    assert found["figure 3, longer, h = 1: norm of the residual modules"].ours == "0.11 of it"
+    assert "0.040 in the mean" in found["figure 4: norms of input and output of ResNet-110"].ours
+    assert found["figure 7, longer: F at several depths with h d the same"].ours == "mean norms 36.0, 36.0"

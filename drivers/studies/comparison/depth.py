@@ -11,6 +11,7 @@ from studies.indian_pines.page import by_kind
 from studies.mgopt.page import TABLE1, TABLE2
 from studies.mgopt.rows import MINIBATCHES, Point, points, ratios, reached, speedup
 from studies.mgopt.rows import best as highest
+from studies.nested import convergence, tuning
 from studies.nested.page import PAPER
 from studies.rows import WORK, Row, accuracies, accuracy_at, paired, where, work_unit
 from studies.statistics import Summary, deviation_ratio
@@ -257,6 +258,8 @@ def paper_001() -> Iterator[Line]:
         ranks = " or ".join(map(str, sorted({row["result"]["ranks"] for row in rows})))
         size = f"128 layers of width 220, 200 bands, float32; {how} on {ranks} ranks; {pixels}; settings of other seeds"
         yield from _figure5(rows, f", {propagation}, {split} pixels", size, parallel)
+    yield from _tuned_alike(later("nested/tuned_alike.jsonl.gz"))
+    yield from _convergence(later("nested/convergence.jsonl.gz"))
     changed = [row for row in kept("nested/peaks_runs.jsonl.gz") if row["settings"].get("change") == "linear"]
     linear = [accuracies(where(changed, regime=regime)) for regime in ("paper", "ours")]
     alike = [
@@ -267,7 +270,7 @@ def paper_001() -> Iterator[Line]:
         "section 2.2: linear instead of constant interpolation",
         "little influence",
         f"{apart[0]:+.2f} points of accuracy, with our defaults of the solver {apart[1]:+.2f}",
-        "width 8; accuracies alone, MGRIT's convergence is not compared",
+        "width 8; accuracies alone",
         "4 linear, 12 constant",
         study,
         max(map(abs, apart)) <= 1,
@@ -292,6 +295,47 @@ def _figure5(rows: Sequence[Row], kind: str, size: str, command: str) -> Iterato
             f"{len(apart[25])}",
             command,
             not lost,
+        )
+
+
+def _tuned_alike(rows: Sequence[Row]) -> Iterator[Line]:
+    """Figure 3 with the best settings of each method."""
+    for width in (8, 5) if rows else ():
+        pairs = tuning.pairs_of(rows, width, {run: tuning.best_of(rows, run) for run in tuning.RUNS})
+        a, b = (PAPER[width, run] for run in tuning.RUNS)
+        if not pairs:
+            continue
+        gain = tuning.advantage(*zip(*pairs, strict=True))
+        yield Line(
+            f"figure 3, width {width}: nested less non-nested, each tuned",
+            f"+{a[0] - b[0]:.1f} points",
+            f"{gain.mean:+.2f} ({gain.low:+.2f} to {gain.high:+.2f})",
+            f"our regime; each with the best of {len(tuning.CANDIDATES)} settings on other seeds, at width 8",
+            f"{gain.count}",
+            source('nested_study.py --parts="[tuned_alike]"', "nested/tuned_alike.jsonl.gz"),
+            ahead(gain),
+        )
+
+
+def _convergence(rows: Sequence[Row]) -> Iterator[Line]:
+    """Section 2.2, of the solver."""
+    found = convergence.pairs_of([row for row in rows if row["settings"]["regime"] == "paper"])
+    pairs = [pair for each in found.values() for pair in each]
+    if pairs:
+        counts = [
+            [convergence.iterations(each[solve]) for each in pair] for pair in pairs for solve in convergence.SOLVES
+        ]
+        constant, linear = (fmean(each) for each in zip(*counts, strict=True))
+        depths = sorted({depth for _, _, depth in found})
+        yield Line(
+            "section 2.2: MGRIT's convergence by linear and by constant interpolation",
+            "similar",
+            f"{linear:.2f} and {constant:.2f} V-cycles until the residual has fallen by four orders",
+            f"the paper's regime, width 8, right after refinements to {', '.join(map(str, depths))} layers",
+            f"{len({row['settings']['seed'] for row in rows})}",
+            source('nested_study.py --parts="[convergence]"', "nested/convergence.jsonl.gz"),
+            near(linear, constant) and near(constant, linear),
+            True,
         )
 
 

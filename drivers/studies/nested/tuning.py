@@ -104,17 +104,16 @@ def section(rows: Sequence[Row]) -> list[str]:
     parts.append(f"Trials: validation accuracy in per cent, width 8, seeds {TUNING[0]} to {TUNING[-1]}.")
     parts.append(table(head, lines))
     best = {run: best_of(tried, run) for run in RUNS}
-    compared = [row for row in rows if row["settings"]["seed"] >= FRESH and "result" in row]
+    compared = [row for row in rows if row["settings"]["seed"] >= FRESH]
     lines = []
     for width in sorted({row["settings"]["width"] for row in compared}, reverse=True):
         for name, kinds in (("each tuned", best), ("defaults", dict.fromkeys(RUNS, DEFAULT))):
-            a, b = ({r["settings"]["seed"]: r for r in _of(compared, width, run, kinds[run])} for run in RUNS)
-            seeds = sorted(a.keys() & b.keys())
-            if seeds:
-                gain = advantage([a[seed] for seed in seeds], [b[seed] for seed in seeds])
-                cells = [_spread(accuracies([each[seed] for seed in seeds])) for each in (a, b)]
+            pairs = pairs_of(compared, width, kinds)
+            if pairs:
+                both = list(zip(*pairs, strict=True))
+                gain, cells = advantage(*both), [_spread(accuracies(each)) for each in both]
                 interval = f"{gain.mean:+.2f} ({gain.low:+.2f} to {gain.high:+.2f})"
-                lines.append([f"{width}, {name}", *cells, interval, f"{len(seeds)}"])
+                lines.append([f"{width}, {name}", *cells, interval, f"{len(pairs)}"])
     if lines:
         said = "; ".join(f"{run}: {', '.join(f'{each:g}' for each in best[run])}" for run in RUNS)
         parts.append(f"Best: {said}. On seeds {FRESH} and on:")
@@ -122,8 +121,14 @@ def section(rows: Sequence[Row]) -> list[str]:
     return parts
 
 
-def _of(rows: Sequence[Row], width: int, run: str, candidate: tuple) -> list[Row]:
-    return where(rows, width=width, run=run, **_named(candidate))
+def pairs_of(rows: Sequence[Row], width: int, kinds: Mapping[str, tuple]) -> list[tuple[Row, Row]]:
+    """Nested and non-nested runs of one seed that were not tuned on it, each method with its candidate."""
+    rows = [row for row in rows if row["settings"]["seed"] >= FRESH and "result" in row]
+    nested, other = (
+        {row["settings"]["seed"]: row for row in where(rows, width=width, run=run, **_named(kinds[run]))}
+        for run in RUNS
+    )
+    return [(nested[seed], other[seed]) for seed in sorted(nested.keys() & other.keys())]
 
 
 def advantage(nested: Sequence[Row], other: Sequence[Row]) -> Summary:
