@@ -184,8 +184,16 @@ def test_events_tell_what_is_new(room):
         )
         anew = said("rows")
         assert anew["again"] and [row["update"] for row in anew["rows"]] == [0, 1, 2]
+        # A run that is waited for: a job that has not begun has no folder.
+        later = urllib.request.urlopen(f"{address}api/events?name=later", timeout=60)
+        make_run(room / "later", nested_rows(2))
+        while not later.readline().startswith(b"event: rows"):
+            pass
+        assert len(json.loads(later.readline().removeprefix(b"data: "))["rows"]) == 2
         (folder / "status.json").write_text(json.dumps(status("finished")))
-        assert {run["state"] for run in said("runs")["runs"]} == {"stopped", "finished"}
+        assert "later" in {run["name"] for run in said("runs")["runs"]}
+        while "finished" not in {run["state"] for run in said("runs")["runs"]}:
+            pass
 
 
 def test_it_asks_for_a_token_where_others_can_reach_it(room):

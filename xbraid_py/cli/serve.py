@@ -318,29 +318,31 @@ class _Room:
 
     async def events(self, request: Request) -> Response:
         """Server-sent events: "runs", the list whenever it has changed, and "rows", what is new in the runs named."""
-        names = request.query_params.getlist("name")[:_RUNS]
-        followed = []
-        for name in names:
-            try:
-                followed.append(_Followed(name, self._path(name)))
-            except NoRun:
-                continue
-        return StreamingResponse(self._stream(request, followed), media_type="text/event-stream")
+        names = list(dict.fromkeys(request.query_params.getlist("name")))[:_RUNS]
+        return StreamingResponse(self._stream(request, names), media_type="text/event-stream")
 
-    async def _stream(self, request: Request, followed: Sequence[_Followed]) -> AsyncIterator[str]:
+    async def _stream(self, request: Request, names: Sequence[str]) -> AsyncIterator[str]:
         import anyio
 
-        before = None
+        before, followed = None, {}
         while not (request.app.state.is_ending() or await request.is_disconnected()):
             found = await run_in_threadpool(self._listed)
             if found != before:
                 yield _event("runs", found)
                 before = found
-            for each in followed:
-                for said in await run_in_threadpool(lambda each=each: list(each.news())):
+            for name in names:
+                for said in await run_in_threadpool(self._news, name, followed):
                     yield _event("rows", said)
             yield ": still here\n\n"
             await anyio.sleep(_EVERY)
+
+    def _news(self, name: str, followed: dict[str, _Followed]) -> list[dict[str, Any]]:
+        """What is new in a run, which may not be there yet, or be gone."""
+        try:
+            path = self._path(name)  # each time: links may come meanwhile
+        except NoRun:
+            return []
+        return list(followed.setdefault(name, _Followed(name, path)).news())
 
     # What is asked for.
 
