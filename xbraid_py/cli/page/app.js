@@ -68,6 +68,7 @@ function choose(names) {
 }
 
 async function learn(name) {
+  if (!find(name)?.is_here) return; // a job that waits; the next change of its state comes here again
   const answer = await fetch(`api/run?${new URLSearchParams({ name })}`);
   if (answer.ok) STATE.about.set(name, await answer.json());
   if (STATE.chosen.includes(name)) drawDetail();
@@ -278,7 +279,7 @@ function compared(names) {
     .map((row) => ({ ...row, differs: new Set(row.cells).size > 1 })).sort((a, b) => b.differs - a.differs);
   const table = (some) => html("div", { class: "wide" }, html("table", {}, html("thead", {}, html("tr", {}, html("th", { scope: "col" }, "option"), ...names.map((name) => html("th", { scope: "col" }, name)))),
     html("tbody", {}, ...some.map((row) => html("tr", { class: row.differs ? "differs" : null }, ...[row.key, ...row.cells].map((text) => html("td", {}, text)))))));
-  const differing = rows.filter((row) => row.differs && row.key !== "out"); // each run has a folder of its own
+  const differing = rows.filter((row) => row.differs && !["out", "resume"].includes(row.key)); // where a run is, and that it went on
   return [outcomes(names),
     html("section", { class: "card" }, html("h3", {}, "What differs"), differing.length ? table(differing) : html("p", { class: "note" }, "All options are the same.")),
     html("details", { class: "card", id: "options" }, html("summary", {}, "All options"), table(rows))];
