@@ -92,6 +92,15 @@ def test_the_errors_that_the_page_quotes_are_the_code_s():
     assert not [each for each in quoted if " ".join(each.split()) not in said]
 
 
+def test_every_command_and_variable_is_on_its_page():
+    page = (DOCS / "reference" / "commands.md").read_text()
+    assert not [name for name in importlib.import_module("xbraid_py.cli").COMMANDS if not re.search(rf"\b{name}\b", page)]
+    used = set()
+    for path in (PROJECT / "xbraid_py").rglob("*.py"):
+        used |= set(re.findall(r"\"(XBRAID_[A-Z0-9_]*[A-Z0-9])\"", path.read_text()))
+    assert len(used) > 5 and not [name for name in used if f"`{name}`" not in page]
+
+
 def test_the_code_of_the_readme_runs_and_trains(capsys):
     """Its blocks are one program; each of the four systems is in it, in about ten lines."""
     text = (PROJECT / "README.md").read_text()

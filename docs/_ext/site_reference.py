@@ -130,7 +130,7 @@ def options_page() -> str:
         for parameter in doc["Parameters"]:
             for each in parameter.name.split(", "):
                 of = given.get(each.lstrip("*"))
-                kind = parameter.type or (str(fields[each].type) if each in fields else "")
+                kind = parameter.type or (_words(str(fields[each].type)) if each in fields else "")
                 default = _default(of)
                 rows.append(f"| `{each}` | {_code(kind)} | {_code(default)} | {_cell(' '.join(parameter.desc))} |")
         said.append("| option | type | default | what it says |\n|---|---|---|---|\n" + "\n".join(rows) + "\n")
@@ -142,6 +142,11 @@ def _default(parameter: inspect.Parameter | None) -> str:
         return ""
     value = parameter.default
     return type(value).__name__ + "()" if dataclasses.is_dataclass(value) else repr(value)
+
+
+def _words(annotation: str) -> str:
+    """A type as docstrings have it: {"lagged", "V"} for what annotations call a Literal."""
+    return re.sub(r"Literal\[(.*?)\]", lambda match: "{" + match[1].replace("'", '"') + "}", annotation)
 
 
 def _code(text: str) -> str:

@@ -54,6 +54,7 @@ axes.loglog(counts, errors, "o-", label="distance of the output to the limit")
 axes.loglog(counts, [errors[0] * counts[0] / each for each in counts], "--", label="order 1")
 axes.set(xlabel="layers", ylabel="largest error")
 axes.set_xticks(counts, counts)
+axes.set_yticks([0.02, 0.05, 0.1, 0.2, 0.5], [0.02, 0.05, 0.1, 0.2, 0.5])
 axes.minorticks_off()
 axes.legend()
 

@@ -79,6 +79,8 @@ measured = [(n, each.gradient_error) for n, each in enumerate(records) if each.m
 lower.semilogy(*zip(*measured, strict=True), "s", label="measured against the exact gradient")
 lower.axhline(0.1, color="gray", linewidth=0.8, label="above this the solver is tightened")
 lower.set(xlabel="update", ylabel="error of the gradient")
+lower.set_yticks([0.02, 0.05, 0.1, 0.2], [0.02, 0.05, 0.1, 0.2])
+lower.minorticks_off()
 lower.legend()
 
 # %%

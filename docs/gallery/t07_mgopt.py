@@ -63,7 +63,7 @@ for levels in (1, 2, 4):
 figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
 for levels, (work, losses) in curves.items():
     axes.plot(work, losses, label="1 level: Adam" if levels == 1 else f"{levels} levels")
-axes.set(xlabel="work units (gradients of 64 layers)", ylabel="loss", yscale="log")
+axes.set(xlabel="work units (gradients of 64 layers)", ylabel="loss")
 axes.legend()
 
 # %%

@@ -26,7 +26,7 @@ def images(count, seed):
     labels = torch.randint(3, (count,), generator=random)
     pixels = torch.randint(0, 200, (count, 3, 8, 8), generator=random)
     for i, label in enumerate(labels.tolist()):
-        pixels[i, label, :4, :] += 25
+        pixels[i, label, :4, :] += 45
     return Images(pixels.to(torch.uint8), labels)
 
 
@@ -51,7 +51,7 @@ with torch.no_grad():
 # Three cycles of epochs; in each the learning rate falls along a cosine. "multilevel" doubles the blocks between them,
 # "last" has the blocks of the last cycle all the time.
 
-cycles = CosineCycles(epochs=(4, 3, 3), eta_max=0.1)
+cycles = CosineCycles(epochs=(6, 5, 5), eta_max=0.2)
 options = xbraid_py.ResNetTrainingOptions(cycles=cycles, batch_size=50)
 figure, panels = plt.subplots(1, 2, figsize=(8, 3.6), layout="constrained", sharey=True)
 for model in ("multilevel", "last"):

@@ -48,7 +48,7 @@ for method in ("lbfgs", "steepest"):
     rows = [json.loads(line) for line in (runs / method / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "objective" in row and "update" in row]
     axes.plot([row["update"] for row in rows], [row["objective"] for row in rows], "o-", markersize=3, label=method)
-axes.set(xlabel="update", ylabel="objective", yscale="log")
+axes.set(xlabel="update", ylabel="objective")
 axes.legend()
 print(sorted(rows[-1]))
 
