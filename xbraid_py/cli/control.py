@@ -150,11 +150,12 @@ def _hand_on(queue: Queue, job: Job) -> Job:
 def stop(queue: Queue, target: int | Path, now: bool = False) -> str:
     """Ask a job, or a run of this machine in no queue, for a checkpoint and its end; what is to be said of it."""
     job = job_of(queue, target)
-    if job is None or (job.is_over and isinstance(target, Path)):
-        return _stop_run(Path(target), now)
+    if isinstance(target, Path) and (job is None or job.is_over):
+        return _stop_run(target, now)
+    assert job is not None
     if job.is_over:
         return f"job {job.number} is {job.state} already"
-    if job.on == "slurm":
+    if job.on == "slurm" and job.slurm:
         _slurm("scontrol", "update", f"JobId={job.slurm}", "Requeue=0")
         pending = _slurm_state(job.slurm) == "PENDING"
         _slurm("scancel", *([] if now or pending else ["--batch", "--signal=USR1"]), job.slurm)
@@ -199,7 +200,8 @@ def resume(
     """
     job = job_of(queue, target)
     if job is None:
-        return _queue_run(queue, Path(target), ranks, on or "here", driver)
+        assert isinstance(target, Path)
+        return _queue_run(queue, target, ranks, on or "here", driver)
     if (Path(job.out) / CONFIGURATION).exists():
         run = read_run(job.out, _SHORT)
         refuse_finished(run)
@@ -232,8 +234,9 @@ def _queue_run(queue: Queue, path: Path, ranks: int | None, on: str, driver: Pat
 def _replicas(run: Run, ranks: int) -> list[str]:
     """What is said of replicas where those of a run do not divide the ranks on which it goes on."""
     before = run.configuration.get("replicas")
-    fits = not isinstance(before, int) or isinstance(before, bool) or before < 1 or ranks % before == 0
-    return [] if fits else [f"--replicas={math.gcd(before, ranks)}"]
+    if not isinstance(before, int) or isinstance(before, bool) or before < 1 or ranks % before == 0:
+        return []
+    return [f"--replicas={math.gcd(before, ranks)}"]
 
 
 def refuse_finished(run: Run) -> None:
@@ -348,7 +351,7 @@ def _ask_slurm(queue: Queue, job: Job) -> Job:
     said = _slurm_state(job.slurm) if job.slurm else ""
     if said == "" or (said in _UNDER_WAY and job.state in (RUNNING, STOPPING)):
         return job
-    changes: dict[str, Any] = {"state": _SLURM_STATES.get(said)}
+    changes: dict[str, Any] = {"state": _SLURM_STATES.get(said or "")}
     if said in _UNDER_WAY:
         changes = {"state": RUNNING, "started": time.time()}
     elif changes["state"] is None:

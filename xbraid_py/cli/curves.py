@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -121,7 +122,7 @@ def overview(runs: Sequence[Run], labels: Sequence[str]) -> bytes | None:
     figure = Figure(figsize=(3.7 * len(over) + 0.6, 2.7 * len(panels) + 0.5), layout="constrained")
     grid = figure.subplots(len(panels), len(over), sharex="col", sharey="row", squeeze=False)
     colors = {name: color for name, color in _colors(runs, labels)}
-    dashes: dict[str, str] = {}
+    dashes: dict[str, Any] = {}
     for line_of_panels, (title, factor, curves) in zip(grid, panels, strict=True):
         drawn: list[float] = []
         for axes, where in zip(line_of_panels, over, strict=True):
@@ -147,7 +148,7 @@ def overview(runs: Sequence[Run], labels: Sequence[str]) -> bytes | None:
     return _png(figure)
 
 
-def _colors(runs: Sequence[Run], labels: Sequence[str]) -> list[tuple[str, object]]:
+def _colors(runs: Sequence[Run], labels: Sequence[str]) -> list[tuple[str, Any]]:
     if len(runs) > 1:
         return [(label, _COLORS[at % len(_COLORS)]) for at, label in enumerate(labels)]
     depths = list(dict.fromkeys(_depth(row) for row in runs[0].rows if "update" in row))

@@ -271,16 +271,18 @@ def is_alive(job: Job) -> bool:
 
 def signal_job(job: Job, number: signal.Signals) -> None:
     """Send a signal to the process of a job, if that is still the one; one that ends all, to its whole session."""
-    if is_alive(job):
-        with contextlib.suppress(ProcessLookupError):
-            if number == signal.SIGKILL:
-                # Ranks may be sessions of their own: their launcher ends them when it is told to, twice.
-                for _ in range(2):
-                    os.kill(job.process[0], signal.SIGTERM)
-                    time.sleep(0.5)
-                os.killpg(job.process[0], signal.SIGKILL)
-            else:
-                os.kill(job.process[0], number)
+    if job.process is None or not is_alive(job):
+        return
+    pid = job.process[0]
+    with contextlib.suppress(ProcessLookupError):
+        if number == signal.SIGKILL:
+            # Ranks may be sessions of their own: their launcher ends them when it is told to, twice.
+            for _ in range(2):
+                os.kill(pid, signal.SIGTERM)
+                time.sleep(0.5)
+            os.killpg(pid, signal.SIGKILL)
+        else:
+            os.kill(pid, number)
 
 
 def launcher(ranks: int, given: str | None) -> list[str]:

@@ -161,8 +161,8 @@ def _saved(run: Run) -> str:
         return ""
     start, layers = refined[-1]
     rows = [row for row in run.rows if row.get("run") == start.get("run")]
-    works = [(update, work) for row in rows if None not in (pair := (_at(row, "update"), _at(row, "work")))
-             for update, work in [pair]]  # fmt: skip
+    pairs = [(number(row.get("update")), number(row.get("work"))) for row in rows]
+    works = [(update, work) for update, work in pairs if update is not None and work is not None]
     deep = [pair for pair in works if pair[0] >= start["update"]]
     if len(deep) < 2 or deep[-1][0] <= deep[0][0] or deep[-1][0] <= works[0][0]:
         return ""
@@ -174,10 +174,6 @@ def _saved(run: Run) -> str:
         f"it began with fewer layers, which took {shown(round(total, 1))} work units where as many updates of all "
         f"{layers:.0f} layers take {shown(round(all_deep, 1))}: {100 * (1 - total / all_deep):.0f} % saved"
     )
-
-
-def _at(row: Mapping[str, Any], name: str) -> float | None:
-    return number(row.get(name))
 
 
 def _bytes(path: Path, room: int) -> bytes:

@@ -241,9 +241,12 @@ class _Room:
     def _line(self, each: control.Entry) -> dict[str, Any] | None:
         """A run or job; of one outside the folder only what the queue says, None where that is nothing."""
         job, is_here = each.job, self._is_all_inside(each.path)
-        if not is_here and job is None:
+        if is_here:
+            state, summary, message = each.state, each.summary, each.message
+        elif job is not None:
+            state, summary, message = job.state, None, job.message
+        else:
             return None
-        state, summary = (each.state, each.summary) if is_here else (job.state, None)
         is_over = state in control.ENDED
         return {
             "name": each.name,
@@ -256,7 +259,7 @@ class _Room:
             "accuracy": summary.accuracy if summary else None,
             "objective": summary.objective if summary else None,
             "seconds_left": summary.seconds_left if summary and not is_over else None,
-            "message": printable(each.message if is_here else job.message),
+            "message": printable(message),
             "can_stop": not is_over and state != "stopping" and (job is not None or state != "stale"),
             "can_resume": (is_over or (job is None and state == "stale")) and state != "finished",
             "is_here": summary is not None,

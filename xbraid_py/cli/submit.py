@@ -197,7 +197,7 @@ def logs(words: Sequence[str]) -> int:
     target = _target(options.JOB)
     queue = control.queue_of(options.folder, target if isinstance(target, Path) else None)
     job = control.job_of(queue, target)
-    path = queue.log(job.number) if job else Path(target) / LOG
+    path = queue.log(job.number) if job else Path(options.JOB) / LOG
     if job is None and not path.parent.is_dir():
         raise ValueError(f"JOB={options.JOB} is no job and no folder of a run; use xbraid-py ls")
     place = 0
@@ -209,7 +209,7 @@ def logs(words: Sequence[str]) -> int:
         print(f"{printable(path)} is not there yet")
     while options.follow:
         sys.stdout.flush()
-        is_over = _is_over(queue, target, job is not None)
+        is_over = _is_over(queue, job.number if job else Path(options.JOB))
         place = _print_from(path, place)
         if is_over:
             return 0
@@ -217,10 +217,10 @@ def logs(words: Sequence[str]) -> int:
     return 0
 
 
-def _is_over(queue: Queue, target: int | Path, is_job: bool) -> bool:
-    if is_job:
+def _is_over(queue: Queue, target: int | Path) -> bool:
+    if isinstance(target, int):
         control.looked_up(queue)
-        return control.job_of(queue, target).is_over
+        return queue.job(target).is_over
     return control.summarize(control.read_run(target)).state not in ("starting", "running")
 
 

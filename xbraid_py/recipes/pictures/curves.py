@@ -131,7 +131,7 @@ def wall_work_units(rows: Sequence[dict]) -> list[float] | None:
     return [row["seconds"] * number / spent for row in updates_of(rows)]
 
 
-def updates_of(rows: Sequence[dict]) -> list[dict]:
+def updates_of(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
     """The rows that are updates."""
     return [row for row in rows if row.get("kind") == "update"]
 

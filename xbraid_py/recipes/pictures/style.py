@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -53,13 +54,15 @@ def scale(axes: Axes, values: Iterable[float]) -> None:
 
 def legend(axes: Axes, *more: Axes) -> None:
     """The legend of an axes, and of others on the same panel, above it: no curve runs through it."""
-    found = [each.get_legend_handles_labels() for each in (axes, *more)]
-    handles, labels = ([item for pair in found for item in pair[side]] for side in (0, 1))
-    named = dict(zip(labels, handles, strict=True))
+    named: dict[str, Any] = {}
+    for each in (axes, *more):
+        handles, labels = each.get_legend_handles_labels()
+        named |= dict(zip(labels, handles, strict=True))
     if named:
-        columns = 1 if max(map(len, named)) > 34 else 2 if max(map(len, named)) > 17 else 3
-        place = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "ncols": columns}
-        axes.legend(named.values(), named.keys(), frameon=False, borderaxespad=0.2, **place)
+        longest = max(len(label) for label in named)
+        columns = 1 if longest > 34 else 2 if longest > 17 else 3
+        place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "ncols": columns}
+        axes.legend([*named.values()], [*named], frameon=False, borderaxespad=0.2, **place)
 
 
 def note(axes: Axes, text: str) -> None:
