@@ -108,6 +108,7 @@ endif
 lint: env
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m pyright --pythonpath $(PY)
 
 # The documentation site, into build/docs/index.html; warnings are errors, links within it are checked. Needs no network.
 SPHINX = $(PY) -m sphinx -W --keep-going -q -d build/doctrees

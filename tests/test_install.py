@@ -96,10 +96,10 @@ def installed(wheel: Path, folder: Path) -> tuple[set[str], str]:
 
 
 def modules(project: Path) -> set[str]:
-    """Python files of the package and of its programs, as a wheel names them, and what says that it has types."""
+    """Python files of the package and of its programs, as a wheel names them, and what says its types."""
     library = {path.relative_to(project).as_posix() for path in (project / "xbraid_py").rglob("*.py")}
     programs = {f"xbraid_py/{path.relative_to(project).as_posix()}" for path in (project / "drivers").rglob("*.py")}
-    return library | programs | {"xbraid_py/py.typed"}
+    return library | programs | {"xbraid_py/py.typed", "xbraid_py/__init__.pyi"}
 
 
 def test_source_distribution_is_complete(project):
@@ -107,7 +107,8 @@ def test_source_distribution_is_complete(project):
         path.relative_to(PROJECT).as_posix()
         for folder in ("xbraid_py", "drivers")
         for path in (PROJECT / folder).rglob("*")
-        if path.suffix in (".py", ".cpp", ".hpp", ".typed") and not (project / path.relative_to(PROJECT)).exists()
+        if path.suffix in (".py", ".pyi", ".cpp", ".hpp", ".typed")
+        and not (project / path.relative_to(PROJECT)).exists()
     }
     assert not missing
     assert not list(project.rglob("*.so"))

@@ -6,9 +6,9 @@ the functions that need it.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import importlib
+import io
 import logging
 import os
 import sys
@@ -53,8 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         the reader of the output has gone.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    logging.lastResort.setFormatter(_Printable())
-    with contextlib.suppress(AttributeError):
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_Printable())
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # what a terminal has no letters for is no reason to fail
     try:
         status = _run(words)

@@ -128,6 +128,7 @@ def module_of(path: Path) -> Any:
     """A program as a module; it is not run as one."""
     name = f"_xbraid_py_driver_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module

@@ -184,6 +184,7 @@ def _best(planner: Planner, options: Options, ranks: int) -> list[Prediction]:
 
 def _map(planner: Planner, options: Options) -> None:
     """Draw who wins where, and say it."""
+    assert options.map is not None
     samples = powers_of_two(1, options.batch)
 
     def planner_of(number: int) -> Planner:

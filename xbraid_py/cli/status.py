@@ -366,7 +366,7 @@ def _curves(run: Run) -> list[tuple[str, list]]:
         name = next((name for end in wanted for name in run.columns if _ends(name, end)), None)
         found = run.curves(name) if name else {}
         curves = list(found.values())
-        if all(len(points) < 2 for points in curves):
+        if name is None or all(len(points) < 2 for points in curves):
             continue
         log = " (logarithmic)" if uses_log([y for curve in curves for _, y in curve]) else ""
         names = ", ".join(filter(None, found))
@@ -431,9 +431,8 @@ def _place(value: float, low: float, high: float, count: int) -> int:
 
 def _between(start: tuple[int, int], end: tuple[int, int]) -> set[tuple[int, int]]:
     steps = max(abs(end[0] - start[0]), abs(end[1] - start[1]), 1)
-    return {
-        tuple(round(a + (b - a) * step / steps) for a, b in zip(start, end, strict=True)) for step in range(steps + 1)
-    }
+    (x, y), (to_x, to_y) = start, end
+    return {(round(x + (to_x - x) * step / steps), round(y + (to_y - y) * step / steps)) for step in range(steps + 1)}
 
 
 def _letter(lit: set[tuple[int, int]], row: int, column: int, ascii_only: bool) -> str:

@@ -80,7 +80,7 @@ class TreeSum(Generic[Value]):
             level, index = _raised(self.total, level + 1, index // 2)
         if (level, index) in self._nodes:
             raise ValueError(f"index={index} on level={level} of total={self.total} has been added before")
-        self._nodes[level, index] = value, owned
+        self._nodes[level, index] = cast(Value, value), owned
 
     def nodes(self) -> list[tuple[int, int, Value]]:
         """Level, index and value of the greatest whole subtrees that are here, the lowest level first."""

@@ -66,7 +66,8 @@ def generate(
     check_dtype(dtype, "torch.float64")
     draw = _balanced if sampling == "balanced" else _square
     # A generator for each set: the training points are the same whatever num_val is.
-    return tuple(draw(np.random.default_rng([seed, part]), sizes[part], dtype) for part in (0, 1))
+    train, val = (draw(np.random.default_rng([seed, part]), sizes[part], dtype) for part in (0, 1))
+    return train, val
 
 
 def _balanced(random: np.random.Generator, number: int, dtype: torch.dtype) -> Dataset:

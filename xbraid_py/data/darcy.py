@@ -121,7 +121,8 @@ class Darcy:
     def coordinates(self) -> tuple[np.ndarray, np.ndarray]:
         """x and y of the middle of the cells, both (n, n)."""
         line = (np.arange(self.mesh) + 0.5) / self.mesh
-        return tuple(np.meshgrid(line, line))
+        x, y = np.meshgrid(line, line)
+        return x, y
 
     def log_permeability(self, seed: int, number: int) -> np.ndarray:
         """The Gaussian field of sample `number`, (n, n)."""

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 import torch
@@ -254,7 +254,7 @@ def read_labels(path: str | os.PathLike, num_classes: int | None = None) -> tupl
     Every line holds `num_classes` numbers, by default as many as the first. Raises what `read_features` does, and
     `ValueError` for a row that is not one-hot.
     """
-    labels = []
+    labels, row = [], []
     for number, line, row in _rows(Path(path), num_classes, _one_hot_example):
         if sorted(row) != [0.0] * (len(row) - 1) + [1.0]:
             raise _row_error(path, number, line, "not one-hot (a single 1, otherwise 0)", _one_hot_example(len(row)))
@@ -326,7 +326,7 @@ def read_idx(path: str | os.PathLike) -> np.ndarray:
     with path.open("rb") as file, contextlib.ExitStack() as stack:
         is_packed, packed = file.read(2) == _GZIP, os.fstat(file.fileno()).st_size
         file.seek(0)
-        stream = stack.enter_context(gzip.open(file)) if is_packed else file
+        stream = cast(BinaryIO, stack.enter_context(gzip.open(file)) if is_packed else file)
         try:
             return _read_idx(path, stream, packed, is_packed)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:

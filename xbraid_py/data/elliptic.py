@@ -319,7 +319,8 @@ class Poisson:
     def coordinates(self) -> tuple[np.ndarray, np.ndarray]:
         """x and y of the nodes, both (n, n)."""
         line = np.linspace(0, 1, self.mesh)
-        return tuple(np.meshgrid(line, line))
+        x, y = np.meshgrid(line, line)
+        return x, y
 
     def sample(self, seed: int, number: int) -> dict[str, np.ndarray]:
         """Sample `number` of the sequence that `seed` gives, whatever else is drawn; float64."""

@@ -136,6 +136,7 @@ def load_cifar10(folder: str | os.PathLike | None = None) -> ImageSets:
         batches = [] if train_paths else [f"one or more of {', '.join(TRAIN_BATCHES)}"]
         wanted = " and ".join([*batches, *({} if test_paths else TEST_BATCH)])
         raise CIFAR10.missing(wanted, [home] if home else places)
+    assert home is not None
     bytes_ahead = (("label", NUM_CLASSES),)
     what = f"{len(train_paths)} of {len(TRAIN_BATCHES)} training batches"
     parts = [
@@ -169,6 +170,7 @@ def load_cifar100(folder: str | os.PathLike | None = None, fine: bool = True) ->
         (word, _read_cifar(paths[part], bytes_ahead, int(fine)), paths[part])
         for word, part in (("training", "train"), ("test", "test"))
     ]
+    assert home is not None
     num_classes, names_file = (NUM_FINE, "fine_label_names.txt") if fine else (NUM_COARSE, "coarse_label_names.txt")
     return CIFAR100.sets(home, parts, num_classes, ["train.bin", "test.bin", names_file])
 
@@ -186,6 +188,7 @@ def load_stl10(folder: str | os.PathLike | None = None) -> ImageSets:
         raise STL10.missing(" and ".join(absent), [home] if home else places)
     parts = []
     for word, part in (("training", "train"), ("test", "test")):
+        assert home is not None
         paths = home / f"{part}_X.bin", home / f"{part}_y.bin"
         parts.append((word, _read_stl10(*paths), paths))
     return STL10.sets(home, parts, NUM_CLASSES, [*STL10_FILES, "class_names.txt"])
@@ -338,7 +341,7 @@ def _read_records(path: Path, size: int) -> np.ndarray:
         )
     known = DIGESTS.get(path.name)
     checksum = "MD5" if known and len(known) == 32 else "SHA-256"
-    found = hashlib.new(checksum.replace("-", ""), values, usedforsecurity=False).hexdigest()
+    found = hashlib.new(checksum.replace("-", ""), values.data, usedforsecurity=False).hexdigest()
     if known is None:
         logger.info("%s: SHA-256 %s, not compared: that of the file as published is not known here", path, found)
     elif found != known:

@@ -224,7 +224,7 @@ def _read(folder, source: str) -> tuple[np.ndarray, np.ndarray, str]:
     there = all((data_folder("indian_pines", folder) / name).is_file() for name in FILES)
     if source == "tensorly" or (source == "auto" and folder is None and not there and _has_tensorly()):
         try:
-            from tensorly.datasets import load_indian_pines
+            from tensorly.datasets import load_indian_pines  # pyright: ignore[reportMissingImports]  # an extra
         except ImportError as error:
             raise ValueError(f"source=tensorly: {error}; install tensorly (pip install), or use files") from error
         found = load_indian_pines()

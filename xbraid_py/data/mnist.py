@@ -219,7 +219,8 @@ def columns(
         center = data.train_images.flatten(1).sum(0, dtype=torch.int64) / (255.0 * len(data.train_images))
     elif scaling == "standard":
         center, spread = center + MEAN / STANDARD_DEVIATION, 255.0 * STANDARD_DEVIATION
-    return tuple(Columns(*half, center, spread, dtype) for half in halves)
+    train, test = (Columns(images, labels, center, spread, dtype) for images, labels in halves)
+    return train, test
 
 
 def sequences(

@@ -60,6 +60,7 @@ class PdeDataset:
                 f"inputs.shape={tuple(self.inputs.shape)} must be (B, C, H, W) with C={len(self.channels)} channels, "
                 f"none empty; use (100, {len(self.channels)}, 32, 32)"
             )
+        assert self.parameters is not None
         if self.targets.ndim not in (2, 3) or 0 in self.targets.shape or self.parameters.ndim != 2:
             raise ValueError(
                 f"targets.shape={tuple(self.targets.shape)} must be (B, H, W) or (B, Q), none empty, and "
@@ -73,6 +74,7 @@ class PdeDataset:
 
     def rows(self, places: torch.Tensor | slice) -> PdeDataset:
         """The samples at `places`, in that order."""
+        assert self.parameters is not None
         return PdeDataset(self.inputs[places], self.targets[places], self.channels, self.parameters[places])
 
 

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -49,18 +49,36 @@ class PdeProblem(Protocol):
         Arrays of one sample.
     """
 
-    name: str
-    version: int
-    channels: tuple[str, ...]
-    default_channels: tuple[str, ...]
-    targets: tuple[str, ...]
-    shapes: dict[str, tuple[int, ...]]
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # a problem is a dataclass of its settings
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def channels(self) -> tuple[str, ...]: ...
+
+    @property
+    def default_channels(self) -> tuple[str, ...]: ...
+
+    @property
+    def targets(self) -> tuple[str, ...]: ...
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+
+    @property
+    def mesh(self) -> int: ...
 
     def sample(self, seed: int, number: int) -> dict[str, np.ndarray]:
         """Arrays of sample `number`, float64; they depend on nothing else."""
+        ...
 
     def channel(self, name: str, arrays: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """A channel, of a shape that broadcasts to (B, n, n)."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,6 +246,7 @@ def obtain(
     wrong = comm.first_error(message)
     if wrong:
         raise ValueError(wrong[1])
+    assert samples is not None
     return samples
 
 
@@ -339,6 +358,7 @@ class PdeSource:
     def samples(self, comm: Communicator) -> PdeSamples:
         """Samples of the problem, on all ranks; collective."""
         total = self.num_train + self.num_val
+        assert self.problem is not None
         if self.data_dir is None:
             return generate(self.problem, total, self.seed, comm)
         return obtain(self.problem, total, self.seed, self.data_dir, comm)

@@ -136,10 +136,11 @@ def from_text(text: str, entropy_rate: float | None = None) -> Corpus:
     counts = Counter(text)
     if len(counts) > MAX_CHARACTERS:
         # Equally rare ones by code point, so that the alphabet does not depend on the order of the text.
-        by_rank = sorted(counts.keys() - {UNKNOWN}, key=lambda character: (-counts[character], character))
+        rare = [character for character in counts if character != UNKNOWN]
+        by_rank = sorted(rare, key=lambda character: (-counts[character], character))
         kept = by_rank[: MAX_CHARACTERS - 1]
         text = text.translate({ord(character): UNKNOWN for character in by_rank[len(kept) :]})
-        counts = {*kept, UNKNOWN}
+        counts = Counter([*kept, UNKNOWN])
     return Corpus(text, "".join(sorted(counts)), entropy_rate)
 
 

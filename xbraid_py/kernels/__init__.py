@@ -395,5 +395,5 @@ def prepared(kernel: Callable[..., Any], *arrays: Any, **options: Any) -> Callab
     (checks.relax if name == "relax_adjoint" else getattr(checks, name))(*values)
     call = None if implementation is fallback else implementation.prepared(name, values)
     call = call or partial(getattr(fallback, name), *values)
-    call.arrays = values  # kept with the call: native code knows their addresses only
+    vars(call)["arrays"] = values  # kept with the call: native code knows their addresses only
     return call

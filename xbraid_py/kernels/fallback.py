@@ -40,8 +40,10 @@ def adjoint(layer, theta, u, v, h, scheme, residual, add, out, gradient, back) -
         inner, first = _vjp(layer, theta, middle, v, h, gradient is not None, True)
         found, second = _vjp(layer, theta, u, inner, h / 2, gradient is not None, back)
         if back:
+            assert found is not None and inner is not None
             found += inner
         if gradient is not None:
+            assert first is not None and second is not None
             torch.add(first, second, out=gradient)
     else:
         found, second = _vjp(layer, theta, u, v, h, gradient is not None, back)
@@ -82,7 +84,9 @@ def relax_adjoint(layer, theta, points, cfactor, h, scheme, parts, tau, inputs, 
             add = tau[rows] if tau is not None and part == 0 else None
             own = _rows(first, len(v), cfactor * parts, row * parts + part)
             kept = None if gradient is None else gradient[own]
-            v = adjoint(layer, theta[own], states[own], v, _of(h, own), scheme, True, add, None, kept, True)
+            taken = adjoint(layer, theta[own], states[own], v, _of(h, own), scheme, True, add, None, kept, True)
+            assert taken is not None
+            v = taken
         ends[first : first + len(v)] = v
     return ends
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xbraid_py.kernels import _native, checks, fallback
+from xbraid_py.kernels import _native, checks, fallback  # pyright: ignore[reportAttributeAccessIssue]  # compiled
 from xbraid_py.kernels.activation import ACTIVATIONS
 
 _NUMBERS = {name: number for number, name in enumerate(("smooth_relu", "relu", "tanh", "identity"))}
@@ -81,7 +81,7 @@ def _kernel(call: Callable[..., Call | None]) -> Callable[..., Any]:
         function(*arguments)
         return found
 
-    kernel.call = call
+    vars(kernel)["call"] = call
     return kernel
 
 
@@ -100,7 +100,9 @@ def step(*given) -> Call | None:
     m, _, batch = u.shape
     found = u.new_empty((m, layer.outputs, batch)) if out is None else out
     numbers = _numbers(layer, batch, h, (theta,), (u, add, found))
-    return numbers and (_STEP[theta.dtype], (_layer(layer, scheme, residual), m, batch, *numbers), found)
+    return (
+        None if numbers is None else (_STEP[theta.dtype], (_layer(layer, scheme, residual), m, batch, *numbers), found)
+    )
 
 
 @_kernel
@@ -112,7 +114,11 @@ def adjoint(*given) -> Call | None:
     if back:
         found = u.new_empty((m, layer.inputs, batch)) if out is None else out
     numbers = _numbers(layer, batch, h, (theta, gradient), (u, v, add, found))
-    return numbers and (_ADJOINT[theta.dtype], (_layer(layer, scheme, residual), m, batch, *numbers), found)
+    return (
+        None
+        if numbers is None
+        else (_ADJOINT[theta.dtype], (_layer(layer, scheme, residual), m, batch, *numbers), found)
+    )
 
 
 @_kernel
@@ -123,7 +129,7 @@ def relax(*given) -> Call | None:
     found = points.new_empty((m, layer.inputs, batch)) if ends is None else ends
     numbers = _numbers(layer, batch, h, (theta,), (points, tau, inputs, found))
     sizes = m, cfactor, parts, batch
-    return numbers and (_RELAX[theta.dtype], (_layer(layer, scheme, True), *sizes, *numbers), found)
+    return None if numbers is None else (_RELAX[theta.dtype], (_layer(layer, scheme, True), *sizes, *numbers), found)
 
 
 @_kernel
@@ -134,7 +140,11 @@ def relax_adjoint(*given) -> Call | None:
     found = points.new_empty((m, layer.inputs, batch)) if ends is None else ends
     numbers = _numbers(layer, batch, h, (theta, gradient), (states, points, tau, inputs, found))
     sizes = m, cfactor, parts, batch
-    return numbers and (_RELAX_ADJOINT[theta.dtype], (_layer(layer, scheme, True), *sizes, *numbers), found)
+    return (
+        None
+        if numbers is None
+        else (_RELAX_ADJOINT[theta.dtype], (_layer(layer, scheme, True), *sizes, *numbers), found)
+    )
 
 
 def distances(a: Tensor, b: Tensor) -> Tensor:
@@ -165,8 +175,11 @@ def _of_rows(functions: dict, *tensors: Tensor | None) -> Tensor:
     first, numbers = tensors[0], []
     for tensor in tensors:
         numbers += (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
+    assert first is not None
     m = first.shape[0]
+    assert first is not None
     sums = first.new_empty((m, 2))
+    assert first is not None
     functions[first.dtype](m, first.numel() // m, *numbers, sums.data_ptr())
     return sums
 
@@ -228,6 +241,7 @@ def _numbers(
     layer, batch: int, h: float | Tensor, rows: tuple[Tensor | None, ...], states: tuple[Tensor | None, ...]
 ) -> list[float] | None:
     """The step size, and addresses and distances of all arrays; None if one of them is not for native code."""
+    assert rows[0] is not None
     if rows[0].dtype not in _STEP or layer.inputs > _widest or layer.outputs > _widest:
         return None
     if type(h) is float or not isinstance(h, Tensor):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import lcm, prod
+from typing import Literal
 
 import torch
 
@@ -52,7 +53,7 @@ class Settings:
     seed: int
     vmap: bool | None
     recompute: bool | str
-    form: str | None = None
+    form: Literal["increment", "map"] | None = None
     returns: int | str | None = None
     compile: bool | str = False
     torch_random: bool = False

@@ -6,7 +6,7 @@ Shape letters: `N` layers, `n` of them owned here, `W` windows, `B` batch, `S` s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from itertools import accumulate
 from typing import Any, Literal, get_args
@@ -145,6 +145,8 @@ class LayerParallel(nn.Module):
         If `block` is no callable, or a module; if `windows` is no integer, or `splines` are none.
     """
 
+    windows: Sequence[Window]
+
     def __init__(
         self,
         block: Callable[[], nn.Module],
@@ -208,7 +210,7 @@ class LayerParallel(nn.Module):
         if len(made) == 1:
             self.windows, self.layers = tuple(made), made[0].layers
         else:
-            self.windows = nn.ModuleList(made)
+            self.windows = nn.ModuleList(made)  # pyright: ignore[reportAttributeAccessIssue]  # a sequence of them
             self.register_state_dict_post_hook(_join)
             self.register_load_state_dict_pre_hook(_cut)
         for window in made:

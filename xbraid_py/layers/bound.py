@@ -57,7 +57,7 @@ class Bound(ModuleBlock):
         have = dict(module.named_parameters()) | dict(module.named_buffers())
         return [have[column.name].detach() for column in self.columns[: self.own]] + self.further
 
-    def __call__(
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  # it holds the further inputs
         self,
         tensors: Sequence[Tensor],
         u: Tensor,
@@ -71,7 +71,7 @@ class Bound(ModuleBlock):
         end = super().__call__(tensors[: self.own], state, draw, layer, norm_inputs, inputs, named)
         return end if self.packing is None else self.packing.pack(end, type(self.module).__name__)
 
-    def functional(self, tensors: Sequence[Tensor], u: Tensor) -> Tensor:
+    def functional(self, tensors, u) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         inputs, named = self.arguments(tensors[self.own :])
         state = u if self.packing is None else self.packing.unpack(u)
         end = super().functional(tensors[: self.own], state, inputs, named)

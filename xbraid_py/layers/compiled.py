@@ -44,10 +44,12 @@ class Compiled:
 
             # An adjoint solve comes through a graph more than once, so its memory is not for the backward pass to use.
             # For the whole process, as torch has it: it looks at this in the backward pass too.
-            import_module("torch._functorch.config").donated_buffer = False  # which torch loads when it compiles
+            config: Any = import_module("torch._functorch.config")  # torch loads it when it compiles
+            config.donated_buffer = False
             # Rows lie at other offsets in memory, and need gradients or not: each a form of its own to the compiler.
             has_limit = "recompile_limit" in inspect.signature(torch.compile).parameters  # older torch has not
-            self._function = torch.compile(given, backend=self.backend, **{"recompile_limit": 64} if has_limit else {})
+            limit: dict[str, Any] = {"recompile_limit": 64} if has_limit else {}
+            self._function = torch.compile(given, backend=self.backend, **limit)
         self.calls += 1
         return self._function(tuple(tensors), u, inputs, dict(named))
 

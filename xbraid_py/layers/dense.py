@@ -196,7 +196,9 @@ class ResidualSteps:
         theta = self.theta[rows]
         gradient = torch.empty_like(theta) if with_gradient else None
         how = {"h": rows_of(self.h, rows), "scheme": self.scheme}
-        return kernels.adjoint(self.block, theta, u, v, gradient=gradient, **how), gradient
+        product = kernels.adjoint(self.block, theta, u, v, gradient=gradient, **how)
+        assert product is not None
+        return product, gradient
 
     def relax(
         self, points: Tensor, cfactor: int, tau: Tensor | None, inputs: Tensor | None, record: bool = False

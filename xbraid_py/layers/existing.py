@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate, zip_longest
 from types import FunctionType, MappingProxyType, MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -185,7 +185,9 @@ class Existing:
         found = (Counter(n, k, tuple(getattr(b.get_submodule(n), k) for b in self.blocks)) for n, k in places)
         self.counters = tuple(each for each in found if len(set(each.values)) > 1)
         paths = [name for name, part in first.named_modules() if isinstance(part, DropPath)]
-        rates = (Counter(name, "p", tuple(b.get_submodule(name).p for b in self.blocks)) for name in paths)
+        rates = (
+            Counter(name, "p", tuple(cast(DropPath, b.get_submodule(name)).p for b in self.blocks)) for name in paths
+        )
         self.rates = tuple(each for each in rates if len(set(each.values)) > 1)
 
 

@@ -10,7 +10,7 @@ hidden size, `S` numbers of a state, `G` gates.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -59,12 +59,15 @@ class Linearized(Protocol):
 
         `weight` (G H, H) is W_hh.
         """
+        ...
 
     def of_input(self, v: Tensor, slopes: Tensor, rows: slice, out: Tensor) -> None:
         """The gradient of a, written to `out` (m, B, G H); `slopes` come from `back`."""
+        ...
 
     def of_gates(self, gradient: Tensor) -> Tensor:
         """The gradient of g (m, B, G H) from that of a, of all steps."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -242,6 +245,7 @@ class GatedSteps:
         if memory.states is not states or memory.version != states._version:
             memory.found = self._linearize(states)
             memory.states, memory.version = states, states._version
+        assert memory.found is not None
         return memory.found
 
     def forget(self) -> None:
@@ -250,10 +254,10 @@ class GatedSteps:
 
     def _linearize(self, states: Tensor) -> Linearized:
         at_once = max(1, _AT_ONCE // max(1, self.theta[:1].numel()))
-        found = None
+        found: Any = None
         for first in range(0, max(1, len(states)), at_once):
             rows = slice(first, first + at_once)
-            piece = self.cell.linearize(states[rows], self.theta[rows], self.weight, self.bias, self._sizes[rows])
+            piece: Any = self.cell.linearize(states[rows], self.theta[rows], self.weight, self.bias, self._sizes[rows])
             names = [each.name for each in fields(piece)]
             if found is None:
                 shapes = {name: (len(states), *getattr(piece, name).shape[1:]) for name in names}

@@ -85,6 +85,7 @@ class GruCell(GatedCell):
     def linearize(self, state: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, sizes: Sizes) -> LinearizedGru:
         reset, rate, candidate, g_n = self._gates(state, a, weight, bias)
         share, slope = self.share(rate, sizes, with_slope=True)
+        assert slope is not None
         by_a_n = share * (1 - candidate.square())
         by_r = by_a_n * g_n * (reset * (1 - reset))
         by_z = (state - candidate) * slope * (rate * (1 - rate))  # the rate falls as z rises

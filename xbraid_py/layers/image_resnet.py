@@ -9,7 +9,7 @@ Shape letters: `B` images, `C` channels, `H W` pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -163,6 +163,8 @@ class ImageResNet(nn.Module):
         If a number is out of its range, or the sequences do not fit together.
     """
 
+    stages: MutableSequence[Any]  # of lists of ResidualBlock
+
     def __init__(
         self,
         blocks: Sequence[int] = (2, 2, 2),
@@ -188,7 +190,7 @@ class ImageResNet(nn.Module):
         self.norm, self.groups, self.stem_stride = norm, groups, stem_stride
         self._step_size = float(step_size)
         self.stem = nn.Conv2d(in_channels, filters[0], 3, stem_stride, padding=1, bias=False)
-        self.stages = nn.ModuleList()
+        self.stages = nn.ModuleList()  # pyright: ignore[reportAttributeAccessIssue]  # a sequence of them
         for s, count in enumerate(blocks):
             stage = nn.ModuleList()
             for j in range(count):

@@ -92,6 +92,7 @@ class LstmCell(GatedCell):
         end = torch.addcmul(c - share * c, length * i, n).tanh_()
         by_i = length * n * (i * (1 - i))
         # The rate falls as f rises; the length is s / q, and its derivative (s' - s / q) / q.
+        assert slope is not None and length is not None
         by_f = (1 - rate) * (rate * slope * c - (slope - length) * i * n)
         by_n = length * i * (1 - n.square())
         moves = self._moves(sizes).to(c.dtype)

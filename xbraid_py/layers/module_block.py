@@ -173,7 +173,7 @@ class ModuleBlock:
             return True
         return any(part.training and max(self.rates_of(part)) > 0.0 for part in self._dropouts)
 
-    def rates_of(self, part: nn.Module) -> Sequence[float]:
+    def rates_of(self, part: Any) -> Sequence[float]:
         """The probabilities of a part in all layers; a single one where they have the same."""
         return next((values for each, values in self._rates if each is part), (part.p,))
 
@@ -209,6 +209,7 @@ class ModuleBlock:
         # `torch.func.functional_call` takes twice as long as a small block.
         kept = [places[0][0][places[0][1]] for places in self._places]
         masks = at_position(self.seed, draw, layer) if self._dropouts else nullcontext()
+        part: Any
         for part, values in self._rates:
             part.p = values[layer]
         if self.torch_random and self.module.training:

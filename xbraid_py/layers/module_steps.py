@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor
@@ -149,20 +149,21 @@ class ModuleSteps:
         with torch.set_grad_enabled(tape is not None):
             # Batched, all intervals are one long state; else one interval after the other.
             for k in [slice(None)] if self.vmap else range(len(points)):
-                first = 0 if self.vmap else k * length
+                first = k * length if isinstance(k, int) else 0
                 x = start = points[k].detach().requires_grad_() if tape is not None else points[k]
                 leaves, weights = self._of_interval(columns, first, length, tape is not None)
 
                 def advance(x: Tensor, part: int, first=first, weights=weights) -> Tensor:
                     row = self._place(first, part, length)
-                    norm_inputs = NormInputs(moments.start) if moments is not None else None
+                    if moments is None:
+                        return self._advanced(weights[part], x, row, None)
+                    norm_inputs = NormInputs(moments.start)
                     x = self._advanced(weights[part], x, row, norm_inputs)
-                    if moments is not None:
-                        moments.take(row, norm_inputs)
+                    moments.take(row, norm_inputs)
                     return x
 
                 if is_plain:
-                    x = self.block.along(weights, x, self.h)
+                    x = self.block.along(weights, x, cast(float, self.h))
                 else:
                     place = partial(self._place, first // self.parts, length=cfactor)
                     x = sweep(x, range(cfactor), self.parts, advance, place, tau, inputs)
@@ -189,10 +190,11 @@ class ModuleSteps:
         taped = self._taped(length) if tau is None and inputs is None else 0
         rows = None if taped else self._rows(self.theta)
         for k in [slice(None)] if self.vmap else range(len(points)):
-            first = 0 if self.vmap else k * length
+            first = k * length if isinstance(k, int) else 0
             v = points[k]
             if taped:
                 for start in reversed(range(first, first + length, taped)):
+                    assert self.tape is not None
                     v = self._through(self.tape.graphs[start], v, columns, start, taped)
                 ends[k] = v
                 continue
@@ -219,6 +221,7 @@ class ModuleSteps:
         """v (*S) through the transposed Jacobian of a graph; the gradient of its rows goes to `columns`."""
         wanted = () if columns is None else [leaf for leaf in graph.weights if leaf.requires_grad]
         # A solve comes back with other adjoints. Where none does, memory is given back on the way.
+        assert self.tape is not None
         options = {"retain_graph": self.tape.keep, "allow_unused": True, "materialize_grads": True}
         back, *found = torch.autograd.grad(graph.end, (graph.start, *wanted), v, **options)
         for column, part in zip(columns or (), found, strict=True):
@@ -271,6 +274,7 @@ class ModuleSteps:
         """What the block gives for u (*S)."""
         if self.vmap:
             return self.block.batched(weights, u, norm_inputs)
+        assert isinstance(row, int)
         return self.block(weights, u, self.draw, self.layers[row], norm_inputs)
 
     def _increment(

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -84,11 +85,13 @@ class MovingNorm(nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"momentum={momentum} must be between 0 and 1, or None; use 0.1")
         super().__init__(num_features, eps, momentum, affine)
 
-    def forward(self, u: Tensor) -> Tensor:
+    def forward(self, u: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch: input
         """u (B, C, *) to the same shape."""
         self._check_input_dim(u)
+        mean, variance, count = self.running_mean, self.running_var, self.num_batches_tracked
+        assert mean is not None and variance is not None and count is not None
         if not self.training:
-            return self._normalized(u, self.running_mean, self.running_var)
+            return self._normalized(u, mean, variance)
         if u.numel() < 2 * self.num_features:
             raise ValueError(f"u.shape={tuple(u.shape)} has one value for each channel; use at least 2 samples")
         norm_inputs = _norm_inputs.get()
@@ -96,8 +99,8 @@ class MovingNorm(nn.modules.batchnorm._BatchNorm):
             found = moments(u)
             self._start(found)
             # Autograd keeps what the statistics were.
-            normalized = self._normalized(u, self.running_mean.clone(), self.running_var.clone())
-            self.move(self.running_mean, self.running_var, self.num_batches_tracked, found)
+            normalized = self._normalized(u, mean.clone(), variance.clone())
+            self.move(mean, variance, count, found)
             return normalized
         if self.number in norm_inputs.inputs:
             raise ValueError(
@@ -106,10 +109,11 @@ class MovingNorm(nn.modules.batchnorm._BatchNorm):
         norm_inputs.inputs[self.number] = u.detach()
         if norm_inputs.start:
             self._start(moments(u))
-        return self._normalized(u, self.running_mean, self.running_var)
+        return self._normalized(u, mean, variance)
 
     def _start(self, found: tuple[Tensor, Tensor]) -> None:
         if self.num_batches_tracked == 0:
+            assert self.running_mean is not None and self.running_var is not None
             self.running_mean.copy_(found[0])
             self.running_var.copy_(found[1])
 
@@ -130,15 +134,15 @@ class MovingNorm(nn.modules.batchnorm._BatchNorm):
             running.mul_(1.0 - share).add_(share * batch)
 
 
-class MovingBatchNorm1d(MovingNorm, nn.BatchNorm1d):
+class MovingBatchNorm1d(MovingNorm, nn.BatchNorm1d):  # pyright: ignore[reportIncompatibleMethodOverride]
     """`torch.nn.BatchNorm1d` for states (B, C) or (B, C, L), its statistics moved once per update; see `MovingNorm`."""
 
 
-class MovingBatchNorm2d(MovingNorm, nn.BatchNorm2d):
+class MovingBatchNorm2d(MovingNorm, nn.BatchNorm2d):  # pyright: ignore[reportIncompatibleMethodOverride]
     """`torch.nn.BatchNorm2d` for states (B, C, H, W), its statistics moved once per update; see `MovingNorm`."""
 
 
-class MovingBatchNorm3d(MovingNorm, nn.BatchNorm3d):
+class MovingBatchNorm3d(MovingNorm, nn.BatchNorm3d):  # pyright: ignore[reportIncompatibleMethodOverride]
     """`torch.nn.BatchNorm3d` for states (B, C, D, H, W), its statistics moved once per update; see `MovingNorm`."""
 
 
@@ -159,7 +163,7 @@ class Moments:
     def __init__(self, norms: Mapping[int, MovingNorm], num_rows: int, start: bool = False):
         self.start = start
         self.found = {
-            number: tuple(norm.running_mean.new_empty((num_rows, norm.num_features)) for _ in range(2))
+            number: tuple(cast(Tensor, norm.running_mean).new_empty((num_rows, norm.num_features)) for _ in range(2))
             for number, norm in norms.items()
         }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -203,7 +203,7 @@ def kernel_matrix(width: int, factor: int, interpolation: str) -> Tensor:
 
 def galerkin_rows(block: ModuleBlock, theta: Tensor, options: SpatialCoarsening) -> Tensor:
     """Rows of weights (n, p) with the kernels of R K P for convolutions K."""
-    kernels = {
+    kernels: dict[str, Any] = {
         f"{name}.weight" if name else "weight": part.kernel_size
         for name, part in block.module.named_modules()
         if isinstance(part, _CONVOLUTIONS[options.dims]) and _keeps_pixels(part)
@@ -218,7 +218,7 @@ def galerkin_rows(block: ModuleBlock, theta: Tensor, options: SpatialCoarsening)
     return block.join([column.contiguous() for column in columns])
 
 
-def _keeps_pixels(part: nn.Module) -> bool:
+def _keeps_pixels(part: Any) -> bool:
     """Whether a convolution has kernels of odd width, and as many pixels behind it as before it."""
     widths = part.kernel_size
     same = tuple(width // 2 for width in widths)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from math import isclose
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -166,7 +166,7 @@ class Splines:
             raise ValueError(f"knots={lost[0]} is no knot of the fine splines, so functions are lost; use refine()")
         # At these places, one for each function (Greville's), the fine functions make a matrix of good condition.
         knots = fine._all_knots
-        places = sum(knots[k : k + fine.num] for k in range(1, fine.degree + 1)) / max(1, fine.degree)
+        places: Any = sum(knots[k : k + fine.num] for k in range(1, fine.degree + 1)) / max(1, fine.degree)
         if fine.degree == 0:
             places = (knots[:-1] + knots[1:]) / 2
         found = np.linalg.solve(fine.matrix(places).numpy(), self.matrix(places).numpy())

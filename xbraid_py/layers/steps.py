@@ -52,11 +52,11 @@ def coarse_rows(theta: Tensor, h: float | Tensor, length: int, weights: str) -> 
     `weights` is "inject", those of the first row, or "average", the mean over the time of the rows. Sizes `h` are one
     number, (n,), or (n, B) where those of samples differ.
     """
-    size = sums(h, length) if isinstance(h, Tensor) else length * h
+    if not isinstance(h, Tensor):
+        return theta[::length] if weights == "inject" else sums(theta, length).div_(length), length * h
+    size = sums(h, length)
     if weights == "inject":
         return theta[::length], size
-    if not isinstance(h, Tensor):
-        return sums(theta, length).div_(length), size
     # Steps that pad a sequence have size 0, and so may all of a coarse one.
     whole = size.clamp_min(torch.finfo(size.dtype).tiny)
     # Sizes are those of all samples, or there is one for each.
@@ -89,8 +89,10 @@ ORDERS = {"euler": 1, "midpoint": 2}
 class Halvable(Protocol):
     """Steps that can be cut in two, as `ResidualSteps` and `ModuleSteps`."""
 
-    scheme: str
-    """One of `ORDERS`."""
+    @property
+    def scheme(self) -> str:
+        """One of `ORDERS`."""
+        ...
 
     def relax(self, points, cfactor, tau, inputs, record=False) -> Tensor: ...
 
@@ -99,6 +101,7 @@ class Halvable(Protocol):
 
         Raises `ValueError` if these have another shape.
         """
+        ...
 
 
 def local_errors(steps: Halvable, states: Tensor, halves: Tensor | None = None) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -66,11 +66,11 @@ class TimeStepper:
         object.__setattr__(self, "coarse", coarse)
         object.__setattr__(self, "parameters", parameters)
 
-    def functions(self, like: Tensor, is_numpy: bool) -> tuple[Step, ...]:
+    def functions(self, like: Tensor, is_numpy: bool) -> tuple[_Function, ...]:
         """The functions of all levels, the finest first, of tensors (*S) like the first state, or one number (1,)."""
         return tuple(
             _Function(function, "step" if number == 0 else f"coarse[{number - 1}]", like.shape, like, is_numpy)
-            for number, function in enumerate((self.step, *self.coarse))
+            for number, function in enumerate((self.step, *cast(Sequence[Step], self.coarse)))
         )
 
     def try_first(self, u0: Tensor, t0: float, t1: float, is_numpy: bool, differentiate: bool) -> None:
@@ -105,9 +105,10 @@ class TimeStepper:
                 "step gives a state without a gradient: something in it is computed outside of torch, or detached; use "
                 "torch operations alone, or solve under torch.no_grad()"
             )
-        edge = torch.autograd.graph.get_gradient_edge
-        known = {edge(each).node for each in (start, *self.parameters) if each.requires_grad}
-        seen, waiting = set(known), [end.grad_fn]
+        edge: Any = torch.autograd.graph.get_gradient_edge
+        known = {edge(each).node for each in (start, *(self.parameters or ())) if each.requires_grad}
+        waiting: list[Any] = [end.grad_fn]
+        seen = set(known)
         while waiting:
             node = waiting.pop()
             if node in seen:

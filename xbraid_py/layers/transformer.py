@@ -70,14 +70,15 @@ class DecoderBlock(nn.Module):
         self.attention_norm = nn.LayerNorm(width)
         self.attention = CausalSelfAttention(width, heads)
         self.mlp_norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        first, last = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.mlp = nn.Sequential(first, nn.GELU(), last)
         self.attention_dropout, self.mlp_dropout = Dropout(dropout), Dropout(dropout)
-        for layer in (self.attention.inputs, self.attention.outputs, self.mlp[0], self.mlp[2]):
+        for layer in (self.attention.inputs, self.attention.outputs, first, last):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
             nn.init.zeros_(layer.bias)
         with torch.no_grad():
             self.attention.outputs.weight *= scale
-            self.mlp[2].weight *= scale
+            last.weight *= scale
 
     def forward(self, u: Tensor) -> Tensor:
         """u (B, S, C) to (B, S, C)."""

@@ -47,6 +47,7 @@ class Clock(Protocol):
 
     def finish(self) -> float:
         """The time at which the last rank is through."""
+        ...
 
 
 class Clocks:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, is_dataclass, replace
 from math import ceil, inf, log2
+from typing import Any
 
 import numpy as np
 
@@ -260,9 +261,9 @@ class Costs:
         return min(self.samples, self.at_once * -(-vectors // portions))
 
 
-def _between(low, high, weight: float):
+def _between(low: Any, high: Any, weight: float) -> Any:
     """A number, or a dataclass of numbers, on the line between two others; never below 0."""
-    if is_dataclass(low):
+    if is_dataclass(low) and not isinstance(low, type):
         names = [each.name for each in fields(low) if each.name not in ("others", "is_module")]
         return replace(low, **{name: _between(getattr(low, name), getattr(high, name), weight) for name in names})
     found = max(0.0, low + (high - low) * weight)

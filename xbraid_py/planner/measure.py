@@ -111,8 +111,8 @@ class Probe:
         problem = workload.problem(SerialCommunicator(), MGRIT(max_levels=1))
         # One layer, for what does not grow with the depth; and many.
         self.runs = {n: _run(problem, n, workload.optim) for n in (1, num_layers)}
-        objective, x = self.runs[num_layers].objective, self.runs[num_layers].x
-        self.network, self.x = objective.network, x
+        self.objective: Any = self.runs[num_layers].objective  # more than an Objective
+        self.network, self.x = self.objective.network, self.runs[num_layers].x
         # A portion of a pipeline, and two of them: what a portion costs, and what is done once for all.
         self.portions = {}
         for number, key in ((1, "portion"), (2, "portions")):
@@ -140,7 +140,7 @@ class Probe:
         for key, run in self.portions.items():
             found[f"evaluate_{key}"] = timed(lambda run=run: run.objective.evaluate(run.x))
             found[f"gradient_{key}"] = timed(lambda run=run: run.objective.gradient(run.x))
-        features = self.runs[1].objective.features
+        features = self.objective.features
         found["open"] = timed(lambda: self.network.open(self.x, features))
         found["add"] = timed(lambda: self.x.add_(self.x, alpha=0.0)) / self.num_layers
         for kind in ("state", "adjoint"):
@@ -161,7 +161,7 @@ class Probe:
                 tau.add_(state, alpha=sign)
 
     def _loss(self) -> None:
-        objective = self.runs[self.num_layers].objective
+        objective = self.objective
         row = self.network.layout.rows(self.x)["classification"]
         slope = self.states.new_empty((self.network.classification.outputs, len(objective.labels)))
         kernels.cross_entropy(self.network.classification, row, self.states[:1], objective.labels, slope=slope)
@@ -172,6 +172,7 @@ class Probe:
         steps = self.network.steps(self.x)
         steps = replace(steps, theta=steps.theta[:fine])
         states = self.states[:fine]
+        propagator: Any
         if kind == "state":
             propagator = Forward(steps, states, states[0])
         else:
@@ -210,6 +211,7 @@ def _run(problem: Problem, num_layers: int, options: OneShotOptions) -> OneShot:
 
 def _optimize(run: OneShot) -> None:
     """A new pair, a direction from a new gradient, and a trial along it."""
+    assert run.gradient is not None
     pairs, gradient = run.quasi_newton, run.gradient.clone()
     run.objective.dots([gradient, run.gradient], [*pairs.s, *pairs.y, gradient, run.gradient])
     direction, _ = pairs.direction(gradient)
@@ -293,12 +295,12 @@ def measure_slowdowns(make: Callable[[int], Any], comm: Communicator, cores: int
     if on_node == 1:
         return Slowdowns()
     probe = make(busy) if comm.rank < busy else None
-    rest = comm.bcast(probe.layer() * probe.num_layers if comm.rank == 0 else None)
+    rest = comm.bcast(None if probe is None or comm.rank > 0 else probe.layer() * probe.num_layers)
     alone, together, waited = [], [], []
     for _ in range(_CROWD_ROUNDS):
         for at_work, others, found in ((1, time.sleep, alone), (busy, time.sleep, together), (busy, _nothing, waited)):
             comm.barrier()
-            found.append(probe.layer() if comm.rank < at_work else others(rest))
+            found.append(others(rest) if probe is None or comm.rank >= at_work else probe.layer())
     comm.barrier()
     if comm.rank > 0:
         return Slowdowns()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +101,7 @@ def transformer() -> nn.Module:
 
 def named_workload(name: str, num_layers: int, batch: int) -> ModuleWorkload:
     """The examples: conv or transformer."""
-    common = {"num_layers": num_layers, "batch": batch}
+    common: dict[str, Any] = {"num_layers": num_layers, "batch": batch}
     if name == "conv":
         return ModuleWorkload(block=convolution, shape=(8, 28, 28), **common)
     return ModuleWorkload(block=transformer, shape=(64, 64), sweeps=7, adjoint_sweeps=5, **common)
@@ -154,8 +155,8 @@ class ModuleProbe:
             found[f"state_{key}"], found[f"adjoint_{key}"] = self._both(stack, u)
         for key, optimizer in self.optimizers.items():
             found[f"optimizer_{key}"] = timed(optimizer.step)
-        weights = list(self.many.parameters())
-        found["add"] = timed(lambda: [each.grad.add_(each.grad, alpha=0.0) for each in weights]) / self.num_layers
+        gradients = [each.grad for each in self.many.parameters() if each.grad is not None]
+        found["add"] = timed(lambda: [each.add_(each, alpha=0.0) for each in gradients]) / self.num_layers
         vector = self.input.clone()
         found["vector"] = timed(lambda: vector.add_(self.input))
         return found
@@ -194,7 +195,7 @@ def measure_module(workload: ModuleWorkload, comm: Communicator, seconds: float 
         most = replace(costs[0], others=tuple(costs[1:]))
         # Of a larger batch these are on a line; what was measured stays known.
         found = most if most.samples == batch else replace(most.at(batch), others=tuple(costs))
-        del whole, probes, probe
+        del whole, probes, probe  # pyright: ignore[reportPossiblyUnboundVariable]
     else:
         time.sleep(comm.bcast(None))
     slowdowns = measure_slowdowns(lambda busy: ModuleProbe(workload), comm, cores, on_node)

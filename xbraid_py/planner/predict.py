@@ -166,9 +166,9 @@ class Planner:
         """
         serial = self.serial(num_layers)
         found: dict[str, list[Prediction]] = {}
-        plans = self.candidates(num_layers, num_ranks, cycles) if plans is None else plans
+        offered = self.candidates(num_layers, num_ranks, cycles) if plans is None else plans
         # The most promising first: what cannot beat the best of its kind need not be simulated.
-        bounds = [(self._bound(plan, num_layers, num_ranks), number, plan) for number, plan in enumerate(plans)]
+        bounds = [(self._bound(plan, num_layers, num_ranks), number, plan) for number, plan in enumerate(offered)]
         for bound, _, plan in sorted(bounds, key=lambda row: row[:2]):
             kind = found.setdefault(plan.kind(num_ranks), [])
             if bound <= min((each.seconds * (1 + _MARGIN) for each in kind), default=limit):
@@ -223,7 +223,8 @@ class Planner:
             marks.append(clock.finish())
         self._optimize(clock, plan, hierarchy)
         marks.append(clock.finish())
-        return tuple(b - a for a, b in zip(marks, marks[1:], strict=False))
+        states, adjoints, rest = (b - a for a, b in zip(marks, marks[1:], strict=False))
+        return states, adjoints, rest
 
     def _regularize(self, clock: Clock, partition: Partition) -> None:
         """Smoothness in depth: the weights of the neighboring layers, from both sides."""

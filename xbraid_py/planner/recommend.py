@@ -65,7 +65,7 @@ def measured_planner(
         The same on every rank.
     """
     measure = measure_machine if comm.size > 1 else _probed if more_ranks else _assumed
-    if workload.is_module:
+    if isinstance(workload, ModuleWorkload):
         costs, slowdowns = measure_module(workload, comm, seconds)
         machine = measure(workload.like_dense(), comm, slowdowns, network)
         sweeps = {"sweeps": workload.sweeps, "adjoint_sweeps": workload.adjoint_sweeps}
@@ -177,7 +177,7 @@ def lines(rows: Sequence[Sequence[Prediction]], num_layers: int, ranks_per_node:
         For each number of ranks the best plan, and the best one of another kind, if there is any.
     num_layers, ranks_per_node : int
     """
-    found = [_TITLES]
+    found: list[tuple[str, ...]] = [_TITLES]
     for each, *others in rows:
         milliseconds = (each.states, each.adjoints, each.optimizer, each.seconds)
         found.append(

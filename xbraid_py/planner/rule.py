@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.planner.machine import Costs, Link, Machine, SolveCosts, StepCost
@@ -427,14 +428,14 @@ def _exact(num_layers: int, batch: int, ranks: int, portions: int) -> Iterator[P
 def _lagged(planner: Planner, num_layers: int, batch: int, ranks: int) -> Iterator[Plan]:
     """Plans by the lagged cycle that are worth a look: about one, two or four intervals for each rank."""
     counts = [number for number in range(MIN_COARSE, num_layers // 2 + 1) if num_layers % number == 0]
-    common = {"iterations": planner.sweeps, "adjoint_iterations": planner.adjoint_sweeps}
+    common: dict[str, Any] = {"iterations": planner.sweeps, "adjoint_iterations": planner.adjoint_sweeps}
     for replicas in _wide_enough(_divisors(ranks, batch), ranks, num_layers // 2):
         stages = ranks // replicas
         if stages == 1 or not counts:
             continue
         wanted = {min(counts, key=lambda number: (abs(number - times * stages), number)) for times in (1, 2, 4)}
         for intervals in sorted({*wanted, counts[0]}):
-            own = common | {"replicas": replicas, "portions": replicas}
+            own: dict[str, Any] = common | {"replicas": replicas, "portions": replicas}
             yield Plan(cfactors=(num_layers // intervals,), **own)
             for factor in (4, 8):
                 if intervals > 32 and intervals % factor == 0 and intervals // factor >= MIN_COARSE:

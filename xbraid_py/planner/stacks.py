@@ -275,11 +275,11 @@ def _present(stack: LayerParallel, planner: Planner, samples: int, size: int) ->
             times = (options.iterations, solvers.adjoint.iterations)
         plan = Plan(
             cycle=options.cycle,
-            cfactors=tuple(level.cfactor for level in levels[:-1]),
+            cfactors=tuple(level.factor for level in levels[:-1]),
             nrelax=options.nrelax,
             iterations=max(1, times[0]),
             adjoint_iterations=max(1, times[1]),
-            euler=options.scheme == "euler" and options.parts(levels[0].cfactor) == 1,
+            euler=options.scheme == "euler" and options.parts(levels[0].factor) == 1,
         )
     return planner.predict(plan, stack.grid.num_layers, size)
 

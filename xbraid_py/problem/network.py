@@ -139,7 +139,9 @@ class DenseResNet:
     @cached_property
     def _shares(self) -> list[int]:
         """Numbers of the stage's flat vector that each of its replicas owns."""
+        assert self.replicas is not None
         first = self.comm.rank - self.replicas.replica
+        assert self.replicas is not None
         ranks = range(first, first + self.replicas.replicas)
         return [self.free.layout_of(rank).size for rank in ranks]
 
@@ -220,6 +222,7 @@ class DenseResNet:
 
     @cached_property
     def _spline_layers(self) -> SplineLayers:
+        assert self.splines is not None
         return SplineLayers(self.splines, self.grid, self.partition, self.comm)
 
     @cached_property

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import isfinite
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -245,6 +246,7 @@ class NetworkObjective:
 
     def _samples_of_replicas(self) -> list[int]:
         bounds = _bounds(len(self.labels), self._count)
+        assert self.network.replicas is not None
         ends = Partition.balanced(self._count, self.network.replicas.replicas).bounds
         return [bounds[b] - bounds[a] for a, b in pairwise(ends)]
 
@@ -270,6 +272,7 @@ class NetworkObjective:
         )
         self.evaluations += 1
         if self.is_exact:
+            assert self._exact is not None
             total, right, regularization = self._sums(terms, self._exact.forward(self._x))
             loss, residual = total / len(self.labels), 0.0
             self.work += network.grid.num_layers
@@ -307,6 +310,7 @@ class NetworkObjective:
     def _solve(self, terms: Tensor, max_iter: int | None, error: float | None) -> tuple[float, float, float, float]:
         """Loss, samples classified rightly, regularization and relative residual: by MGRIT, portion after portion."""
         network, x = self.network, self._x
+        assert x is not None
         stage, intervals = network.stage, self.forward.hierarchy.intervals.count(network.stage.comm.rank)
         solutions, numbers = [], []
         for portion in self._portions:
@@ -337,7 +341,7 @@ class NetworkObjective:
                 portion.warm = None  # it has been overwritten
         return loss, right, regularization, max(row[3] for row in numbers)
 
-    def _of_all_portions(self, rows: list[tuple[float, ...]]) -> list[list[float]]:
+    def _of_all_portions(self, rows: list[tuple[float, ...]]) -> Sequence[Sequence[float]]:
         """Rows of numbers of all portions, in their order, from those of the portions here."""
         grid = self.network.replicas
         if grid is None:
@@ -349,16 +353,19 @@ class NetworkObjective:
         sums = TreeSum(self._count)
         self.gradients += 1
         if self.is_exact:
+            assert self._exact is not None
             self._exact.backward(sums)
             self.work += 2.0 * self.network.grid.num_layers
         else:
             self._solve_back(sums, max_iter, exact)
+        assert self._regularization_gradient is not None
         found = self.network.free.reduce(sums) + self._regularization_gradient
         return self.network.contract(found)
 
     def _solve_back(self, sums: TreeSum, max_iter: int | None, exact: bool) -> None:
         """The gradients of the portions, by MGRIT."""
         stage, x = self.network.stage, self._x
+        assert x is not None
         rows, numbers = stage.layout.rows(x), []
         for portion in self._portions:
             gradient = stage.layout.zeros()
@@ -366,6 +373,7 @@ class NetworkObjective:
             propagator = Adjoint(stage.steps(x), portion.states, stage.layout.rows(gradient)["layers"])
             solution = self.adjoint.solve(propagator, start, portion.adjoint_warm, max_iter=max_iter, exact=exact)
             if stage.is_first:
+                assert solution.end is not None
                 self._at_start(portion, rows, solution.end, gradient)
             if not numbers:
                 self.adjoint_residuals = solution.residuals
@@ -382,9 +390,11 @@ class NetworkObjective:
 
         Without replicas.
         """
+        assert self._x is not None
         stage, x, found = self.network.stage, self._x, []
         for portion in self._portions:
             if self.is_exact:
+                assert self._exact is not None
                 portion.end = self._exact.portions[portion.index].end[0]
             start = self._at_end(portion, stage.layout.rows(x)) if stage.is_last else None
             propagator = AdjointTrajectory(stage.steps(x), portion.states, None, kept=torch.empty_like(portion.states))
@@ -399,14 +409,18 @@ class NetworkObjective:
         """d(loss)/d(u_N) (C, b) of a portion; the classification layer's gradient is written. On the last rank."""
         # d(mean cross entropy)/d(logits) = (softmax - one-hot) / B
         own = None if gradient is None else self.network.stage.layout.rows(gradient)["classification"]
-        how = {"h": 1.0 / len(self.labels), "residual": False, "gradient": own}
+        how: dict[str, Any] = {"h": 1.0 / len(self.labels), "residual": False, "gradient": own}
         layer, slope = self.network.classification, portion.slope
-        return kernels.adjoint(layer, rows["classification"], portion.end[None], slope[None], **how)[0]
+        assert portion.end is not None and slope is not None
+        found = kernels.adjoint(layer, rows["classification"], portion.end[None], slope[None], **how)
+        assert found is not None
+        return found[0]
 
     def _at_start(self, portion: _Portion, rows: dict[str, Tensor], v: Tensor, gradient: Tensor) -> None:
         """Write the opening layer's gradient, from d(loss)/d(u_0) (C, b); on the first rank."""
         layer = self.network.opening
         _, own = layer.vjp(rows["opening"], portion.features[None], v[None], True, back=False)
+        assert own is not None
         self.network.stage.layout.rows(gradient)["opening"].copy_(own)
 
 

@@ -72,11 +72,13 @@ class PortionedObjective:
         self._gradient = total
         self.work += self.objective.work / len(self.portions)
         self.evaluations += 1
-        return Evaluation(*found.tolist(), residual)
+        value, loss, accuracy = found.tolist()
+        return Evaluation(value, loss, accuracy, residual)
 
     def gradient(self, x: Tensor, max_iter: int | None = None, exact: bool = False) -> Tensor:
         """The gradient at x, as the last `evaluate` has found it."""
         self.gradients += 1
+        assert self._gradient is not None
         return self._gradient.clone()
 
     def dots(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:

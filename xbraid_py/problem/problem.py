@@ -107,7 +107,7 @@ class Problem:
         if self.replicas == 1:
             return None
         # Kept with the communicator: problems of several depths have the same.
-        kept = self.comm.__dict__.setdefault("_process_grids", {})
+        kept = vars(self.comm).setdefault("_process_grids", {})
         if self.replicas not in kept:
             kept[self.replicas] = ProcessGrid(self.comm, self.replicas, "replicas")
         return kept[self.replicas]
@@ -188,9 +188,9 @@ def _shared(rows: Partition, replicas: int) -> Partition:
 class PerceptronProblem(Problem):
     """A problem whose opening is y_0 = Q x with a Q that is learnt (paper 000, section 2.1.1); see `Problem`."""
 
-    def network(self, num_layers: int) -> DenseResNet:
+    def network(self, depth: int | LayerGrid) -> DenseResNet:
         """The network with so many residual layers."""
-        return replace(super().network(num_layers), opening=LinearMap(self.features.shape[0], self.architecture.width))
+        return replace(super().network(depth), opening=LinearMap(self.features.shape[0], self.architecture.width))
 
 
 def perceptron_weights(network: DenseResNet, seed: int, scale: float = 1.0) -> Tensor:

@@ -62,6 +62,7 @@ class Regularization:
         out = layout.rows(gradient)
         theta = rows["layers"]
         smooth = bool(self.ddt) and len(theta) > 0
+        edges = []
         # The neighbors' weights travel while the terms without them are summed.
         if smooth and stage is not None:
             every, (first, last) = network.stage.layout.rows(stage)["layers"], partition.bounds[comm.rank :][:2]
@@ -79,7 +80,7 @@ class Regularization:
             # theta_n - theta_{n-1} of the rows owned here and of the one behind them; 0 at both ends of the network.
             ends = (theta[:1] if before is None else before, theta, theta[-1:] if after is None else after)
             jumps = torch.cat(ends).diff(dim=0)
-            if isinstance(gamma, float):
+            if not isinstance(gamma, Tensor):
                 found.add_(jumps[:-1].square().view(intervals, -1).sum(1), alpha=gamma / 2)
                 out["layers"].sub_(jumps.diff(dim=0), alpha=gamma)
             else:

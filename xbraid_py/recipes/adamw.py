@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -108,12 +108,15 @@ class AdamWOptions(MinibatchOptions):
             raise ValueError(f"heads={self.heads} must divide width={self.width}; use 1")
 
 
-class AdamWTraining(MinibatchTraining):
+AdamWOptionsT = TypeVar("AdamWOptionsT", bound=AdamWOptions)
+
+
+class AdamWTraining(MinibatchTraining[AdamWOptionsT]):
     """A model that learns by AdamW; biases and norms without weight decay, unless there are `parameters` to take."""
 
     def __init__(
         self,
-        options: AdamWOptions,
+        options: AdamWOptionsT,
         model: nn.Module,
         grid: ProcessGrid,
         comm: Communicator,
@@ -131,10 +134,10 @@ class AdamWTraining(MinibatchTraining):
 
     @property
     def how(self) -> dict[str, Any]:
-        return {"accumulate": self.options.accumulate, "autocast": _CASTS.get(self.options.autocast)}
+        return {"accumulate": self.options.accumulate, "autocast": _CASTS.get(self.options.autocast or "")}
 
 
-def _move(ema: float, averaged: list[Tensor], current: list[Tensor], number: Tensor) -> None:
+def _move(ema: float, averaged: Any, current: Any, number: Tensor | int) -> None:
     get_ema_multi_avg_fn(min(ema, (1 + int(number)) / (10 + int(number))))(averaged, current, number)
 
 

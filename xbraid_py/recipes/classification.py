@@ -293,7 +293,7 @@ def network(checkpoint: Checkpoint) -> nn.Module:
 def row_of(record: Record) -> Row:
     """A record of a nested iteration in the words of the engine."""
     evaluation = record.evaluation
-    grid = {} if record.cut is None else {"cut": list(record.cut), "lengths": list(record.lengths)}
+    grid = {} if record.cut is None else {"cut": list(record.cut), "lengths": list(record.lengths or ())}
     return {
         "level": record.level,
         "num_layers": record.num_layers,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -88,10 +88,13 @@ class Digits:
         return cls(data.train_images[:train], labels, data.test_images[:test], data.test_labels[:test], order)
 
 
-class DigitTraining(MinibatchTraining):
+DigitOptionsT = TypeVar("DigitOptionsT", bound=DigitOptions)
+
+
+class DigitTraining(MinibatchTraining[DigitOptionsT]):
     """A network, logits (B, 10) of what `read` makes of images, that learns digits by Adam."""
 
-    def __init__(self, options: DigitOptions, digits: Digits, model: nn.Module, grid: ProcessGrid, comm: Communicator):
+    def __init__(self, options: DigitOptionsT, digits: Digits, model: nn.Module, grid: ProcessGrid, comm: Communicator):
         total = min(options.epochs * len(digits.order), options.max_updates or sys.maxsize)
         optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
         is_cosine = options.schedule == "cosine"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -157,7 +157,7 @@ def _transformers() -> ModuleType:
             pass
         except RuntimeError as error:
             _log.warning("torchvision does not fit torch, and is left out: %s", error)
-            sys.modules["torchvision"] = None  # as if it were not there
+            sys.modules["torchvision"] = cast(Any, None)  # as if it were not there
     try:
         package = importlib.import_module("transformers")
         assert package.GPT2LMHeadModel
@@ -166,7 +166,7 @@ def _transformers() -> ModuleType:
     return package
 
 
-class FinetuneTraining(AdamWTraining):
+class FinetuneTraining(AdamWTraining[FinetuneOptions]):
     """A GPT-2 that learns a text, given as the bytes for training and those for validation, by AdamW."""
 
     def __init__(
@@ -194,7 +194,7 @@ class FinetuneTraining(AdamWTraining):
         return {"val_loss": evaluate(self.trained.result, batches, self.loss, self.trained.grid)}
 
     def draw(self, rows: list[Row], figures: Path) -> None:
-        plain = to_sequential(self.trained.result).eval()
+        plain: Any = to_sequential(self.trained.result).eval()  # a model of transformers
         if rows:
             _transformers().utils.logging.disable_progress_bar()
             plain.save_pretrained(self.options.out / "model")

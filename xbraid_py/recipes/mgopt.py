@@ -235,15 +235,16 @@ class MnistColumnsOptions(MGOptRunOptions):
         """The training, at its beginning; reads the files, sends no message."""
         data = _mnist(self.data_dir)
         train, test = columns(data, self.scaling, self.torch_dtype, self.num_train, self.num_test)
-        portions = batches = None
+        portions = None
+        batches: Callable[[int], Samples] | None = None
         if self.batch_size:
             order = Batches(len(train), self.batch_size, self.seed)
             epoch = lru_cache(1)(order.epoch)
 
-            def batches(cycle: int) -> Samples:
+            def drawn(cycle: int) -> Samples:
                 return train.samples(epoch(cycle // len(order))[cycle % len(order)])
 
-            first = batches(0)
+            batches, first = drawn, drawn(0)
         else:
             portions = train.portions(self.portion)
             first = portions[0]
@@ -261,6 +262,8 @@ class DepthTraining(Training):
     given, is the class of points in the plane: then a map of the classes is drawn as well. `scale` is the standard
     deviation of the initial weights of the layers.
     """
+
+    plan = ""
 
     def __init__(
         self,
@@ -341,6 +344,7 @@ class DepthTraining(Training):
         validated = [row for row in rows if row.get("val_accuracy") is not None]
         over_cycles({str(self.method.schedule): validated}, figures / "cycles.png")
         if classes is not None:
+            assert mesh is not None and self.plane is not None
             true = self.plane(*mesh.double().numpy()).reshape(classes.shape)
             class_map(classes, true, ["elsewhere", "ring"], figures / "classes.png")
 

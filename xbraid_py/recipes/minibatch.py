@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -96,13 +96,16 @@ class MinibatchOptions(RunOptions):
         return of_modules(self, self.depth, self.layer, self.lagged, ranks)
 
     @property
-    def solvers(self) -> dict[str, MGRIT]:
+    def solvers(self) -> dict[str, Any]:
         """The arguments `mgrit` and `adjoint` of what is solved for: without coarse levels if it is to be exact."""
         both = {"mgrit": self.mgrit or MGRIT(), "adjoint": self.adjoint}
         return {name: replace(each, max_levels=1) for name, each in both.items()} if self.exact else both
 
 
-class MinibatchTraining(Training):
+OptionsT = TypeVar("OptionsT", bound=MinibatchOptions)
+
+
+class MinibatchTraining(Training, Generic[OptionsT]):
     """Updates on minibatches, so many in all, with validations in between; `trained` is at the beginning.
 
     Attributes
@@ -113,7 +116,7 @@ class MinibatchTraining(Training):
 
     plan = ""
 
-    def __init__(self, options: MinibatchOptions, trained: MinibatchState, total: int):
+    def __init__(self, options: OptionsT, trained: MinibatchState, total: int):
         self.options, self.trained, self.total = options, trained, total
 
     @property
@@ -131,6 +134,7 @@ class MinibatchTraining(Training):
 
     def steps(self) -> Iterator[Row]:
         trained = self.trained
+        assert trained.optimizer is not None
         for row in train(
             trained.model,
             self.batches(trained.update),
@@ -168,7 +172,7 @@ class MinibatchTraining(Training):
         stacks = [f"levels of a stack\n{stack.table()}" for stack in self.trained.stacks]
         return "\n".join(filter(None, [self.plan, *stacks]))
 
-    def draw(self, rows: list[Row], figures: Path) -> None:
+    def draw(self, rows: list[Row], figures: Path) -> Row | None:
         if rows:
             from xbraid_py.recipes.pictures.curves import picture  # matplotlib takes its time to load
 
@@ -194,7 +198,7 @@ def network_of(
     return averaged.module
 
 
-def _check_sizes(checkpoint: Checkpoint, options: MinibatchOptions, sizes: Mapping[str, int]) -> None:
+def _check_sizes(checkpoint: Checkpoint, options: Any, sizes: Mapping[str, int]) -> None:
     """Raise `CheckpointError` for a network of more weights than a file has, before memory is asked for them."""
     held = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names() if name.startswith(f"{WEIGHTS}/"))
     name, width = next((name, getattr(options, name)) for name in ("width", "hidden_size") if hasattr(options, name))

@@ -56,7 +56,7 @@ def by_plan(
         mgrit = MGRIT(cycle="pipeline")
         return prepared(replace(options, mgrit=mgrit, replicas=1), "plan: a pipeline of the ranks (exact)")
     if options.plan == "rule":
-        optim = {"pairs": workload.optim.memory, "itemsize": workload.dtype.itemsize}
+        optim: dict[str, Any] = {"pairs": workload.optim.memory, "itemsize": workload.dtype.itemsize}
         size = workload.num_layers, workload.batch, comm.size
         return prepared(*_chosen(options, choose(*size, width=workload.architecture.width, **optim)))
     # What is wrong is said before measuring.

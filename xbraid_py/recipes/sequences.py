@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -151,12 +151,13 @@ def _plain(options: SequenceOptions, comm: None) -> Classifier:
     return build(replace(options, network="torch"), comm)
 
 
-class SequenceTraining(DigitTraining):
+class SequenceTraining(DigitTraining[SequenceOptions]):
     """A `Classifier` that learns digits as sequences."""
 
     def read(self, images: Tensor) -> Tensor:
         return sequences(images, self.options.order, self.options.length)
 
     def validate(self) -> Row:
-        solves = self.trained.model.solves()  # of the update: before other samples go through
+        model: Any = self.trained.model
+        solves = model.solves()  # of the update: before other samples go through
         return solves | super().validate()

@@ -117,7 +117,7 @@ def build(options: TextOptions, comm: Communicator | None, num_tokens: int) -> n
     return nn.Sequential(embedding, stack, head)
 
 
-class TextTraining(AdamWTraining):
+class TextTraining(AdamWTraining[TextOptions]):
     """A language model, logits (B, S, V) of tokens (B, S), that learns a text by AdamW."""
 
     def __init__(

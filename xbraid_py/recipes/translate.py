@@ -123,7 +123,7 @@ def build(options: TranslateOptions, comm: Communicator | None) -> nn.Module:
     return model
 
 
-class TranslateTraining(AdamWTraining):
+class TranslateTraining(AdamWTraining[TranslateOptions]):
     """A translator that learns by AdamW."""
 
     def batches(self, done: int) -> Iterator[Batch]:
@@ -181,7 +181,7 @@ def translate(model: nn.Module, sources: Tensor) -> Tensor:
     """
     was_training = model.training
     model.eval()
-    before = torch.full_like(sources, START)
+    found = before = torch.full_like(sources, START)
     for place in range(sources.shape[1]):
         found = model(torch.stack([sources, before], 1)).argmax(-1)
         # What stands behind is not seen.

@@ -101,8 +101,9 @@ def load_yaml(content: str, words: bool = False) -> Any:
 
 def load_json(content: bytes | str) -> Any:
     """What a JSON text says; `ValueError` if it is none, or nested deeper or into more than is ever written here."""
+    text: Any = content  # of either kind
     brackets = (b"[", b"{") if isinstance(content, bytes) else ("[", "{")
-    if sum(map(content.count, brackets)) > _MOST_GROUPS:  # each is an object: a short text would fill the memory
+    if sum(map(text.count, brackets)) > _MOST_GROUPS:  # each is an object: a short text would fill the memory
         raise ValueError(f"more than {_MOST_GROUPS:,} groups")
     try:
         value = json.loads(content)

@@ -328,20 +328,21 @@ def train(
     start = find_start(kind, options)
     if start and options.resume != "auto" and comm.rank == 0:
         verify(start.path)  # whole; the ranks read their parts
-    is_made, is_over = not callable(make), False
-    if start and is_made:
-        is_over = _load(make, start)
+    is_over, given = False, None if callable(make) else make
+    if start and given is not None:
+        is_over = _load(given, start)
     elif start and check is not None:
         with load(start.path) as checkpoint, restoring(start.path):
             check(checkpoint)
 
     def run() -> Row:
-        training = make if is_made else _made(make)
+        training = _made(make) if callable(make) else make
         if start:
             _agree_on(start, comm)
         if comm.rank == 0:
             clear_rest(folder.checkpoints)
-        if is_over if is_made else start and _load_together(training, start, comm):
+        if is_over if given is not None else start and _load_together(training, start, comm):
+            assert start is not None
             _finished(training, start.row, folder)
             return start.row
         _make_room(folder, start)
@@ -374,7 +375,7 @@ def _follow(
             events_of(folder, options.tensorboard, about["configuration"], done + 1 if start else 0)
         )
         screen = stack.enter_context(Progress(comm, training.total, done=done))
-        is_first = start is None
+        is_first, row = start is None, {}
         for row in rows_of(training):
             row = {"kind": "update", "run": kind, **row}
             number, is_final = row["update"], row["final"]

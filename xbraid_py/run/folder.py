@@ -187,7 +187,9 @@ class RunFolder:
         found = stop_agreed(self.comm, _FAILED if self._failure else None)
         if found == _FAILED:
             failure, self._failure = self._failure, None
-            rank, text = self.comm.first_error(str(failure) if failure else None)
+            said = self.comm.first_error(str(failure) if failure else None)
+            assert said is not None
+            rank, text = said
             raise RunError(f"rank {rank} cannot write to {self.path}: {text}; make room, or give another --out")
         return found
 
@@ -197,6 +199,7 @@ class RunFolder:
             self._status.change(state, message)
 
     def _close_log(self) -> None:
+        assert self._handler is not None
         logging.getLogger("xbraid_py").removeHandler(self._handler)
         self._handler.close()
         self._handler = None

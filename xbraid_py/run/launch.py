@@ -110,7 +110,7 @@ def launch(
     job.watch()
     if job.rank > 0:
         warnings.simplefilter("ignore")
-    options, problem, leaving = None, None, None
+    options, run, problem, leaving = None, None, None, None
     try:
         options = parse(options_class, argv, presets=presets, prog=prog, description=description)
     except OptionError as error:
@@ -131,6 +131,7 @@ def launch(
     except (RuntimeError, ImportError) as error:
         # LaunchError, or mpi4py finds no MPI library.
         job.part(str(error), leaving)
+        raise
     job.join(comm, patience)
     setup_logging(comm)
     job.agree(problem, leaving)
@@ -160,6 +161,7 @@ def launch(
         # What is here now stays: full collections would look through all of it, again and again, in the run.
         gc.collect()
         gc.freeze()
+        assert run is not None
         try:
             run()
         finally:
@@ -226,7 +228,9 @@ class _Job:
     def watch(self) -> None:
         """Meet uncaught exceptions of all threads, and Ctrl-C even while MPI waits for a message."""
         sys.excepthook = self._uncaught
-        threading.excepthook = lambda failed: self._uncaught(failed.exc_type, failed.exc_value, failed.exc_traceback)
+        threading.excepthook = lambda failed: self._uncaught(
+            failed.exc_type, failed.exc_value or failed.exc_type(), failed.exc_traceback
+        )
         signal.signal(signal.SIGINT, _interrupt_once)
         signals.install()
         # Python runs its signal handlers between two instructions of the main thread, which may wait in
@@ -251,6 +255,7 @@ class _Job:
 
     def agree(self, problem: str | None, leaving: SystemExit | None) -> None:
         """Go on if all ranks do; otherwise end all of them, with the problem of the lowest rank that has one."""
+        assert self.comm is not None
         said = self.comm.bcast(self.comm.gather((problem, leaving is not None)))
         failed = [rank for rank, (text, _) in enumerate(said) if text is not None]
         gone = [rank for rank, (_, is_gone) in enumerate(said) if is_gone]
@@ -259,6 +264,7 @@ class _Job:
             self.fail(BAD_INPUT, alone + said[failed[0]][0])
         if len(gone) == self.comm.size:
             self.leave(_LATE)
+            assert leaving is not None
             raise leaving
         if gone:
             self.fail(

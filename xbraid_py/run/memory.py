@@ -51,7 +51,7 @@ def said(error: Exception, options: Any) -> str | None:
 def _most(given: dict[str, Any], usual: dict[str, Any]) -> tuple[str, Any, Any]:
     """The number that is above its default by the largest factor: name, value and default."""
     factors = {name: _size(value) / max(_size(usual.get(name)), 1.0) for name, value in given.items()}
-    name = max(factors, key=factors.get)
+    name = max(factors, key=factors.__getitem__)
     default = usual.get(name)
     return name, given[name], 1 if default is None else default
 

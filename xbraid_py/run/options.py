@@ -11,7 +11,7 @@ import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar, cast
 
 import yaml
 
@@ -202,7 +202,7 @@ def _options(cls: type, default: Any = dataclasses.MISSING, prefix: str = "") ->
         else:
             value = field.default_factory() if callable(field.default_factory) else field.default
         hint = hints[field.name]
-        group = next((member for member in _members(hint) if dataclasses.is_dataclass(member)), None)
+        group: Any = next((member for member in _members(hint) if dataclasses.is_dataclass(member)), None)
         yield prefix + field.name, _Option(hint, value, group, described.get(field.name, ""))
         if group:
             # Of a group that is not there by default, what its members are if one of them is given.
@@ -404,10 +404,10 @@ def _convert_one(kind: Any, value: Any) -> Any:
 def _build(cls: type[T], table: _Table, prefix: str, values: Mapping[str, Any]) -> T:
     """An instance of `cls` with the given values, by their full names, and the defaults of the table."""
     found = {}
-    for field in dataclasses.fields(cls):
+    for field in dataclasses.fields(cast(Any, cls)):
         name = f"{prefix}{field.name}"
         if name not in values and any(given.startswith(f"{name}.") for given in values):
-            found[field.name] = _build(table[name].group, table, f"{name}.", values)
+            found[field.name] = _build(cast(type, table[name].group), table, f"{name}.", values)
         else:
             found[field.name] = values.get(name, table[name].default)
         if found[field.name] is dataclasses.MISSING:

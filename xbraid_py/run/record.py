@@ -214,6 +214,7 @@ class RecordReader:
         self._take(stream.readline(_MOST_LINE))
         self._lines, first = 1, stream.tell()
         stream.seek(place)
+        assert self._most is not None
         rest = self._most // 2
         self._offset = place + len(stream.readline(rest))
         self.skipped = self._offset - first

@@ -6,7 +6,7 @@ Shape letters: `n` rows (steps), `c` of them in an interval, `S` shape of a stat
 from __future__ import annotations
 
 from dataclasses import is_dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -150,7 +150,7 @@ def check_propagator(
         left_out = (("all others", "the methods have to be there first"),)
         return PropagatorReport(f"check_propagator({kind})", tuple(checks), left_out)
     if of_steps:
-        x = _states_of_steps(forward, states, generator)
+        x = _states_of_steps(cast(Steps, forward), states, generator)
     else:
         x = _states_of(forward, adjoint, states, generator)
     if x.dim() < 2 or not x.is_floating_point():

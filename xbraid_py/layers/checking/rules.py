@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass, replace
 from math import log, log2
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -451,8 +451,8 @@ def _gradient(pair: Pair) -> Found | str:
         products = _products(found[0], w).view(len(x), -1).sum(1)  # all parts of a step
 
         def shifted(eps, w=w):
-            other = replace(steps, theta=steps.theta + eps * w)
-            return replace(pair.forward.propagator, steps=other).step(x.clone())
+            other = replace(cast(Any, steps), theta=steps.theta + eps * w)
+            return replace(cast(Any, pair.forward.propagator), steps=other).step(x.clone())
 
         errors.append(_taylor(shifted, v, products))
     gradient.copy_(before)

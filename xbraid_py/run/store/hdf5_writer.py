@@ -8,6 +8,7 @@ import io
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -127,7 +128,7 @@ class HDF5Writer:
         self.failure: OSError | None = None
         self._temporary = path.with_name(path.name + ".tmp")
         self._disk: _Disk | None = None
-        self._file: h5py.File | None = None
+        self._file: Any = None  # an h5py.File once it is open
 
     def open(self, text: str) -> None:
         """Make the folder and the temporary file, and store the JSON text `text` (ASCII) in it."""
@@ -173,6 +174,7 @@ class HDF5Writer:
     def _close(self) -> None:
         if self._file is not None:
             self._file.close()
+            assert self._disk is not None
             self._disk.close()
             self._file = None
 
@@ -209,7 +211,7 @@ class ParallelWriter:
         self.path, self.comm = path, comm
         self.failure: OSError | None = None
         self._temporary = path.with_name(path.name + ".tmp")
-        self._file: h5py.File | None = None
+        self._file: Any = None  # an h5py.File once it is open
 
     def open(self, text: str, num_bytes: int) -> None:
         """Make the folder and the file with the JSON text `text` (ASCII), if there is room for so many bytes."""
@@ -260,12 +262,13 @@ class ParallelWriter:
             os.posix_fallocate(file.fileno(), 0, num_bytes)
 
     def _open(self, text: str) -> None:
-        self._file = h5py.File(self._temporary, "w", libver=("v110", "v110"), driver="mpio", comm=self.comm.mpi)
+        self._file = h5py.File(self._temporary, "w", libver=("v110", "v110"), driver="mpio", comm=self.comm.mpi)  # pyright: ignore[reportAttributeAccessIssue]
         head, content = write_head(self._file, text)
         _write_together(head, 0, content if self.comm.rank == 0 else content[:0])
 
     def _put(self, name: str, total: int, first: int, rows: np.ndarray) -> None:
         shape = (total, *rows.shape[1:])
+        assert self._file is not None
         data = self._file.create_dataset(name, shape, rows.dtype, **checked(shape, rows.dtype))
         if data.size:
             _write_together(data, first, rows)

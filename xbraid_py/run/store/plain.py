@@ -25,7 +25,7 @@ def to_plain(value: Any, where: str) -> Any:
     if type(value) in (list, tuple):
         items = [to_plain(item, f"{where}[{number}]") for number, item in enumerate(value)]
         return items if type(value) is list else {f"{_MARK}tuple": items}
-    if type(value) in (dict, Counter):
+    if isinstance(value, dict) and type(value) in (dict, Counter):
         items = [[to_plain(key, where), to_plain(item, f"{where}[{key!r}]")] for key, item in value.items()]
         if type(value) is dict and all(type(key) is str and not key.startswith(_MARK) for key in value):
             return dict(items)

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, Self
 import h5py
 import numpy as np
 import torch
+from h5py import h5l, h5o  # pyright: ignore[reportAttributeAccessIssue]  # compiled
 
 from xbraid_py.run.store.tables import NOWHERE, check_object
 
@@ -122,7 +123,8 @@ def _attribute(file: h5py.File, name: str, kind: int) -> Any:
         return None
     if kind != h5py.h5t.STRING:
         return file.attrs[name]
-    return None if held.is_variable_str() else file.attrs[name].decode("ascii", "replace")
+    value: Any = file.attrs[name]
+    return None if held.is_variable_str() else value.decode("ascii", "replace")
 
 
 def _spans(array: h5py.h5d.DatasetID, item_bytes: int, room: int) -> list[tuple[int, int]] | None:
@@ -203,7 +205,7 @@ class Checkpoint:
 
     def __init__(self, path: Path, file: h5py.File, root: int):
         self.path = path
-        self._file = file
+        self._file: Any = file
         self._held: dict[str, tuple[tuple[int, ...], str]] = {}
         kind = _attribute(file, "format", h5py.h5t.STRING)
         number = _attribute(file, "format_number", h5py.h5t.INTEGER)
@@ -215,7 +217,7 @@ class Checkpoint:
             self._look(raw, root)
         if META not in file:
             raise _error(path, "damaged: it has no meta data")
-        document = json.loads(file[META][0].decode("ascii"))
+        document = json.loads(self._file[META][0].decode("ascii"))
         self.meta: dict[str, Any] = document["meta"]
         self.versions: dict[str, str | None] = document["versions"]
         if not isinstance(self.meta, dict) or not isinstance(self.versions, dict) or not _is_flat(document):
@@ -249,13 +251,13 @@ class Checkpoint:
                 name = where + self._checked_name(key)
                 # Links of other kinds lead into other files, or nowhere.
                 link = group.links.get_info(key)
-                if link.type != h5py.h5l.TYPE_HARD:
+                if link.type != h5l.TYPE_HARD:
                     raise _error(self.path, f"{name!r} in it is a link, which this format has not")
                 if link.u in seen:
                     raise _error(self.path, f"{name!r} in it is a second name, which this format has not")
                 seen.add(link.u)
                 check_object(raw, link.u)
-                item = h5py.h5o.open(group, key)
+                item = h5o.open(group, key)
                 if name == META or not isinstance(item, h5py.h5g.GroupID):
                     stored = self._stored(name, item, left)
                     left -= sum(length for _, length in stored)
@@ -347,6 +349,7 @@ class Checkpoint:
             self._compare(name, number % 2**64)
 
     def _compare(self, name: str, number: int) -> None:
+        assert self._fingerprints is not None
         if number != self._fingerprints[name]:
             raise _error(self.path, f"the data of {name!r} are damaged: they are not those that were written")
 

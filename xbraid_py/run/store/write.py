@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -119,6 +120,7 @@ def save(path: str | os.PathLike, comm: Communicator, shards: Mapping[str, Shard
     arrays, text, problem = {}, "", None
     if comm.rank == 0:
         try:
+            assert described is not None
             arrays = _plan(described)
             about = {
                 name: ((array.total, *array.trailing), DTYPES[array.dtype].name, array.fingerprint)
@@ -154,9 +156,9 @@ def _raise_on_all(comm: Communicator, problem: Exception | None) -> None:
 
 def _plan(described: list[dict[str, tuple]]) -> dict[str, _Array]:
     """Arrays by name from the descriptions of all ranks; `ValueError` unless every row has one owner."""
-    arrays = {}
+    arrays: dict[str, _Array] = {}
     for name in sorted(set().union(*described)):
-        entries = [(rank, *shards[name]) for rank, shards in enumerate(described) if name in shards]
+        entries: list[Any] = [(rank, *shards[name]) for rank, shards in enumerate(described) if name in shards]
         kinds = {entry[3:6] for entry in entries}
         if len(kinds) > 1:
             raise ValueError(
@@ -219,6 +221,7 @@ def _blocks(comm: Communicator, shards, arrays) -> Iterator[tuple[str, int, torc
 
     ready = begin(0) if tasks else None
     for index, task in enumerate(tasks):
+        assert ready is not None
         block = ready()
         ready = begin(index + 1) if index + 1 < len(tasks) else None
         yield task.name, task.first, block
