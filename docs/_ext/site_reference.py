@@ -132,8 +132,9 @@ def options_page() -> str:
                 of = given.get(each.lstrip("*"))
                 kind = parameter.type or (_words(str(fields[each].type)) if each in fields else "")
                 default = _default(of)
-                rows.append(f"| `{each}` | {_code(kind)} | {_code(default)} | {_cell(' '.join(parameter.desc))} |")
-        said.append("| option | type | default | what it says |\n|---|---|---|---|\n" + "\n".join(rows) + "\n")
+                about = [f"`{each}`", f"{_code(default)} by default" if default and _code(default) else "", _code(kind)]
+                rows.append(f"| {'<br>'.join(filter(None, about))} | {_cell(' '.join(parameter.desc))} |")
+        said.append("| option | what it says |\n|---|---|\n" + "\n".join(rows) + "\n")
     return "\n\n".join(said)
 
 

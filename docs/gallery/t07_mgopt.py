@@ -27,10 +27,14 @@ points, labels = train.features.T, train.labels
 comm = xbraid_py.world()
 
 
+def block():
+    return nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+
+
 def network():
     torch.manual_seed(0)
-    block = lambda: nn.Sequential(nn.Linear(3, 3), nn.ReLU())  # noqa: E731
-    return nn.Sequential(nn.Linear(2, 3), xbraid_py.LayerParallel(block, 64, 1.0, comm, seed=0), nn.Linear(3, 2))
+    stack = xbraid_py.LayerParallel(block, num_layers=64, T=1.0, comm=comm)
+    return nn.Sequential(nn.Linear(2, 3), stack, nn.Linear(3, 2))
 
 
 def loss_of(model):

@@ -48,8 +48,11 @@ axes.set(xlabel="depth", yticks=range(len(lengths)), yticklabels=[f"{layers} lay
 #
 # ``Splines(8, 1)``: the weights of 64 layers are piecewise linear in depth between 8 coefficients each.
 
-torch.manual_seed(0)
-block = lambda: nn.Sequential(nn.Linear(8, 8), nn.Tanh())  # noqa: E731
+
+def block():
+    return nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+
+
 points, labels = train.features.T.float(), train.labels
 figure, axes = plt.subplots(figsize=(6.5, 3.5), layout="constrained")
 for name, splines in {"a row for each layer": None, "8 coefficients, linear": xbraid_py.Splines(8, 1)}.items():

@@ -49,3 +49,18 @@ axes.legend()
 # %%
 # What the model assumes, and how well its predictions were met: `the planner <../planner.html>`_. Predictions of more
 # than two ranks are simulated, not measured.
+
+# %%
+# On a machine of your own
+# ------------------------
+#
+# ::
+#
+#     xbraid-py plan --num_layers 1024 --width 8 --batch 5000 --ranks 1,2,4,64,1024
+#     mpirun -n 4 xbraid-py plan --ranks 1,2,4 --ranks_per_node 4     # more ranks than cores
+#
+# measures for some seconds: layers forwards and backwards, coarse steps, messages, how cores slow each other down. It
+# says so when serial propagation is best. Ranks beyond a node's cores go to further nodes, over a network whose
+# constants are assumed and shown as such (``--latency``, ``--bandwidth``, ``--stage``). ``--cycles lagged,V,F`` widens
+# the search, ``--block conv`` or ``transformer`` plans for torch blocks, ``--json FILE`` keeps predictions and
+# constants, and ``--map FILE`` draws who wins where, over samples and ranks.
