@@ -14,8 +14,6 @@ from torch import Tensor
 from xbraid_py import kernels
 from xbraid_py.comm import Communicator
 
-NORMS = (1, 2, "max")
-
 
 @dataclass(frozen=True)
 class Size:
