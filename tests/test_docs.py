@@ -92,6 +92,18 @@ def test_the_errors_that_the_page_quotes_are_the_code_s():
     assert not [each for each in quoted if " ".join(each.split()) not in said]
 
 
+def test_the_start_page_leads_to_what_a_stranger_looks_for():
+    """One click: how to install, programs to copy, options, errors, names, and a tutorial for each of the four methods."""
+    page = (DOCS / "index.md").read_text()
+    found = set(re.findall(r"\]\(([\w/]+)\.(?:md|rst)\)", page))
+    tutorials = {f"tutorials/{path.stem}" for path in (DOCS / "gallery").glob("*.py")}
+    methods = {"t03_nested_iteration", "t07_mgopt", "t08_width", "t09_multi_level_resnets"}
+    wanted = {f"tutorials/{each}" for each in methods}
+    wanted |= {"start/install", "start/first_run", "reference/options", "reference/errors", "reference/index", "papers"}
+    assert wanted <= found
+    assert {each for each in found if each.startswith("tutorials/t")} <= tutorials
+
+
 def test_every_command_and_variable_is_on_its_page():
     page = (DOCS / "reference" / "commands.md").read_text()
     assert not [
