@@ -93,7 +93,7 @@ def test_the_errors_that_the_page_quotes_are_the_code_s():
 
 
 def test_the_start_page_leads_to_what_a_stranger_looks_for():
-    """One click: how to install, programs to copy, options, errors, names, and a tutorial for each of the four methods."""
+    """One click: how to install, programs to copy, options, errors, names, and a tutorial for each method."""
     page = (DOCS / "index.md").read_text()
     found = set(re.findall(r"\]\(([\w/]+)\.(?:md|rst)\)", page))
     tutorials = {f"tutorials/{path.stem}" for path in (DOCS / "gallery").glob("*.py")}
