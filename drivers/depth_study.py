@@ -41,7 +41,7 @@ def said(settings: Settings) -> str:
 
 def setup(options: Options, comm: Communicator) -> Callable[[], None]:
     """Check everything; returns the study."""
-    if "digits" in options.problems:
+    if {*options.problems} - {"text"}:
         mnist.load(options.data_dir)  # what is wrong with the files is said now
     study = Study(options.out, train, options.workers)
     stages = {"runs with other rates": options.tuning, "runs": options.compared}

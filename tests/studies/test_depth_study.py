@@ -108,7 +108,6 @@ def test_runs_of_equal_work(tmp_path):
         assert result["curve"][-1][3] == result["val_accuracy"] and math.isfinite(result["loss"])
 
 
-@pytest.mark.skipif(not KEPT.exists(), reason="no rows are kept")
 def test_results_that_are_kept_make_their_page(tmp_path):
     with gzip.open(KEPT / "runs.jsonl.gz", "rt") as file:
         rows = {key(each["settings"]): each for each in map(json.loads, file)}

@@ -6,16 +6,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from studies.depth.runs import RATES, VALUES
+from studies.depth.runs import BATCHES, RATES, VALUES
 from studies.rows import Row, table, where
 from studies.statistics import Summary
 from studies.study import PAGE
 
-_TITLES = {"digits": "MNIST, convolutional layers", "text": "Text of Python's manual, a transformer"}
+_TITLES = {
+    "digits": "MNIST, convolutional layers",
+    "batches": "MNIST, convolutional layers, larger minibatches",
+    "text": "Text of Python's manual, a transformer",
+}
 _NAMES = {"adam": "AdamW", "sgd": "gradient descent"}
 _LOOPS = {"plain": "all layers from the start", "nested": "nested iteration"}
 # What is shown of a value, and the factor that makes it so: per cent, or nats a character.
-_SHOWN = {"digits": ("test accuracy, %", 100.0, 2), "text": ("validation loss, nats", 1.0, 3)}
+_ACCURACY = ("test accuracy, %", 100.0, 2)
+_SHOWN = {"digits": _ACCURACY, "batches": _ACCURACY, "text": ("validation loss, nats", 1.0, 3)}
 _WORK, _UPDATES, _SECONDS, _VALUE = range(4)
 
 
@@ -68,9 +73,9 @@ def differences(rows: Sequence[Row], base: Sequence[Row], value: str) -> list[fl
 def _sizes(row: Row) -> str:
     settings = row["settings"]
     return (
-        f"{settings['num_layers']} layers, {settings['work']:g} work units (gradients of all layers, on a minibatch). "
-        f"Seconds are those that a core spent on updates; other programs ran beside it. The last column is of the last "
-        f"validation in the mean time of the plain loop, and five percent more."
+        f"{settings['num_layers']} layers, {settings['work']:g} work units (gradients of all layers, on a minibatch of "
+        f"{BATCHES[settings['problem']]}). Seconds are those of a core on updates; other programs ran beside it. "
+        f"The last column is of the last validation in the mean time of the plain loop, and five percent more."
     )
 
 

@@ -28,7 +28,8 @@ from xbraid_py.recipes.minibatch import MinibatchTraining
 from xbraid_py.recipes.text import TextOptions, TextTraining
 
 TUNING = 100  # the seed that learning rates are chosen on
-PROBLEMS = ("digits", "text")
+PROBLEMS = ("digits", "batches", "text")
+BATCHES = {"digits": 50, "batches": 250, "text": 8}
 REFINEMENTS = 2  # of nested iteration: a third of the work on each level
 POINTS = 4  # validations of a run
 # What a minibatch is used for: an update of all layers, or of as many as there are so far, or a V-cycle with this
@@ -42,11 +43,12 @@ LOOPS = (
 RATES = {
     ("digits", "adam"): (3e-3, 1e-2, 3e-2),
     ("digits", "sgd"): (0.1, 0.3, 1.0),
+    ("batches", "sgd"): (0.1, 0.3, 1.0),
     ("text", "adam"): (3e-3, 1e-2, 3e-2),
     ("text", "sgd"): (0.3, 1.0, 3.0),
 }
 # The value of a validation, and whether more of it is better.
-VALUES = {"digits": ("val_accuracy", True), "text": ("val_loss", False)}
+VALUES = {"digits": ("val_accuracy", True), "batches": ("val_accuracy", True), "text": ("val_loss", False)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,8 @@ class DepthStudyOptions(StudyOptions):
     Parameters
     ----------
     problems
-        Digits of MNIST by convolutional layers, text of Python's manual by a transformer.
+        Digits of MNIST by convolutional layers, text of Python's manual by a transformer; batches are the digits on
+        minibatches five times as large, by gradient descent alone.
     optimizers
         Of all loops: adam, which is AdamW, and sgd, plain gradient descent as in the paper.
     work
@@ -103,7 +106,8 @@ class DepthStudyOptions(StudyOptions):
         common = {name: getattr(self, name) for name in ("work", "num_layers", "width", "num_train")}
         common["data_dir"] = self.data_dir and str(self.data_dir)
         for problem, optimizer, (loop, search) in product(self.problems, self.optimizers, LOOPS):
-            yield {**common, "problem": problem, "optimizer": optimizer, "loop": loop, "line_search": search}
+            if (problem, optimizer) in RATES:
+                yield {**common, "problem": problem, "optimizer": optimizer, "loop": loop, "line_search": search}
 
     def tuning(self, rows: Mapping[str, Result]) -> Parts:
         """Every case with every rate, on a seed of its own, for a third of the work."""
@@ -134,7 +138,8 @@ def training_of(settings: Settings, num_layers: int) -> MinibatchTraining:
     """The recipe's training, with a network of so many layers and samples without end."""
     comm, seed, work = as_communicator(None), settings["seed"], settings["work"]
     updates = math.ceil(work * settings["num_layers"] / num_layers)
-    if settings["problem"] == "digits":
+    batch_size = BATCHES[settings["problem"]]
+    if settings["problem"] != "text":
         data_dir = settings["data_dir"]
         options = MnistOptions(
             num_layers=num_layers,
@@ -142,6 +147,7 @@ def training_of(settings: Settings, num_layers: int) -> MinibatchTraining:
             num_train=settings["num_train"],
             num_test=2000,
             data_dir=data_dir and Path(data_dir),
+            batch_size=batch_size,
             epochs=updates,
             max_updates=updates,
             seed=seed,
@@ -154,7 +160,7 @@ def training_of(settings: Settings, num_layers: int) -> MinibatchTraining:
         width=4 * settings["width"],
         heads=2,
         num_characters=20 * settings["num_train"],
-        batch_size=8,
+        batch_size=batch_size,
         updates=updates,
         validation_batches=4,
         seed=seed,
