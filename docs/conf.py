@@ -32,6 +32,7 @@ suppress_warnings = [
 ]
 
 myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]
+smartquotes = False  # "V" is a word to type
 myst_heading_anchors = 4
 html_math_renderer = "mathml"
 default_role = "py:obj"  # `name` in a docstring is a name of Python wherever it is one, and code elsewhere

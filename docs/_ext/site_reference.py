@@ -158,7 +158,8 @@ def _code(text: str) -> str:
 def messages() -> Iterator[tuple[str, str, str]]:
     """All messages of errors and warnings in the package: room, kind, sentence with the names of what is filled in."""
     for path in sorted((PROJECT / "xbraid_py").rglob("*.py")):
-        room = path.relative_to(PROJECT / "xbraid_py").parts[0].removesuffix(".py")
+        room = path.relative_to(PROJECT / "xbraid_py").parts[0]
+        room = "xbraid_py" if room.endswith(".py") else room
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             call = node.exc if isinstance(node, ast.Raise) else node
             if not isinstance(call, ast.Call) or not call.args:

@@ -55,7 +55,7 @@ for before, after in zip(runs["nested"][1], runs["nested"][1][1:], strict=False)
         axes.axvline(after.work, color="gray", linewidth=0.8)
         axes.text(after.work, axes.get_ylim()[1], f" {after.num_layers} layers", va="top", fontsize=9)
 axes.set(xlabel="work units (an update of 64 layers)", ylabel="objective")
-axes.legend(loc="lower left")
+axes.legend(loc="center right")
 
 # %%
 # What the nested network has learned: its classes over the square, and the true ones.
