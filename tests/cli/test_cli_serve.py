@@ -191,9 +191,9 @@ def test_events_tell_what_is_new(room):
             pass
         assert len(json.loads(later.readline().removeprefix(b"data: "))["rows"]) == 2
         (folder / "status.json").write_text(json.dumps(status("finished")))
-        assert "later" in {run["name"] for run in said("runs")["runs"]}
-        while "finished" not in {run["state"] for run in said("runs")["runs"]}:
-            pass
+        states = {}
+        while (states.get("two"), states.get("later")) != ("finished", "running"):
+            states = {run["name"]: run["state"] for run in said("runs")["runs"]}
 
 
 def test_it_asks_for_a_token_where_others_can_reach_it(room):
