@@ -71,6 +71,9 @@ axes.set(xlabel="work units (gradients of 64 layers)", ylabel="loss")
 axes.legend()
 
 # %%
+# All samples are in every gradient here. On small minibatches it is another matter: the comparison with plain loops is
+# among the `results <../benchmarks/depth.html>`_.
+#
 # As the paper has it
 # -------------------
 #
