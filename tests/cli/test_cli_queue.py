@@ -230,6 +230,24 @@ def test_stop_and_resume(room, capsys):
     until(lambda: is_now(room, waiting, "finished"))
 
 
+def test_replicas_follow_the_ranks(room):
+    # Those of the plan on two ranks, which its run has written down, do not divide three.
+    make_run(room / "run", said=status("stopped", ranks=2), replicas=4)
+    (room / "run" / "status.json").write_text(json.dumps(status("stopped", ranks=2)))
+    queue = Queue(room)
+    for ranks, words in ((8, []), (3, ["--replicas=1"]), (6, ["--replicas=2"])):
+        job = control.resume(queue, room / "run", ranks, "here", room.parent / "driver.py")
+        assert job.program[2:] == words and job.ranks == ranks
+        queue.stop(job.number, now=True)
+        until(lambda number=job.number: Queue(room).job(number).is_over)
+
+
+def test_a_job_that_sbatch_never_took_can_be_taken_out(room, capsys):
+    Queue(room).add({"program": ["x.py"], "ranks": 1, "on": "slurm"})
+    assert main(["stop", "1", "--folder", str(room)]) == 0
+    assert "taken out of the queue" in capsys.readouterr().out
+
+
 def test_a_job_stops_at_its_time_limit(room):
     job = submit(room, "--time=0:01")
     until(lambda: is_now(room, job, "stopped"))

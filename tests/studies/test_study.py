@@ -15,6 +15,7 @@ from studies.statistics import Summary, deviation_ratio
 from studies.study import PAGE, RUNS, Study, StudyOptions, key, of_seeds, run_study, settings_of
 from study_work import die, square
 
+from xbraid_py.cli.status import study as study_status
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.agreement import RunError
 from xbraid_py.recipes.mgopt import CirclesOptions
@@ -46,6 +47,16 @@ def test_every_run_is_made_once(tmp_path, calls):
     assert [row["settings"]["number"] for row in again] == [2, 1, 3], "those that are over come first"
     assert made(calls) == ["1-0", "13-0", "2-0", "3-0"]
     assert len((tmp_path / "study" / RUNS).read_text().splitlines()) == 4
+    assert study_status(tmp_path / "study") == ("finished", "4 runs, 0 to do, 1 failed")
+
+
+def test_a_study_says_what_it_has_to_do(tmp_path, calls):
+    rows = Study(tmp_path, square).run(numbers(calls, 1, 2, 3))
+    next(rows)
+    state, says = study_status(tmp_path)
+    assert state == "running" and says.startswith("3 runs, ")
+    rows.close()
+    assert study_status(tmp_path)[0] in ("stopped", "finished"), "the lock is gone"
 
 
 def test_a_run_whose_line_breaks_off_is_made_again(tmp_path, calls):
