@@ -96,10 +96,11 @@ def installed(wheel: Path, folder: Path) -> tuple[set[str], str]:
 
 
 def modules(project: Path) -> set[str]:
-    """Python files of the package and of its programs, as a wheel names them, and what says its types."""
+    """Python files of the package and of its programs, as a wheel names them, what says its types, and its page."""
     library = {path.relative_to(project).as_posix() for path in (project / "xbraid_py").rglob("*.py")}
     programs = {f"xbraid_py/{path.relative_to(project).as_posix()}" for path in (project / "drivers").rglob("*.py")}
-    return library | programs | {"xbraid_py/py.typed", "xbraid_py/__init__.pyi"}
+    page = {path.relative_to(project).as_posix() for path in (project / "xbraid_py/cli/page").iterdir()}
+    return library | programs | page | {"xbraid_py/py.typed", "xbraid_py/__init__.pyi"}
 
 
 def test_source_distribution_is_complete(project):
@@ -107,7 +108,7 @@ def test_source_distribution_is_complete(project):
         path.relative_to(PROJECT).as_posix()
         for folder in ("xbraid_py", "drivers")
         for path in (PROJECT / folder).rglob("*")
-        if path.suffix in (".py", ".pyi", ".cpp", ".hpp", ".typed")
+        if path.suffix in (".py", ".pyi", ".cpp", ".hpp", ".typed", ".html", ".js", ".css")
         and not (project / path.relative_to(PROJECT)).exists()
     }
     assert not missing
