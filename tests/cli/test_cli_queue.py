@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import PROJECT, job_environment
 from runs_on_disk import make_run, status
 
 from xbraid_py.cli import control, main
@@ -401,3 +402,32 @@ def test_a_study_says_how_many_runs_it_has_to_do(tmp_path, capsys):
     assert capsys.readouterr().out.split(maxsplit=1)[1] == "stopped  42 runs, 14 to do, 1 failed\n"
     assert main(["ls", str(tmp_path)]) == 0
     assert "42 runs, 14 to do, 1 failed" in capsys.readouterr().out
+
+
+@pytest.mark.job
+def test_a_training_on_two_ranks_is_stopped_and_goes_on_on_three(tmp_path, monkeypatch):
+    for name, value in job_environment().items():  # what Open MPI has to be told, for one
+        monkeypatch.setenv(name, value)
+    room = tmp_path / "runs"
+    small = ["--num_layers=16", "--num_train=100", "--num_val=50", "--nested.refinements=0", "--nested.updates=[1500]"]
+    program = [str(PROJECT / "drivers" / "peaks.py"), *small, "--mgrit.cycle=lagged", "--replicas=1"]
+    queue = Queue(room)
+    job = control.start(queue, {"program": program, "ranks": 2})
+    try:
+        until(lambda: control.entries(room)[0].state == "running", 200)
+        until(lambda: control.entries(room)[0].summary.update > 3, 200)
+        control.stop(queue, job.number)
+        until(lambda: is_now(room, job.number, "stopped"), 200)
+        (entry,) = control.entries(room)
+        stopped_at = entry.summary.update
+        assert entry.summary.state == "stopped" and 3 < stopped_at < 1500
+        control.resume(queue, job.number, ranks=3)
+        until(lambda: control.entries(room)[0].state == "running", 200)
+        until(lambda: control.entries(room)[0].summary.update > stopped_at, 200)
+    finally:
+        queue.stop(job.number, now=True)
+    until(lambda: queue.job(job.number).is_over, 200)
+    rows = [json.loads(line) for line in (room / "peaks-1" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["ranks"] for row in rows if row["kind"] in ("header", "resume")] == [2, 3]
+    updates = [row["update"] for row in rows if row["kind"] == "update"]
+    assert updates == list(range(len(updates))) and len(updates) > stopped_at

@@ -129,7 +129,7 @@ def looked_up(queue: Queue) -> list[Job]:
 
 def start(queue: Queue, job: dict[str, Any], at_once: int | None = None) -> Job:
     """Add a job and have it run; for its fields see `Job`."""
-    added = queue.add(job | {"environment": environment(), "submitted": time.time()}, at_once)
+    added = queue.add(job | {"environment": environment()}, at_once)
     return _hand_on(queue, added)
 
 
