@@ -57,7 +57,7 @@ def _levels(most: int, changes: Mapping[str, Any] | None = None) -> Changes:
 # By part: the problem and its network, and what is changed.
 FIXED: dict[str, tuple[str, Changes]] = {
     "table1": ("poisson", _levels(4)),
-    "table1_undamped": ("poisson", _levels(4, UNDAMPED)),
+    "table1_undamped": ("poisson", _levels(2, UNDAMPED)),
     "table1_conv": ("poisson_conv", _levels(4)),
     "table2": ("darcy", _levels(2, UNDAMPED)),
     "table2_conv": ("darcy_conv", _levels(2, UNDAMPED)),
@@ -110,7 +110,9 @@ class WidthStudyOptions(DeviceOptions, StudyOptions):
     mesh
         Points in each direction.
     max_work
-        Work units of a run, those of tau not counted.
+        Work units of a run.
+    count_tau
+        Whether those of tau are among them; if not a run is longer, and may be judged in either way.
     validate_every
         Work units between two validations.
     batch_size
@@ -148,6 +150,7 @@ class WidthStudyOptions(DeviceOptions, StudyOptions):
     inputs: tuple[str, ...] = ("log_k",)
     mesh: int = 32
     max_work: float = 10_000.0
+    count_tau: bool = False
     validate_every: float = 50.0
     batch_size: int = 200
     standardize: bool = False
@@ -174,6 +177,10 @@ class WidthStudyOptions(DeviceOptions, StudyOptions):
                 if each not in known:
                     raise ValueError(f"{name}={each} is none of {', '.join(known)}; use {use}")
         check_inputs(self.inputs)
+        if not 1 <= self.batch_size <= self.darcy_train:
+            raise ValueError(f"batch_size={self.batch_size} must lie in 1 .. darcy_train={self.darcy_train}; use 200")
+        if self.darcy_val < 1:
+            raise ValueError(f"darcy_val={self.darcy_val} must be at least 1; use 10000")
         for part in self.parts:
             for case in self.cases(part).values():
                 _ = case.layers
@@ -187,7 +194,7 @@ class WidthStudyOptions(DeviceOptions, StudyOptions):
             sizes |= {"target": self.target, "inputs": self.inputs}
         else:
             sizes |= {"num_train": self.num_train, "num_val": self.num_val}
-        return PROBLEMS[problem](network=getattr(self, name), count_tau=False, **sizes)
+        return PROBLEMS[problem](network=getattr(self, name), count_tau=self.count_tau, **sizes)
 
     def cases(self, part: str) -> dict[str, WidthRunOptions]:
         """The runs of a part by what they are called, those that compete with their first learning rate."""
