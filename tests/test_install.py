@@ -146,6 +146,11 @@ def test_a_fresh_environment_needs_no_checkout(project, tmp_path):
     assert "nothing to continue" in done.stdout
 
 
+def test_an_editable_install_runs_the_programs_of_its_checkout(project, tmp_path):
+    build("build_editable", project, tmp_path / "wheels", "cmake.define.XBRAID_NATIVE:OFF")
+    assert not (project / "xbraid_py" / "drivers").exists()
+
+
 @pytest.mark.long
 def test_with_and_without_native_kernels(project, tmp_path):
     if not shutil.which("c++"):
