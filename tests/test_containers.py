@@ -198,7 +198,7 @@ def test_workflow():
     assert ".ci/run" in ran["test"]
     # What the workflow runs beside it are commands of .ci/run as well.
     commands = re.findall(r"^make .*$", (PROJECT / ".ci" / "run").read_text(), flags=re.MULTILINE)
-    assert commands == ["make lint", "make test"]
+    assert commands == ["make lint", "make test", "make docs"]
     assert any(command.startswith("make lint") for command in ran["lint"])
     assert any(command.endswith("xbraid_py:test make test") for command in ran["container"])
 
