@@ -7,19 +7,18 @@ its names stay. Here a GPT-2 made from a configuration, so that nothing is downl
 ``drivers/finetune.py`` is the complete program.
 """
 
-import importlib
-
 import matplotlib.pyplot as plt
 import torch
 
 import xbraid_py
+from xbraid_py.recipes.finetune import load_transformers
 
 try:  # a program would say `from transformers import GPT2Config, GPT2LMHeadModel`
-    transformers = importlib.import_module("transformers")
+    transformers = load_transformers()
     GPT2Config, GPT2LMHeadModel = transformers.GPT2Config, transformers.GPT2LMHeadModel
-except ImportError as error:
+except ValueError as error:
     GPT2Config = None
-    print(f"SKIPPED, nothing below was run: transformers (extra test-models) cannot be loaded: {error}")
+    print(f"SKIPPED, nothing below was run: {error}")
 
 # %%
 # 16 layers of width 32 and a vocabulary of bytes. With the same seed all ranks have the same weights.

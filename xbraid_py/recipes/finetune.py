@@ -116,7 +116,7 @@ def network(checkpoint: Checkpoint) -> nn.Module:
 
 def build(options: FinetuneOptions, comm: Communicator | None) -> nn.Module:
     """The model, its blocks in parallel; what lies around them is the same on every rank."""
-    kind = _transformers().GPT2LMHeadModel
+    kind = load_transformers().GPT2LMHeadModel
     with own_random_numbers(options.seed):
         if options.model is None:
             model = kind(_config(options))
@@ -128,7 +128,7 @@ def build(options: FinetuneOptions, comm: Communicator | None) -> nn.Module:
 
 def _config(options: FinetuneOptions) -> Any:
     """The configuration of the model. `ValueError` if its folder holds none for bytes."""
-    kind = _transformers().GPT2Config
+    kind = load_transformers().GPT2Config
     # The attention's own masks would be others in every sweep of a solve.
     common = {"attn_pdrop": 0.0, "resid_pdrop": options.dropout, "embd_pdrop": 0.0, "use_cache": False}
     if options.model is None:
@@ -148,7 +148,7 @@ def _config(options: FinetuneOptions) -> Any:
     return found
 
 
-def _transformers() -> ModuleType:
+def load_transformers() -> ModuleType:
     """The package `transformers`, which text needs no torchvision for. `ValueError` if it cannot be loaded."""
     if "transformers" not in sys.modules:
         try:
@@ -196,7 +196,7 @@ class FinetuneTraining(AdamWTraining[FinetuneOptions]):
     def draw(self, rows: list[Row], figures: Path) -> None:
         plain: Any = to_sequential(self.trained.result).eval()  # a model of transformers
         if rows:
-            _transformers().utils.logging.disable_progress_bar()
+            load_transformers().utils.logging.disable_progress_bar()
             plain.save_pretrained(self.options.out / "model")
             first = self.validation[: self.options.context]
             written = generate(_Logits(plain), first, self.options.sample, self.options.context, self.options.seed)
