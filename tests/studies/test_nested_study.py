@@ -91,14 +91,16 @@ def test_results_that_are_kept_make_their_page(tmp_path, monkeypatch):
     assert (tmp_path / page.PAGE).read_text() == (kept / "peaks.md").read_text()
 
 
-def test_convergence_that_is_kept_makes_its_page(tmp_path):
+@pytest.mark.parametrize("part", ["convergence", "tuned_alike"])
+def test_later_results_that_are_kept_make_their_page(tmp_path, part):
     kept = PROJECT / "benchmarks" / "results" / "nested"
-    with gzip.open(kept / "convergence.jsonl.gz", "rt") as file:
+    with gzip.open(kept / f"{part}.jsonl.gz", "rt") as file:
         rows = [json.loads(line) for line in file]
-    wanted = NestedStudyOptions(parts=("convergence",)).settings()
+    study = NestedStudyOptions(parts=(part,))
+    wanted = study.settings() + study.second_stage({key(each["settings"]): each for each in rows})
     assert {key(each["settings"]) for each in rows} == set(map(key, wanted))
     page.write(rows, tmp_path)
-    assert (tmp_path / page.PAGE).read_text() == (kept / "convergence.md").read_text()
+    assert (tmp_path / page.PAGE).read_text() == (kept / f"{part}.md").read_text()
 
 
 def test_every_change_is_another_run():
