@@ -130,7 +130,8 @@ def test_only_names_of_this_machine(room):
         assert client(room, host=host).get("/api/runs").status_code == 200
 
 
-def test_what_changes_something_is_asked_by_the_page_alone(room):
+def test_what_changes_something_is_asked_by_the_page_alone(room, monkeypatch):
+    monkeypatch.setattr(Queue, "wake", lambda self: None)  # a job that no runner starts
     queue = Queue(room)
     job = queue.add({"program": ["x.py"], "ranks": 1, "on": "slurm", "slurm": ""})
     with queue.locked():
