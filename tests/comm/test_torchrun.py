@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -71,6 +72,15 @@ def no_mpi(tmp_path_factory) -> dict[str, str]:
     (folder / "sitecustomize.py").write_text(WITHOUT_MPI4PY)
     paths = (folder, PROJECT, os.environ.get("PYTHONPATH"))
     return {"PYTHONPATH": os.pathsep.join(str(path) for path in paths if path)}
+
+
+def test_the_program_of_the_readme_under_both_launchers(tmp_path, no_mpi):
+    """Unchanged, and without mpi4py where there is torchrun."""
+    block = re.search(r"^```python\n(.*?)^```", (PROJECT / "README.md").read_text(), re.M | re.S)
+    path = program(tmp_path, block[1])
+    jobs = run_job([path], ranks=2), torchrun([path], env=no_mpi)
+    assert [job.returncode for job in jobs] == [0, 0], [job.stderr for job in jobs]
+    assert jobs[0].stdout == jobs[1].stdout and jobs[0].stdout.count("SolveRecord(update=2, ") == 1
 
 
 def program(folder: Path, text: str) -> Path:
