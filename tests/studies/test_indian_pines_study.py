@@ -93,15 +93,21 @@ def test_what_is_asked_for_is_what_is_run():
 @pytest.mark.parametrize("propagation", ["V", "lagged"])
 def test_a_run_on_several_ranks_is_that_on_one(spmd, shared_tmp_path, propagation):
     """The published pixels, inexact: fewer iterations than there are to be exact."""
-    write(shared_tmp_path, *scene())
-    write_split(shared_tmp_path, scene()[1], 60, 30)
     small = {"num_layers": 64, "width": 8, "schedules": (4, 4, 6), "validate_every": 5, "dtype": "float64"}
     kind = {"propagations": (propagation,), "splits": ("published",), "first_seed": 10, "seeds": 1}
     _, nested = PinesStudyOptions(**small, **kind, data_dir=shared_tmp_path).settings()
-    found = spmd(lambda comm: train(nested, comm))
+
+    def body(comm):
+        if comm.rank == 0:
+            write(shared_tmp_path, *scene())
+            write_split(shared_tmp_path, scene()[1], 60, 30)
+        comm.barrier()
+        return train(nested, comm)
+
+    found = spmd(body)
     alone, exact = train(nested), train({**nested, "propagation": "exact"})
     for each in found:
-        assert each["ranks"] == 2 and each["updates"] == 14 and len(each["scores"]["class_accuracy"]) == 4
+        assert each["ranks"] == len(found) and each["updates"] == 14 and len(each["scores"]["class_accuracy"]) == 4
         assert each["objective"] == pytest.approx(alone["objective"], rel=1e-9)
         assert each["objective"] != pytest.approx(exact["objective"], rel=1e-12)
 
