@@ -15,6 +15,9 @@ author = "The authors of xbraid_py"
 copyright = author
 version = release = xbraid_py.__version__
 
+# Blocks without a language are commands and output.
+highlight_language = "none"
+
 extensions = [
     "sphinx.ext.autodoc",
     "numpydoc",
