@@ -13,7 +13,10 @@ from studies.width.rows import Ratio, best, ratio
 
 # Sizes of the runs of the tables, as the pages say them.
 _TABLE1 = "9,000 samples, 10,000 units, as in the paper"
-_DARCY = "Q from log k, 40,000 samples, 4,000 units (the paper does not say how many, nor what its fields are)"
+_DARCY = (
+    "Q from log k, 40,000 samples, 2,000 units; the paper does not say how many, nor what its fields are, but its "
+    "training errors (2.4e-5) are those of longer runs than ours (1.8e-3)"
+)
 _SMALL = "2,000 samples, 3,000 units; the rate tuned, not 0.01 (9,000 samples, 10,000 units)"
 _PRESSURE = "**the pressure, not Q**; from k, not log k; 2,000 samples, 200 units (40,000 samples)"
 _L2_LINF = ("val_l2", "val_linf")
@@ -25,7 +28,7 @@ def paper_002() -> Iterator[Line]:
     yield Line(
         "table 1, figure 4, convolutional", f"L2 {width.TABLE1_CONV[1][0]}, two levels {width.TABLE1_CONV[2][0]}"
     )
-    command = 'width_study.py --parts="[table2, table3, table4, tuned_darcy]" --max_work=4000 ...'
+    command = 'width_study.py --parts="[table2, table3, table4]" --max_work=2000 --count_tau=true --validate_every=200'
     flux, of = width_rows("darcy_flux"), source(command, "width/darcy_flux.jsonl.gz")
     fixed = [row for row in where(flux, learning_rate=0.01, method="sgd") if row["settings"]["seed"] < 100]
     one, undamped = where(fixed, levels=1), where(fixed, levels=2, gamma=1.0)
@@ -54,7 +57,7 @@ def _table1() -> Iterator[Line]:
         source('width_study.py --parts="[table1, table1_undamped]"', "width/table1.jsonl.gz"),
     )
     size, budget, full = _TABLE1, 10_000.0, True
-    if not where(whole, levels=2):
+    if len(where(whole, levels=2, gamma=0.125)) < 3:  # so far
         whole, of = width_rows("runs"), source("width_study.py", "width/runs.jsonl.gz")
         size, budget, full = _SMALL, 3000.0, False
     whole = [row for row in where(whole, method="sgd") if row["settings"]["seed"] < 100]
@@ -81,8 +84,8 @@ def _table1() -> Iterator[Line]:
 
 def _table3(one: list[Row], fixed: list[Row], of: str) -> Iterator[Line]:
     damped, size, full = [*one, *where(fixed, gamma=0.125)], _DARCY, True
-    budget = 4000.0
-    if not where(damped, levels=5):
+    budget = 2000.0
+    if len(where(damped, levels=5)) < 3:  # so far
         damped, of = width_rows("darcy"), source('width_study.py --parts="[table3]"', "width/darcy.jsonl.gz")
         one, size, budget, full = where(damped, levels=1), _PRESSURE, 200.0, False
     for levels, theirs in width.TABLE3.items():
@@ -105,7 +108,7 @@ def _errors(
     size: str,
     of: str,
     prefix: str = "",
-    budget: float = 4000.0,
+    budget: float = 2000.0,
     full: bool = True,
 ) -> Iterator[Line]:
     """Validation L2 and L∞: medians over the seeds of the best of a run."""
@@ -126,7 +129,7 @@ def _over(
     rows: Sequence[Row],
     size: str,
     of: str,
-    budget: float = 4000.0,
+    budget: float = 2000.0,
     full: bool = True,
 ) -> Iterator[Line]:
     """The ratios of both errors, which hold where each is on the paper's side of 1 beyond doubt."""
