@@ -94,6 +94,6 @@ def compare_bits(comm: Communicator, *inputs: Any) -> None:
     for leaf in flatten(inputs)[0]:
         if isinstance(leaf, Tensor):
             flat = leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-            digest = hashlib.blake2b(flat, digest_size=6).hexdigest()
+            digest = hashlib.blake2b(flat.data, digest_size=6).hexdigest()
             found[f"tensor {next(numbers)}"] = f"{tuple(leaf.shape)} {leaf.dtype} with digest {digest}"
     agree_on_all(comm, found, f"inputs ({CHECK_INPUTS}=1)")

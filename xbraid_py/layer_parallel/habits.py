@@ -36,7 +36,8 @@ def as_any_module(forward: Callable) -> Callable:
 
 
 def _own_graphs() -> AbstractContextManager:
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    own = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]: not among torch's types
+    top = getattr(own, "_top_saved_tensors_default_hooks", None)
     if top is not None and top(False) is None:
         return nullcontext()
     # Detached: a node that holds its own output by a function of Python would never be freed.

@@ -185,5 +185,5 @@ def _firsts(counts: tuple[int, ...]) -> list[int]:
 
 def _part(grid: LayerGrid, first: int, count: int) -> LayerGrid:
     """The grid of some of the layers."""
-    lengths = None if grid.is_uniform else grid.lengths[first : first + count]
+    lengths = None if grid.lengths is None or grid.is_uniform else grid.lengths[first : first + count]
     return LayerGrid(count, sum(grid.sizes(first, count)), lengths)

@@ -108,6 +108,7 @@ def _views(p: nn.Parameter) -> list[nn.Parameter]:
             p.grad = None
 
     def share(_: nn.Parameter) -> None:
+        assert p.grad is not None  # it has been accumulated just now
         for view, row in zip(views, p.grad, strict=True):
             view.grad = row
 

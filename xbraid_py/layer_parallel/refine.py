@@ -75,7 +75,8 @@ def refine_depth(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
     if optimizer is not None:
         _check_state(optimizer, stacks)
     for name, stack in stacks.items():
-        ends = tuple(count * factor for count in stack.cut.serial_ends)
+        before, behind = stack.cut.serial_ends
+        ends = (before * factor, behind * factor)
         fine = on_grid(stack, stack.grid.refine(factor), ends)
         check_places(stack, stack, fine, factor)
         for coarse, window in zip(stack.windows, fine.windows, strict=True):

@@ -341,5 +341,6 @@ def hollow(state: Tensor) -> Tensor:
 
 def graph_is_kept() -> bool:
     """Whether the backward pass under way was asked to keep the graph; if torch does not tell, it may have been."""
-    tell = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    own = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]: not among torch's types
+    tell = getattr(own, "_get_current_graph_task_keep_graph", None)
     return tell is None or tell()

@@ -180,7 +180,7 @@ class LayerParallel(nn.Module):
             self.grid = num_layers if isinstance(num_layers, LayerGrid) else LayerGrid(num_layers, T)
             cut = Cut(
                 windows=windows,
-                serial_ends=tuple(serial_ends),
+                serial_ends=(serial_ends[0], serial_ends[1]),
                 options=options,
                 adjoint=backwards,
                 output=output,

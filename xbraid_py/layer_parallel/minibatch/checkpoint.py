@@ -115,7 +115,7 @@ def load_checkpoint(
     {'epoch': 3}
     """
     path, trained = Path(path), _state(model, optimizer, scheduler, scaler, comm, grid)
-    problem = None
+    problem = extra = None
     try:
         if trained.comm.rank == 0:
             verify(path)  # whole; the ranks read their parts
@@ -134,7 +134,7 @@ def load_checkpoint(
 
 def _state(model: nn.Module, optimizer, scheduler, scaler, comm: Any, grid: ProcessGrid | None) -> MinibatchState:
     kinds = LayerParallel | PipelineParallel | ParallelRecurrent
-    own: Communicator | None = next((part.comm for part in model.modules() if isinstance(part, kinds)), None)
+    own: Any = next((part.comm for part in model.modules() if isinstance(part, kinds)), None)
     if comm is None and grid is not None:
         raise ValueError("comm is not given, but grid is, whose replicas write one file; use comm=MPI.COMM_WORLD")
     if comm is None and own is None and launcher_size() > 1:
@@ -142,7 +142,7 @@ def _state(model: nn.Module, optimizer, scheduler, scaler, comm: Any, grid: Proc
             f"comm is not given, and model={type(model).__name__} has no layers on several ranks, of which there are "
             f"{launcher_size()}; use comm=MPI.COMM_WORLD"
         )
-    ranks = own if comm is None and own is not None else as_communicator(comm)
+    ranks: Communicator = own if comm is None and own is not None else as_communicator(comm)
     with together(ranks):
         return MinibatchState(
             model=model, optimizer=optimizer, comm=ranks, scheduler=scheduler, scaler=scaler, grid=grid

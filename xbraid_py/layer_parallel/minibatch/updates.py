@@ -200,7 +200,7 @@ def check_alike(model: nn.Module, comm: Communicator) -> None:
             continue
         first = 0 if owner is None else owner.partition.first(owner.comm.rank)
         content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        held[name, first] = (tuple(tensor.shape), tensor.dtype, hashlib.blake2b(content).digest())
+        held[name, first] = (tuple(tensor.shape), tensor.dtype, hashlib.blake2b(content.data).digest())
     found = comm.gather(held)
     problem = comm.bcast(None if found is None else _difference(found))
     if problem:

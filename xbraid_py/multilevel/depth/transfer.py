@@ -161,7 +161,7 @@ def _insertion(coarse: Splines | None, fine: Splines | None) -> Tensor | None:
         raise ValueError(
             f"coarse splines={coarse} and fine splines={fine} must both be splines, or both None; use {coarse or fine}"
         )
-    return None if coarse == fine else coarse.insertion(fine)
+    return None if coarse is None or fine is None or coarse == fine else coarse.insertion(fine)
 
 
 def check_transfer(interpolation: str, restriction: str) -> None:
