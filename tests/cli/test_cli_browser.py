@@ -3,14 +3,13 @@
 import os
 import re
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
-from served import DRIVER, server, until
+from served import DRIVER, room_for, server, until
 
 from xbraid_py.cli import control
-from xbraid_py.cli.queue import Queue, signal_job
+from xbraid_py.cli.queue import Queue
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 NARROW, WIDE = 390, 1440
@@ -56,12 +55,8 @@ def browser():
 
 @pytest.fixture
 def room(tmp_path):
-    (tmp_path / "driver.py").write_text(DRIVER)
-    folder = tmp_path / "my runs"
-    folder.mkdir()
-    yield folder
-    for job in Queue(folder).jobs():
-        signal_job(job, signal.SIGKILL)
+    with room_for(DRIVER, tmp_path) as folder:
+        yield folder
 
 
 def start(room: Path, *words: str) -> int:

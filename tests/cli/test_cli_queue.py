@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from processes import PROJECT, job_environment
 from runs_on_disk import make_run, status
+from served import room_for, until
 
 from xbraid_py.cli import control, main
 from xbraid_py.cli import queue as queues
@@ -51,13 +52,8 @@ sys.exit(75 if asked else 0)
 
 @pytest.fixture
 def room(tmp_path):
-    """A folder of runs with a space in its name, and the program; nothing is left running."""
-    (tmp_path / "driver.py").write_text(DRIVER)
-    folder = tmp_path / "my runs"
-    folder.mkdir()
-    yield folder
-    for job in Queue(folder).jobs():
-        queues.signal_job(job, signal.SIGKILL)
+    with room_for(DRIVER, tmp_path) as folder:
+        yield folder
 
 
 def submit(room: Path, *words: str, wait: str = "go") -> int:
@@ -80,14 +76,6 @@ def notes(room: Path, what: str = "begins") -> list[list]:
     path = room / "notes"
     lines = map(json.loads, path.read_text().splitlines()) if path.exists() else []
     return [line for line in lines if line[0] == what]
-
-
-def until(what, seconds: float = 60.0) -> None:
-    """Wait for it; the time only tells a hang from something slow."""
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it has not come to this"
-        time.sleep(0.05)
 
 
 def is_now(room: Path, number: int, state: str) -> bool:

@@ -1,14 +1,17 @@
-"""What the tests of the server and of the page share: a driver that stands in for a training, and a server."""
+"""What the tests of queue, server and page share: a driver that stands in for a training, a folder, and a server."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from xbraid_py.cli.queue import Queue, signal_job
 
 # A record that grows, a checkpoint when it is asked to end, and it goes on from there.
 DRIVER = """
@@ -46,6 +49,17 @@ state.write_text(str(update))
 say("stopped" if update < total else "finished", update)
 sys.exit(75 if update < total else 0)
 """
+
+
+@contextlib.contextmanager
+def room_for(program: str, folder: Path) -> Iterator[Path]:
+    """A folder of runs with a space in its name, beside the program `driver.py`; nothing is left running."""
+    (folder / "driver.py").write_text(program)
+    room = folder / "my runs"
+    room.mkdir()
+    yield room
+    for job in Queue(room).jobs():
+        signal_job(job, signal.SIGKILL)
 
 
 @contextlib.contextmanager
