@@ -29,8 +29,8 @@ from xbraid_py.problem.network import InitialScales
 from xbraid_py.problem.problem import DenseResNetOptions
 from xbraid_py.problem.regularization import Regularization
 from xbraid_py.recipes.classification import ClassificationOptions, NestedTraining, Scores, curves, prepare_job
-from xbraid_py.run.engine import free
 from xbraid_py.run.launch import launch
+from xbraid_py.run.run_options import free
 
 PRESETS = {
     "smoke": {

@@ -25,8 +25,8 @@ from studies.study import Parts, Settings, Study, StudyOptions, of_seeds, run_st
 
 from xbraid_py.comm import Communicator
 from xbraid_py.recipes.images import MultiLevelOptions
-from xbraid_py.run.engine import free
 from xbraid_py.run.launch import launch
+from xbraid_py.run.run_options import free
 
 MODELS = ("first", "last", "multilevel")
 # What the parts change of the multilevel model, each in a run of its own; step_size of the model last.

@@ -22,8 +22,8 @@ from xbraid_py.data.dataset import Dataset
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.depth.nested import NestedOptions
 from xbraid_py.recipes.classification import ClassificationOptions, NestedTraining, curves, prepare_job
-from xbraid_py.run.engine import free
 from xbraid_py.run.launch import launch
+from xbraid_py.run.run_options import free
 
 MAP_SIZE = 200
 PRESETS = {

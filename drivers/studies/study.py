@@ -24,10 +24,10 @@ from rich.progress import track
 
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.agreement import RunError
-from xbraid_py.run.engine import RunOptions
 from xbraid_py.run.folder import take
 from xbraid_py.run.options import to_dict
 from xbraid_py.run.record import replacing
+from xbraid_py.run.run_options import RunOptions
 
 logger = logging.getLogger(__name__)
 

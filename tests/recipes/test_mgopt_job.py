@@ -8,8 +8,9 @@ from kinds import KINDS, finished, options_of, run, updates_of
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.recipes.mgopt import CirclesOptions, MnistColumnsOptions
 from xbraid_py.recipes.pictures.curves import over_cycles
-from xbraid_py.run.engine import RunOptions, rows_of
+from xbraid_py.run.engine import rows_of
 from xbraid_py.run.options import OptionError
+from xbraid_py.run.run_options import RunOptions
 
 SERIAL = SerialCommunicator()
 CIRCLES, MNIST = KINDS["mgopt"], KINDS["mgopt_mnist"]

@@ -23,8 +23,9 @@ from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.agreement import RunError
 from xbraid_py.run import engine
 from xbraid_py.run import record as metrics
-from xbraid_py.run.engine import RunOptions, resumed_configuration
+from xbraid_py.run.engine import resumed_configuration
 from xbraid_py.run.folder import take
+from xbraid_py.run.run_options import RunOptions
 from xbraid_py.run.signals import mark_ended
 from xbraid_py.run.store.read import CheckpointError, file_name, load, newest_good, numbered, verify
 from xbraid_py.run.store.write import Shard, save

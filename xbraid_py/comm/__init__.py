@@ -3,21 +3,6 @@
 `mpi.py` is the only file that imports mpi4py.
 """
 
-from xbraid_py.comm.agreement import LaunchError, check_launcher, launcher_rank
-from xbraid_py.comm.base import Communicator, SerialCommunicator
-from xbraid_py.comm.kinds import as_communicator, world
-from xbraid_py.comm.mpi import MPICommunicator
-from xbraid_py.comm.replicas import ProcessGrid, broadcast_batch
+import lazy_loader as lazy
 
-__all__ = [
-    "Communicator",
-    "LaunchError",
-    "MPICommunicator",
-    "ProcessGrid",
-    "SerialCommunicator",
-    "as_communicator",
-    "broadcast_batch",
-    "check_launcher",
-    "launcher_rank",
-    "world",
-]
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)  # the names of the stub beside it

@@ -12,12 +12,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from xbraid_py.comm import watchdog
 from xbraid_py.comm.base import Communicator, who_says_what
+
+if TYPE_CHECKING:
+    import torch
 
 
 @contextmanager
@@ -127,6 +128,8 @@ def _differ(comm: Communicator, key: Any) -> bool:
     """Whether not all ranks pass the same key, by a message of one number."""
     if comm.size == 1:
         return False
+    import torch
+
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()  # the same in all processes
     number = torch.tensor([int.from_bytes(digest, "little") >> 1], dtype=torch.int64)
     return len(set(comm.allgather(number, (1,) * comm.size).tolist())) > 1
@@ -143,6 +146,8 @@ def same_installation(comm: Communicator, **more: str) -> None:
         Further versions, by name.
     """
     if comm.size > 1 and not comm.is_alike:
+        import torch
+
         versions = {"python": platform.python_version(), "torch": torch.__version__, "MPI": comm.library}
         agree_on_all(comm, versions | more, "versions")
         agree_on_all(comm, code(), "files of the program, by their digests")
@@ -164,6 +169,8 @@ def same_arguments(comm: Communicator, arguments: Mapping[str, Any], **more: str
 def hold(comm: Communicator, name: str, *tensors: torch.Tensor) -> None:
     """Note what this rank has of the data, which all ranks hold alike, for `same_data` to compare. No message."""
     if comm.size > 1:
+        import torch
+
         digest = hashlib.blake2b(digest_size=6)
         for tensor in tensors:
             digest.update(f"{tuple(tensor.shape)} {tensor.dtype} ".encode())
@@ -179,14 +186,18 @@ def same_data(comm: Communicator) -> None:
 
 @cache
 def code() -> dict[str, str]:
-    """Digests of the files of this package and of the program, with what it has loaded from beside it."""
+    """Digests of the files of this package and of the program, with what it has loaded, or may, from beside it."""
     package = Path(__file__).resolve().parents[1]
     found = {str(path.relative_to(package.parent)): path for path in package.rglob("*.py")}
     program = getattr(sys.modules["__main__"], "__file__", None)
     if program is not None:
         folder = Path(program).resolve().parent
         loaded = {Path(name).resolve() for m in [*sys.modules.values()] if (name := getattr(m, "__file__", None))}
-        found |= {str(each.relative_to(folder)): each for each in loaded if _is_beside(each, folder, package)}
+        for each in loaded:
+            if _is_beside(each, folder, package):
+                # Of a package the rest may be loaded later.
+                files = each.parent.rglob("*.py") if each.name == "__init__.py" else [each]
+                found |= {str(file.relative_to(folder)): file for file in files if _is_beside(file, folder, package)}
     return {name: hashlib.blake2b(path.read_bytes(), digest_size=6).hexdigest() for name, path in sorted(found.items())}
 
 

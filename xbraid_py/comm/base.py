@@ -5,12 +5,22 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from xbraid_py.comm.partition import Partition
 from xbraid_py.comm.watchdog import Line
+
+if TYPE_CHECKING:
+    import torch
+
+
+Value = TypeVar("Value")
+
+
+def present(value: Value | None) -> Value:
+    """A value that is None on other ranks, or in other calls, and never here: what the owner of a row has, a neighbor."""
+    assert value is not None
+    return value
 
 
 class Communicator(ABC):
@@ -219,6 +229,8 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The memory of a contiguous tensor: messages of bytes are messages of all types."""
+    import torch
+
     # A tensor of one number is contiguous whatever its strides.
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 

@@ -5,30 +5,6 @@ Deep Residual Neural Networks", SIAM Journal on Mathematics of Data Science 2, 2
 Schroder, "Multilevel Initialization for Layer-Parallel Deep Neural Network Training", 2019 ("paper 001" in the code).
 """
 
-from xbraid_py.mgrit.equations import Adjoint, AdjointTrajectory, Forward
-from xbraid_py.mgrit.grid import LayerGrid
-from xbraid_py.mgrit.hierarchy import Hierarchy, Level
-from xbraid_py.mgrit.lagged import COARSE_RELAXATIONS
-from xbraid_py.mgrit.levels import Monitor, Solution
-from xbraid_py.mgrit.options import MGRIT
-from xbraid_py.mgrit.pipeline import follow
-from xbraid_py.mgrit.protocols import Propagator, StateTransfer, Steps
-from xbraid_py.mgrit.solver import Solver
+import lazy_loader as lazy
 
-__all__ = [
-    "COARSE_RELAXATIONS",
-    "MGRIT",
-    "Adjoint",
-    "AdjointTrajectory",
-    "Forward",
-    "Hierarchy",
-    "LayerGrid",
-    "Level",
-    "Monitor",
-    "Propagator",
-    "Solution",
-    "Solver",
-    "StateTransfer",
-    "Steps",
-    "follow",
-]
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)  # the names of the stub beside it

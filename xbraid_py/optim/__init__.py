@@ -1,7 +1,5 @@
 """Optimizers that know an objective and nothing of how it is computed."""
 
-from xbraid_py.optim.line_search import Armijo, FixedStep
-from xbraid_py.optim.one_shot import OneShot, OneShotOptions, Update
-from xbraid_py.optim.quasi_newton import QuasiNewton
+import lazy_loader as lazy
 
-__all__ = ["Armijo", "FixedStep", "OneShot", "OneShotOptions", "QuasiNewton", "Update"]
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)  # the names of the stub beside it

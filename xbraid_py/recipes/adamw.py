@@ -20,7 +20,7 @@ from xbraid_py.layer_parallel.rates import param_groups
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.planner import TRANSFORMER, Layer
 from xbraid_py.recipes.minibatch import MinibatchOptions, MinibatchTraining
-from xbraid_py.run.engine import free
+from xbraid_py.run.run_options import free
 
 _CASTS = {"bfloat16": torch.bfloat16}
 

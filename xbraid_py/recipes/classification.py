@@ -27,9 +27,10 @@ from xbraid_py.problem.network import InitialScales
 from xbraid_py.problem.problem import DenseResNetOptions, Problem
 from xbraid_py.problem.regularization import Regularization
 from xbraid_py.recipes.planned import by_plan, train_by_plan
-from xbraid_py.run.engine import Row, RunOptions, State, Training, free
+from xbraid_py.run.engine import Row, State, Training
 from xbraid_py.run.folder import METRICS
 from xbraid_py.run.record import read
+from xbraid_py.run.run_options import RunOptions, free
 from xbraid_py.run.store.read import Checkpoint
 
 # Draws the pictures of a trained network into a folder, on the rank that has rows; what it returns there is recorded.

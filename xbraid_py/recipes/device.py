@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from xbraid_py.run.engine import free
+from xbraid_py.run.run_options import free
 
 
 @dataclass(frozen=True, kw_only=True)

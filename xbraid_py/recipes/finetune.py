@@ -29,7 +29,8 @@ from xbraid_py.layers.module_block import own_random_numbers
 from xbraid_py.layers.transformer import generate
 from xbraid_py.recipes.adamw import AdamWOptions, AdamWTraining, cross_entropy
 from xbraid_py.recipes.minibatch import network_of, prepare
-from xbraid_py.run.engine import Row, free
+from xbraid_py.run.engine import Row
+from xbraid_py.run.run_options import free
 from xbraid_py.run.store.read import Checkpoint
 
 BYTES = 256

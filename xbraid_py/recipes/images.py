@@ -26,8 +26,9 @@ from xbraid_py.multilevel.resnet.training import (
     load_network,
 )
 from xbraid_py.recipes.device import DeviceOptions
-from xbraid_py.run.engine import Row, RunOptions, State, Training, free, state_of, train
+from xbraid_py.run.engine import Row, State, Training, state_of, train
 from xbraid_py.run.options import from_dict
+from xbraid_py.run.run_options import RunOptions, free
 from xbraid_py.run.store.read import Checkpoint, no_state, restoring
 
 KIND = "images"

@@ -28,7 +28,8 @@ from xbraid_py.problem.portions import Samples
 from xbraid_py.problem.problem import DenseResNetOptions, PerceptronProblem, perceptron_weights
 from xbraid_py.problem.regularization import Regularization
 from xbraid_py.recipes.planned import by_plan, train_by_plan
-from xbraid_py.run.engine import Row, RunOptions, State, Training, free
+from xbraid_py.run.engine import Row, State, Training
+from xbraid_py.run.run_options import RunOptions, free
 from xbraid_py.run.store.read import Checkpoint
 
 MAP_SIZE = 200

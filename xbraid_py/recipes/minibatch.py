@@ -20,8 +20,9 @@ from xbraid_py.mgrit import MGRIT
 from xbraid_py.planner import Layer
 from xbraid_py.recipes.planned import of_modules
 from xbraid_py.run import engine
-from xbraid_py.run.engine import Row, RunOptions, State, Training, free, state_of
+from xbraid_py.run.engine import Row, State, Training, state_of
 from xbraid_py.run.options import from_dict
+from xbraid_py.run.run_options import RunOptions, free
 from xbraid_py.run.store.read import Checkpoint, CheckpointError
 from xbraid_py.run.store.write import Score
 

@@ -21,7 +21,8 @@ from xbraid_py.mgrit import MGRIT
 from xbraid_py.planner import Constants, Layer
 from xbraid_py.recipes.digits import DigitOptions, DigitTraining
 from xbraid_py.recipes.minibatch import network_of
-from xbraid_py.run.engine import Row, free
+from xbraid_py.run.engine import Row
+from xbraid_py.run.run_options import free
 from xbraid_py.run.store.read import Checkpoint
 
 

@@ -22,7 +22,8 @@ from xbraid_py.layer_parallel.parallelize import parallelize
 from xbraid_py.layers.module_block import own_random_numbers
 from xbraid_py.recipes.adamw import AdamWOptions, AdamWTraining, cross_entropy
 from xbraid_py.recipes.minibatch import network_of, prepare
-from xbraid_py.run.engine import Row, free
+from xbraid_py.run.engine import Row
+from xbraid_py.run.run_options import free
 from xbraid_py.run.store.read import Checkpoint
 
 _VALIDATION_BATCH = 64

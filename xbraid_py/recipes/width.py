@@ -28,8 +28,9 @@ from xbraid_py.multilevel.width.training import WidthRecord, WidthTraining, Widt
 from xbraid_py.multilevel.width.transfer import WidthLayout
 from xbraid_py.recipes.device import DeviceOptions
 from xbraid_py.run import memory
-from xbraid_py.run.engine import Row, RunOptions, State, Training, free, state_of, train
+from xbraid_py.run.engine import Row, State, Training, state_of, train
 from xbraid_py.run.options import from_dict
+from xbraid_py.run.run_options import RunOptions, free
 from xbraid_py.run.store.read import Checkpoint, check_total, restoring
 from xbraid_py.run.store.write import Score
 

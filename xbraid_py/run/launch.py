@@ -18,16 +18,12 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import NoReturn, TypeVar
 
-import torch
-
-from xbraid_py.comm import Communicator, guard, launcher_rank, leftovers, watchdog, world
+from xbraid_py.comm import Communicator, guard, launcher_rank, leftovers, watchdog
 from xbraid_py.comm.agreement import RunError, agree_on_all, launcher_size, same_data, same_installation
 from xbraid_py.comm.ending import end_job, say, wait_for_rank_0
-from xbraid_py.kernels import BACKEND
 from xbraid_py.run import memory, signals
 from xbraid_py.run.folder import last_words
 from xbraid_py.run.options import OptionError, Presets, flat, parse, to_dict
-from xbraid_py.run.progress import setup_logging
 
 T = TypeVar("T")
 
@@ -104,7 +100,6 @@ def launch(
         With the status of the table for what fails in order, 0 after `--help`.
     """
     os.environ["OMP_NUM_THREADS"] = "1"  # for what is loaded from here on
-    torch.set_num_threads(1)
     guard.leave_to_driver()
     job = _Job()
     job.watch()
@@ -121,6 +116,14 @@ def launch(
         leaving = exit
     if launcher_size() == 1:
         job.part(problem, leaving)
+    # A help, or a wrong option, needs nothing of what takes long to load.
+    import torch
+
+    from xbraid_py.comm import world
+    from xbraid_py.kernels import BACKEND
+    from xbraid_py.run.progress import setup_logging
+
+    torch.set_num_threads(1)
     # mpi4py warns of what LaunchError says.
     warnings.filterwarnings("ignore", message="suspicious MPI execution environment")
     patience = getattr(options, "patience", watchdog.PATIENCE)

@@ -15,6 +15,7 @@ from typing import Any, Literal, NoReturn, TypeVar, cast
 
 import yaml
 
+from xbraid_py.comm import launcher_rank
 from xbraid_py.run.documents import load_yaml, read_regular, shortened
 
 __all__ = ["OptionError", "Presets", "from_dict", "parse", "text", "to_dict", "to_yaml"]
@@ -475,8 +476,6 @@ def _title(cls: type) -> str:
 
 def _show(page: str) -> NoReturn:
     """Print on the launcher's rank 0 and end with status 0, also where the reader has gone (`| head`)."""
-    from xbraid_py.comm import launcher_rank  # torch comes with it, which options have no use for
-
     if launcher_rank() == 0:
         try:
             print(page, end="", flush=True)

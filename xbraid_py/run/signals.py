@@ -20,8 +20,6 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from xbraid_py.comm import Communicator
 from xbraid_py.run.documents import load_json, read_regular
 from xbraid_py.run.record import replacing
@@ -87,6 +85,8 @@ def stop_agreed(comm: Communicator, own: int | None = None) -> int:
 
     A rank says `own`, from 0 to 255; by default the signal that it was sent.
     """
+    import torch
+
     said = torch.tensor([noted() if own is None else own], dtype=torch.uint8)
     return int(comm.allgather(said, [1] * comm.size).max())
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from studies.lesion.lesion import Lesions
 from xbraid_py.recipes.images import ImageOptions, ImageRunOptions
-from xbraid_py.run.engine import RunOptions, free
+from xbraid_py.run.run_options import RunOptions, free
 
 
 @dataclass(frozen=True, kw_only=True)

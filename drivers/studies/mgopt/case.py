@@ -14,8 +14,9 @@ from xbraid_py.data import peaks
 from xbraid_py.multilevel.depth.mgopt import MGOpt
 from xbraid_py.problem.problem import DenseResNetOptions
 from xbraid_py.recipes.mgopt import CirclesOptions, DepthTraining, MGOptRunOptions, MnistColumnsOptions
-from xbraid_py.run.engine import free, rows_of
+from xbraid_py.run.engine import rows_of
 from xbraid_py.run.options import from_dict, to_dict
+from xbraid_py.run.run_options import free
 
 Case = TypeVar("Case", bound=MGOptRunOptions)
 

@@ -1,7 +1,5 @@
 """Recurrent networks that are parallel over the steps of a sequence."""
 
-from xbraid_py.layer_parallel.sequence.gru import ParallelGRU
-from xbraid_py.layer_parallel.sequence.lstm import ParallelLSTM
-from xbraid_py.layer_parallel.sequence.update import SequenceRecord
+import lazy_loader as lazy
 
-__all__ = ["ParallelGRU", "ParallelLSTM", "SequenceRecord"]
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)  # the names of the stub beside it

@@ -1,6 +1,5 @@
 """Pictures of runs, drawn from their records, and maps of classes."""
 
-from xbraid_py.recipes.pictures.curves import accuracy_over_work, convergence, wall_work_units
-from xbraid_py.recipes.pictures.style import class_map, scene_map
+import lazy_loader as lazy
 
-__all__ = ["accuracy_over_work", "class_map", "convergence", "scene_map", "wall_work_units"]
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)  # the names of the stub beside it
