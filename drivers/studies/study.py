@@ -24,6 +24,7 @@ from rich.progress import track
 
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.agreement import RunError
+from xbraid_py.run import signals
 from xbraid_py.run.folder import take
 from xbraid_py.run.options import to_dict
 from xbraid_py.run.record import replacing
@@ -217,6 +218,17 @@ def together(
     finally:
         if lock is not None:
             lock.release()
+
+
+def until_told(rows: Iterable[Result], comm: Communicator) -> Iterator[Result]:
+    """The rows of a run, as long as no rank was sent a signal that asks for the end (`Stopped`); collective.
+
+    A run that is left is made again from its start: a study keeps those that are over.
+    """
+    for row in rows:
+        yield row
+        if signals.stop_agreed(comm):
+            raise signals.Stopped("stopped within a run; those that are over are kept, start again to go on")
 
 
 def key(settings: Settings) -> str:

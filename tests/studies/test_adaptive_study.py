@@ -17,8 +17,7 @@ from studies.study import RUNS, key, together
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.agreement import RunError
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel.depth.adaptive import AdaptiveOptions
-from xbraid_py.multilevel.depth.nested import NestedOptions
+from xbraid_py.multilevel.depth.options import AdaptiveOptions, NestedOptions
 from xbraid_py.run.options import from_dict
 
 DRIVER = PROJECT / "drivers" / "adaptive_depth.py"

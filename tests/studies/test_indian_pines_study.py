@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
 from kinds import draw_nothing
-from processes import PROJECT
+from processes import PROJECT, finish_job, start_job
 from scenes import scene, write, write_split
+from served import until
 from studies.comparison import depth
 from studies.indian_pines import page
 from studies.indian_pines.runs import PinesStudyOptions, options_of, train
@@ -156,6 +159,19 @@ def test_the_driver_on_two_ranks_goes_on_where_it_was(run_job, tmp_path):
     assert "# V, pixels drawn at random: seeds 10, 2 rank(s)" in (tmp_path / "out" / page.PAGE).read_text()
     again = run_job([DRIVER, *words, "--num_layers=32"], ranks=2, timeout=120)
     assert again.returncode == 0 and (tmp_path / "out" / "runs.jsonl").read_text() == rows
+
+
+@pytest.mark.job
+def test_a_signal_ends_the_driver_on_two_ranks_within_a_run(tmp_path):
+    write(tmp_path, *scene())
+    words = ["--smoke", "--seeds=1", "--num_train=60", "--num_layers=32", "--schedules=100000,2,2"]
+    out = tmp_path / "out"
+    job = start_job([DRIVER, *words, "--propagations=[V]", f"--data_dir={tmp_path}", f"--out={out}"], ranks=2)
+    until(lambda: (out / "lock").exists() or job.poll() is not None)
+    os.kill(job.pid, signal.SIGTERM)  # the launcher hands it on
+    done = finish_job(job)
+    assert "stopped within a run; those that are over are kept" in done.stderr
+    assert done.returncode == 75 and not (out / "runs.jsonl").exists()
 
 
 @pytest.mark.parametrize(

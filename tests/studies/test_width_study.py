@@ -17,7 +17,7 @@ from studies.width.parts import FIXED, SCAN, TUNED, UNDAMPED, WidthStudyOptions
 from studies.width.rows import best, judged, merit, ratio, ratios, words
 
 from xbraid_py.comm import SerialCommunicator
-from xbraid_py.multilevel.width.training import WidthTrainingOptions
+from xbraid_py.multilevel.width.options import WidthTrainingOptions
 from xbraid_py.recipes.width import ERRORS, PoissonOptions, WidthNetwork
 from xbraid_py.run.options import parse
 

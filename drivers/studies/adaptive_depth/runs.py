@@ -7,15 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from studies.study import Settings
+from studies.study import Settings, until_told
 from xbraid_py.comm import Communicator
 from xbraid_py.data import mnist, peaks
 from xbraid_py.data.dataset import Dataset
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel.depth.adaptive import AdaptiveOptions
-from xbraid_py.multilevel.depth.nested import NestedOptions
-from xbraid_py.problem.network import InitialScales
-from xbraid_py.problem.problem import DenseResNetOptions
+from xbraid_py.multilevel.depth.options import AdaptiveOptions, NestedOptions
+from xbraid_py.problem.options import DenseResNetOptions, InitialScales
 from xbraid_py.recipes.classification import ClassificationOptions, NestedTraining
 from xbraid_py.run.engine import rows_of
 from xbraid_py.run.options import from_dict, to_dict
@@ -128,7 +126,7 @@ def train(settings: Settings, comm: Communicator) -> dict:
     options, (points, validation) = options_of(settings), samples(settings)
     training = NestedTraining(options, options.problem(points, comm), validation)
     run, curve, grids = training.method, [], []
-    for row in rows_of(training):
+    for row in until_told(rows_of(training), comm):
         if not grids or row["num_layers"] != len(grids[-1]):
             grids.append(run.grid.sizes())
         if "val_accuracy" in row:

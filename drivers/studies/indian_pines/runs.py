@@ -12,11 +12,11 @@ from indian_pines import Options as PinesOptions
 
 from studies.nested.parts import PAPER
 from studies.rows import curve_of, end_of
-from studies.study import Settings, StudyOptions
+from studies.study import Settings, StudyOptions, until_told
 from xbraid_py.comm import Communicator, as_communicator
 from xbraid_py.data import indian_pines
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel.depth.nested import NestedOptions
+from xbraid_py.multilevel.depth.options import NestedOptions
 from xbraid_py.recipes.classification import NestedTraining, Scores
 from xbraid_py.run.engine import rows_of
 
@@ -134,7 +134,7 @@ def train(settings: Settings, comm: Communicator | None = None) -> dict:
     comm = as_communicator(comm)
     problem = options.problem(scene.train, comm)
     training = NestedTraining(options, problem, scene.validation, nested=nested)
-    rows = list(rows_of(training))
+    rows = list(until_told(rows_of(training), comm))
     network, weights = training.method.network, training.method.weights
     predicted = network.predict(weights, scene.validation.features)
     classes = network.predict(weights, scene.pixels)

@@ -12,7 +12,7 @@ from studies.study import Settings, of_seeds
 from xbraid_py.comm import Communicator, as_communicator
 from xbraid_py.data import peaks
 from xbraid_py.multilevel.depth.mgopt import MGOpt
-from xbraid_py.problem.problem import DenseResNetOptions
+from xbraid_py.problem.options import DenseResNetOptions
 from xbraid_py.recipes.mgopt import CirclesOptions, DepthTraining, MGOptRunOptions, MnistColumnsOptions
 from xbraid_py.run.engine import rows_of
 from xbraid_py.run.options import from_dict, to_dict

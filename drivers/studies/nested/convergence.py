@@ -10,7 +10,8 @@ from typing import Any
 from studies.rows import Row, table
 from studies.statistics import Summary
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel.depth.transfer import INTERPOLATIONS, prolong_depth
+from xbraid_py.multilevel.depth.options import INTERPOLATIONS
+from xbraid_py.multilevel.depth.transfer import prolong_depth
 from xbraid_py.problem.problem import Problem
 from xbraid_py.recipes.classification import NestedTraining
 from xbraid_py.run.engine import rows_of

@@ -14,10 +14,9 @@ from studies.study import Result, Settings, StudyOptions
 from xbraid_py.comm import as_communicator
 from xbraid_py.data import peaks
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel.depth.nested import NestedOptions
+from xbraid_py.multilevel.depth.options import NestedOptions
 from xbraid_py.optim import OneShotOptions
-from xbraid_py.problem.network import InitialScales
-from xbraid_py.problem.problem import DenseResNetOptions
+from xbraid_py.problem.options import DenseResNetOptions, InitialScales
 from xbraid_py.problem.regularization import Regularization
 from xbraid_py.recipes.classification import ClassificationOptions, NestedTraining
 from xbraid_py.run.engine import rows_of

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from studies.study import Parts, Result, Settings, StudyOptions, key
 from studies.width.case import changed, options_of, runs
 from studies.width.rows import merit
-from xbraid_py.multilevel.width.transfer import WidthOptions
+from xbraid_py.multilevel.width.options import WidthOptions
 from xbraid_py.recipes.device import DeviceOptions
 from xbraid_py.recipes.width import PROBLEMS, WidthNetwork, WidthRunOptions, check_inputs
 
