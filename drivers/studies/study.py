@@ -15,7 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -33,6 +33,8 @@ from xbraid_py.run.run_options import RunOptions
 logger = logging.getLogger(__name__)
 
 RUNS, PAGE, PLAN = "runs.jsonl", "study.md", "study.json"
+LEFT = "stopped; the runs that are over are kept, start again to go on"
+_LOOK = 0.5  # seconds between two looks for a signal
 Settings = Mapping[str, Any]
 Result = dict[str, Any]
 # The settings of the runs of each part of a study; and from the rows of the stages before, by `key`, those of the next.
@@ -123,6 +125,8 @@ class Study:
             If settings occur twice, or another process makes runs in this folder.
         RunError
             If a process has died (of lack of memory, say); what is over is kept.
+        Stopped
+            If a signal has asked for the end: the runs under way are left.
         """
         keys = [key(each) for each in settings]
         if len(set(keys)) < len(keys):
@@ -152,18 +156,24 @@ class Study:
         try:
             waiting = {pool.submit(_attempt, self.work, dict(each)) for each in settings}
             with (self.folder / RUNS).open("a", encoding="utf-8") as file:
-                while waiting:
-                    over, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                while waiting and not signals.noted():
+                    over, waiting = wait(waiting, timeout=_LOOK, return_when=FIRST_COMPLETED)
                     for future in over:
                         row = future.result()
                         _keep(file, row)
                         yield row
         except BrokenProcessPool as error:
-            raise RunError(
-                "a process of the study has died; start again to go on, with fewer workers perhaps"
-            ) from error
+            if not signals.noted():  # which may have been sent to all of them
+                raise RunError(
+                    "a process of the study has died; start again to go on, with fewer workers perhaps"
+                ) from error
         finally:
+            if signals.noted():
+                for process in active_children():
+                    process.terminate()
             pool.shutdown(wait=True, cancel_futures=True)
+        if signals.noted():
+            raise signals.Stopped(LEFT)
 
 
 @contextmanager
@@ -228,7 +238,7 @@ def until_told(rows: Iterable[Result], comm: Communicator) -> Iterator[Result]:
     for row in rows:
         yield row
         if signals.stop_agreed(comm):
-            raise signals.Stopped("stopped within a run; those that are over are kept, start again to go on")
+            raise signals.Stopped(LEFT)
 
 
 def key(settings: Settings) -> str:

@@ -16,7 +16,7 @@ from served import until
 from studies.comparison import depth
 from studies.indian_pines import page
 from studies.indian_pines.runs import PinesStudyOptions, options_of, train
-from studies.study import key
+from studies.study import LEFT, key
 
 from xbraid_py.data import indian_pines
 
@@ -162,16 +162,19 @@ def test_the_driver_on_two_ranks_goes_on_where_it_was(run_job, tmp_path):
 
 
 @pytest.mark.job
-def test_a_signal_ends_the_driver_on_two_ranks_within_a_run(tmp_path):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_ends_the_driver_within_a_run(ranks, tmp_path):
     write(tmp_path, *scene())
     words = ["--smoke", "--seeds=1", "--num_train=60", "--num_layers=32", "--schedules=100000,2,2"]
     out = tmp_path / "out"
-    job = start_job([DRIVER, *words, "--propagations=[V]", f"--data_dir={tmp_path}", f"--out={out}"], ranks=2)
-    until(lambda: (out / "lock").exists() or job.poll() is not None)
-    os.kill(job.pid, signal.SIGTERM)  # the launcher hands it on
+    job = start_job([DRIVER, *words, "--propagations=[V]", f"--data_dir={tmp_path}", f"--out={out}"], ranks)
+    begun = out / ("study.json" if ranks == 1 else "lock")
+    until(lambda: begun.exists() or job.poll() is not None)
+    os.kill(job.pid, signal.SIGTERM)  # a launcher hands it on
     done = finish_job(job)
-    assert "stopped within a run; those that are over are kept" in done.stderr
-    assert done.returncode == 75 and not (out / "runs.jsonl").exists()
+    assert done.stderr.splitlines()[-1] == LEFT and done.returncode == 75
+    rows = out / "runs.jsonl"
+    assert not rows.exists() or rows.read_text() == ""
 
 
 @pytest.mark.parametrize(
