@@ -288,3 +288,9 @@ def test_names_and_the_example_of_the_docstring():
     assert attempted == 4 and failed == 0
     assert xbraid_py.solve is solve and xbraid_py.TimeStepper is TimeStepper
     assert xbraid_py.Trajectory.__name__ == "Trajectory"
+
+
+def test_arrays_for_an_array_whatever_the_times_are():
+    found = solve(TimeStepper(lambda u, t0, t1: 2 * u), np.ones(2), torch.linspace(0, 1, 3))
+    assert isinstance(found.states, np.ndarray) and found.end.tolist() == [4.0, 4.0]
+    assert isinstance(found.t, torch.Tensor)

@@ -18,7 +18,7 @@ Value = TypeVar("Value")
 
 
 def present(value: Value | None) -> Value:
-    """A value that is None on other ranks, or in other calls, and never here: what the owner of a row has, a neighbor."""
+    """A value that is None on other ranks, or in other calls, and never here: what an owner of rows has, a neighbor."""
     assert value is not None
     return value
 

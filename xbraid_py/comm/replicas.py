@@ -8,7 +8,7 @@ import pickle
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -17,6 +17,7 @@ from xbraid_py.comm import process_group
 from xbraid_py.comm.kinds import as_communicator
 from xbraid_py.comm.partition import Partition
 
+Value = TypeVar("Value")
 # A message of gradients holds at most so many bytes.
 MESSAGE_BYTES = 25_000_000
 # Of fewer numbers every replica gets the whole gradients of all, in one message.
@@ -261,7 +262,7 @@ def divisors(size: int) -> str:
     return " or ".join([", ".join(map(str, found[:-1])), str(found[-1])][len(found) == 1 :])
 
 
-def broadcast_batch(value: Any, comm: Any, root: int = 0, device: Any = "cpu") -> Any:
+def broadcast_batch(value: Value | None, comm: Any, root: int = 0, device: Any = "cpu") -> Value:
     """What only rank `root` knows, such as a batch, on every rank of `comm`.
 
     Parameters

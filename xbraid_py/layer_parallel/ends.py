@@ -22,7 +22,8 @@ class _BroadcastLoss(torch.autograd.Function):
         return comm.broadcast(loss.detach().clone(), root)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx, *gradients: Tensor):
+        (gradient,) = gradients
         return gradient if ctx.own else torch.zeros_like(gradient), None, None
 
 
@@ -119,7 +120,8 @@ def check_replicas(model: nn.Module) -> None:
         With stacks in it; without any there is nothing to compare.
     """
     parts = list(model.modules())
-    comms = {id(part.comm): part.comm for part in parts if isinstance(getattr(part, "comm", None), Communicator)}
+    held = (getattr(part, "comm", None) for part in parts)
+    comms = {id(comm): comm for comm in held if isinstance(comm, Communicator)}
     shared_out: set[int] = set()
     for part in parts:
         if isinstance(part, StackedWeights):

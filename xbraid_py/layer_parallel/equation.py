@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite, prod
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar, cast, overload
 
 import numpy as np
 import torch
@@ -17,18 +18,20 @@ from torch import Tensor
 
 from xbraid_py.comm import Communicator, as_communicator
 from xbraid_py.comm.agreement import agree_on_all, together
+from xbraid_py.comm.base import present
 from xbraid_py.layers.time_steps import TimeStepper, TimeSteps, inner
 from xbraid_py.mgrit import MGRIT, Hierarchy, Solution, Solver
 from xbraid_py.mgrit.equations import AdjointTrajectory, Forward
 from xbraid_py.mgrit.grid import MOST_LAYERS, LayerGrid
 from xbraid_py.mgrit.norms import Size, Stop
 
+States = TypeVar("States", bound=Tensor | np.ndarray)
 _MOST_ITERATIONS = 100
 _OUTPUTS = ("all", "end", "own")
 
 
 @dataclass(frozen=True)
-class Trajectory:
+class Trajectory(Generic[States]):
     """What `solve` gives.
 
     Attributes
@@ -51,7 +54,7 @@ class Trajectory:
     """
 
     t: Any
-    states: Any
+    states: States
     residuals: list[float]
     norms: list[float]
     iterations: int
@@ -60,9 +63,9 @@ class Trajectory:
     adjoint_residuals: list[float] = field(default_factory=list)
 
     @property
-    def end(self) -> Any:
+    def end(self) -> States:
         """The state at the last of the times."""
-        return self.states[-1]
+        return cast(States, self.states[-1])
 
     @property
     def factors(self) -> list[float]:
@@ -70,6 +73,26 @@ class Trajectory:
         return [after / before for before, after in zip(self.norms, self.norms[1:], strict=False) if before > 0.0]
 
 
+@overload
+def solve(
+    stepper: TimeStepper,
+    u0: Tensor,
+    t: Tensor | np.ndarray | Sequence[float],
+    comm: Any = None,
+    *,
+    mgrit: MGRIT | None = None,
+    output: Literal["all", "end", "own"] = "all",
+) -> Trajectory[Tensor]: ...
+@overload
+def solve(
+    stepper: TimeStepper,
+    u0: np.ndarray | Sequence[float] | float,
+    t: Tensor | np.ndarray | Sequence[float],
+    comm: Any = None,
+    *,
+    mgrit: MGRIT | None = None,
+    output: Literal["all", "end", "own"] = "all",
+) -> Trajectory[np.ndarray]: ...
 def solve(
     stepper: TimeStepper,
     u0: Any,
@@ -78,7 +101,7 @@ def solve(
     *,
     mgrit: MGRIT | None = None,
     output: Literal["all", "end", "own"] = "all",
-) -> Trajectory:
+) -> Trajectory[Any]:
     """Solve u_{i+1} = step(u_i, t_i, t_{i+1}) for all i at once, by MGRIT with FAS over the ranks.
 
     All ranks call it, and the backward pass, with the same arguments; results are the same on any number of them.
@@ -156,11 +179,12 @@ class _Equation:
         # Rows that pad come behind all others.
         self.first, stop = (min(row, self.number) for row in (first, first + self.count))
         self.valid = stop - self.first
-        self.wanted = () if self.is_numpy else tuple(each for each in stepper.parameters if each.requires_grad)
+        parameters = () if self.is_numpy else stepper.parameters or ()
+        self.wanted = tuple(each for each in parameters if each.requires_grad)
         self.differentiate = torch.is_grad_enabled() and any(each.requires_grad for each in (*self.wanted, self.u0))
         if self.is_numpy:
             self.differentiate = False
-        stepper.try_first(self.u0, *self.times[:2], self.is_numpy, self.differentiate)
+        stepper.try_first(self.u0, self.times[0], self.times[1], self.is_numpy, self.differentiate)
         times = torch.tensor(self.times + self.times[-1:] * (padded - self.number), dtype=torch.float64)
         theta = torch.stack([times[:-1], times[1:]], 1)[first : first + self.count]
         self.steps = TimeSteps(stepper.functions(self.u0, self.is_numpy), theta)
@@ -170,12 +194,12 @@ class _Equation:
         """Raise `ValueError` on all ranks unless they have the same arguments. Collective."""
         named = {"u0": _digest(self.u0), "t": _digest(torch.tensor(self.times)), "output": self.output}
         named |= {"mgrit": self.options, "differentiate": self.differentiate, "arrays of numpy": self.is_numpy}
-        named |= {f"parameters[{i}]": _digest(each) for i, each in enumerate(self.stepper.parameters)}
+        named |= {f"parameters[{i}]": _digest(each) for i, each in enumerate(self.stepper.parameters or ())}
         agree_on_all(self.comm, named, "arguments of solve")
         if self.takes_turns:
             self._warn(f"t has {self.number + 1} points, too few for a coarse level: the ranks take turns; use more", 4)
 
-    def solve(self) -> Trajectory:
+    def solve(self) -> Trajectory[Any]:
         """The states, with what is to be known of how they were found."""
         self.adjoint_residuals: list[float] = []
         if self.differentiate:
@@ -187,7 +211,9 @@ class _Equation:
         if isinstance(self.t, Tensor):
             times = times.to(self.t.device, self.t.dtype if self.t.is_floating_point() else None)
         elif self.is_numpy:
-            times, states = times.numpy(), states.numpy()
+            times = times.numpy()
+        if self.is_numpy:
+            states = states.numpy()
         made = len(solution.residuals) - (self.options.cycle != "lagged")
         return Trajectory(
             times,
@@ -236,14 +262,14 @@ class _Equation:
         """The states that are asked for, and those before all steps owned here for the adjoints."""
         start = self.u0.detach().reshape(inner(self.u0.shape))
         keep = self.differentiate or self.output != "end"
-        self.states = start.new_empty((self.count, *start.shape)) if keep else None
-        self.solution = self.solver.solve(Forward(self.steps, self.states, start), start)
-        end = self.solution.end
-        if self.output == "end":
-            end = end if self._has_end else torch.empty_like(start)
+        self.states = states = start.new_empty((self.count, *start.shape)) if keep else None
+        self.solution = self.solver.solve(Forward(self.steps, states, start), start)
+        own = [present(self.solution.end)] if self._has_end else []
+        if self.output == "end" or states is None:
+            end = own[0] if own else torch.empty_like(start)
             found = self.comm.broadcast(end.contiguous(), self.last_rank)[None].clone()
         else:
-            found = torch.cat([self.states[: self.valid], *([end[None]] if self._has_end else [])])
+            found = torch.cat([states[: self.valid], *(end[None] for end in own)])
             if self.output == "all":
                 found = self.comm.allgather(found, self._points_of_ranks())
         return found.view(-1, *self.u0.shape)
@@ -256,25 +282,27 @@ class _Equation:
 
     def backward(self, slope: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Gradients by u0 (*S) and by each wanted parameter, on every rank, from that by the states given."""
+        states = self.states
+        assert states is not None  # kept, since there are gradients
         slope = slope.reshape(len(slope), *inner(self.u0.shape))
         if self.output == "all":
             slope = slope[self.first : self.first + self.valid + self._has_end]
         start, sources = slope[-1].contiguous() if self._has_end else None, None
         if self.output != "end":
-            sources = torch.zeros_like(self.states)
+            sources = torch.zeros_like(states)
             sources[: self.valid] = slope[: self.valid]
         steps = TimeSteps(self.steps.functions, self.steps.theta, sources)
-        kept = torch.empty_like(self.states) if self.wanted else None
-        found = self.solver.solve(AdjointTrajectory(steps, self.states, None, kept=kept), start)
+        kept = torch.empty_like(states) if self.wanted else None
+        found = self.solver.solve(AdjointTrajectory(steps, states, None, kept=kept), start)
         self.adjoint_residuals[:] = found.residuals
         self._converged(found, "the adjoints")
         owner = self.hierarchy.partition.first_owner
-        of_start = found.end if self.comm.rank == owner else slope.new_empty(inner(self.u0.shape))
+        of_start = present(found.end) if self.comm.rank == owner else slope.new_empty(inner(self.u0.shape))
         of_start = self.comm.broadcast(of_start.contiguous(), owner).view(self.u0.shape)
-        if not self.wanted:
+        if kept is None:
             return of_start, []
         blocks = self.hierarchy.blocks.counts
-        flat = self.comm.ordered_sum(steps.slopes(self.states, kept, self.wanted, self.hierarchy.block), blocks)
+        flat = self.comm.ordered_sum(steps.slopes(states, kept, self.wanted, self.hierarchy.block), blocks)
         parts = flat.split([each.numel() for each in self.wanted])
         return of_start, [part.view(each.shape).to(each) for part, each in zip(parts, self.wanted, strict=True)]
 
@@ -291,12 +319,12 @@ class _Solve(torch.autograd.Function):
         return equation.forward()
 
     @staticmethod
-    def backward(ctx, slope: Tensor):
+    def backward(ctx, *slopes: Tensor):
         """Gradients of the first state and of the parameters."""
         if torch.is_grad_enabled():
             raise RuntimeError("create_graph=True: solve has no second derivatives; use a loop over the steps")
         _ = ctx.saved_tensors
-        of_start, of_parameters = ctx.equation.backward(slope)
+        of_start, of_parameters = ctx.equation.backward(*slopes)
         return None, of_start if ctx.needs_input_grad[1] else None, *of_parameters
 
 
@@ -356,4 +384,4 @@ def _padded(options: MGRIT, number: int) -> tuple[int, int]:
 def _digest(tensor: Tensor) -> str:
     """What a tensor is, in some letters."""
     held = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return f"{tuple(tensor.shape)} {tensor.dtype} by digest {hashlib.blake2b(held, digest_size=6).hexdigest()}"
+    return f"{tuple(tensor.shape)} {tensor.dtype} by digest {hashlib.blake2b(held.data, digest_size=6).hexdigest()}"

@@ -9,7 +9,7 @@ import copy
 import os
 import pickle
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from xbraid_py.layers.norm_dropout import Dropout
 from xbraid_py.layers.splines import Splines
 from xbraid_py.mgrit.grid import LayerGrid
 
+Model = TypeVar("Model", bound=nn.Module)
 _STACKS = ("opening", "layers", "classification")
 _MOST_LAYERS = 1000  # for each coefficient of splines
 
@@ -143,6 +144,12 @@ class PlainDense(nn.Module):
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, activation={self.activation!r}"
 
 
+@overload
+def to_sequential(
+    source: LayerParallel | PipelineParallel | str | os.PathLike, device: torch.device | str = "cpu"
+) -> nn.Sequential: ...
+@overload
+def to_sequential(source: Model, device: torch.device | str = "cpu") -> Model: ...
 def to_sequential(source: nn.Module | str | os.PathLike, device: torch.device | str = "cpu") -> nn.Module:
     """The same network as a plain torch module with all its layers, that knows nothing of ranks.
 
@@ -219,7 +226,7 @@ class _Restored(nn.Module):
     def __init__(self, run: ParallelBlocks):
         super().__init__()
         self.was_cached = run.was_cached
-        self.blocks = nn.ModuleDict(zip(run.names, run.restored(), strict=True))
+        self.blocks = nn.ModuleDict(dict(zip(run.names, run.restored(), strict=True)))
 
 
 def _unfolded(model: nn.Module) -> nn.Module:
@@ -228,7 +235,7 @@ def _unfolded(model: nn.Module) -> nn.Module:
         return nn.Sequential(*model.blocks.values())
     was_cached = False
     for container in list(model.modules()):
-        children: dict[str, nn.Module] = {}
+        children: dict[str, nn.Module | None] = {}
         for name, child in container._modules.items():
             if isinstance(child, _Restored):
                 was_cached |= child.was_cached
@@ -281,7 +288,7 @@ def _of_window(window: Window) -> list[nn.Module]:
     for layer, h in enumerate(window.sizes):
         module = copy.deepcopy(block.module)
         for part, copied in zip(block.module.modules(), module.modules(), strict=True):
-            if isinstance(part, Dropout):
+            if isinstance(part, Dropout) and isinstance(copied, Dropout):
                 rates = block.rates_of(part)
                 copied.p = rates[window.place.first_layer + layer] if len(rates) > 1 else rates[0]
         place = dict(module.named_parameters()) | dict(module.named_buffers())
@@ -303,9 +310,10 @@ def _of_checkpoint(path: str | os.PathLike) -> nn.Sequential:
 
     with load(path) as checkpoint:
         configuration = checkpoint.meta.get("configuration")
-        shape = configuration.get("network") if isinstance(configuration, dict) else None
+        network = configuration.get("network") if isinstance(configuration, dict) else None
+        shape = network if isinstance(network, dict) else {}
         names = {f"weights/{stack}.weight" for stack in _STACKS} | {f"weights/{stack}.bias" for stack in _STACKS[1:]}
-        known = isinstance(shape, dict) and {"T", "activation"} <= shape.keys() and shape["activation"] in ACTIVATIONS
+        known = {"T", "activation"} <= shape.keys() and shape["activation"] in ACTIVATIONS
         if not known or not names <= set(checkpoint.names()):
             raise CheckpointError(
                 f"checkpoint {path} holds no dense network trained in depth; give a file of the checkpoints "

@@ -181,7 +181,7 @@ class Inputs(Further):
             rows[number] = row.split([tensor.numel() for tensor in whole], 1)
         return self.sums(rows, portions, partition, comm, dtype)
 
-    def check(self, block: ModuleBlock, spatial: Any, noise: bool) -> None:
+    def check(self, block: ModuleBlock, spatial: Any, noise: float) -> None:
         """Raise `ValueError` if layers of that block cannot have such inputs, with these options of their stack."""
         if type(block.module) is DenseBlock:
             raise ValueError("a DenseBlock takes a state of one tensor and nothing else; leave further inputs out")

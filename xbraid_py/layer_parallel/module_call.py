@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.agreement import agree
+from xbraid_py.comm.base import present
 from xbraid_py.comm.partition import Partition
 from xbraid_py.comm.tree import TreeSum
 from xbraid_py.layer_parallel.alike import Watch
@@ -42,7 +43,7 @@ class Plan:
     comm : Communicator
     partition : Partition
         Owners of the modules.
-    modules : mapping of str to nn.Module
+    modules : nn.ModuleDict
         Those owned here, by their numbers.
     portions : Portions
     form : Form
@@ -67,7 +68,7 @@ class Plan:
 
     comm: Communicator
     partition: Partition
-    modules: Mapping[str, nn.Module]
+    modules: nn.ModuleDict
     portions: Portions
     form: Form
     given: Further
@@ -85,20 +86,20 @@ class Plan:
         """A tensor of rank `root`: on all ranks, or there, and 0 elsewhere. `empty` is written to, or given back."""
         own = self.comm.rank == root
         if self.output == "all":
-            return self.comm.broadcast(state if own else empty, root)
-        return state if own else empty.zero_()
+            return self.comm.broadcast(present(state) if own else empty, root)
+        return present(state) if own else empty.zero_()
 
 
 @dataclass
 class _Kept:
-    """A portion before and behind the modules owned here; with the graph between, or the tensors before alone.
+    """A portion before and behind the modules owned here, with the graph between.
 
     Each module has tensors of its own for the further inputs that need gradients (`inputs`).
     """
 
     starts: list[Tensor]
-    ends: list[Tensor] | None = None
-    inputs: Sequence[Sequence[Tensor]] = ()
+    ends: list[Tensor]
+    inputs: Sequence[Sequence[Tensor]]
 
 
 class Passage:
@@ -141,7 +142,8 @@ class Passage:
         self.finishes = is_used and rows.neighbor(rank, +1) is None
         # Which tensors before the modules owned here get slopes; of what comes from other ranks all that can.
         self._asking = [leaf.requires_grad for leaf in leaves] if self.begins else None
-        self.kept: dict[int, _Kept] = {}
+        # Where it is recomputed, what comes before the modules alone.
+        self.kept: dict[int, _Kept | list[Tensor]] = {}
         self._is_first, self._error = plan.key not in plan.forms, None
         found: dict[int, list[Tensor]] = {}
         follow(
@@ -182,7 +184,7 @@ class Passage:
         """A tensor for the state of a portion that comes from the rank before; at first its form does."""
         plan = self.plan
         if self._is_first:
-            behind = plan.partition.neighbor(plan.comm.rank, -1)
+            behind = present(plan.partition.neighbor(plan.comm.rank, -1))
             size = int(plan.comm.recv(torch.empty(1, dtype=torch.int64, device="cpu"), behind))
             text = plan.comm.recv(torch.empty(size, dtype=torch.uint8, device="cpu"), behind)
             plan.forms[self._place("arrives", number)] = pickle.loads(text.numpy().tobytes())
@@ -205,13 +207,13 @@ class Passage:
                     f"a state {form} cannot go to the next rank ({error}); use a tuple or a dict, or a class that is "
                     f"defined at the top of a file"
                 ) from error
-            ahead = self.plan.partition.neighbor(self.plan.comm.rank, +1)
+            ahead = present(self.plan.partition.neighbor(self.plan.comm.rank, +1))
             self.plan.comm.isend(torch.tensor([len(text)], dtype=torch.int64, device="cpu"), ahead)()
             self.plan.comm.isend(torch.frombuffer(bytearray(text), dtype=torch.uint8), ahead)()
 
     # ---- Forwards
 
-    def _forward(self, number: int, state: Any) -> Any:
+    def _forward(self, number: int, state: list[Tensor] | Tensor) -> list[Tensor] | Tensor:
         """A portion from the rank before, through the modules owned here."""
         if not self._is_first:
             return self._passed(number, state)
@@ -223,9 +225,8 @@ class Passage:
         self._announce(number, None)
         return self.leaves[0].new_empty(0)
 
-    def _passed(self, number: int, state: Any) -> Any:
-        before = self._form("arrives", number)
-        starts = state if self.begins else before.unpack(state)
+    def _passed(self, number: int, state: list[Tensor] | Tensor) -> list[Tensor] | Tensor:
+        starts = state if isinstance(state, list) else self._form("arrives", number).unpack(state)
         if self.keep and not self.plan.recompute:
             kept, form = self._graph(number, starts)
             self.kept[number] = kept
@@ -236,7 +237,7 @@ class Passage:
                 inputs = [tensors] * len(self.plan.modules)
                 ends, form = self._through(number, [start.clone() for start in starts], inputs, arguments)
             if self.keep:
-                self.kept[number] = _Kept(starts)
+                self.kept[number] = starts
         self._announce(number, form)
         return ends if self.finishes else form.pack(ends, self.leaves[0])
 
@@ -262,8 +263,8 @@ class Passage:
         plan, samples = self.plan, self.plan.portions.rows.count(number)
         structure = self._form("arrives", number).structure
         for (name, module), own in zip(plan.modules.items(), inputs, strict=True):
-            part = None if self.compare is None else [self.compare.part(leaf, 1).clone() for leaf in leaves]
-            before = structure
+            compare, before = self.compare, structure
+            part = [] if compare is None else [compare.part(leaf, 1).clone() for leaf in leaves]
             more, named = arguments(own)
             what = f"module {name} ({type(module).__name__})"
             with self._random_numbers(what, number, int(name), module.training):
@@ -276,8 +277,8 @@ class Passage:
                     f"the first axis of one tensor, or of all tensors of a tree; what is the same for all samples must "
                     f"be a further input, model(u, table), and of a tuple with more a module must give the state alone"
                 )
-            if part is not None:
-                self._compare(what, module, before.build(part), leaves)
+            if compare is not None:
+                self._compare(compare, what, module, before.build(part), leaves)
         return leaves, Form.of(leaves, structure)
 
     @contextmanager
@@ -301,16 +302,16 @@ class Passage:
         """The state of torch's random numbers."""
         return torch.cuda.get_rng_state(self.leaves[0].device) if self.leaves[0].is_cuda else torch.get_rng_state()
 
-    def _compare(self, what: str, module: nn.Module, part: Any, whole: list[Tensor]) -> None:
+    def _compare(self, portions: Portions, what: str, module: nn.Module, part: Any, whole: list[Tensor]) -> None:
         """Raise `ValueError` if a module makes something else of a portion than of the batch."""
-        tensors, arguments = self.plan.given.of_portion(self.compare, 1)
+        tensors, arguments = self.plan.given.of_portion(portions, 1)
         more, named = arguments(tensors)
         try:
             found, _ = flatten(module(part, *more, **named))
         except RuntimeError as error:
             raise part_error(what, "portions=1", error) from error
         for each, leaf in zip(found, whole, strict=True):
-            if has_slopes(leaf.dtype) and (self.compare.part(leaf, 1) - each).norm() > 1e-2 * each.norm():
+            if has_slopes(leaf.dtype) and (portions.part(leaf, 1) - each).norm() > 1e-2 * each.norm():
                 raise part_error(what, "portions=1")
 
     # ---- Backwards
@@ -334,11 +335,11 @@ class Passage:
         rows: dict[int, list[Tensor]] = {}
         backs = [torch.empty_like(leaf, memory_format=torch.contiguous_format) for leaf in self._own_asking()]
 
-        def through(number: int, state: Any) -> Any:
+        def through(number: int, state: list[Tensor] | Tensor) -> list[Tensor] | Tensor:
             kept = self.kept[number] if keep else self.kept.pop(number)
-            if kept.ends is None:
-                kept, _ = self._graph(number, kept.starts)
-            slope = state if self.finishes else self._form("leaves", number).slopes.unpack(state)
+            if isinstance(kept, list):
+                kept, _ = self._graph(number, kept)
+            slope = state if isinstance(state, list) else self._form("leaves", number).slopes.unpack(state)
             ends = [end for end in kept.ends if has_slopes(end.dtype)]
             pairs = [(end, v) for end, v in zip(ends, slope, strict=True) if end.requires_grad]
             asked = [start for start in kept.starts if start.requires_grad]
@@ -356,7 +357,7 @@ class Passage:
                 # It may be the memory of another gradient too.
                 tree.add(number, gradient)
             if self.begins:
-                return found[:count]
+                return list(found[:count])
             return self._form("arrives", number).slopes.pack(found[:count], self.leaves[0])
 
         def put(number: int, parts: Sequence[Tensor]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator, as_communicator
 from xbraid_py.comm.agreement import agree, same_arguments, together
+from xbraid_py.comm.base import present
 from xbraid_py.comm.partition import Partition
 from xbraid_py.kernels import BACKEND
 from xbraid_py.layer_parallel.alike import Watch
@@ -30,6 +31,7 @@ from xbraid_py.layers.norm_dropout import Dropout
 from xbraid_py.layers.trees import Form, flatten
 from xbraid_py.mgrit import MGRIT
 
+_INPUT = "shape and mode of the input"  # that ranks agree on
 _BATCH_NORMS, _DROPOUTS = nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd
 
 
@@ -179,21 +181,21 @@ class PipelineParallel(Owner):
             module is one of all ranks.
         """
         leaves, structure = flatten(u)
-        message = key = None
+        message = None
         if not leaves or not all(isinstance(leaf, Tensor) and leaf.dim() and len(leaf) for leaf in leaves):
             kind = tuple(u.shape) if isinstance(u, Tensor) else type(u).__name__
             message = f"u={kind} must be a tensor whose first axis is the samples, at least one, or a tree of such"
         elif len({len(leaf) for leaf in leaves}) > 1:
             counts = " and ".join(map(str, sorted({len(leaf) for leaf in leaves})))
             message = f"u has tensors of {counts} samples on their first axes; use one number"
-        else:
-            form, given = Form.of(leaves, structure), Further(inputs, named, len(leaves[0]))
-            cast = Cast.current(leaves[0].device.type)
-            asks = tuple(leaf.requires_grad for leaf in leaves)
-            key = (f"{form}", asks, given.form, torch.is_grad_enabled(), self.training, cast)
-        agree(self.comm, (message, key, given.key if key else None), "shape and mode of the input", "forward()")
-        if message:
+        if message is not None:
+            agree(self.comm, (message, None, None), _INPUT, "forward()")
             raise ValueError(message)
+        form, given = Form.of(leaves, structure), Further(inputs, named, len(leaves[0]))
+        cast = Cast.current(leaves[0].device.type)
+        asks = tuple(leaf.requires_grad for leaf in leaves)
+        key = (f"{form}", asks, given.form, torch.is_grad_enabled(), self.training, cast)
+        agree(self.comm, (None, key, given.key), _INPUT, "forward()")
         shares = self.output == "all" and self.training and torch.is_grad_enabled()
         due = shares and self._watch.next_is_due()
         if due:
@@ -231,7 +233,7 @@ class PipelineParallel(Owner):
         flags = self.comm.allgather(torch.tensor([int(wanted)]), (1,) * self.comm.size)
         anchor = torch.zeros((), requires_grad=bool(flags.any()))
         ends = PropagateModules.apply(plan, anchor, *leaves, *given.tensors, *weights)
-        return self._forms[key].structure.build(ends)
+        return present(self._forms[key]).structure.build(ends)
 
     def solver_state(self) -> dict:
         """What a checkpoint keeps beside `state_dict()`: the number of calls in training, for masks of dropout."""

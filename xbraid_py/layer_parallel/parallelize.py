@@ -9,7 +9,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,11 @@ Form = Literal["increment", "map"]
 _CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 _LOOKED_AT = (bool, int, float, str)
 _RECORDED = ("output_hidden_states", "output_attentions")
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def parallelize(
-    model: nn.Module,
+    model: Model,
     comm: Any = None,
     blocks: str | None = None,
     *,
@@ -46,7 +47,7 @@ def parallelize(
     example: Mapping[str, Any] | Sequence[Any] | None = None,
     unlike: bool = False,
     **options: Any,
-) -> nn.Module:
+) -> Model:
     """Put one layer-parallel stack in place of the longest run of like blocks of a model; the rest stays as it is.
 
     The container of the blocks, an `nn.ModuleList` or `nn.Sequential`, keeps its class and its place. The run in it is
@@ -130,7 +131,7 @@ def parallelize(
     for name, above in model.named_modules():
         if hasattr(above, "config") and f"{run.path}.".startswith(f"{name}." if name else ""):
             above.register_forward_pre_hook(refuse_records, with_kwargs=True)
-    if before is not None:
+    if before is not None and example is not None:
         _check_example(before, _evaluated(model, example), run.path)
     return model
 
@@ -269,14 +270,14 @@ class ParallelBlocks(nn.Module):
         if isinstance(self.stack, PipelineParallel):
             self._restore_unlike(found)
         else:
-            self._restore_like(found)
+            self._restore_like(self.stack, found)
         for module, (_, dropouts) in zip(found, self._plain, strict=True):
             put_back(module, {name: copy.deepcopy(part).train(module.training) for name, part in dropouts.items()})
         return found
 
-    def _restore_like(self, found: list[nn.Module]) -> None:
+    def _restore_like(self, stack: LayerParallel, found: list[nn.Module]) -> None:
         rows = iter(found)
-        for window in self.stack.windows:
+        for window in stack.windows:
             weights, columns = window.layers, window.block.columns
             tensors = [(weights.gathered(each), each.requires_grad) for each in weights.tensors()]
             for layer in range(len(window.sizes)):
@@ -289,7 +290,7 @@ class ParallelBlocks(nn.Module):
                     },
                     window.block.module,
                 )
-                module.train(self.stack.training)
+                module.train(stack.training)
                 for name in window.block.frozen:
                     module.get_submodule(name).eval()
 
@@ -381,7 +382,8 @@ def _check_kinds(model: nn.Module) -> None:
 def _switch_off_cache(model: nn.Module) -> bool:
     """Switch off `use_cache` of the configurations of a model, with a warning; whether there was any."""
     configs = [getattr(part, key, None) for part in model.modules() for key in ("config", "generation_config")]
-    found = {id(config): config for config in configs if getattr(config, "use_cache", False) is True}
+    held = (config for config in configs if config is not None)
+    found = {id(config): config for config in held if getattr(config, "use_cache", False) is True}
     for config in found.values():
         config.use_cache = False
     if found:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from xbraid_py.comm import Communicator
+from xbraid_py.comm.base import present
 from xbraid_py.comm.partition import Partition
 from xbraid_py.comm.tree import TreeSum
 from xbraid_py.layer_parallel.accuracy import Controller, SolveRecord
@@ -203,10 +204,10 @@ class Pipelined:
             self.solvers.partition,
             direction,
             range(len(portions)),
-            begin=lambda number: portions.part(first, number),
+            begin=lambda number: portions.part(present(first), number),
             template=lambda number: portions.empty(like, number),
             through=through,
-            end=lambda number, state: portions.put(last, number, state),
+            end=lambda number, state: portions.put(present(last), number, state),
         )
 
     def _forward_and_back(self, start: Tensor, slope: Tensor | None, back: Tensor | None, sums: TreeSum) -> None:
@@ -215,20 +216,21 @@ class Pipelined:
         if not self.num_rows:
             return
         ahead, behind = rows.neighbor(comm.rank, +1), rows.neighbor(comm.rank, -1)
-        states, slopes = _Arrivals(comm, behind, portions, start), _Arrivals(comm, ahead, portions, start)
+        # None where the way begins; from other ranks the first portion of each is on its way now.
+        states, slopes = (None if r is None else _Arrivals(comm, r, portions, start) for r in (behind, ahead))
         sent: list[Callable[[], None]] = []
 
         def forward(number: int) -> None:
-            state = portions.part(start, number) if behind is None else states.take()
+            state = portions.part(start, number) if states is None else states.take()
             end = self._forward(number, state, True)
             if ahead is not None:
                 sent.append(comm.isend(end, ahead))
 
         def backward(number: int) -> None:
-            v = portions.part(slope, number) if ahead is None else slopes.take()
+            v = portions.part(present(slope), number) if slopes is None else slopes.take()
             v = self._backward(number, v, sums, False)
             if behind is None:
-                portions.put(back, number, v)
+                portions.put(present(back), number, v)
             else:
                 sent.append(comm.isend(v, behind))
 
@@ -247,10 +249,10 @@ class Pipelined:
 class _Arrivals:
     """The portions that come from a rank, in order; the next one is always under way."""
 
-    def __init__(self, comm: Communicator, source: int | None, portions: Portions, like: Tensor):
+    def __init__(self, comm: Communicator, source: int, portions: Portions, like: Tensor):
         self.comm, self.source, self.portions, self.like = comm, source, portions, like
         self.number = 0
-        self.next = None if source is None else self._begin()
+        self.next = self._begin()
 
     def _begin(self) -> Callable[[], Tensor] | None:
         if self.number == len(self.portions):
@@ -261,7 +263,7 @@ class _Arrivals:
 
     def take(self) -> Tensor:
         """The next one."""
-        found = self.next()
+        found = present(self.next)()
         self.next = self._begin()
         return found
 

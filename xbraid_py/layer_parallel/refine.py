@@ -6,7 +6,7 @@ Shape letters: `N` layers, `n` of them owned here.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,15 @@ _POWERS = {
     **dict.fromkeys(("exp_avg", "momentum_buffer", "grad_avg", "exp_inf", "prev"), 1),
     **dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"), 2),
 }
+Model = TypeVar("Model", bound=nn.Module)
 
 
+@overload
+def refine_depth(
+    model: LayerParallel, optimizer: torch.optim.Optimizer | None = None, factor: int = 2
+) -> LayerParallel: ...
+@overload
+def refine_depth(model: Model, optimizer: torch.optim.Optimizer | None = None, factor: int = 2) -> Model: ...
 def refine_depth(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, factor: int = 2) -> nn.Module:
     """Each layer of the model's stacks cut into `factor` shorter ones with its weights; collective.
 

@@ -15,6 +15,7 @@ from xbraid_py.layers.norm_dropout import (
     MultiheadAttention,
 )
 
+_NORM = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 _NORMS = {nn.BatchNorm1d: MovingBatchNorm1d, nn.BatchNorm2d: MovingBatchNorm2d, nn.BatchNorm3d: MovingBatchNorm3d}
 
 
@@ -49,14 +50,14 @@ def replace_modules(model: nn.Module) -> nn.Module:
     replace_dropout([around])
     for above in list(around.modules()):
         for name, part in list(above.named_children()):
-            if type(part) in _NORMS and part.track_running_stats:
+            if isinstance(part, _NORM) and type(part) in _NORMS and part.track_running_stats:
                 setattr(above, name, _moving(part))
             elif type(part) is nn.MultiheadAttention and part.dropout > 0.0:
                 part.__class__ = MultiheadAttention
     return around["model"]
 
 
-def _moving(norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) -> nn.Module:
+def _moving(norm: _NORM) -> nn.Module:
     found = _NORMS[type(norm)](norm.num_features, norm.eps, norm.momentum, norm.affine)
     # The very same tensors: an optimizer may have them.
     found._parameters, found._buffers = norm._parameters, norm._buffers

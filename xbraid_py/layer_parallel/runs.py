@@ -43,7 +43,7 @@ class Run:
         fill(self.container, kept)
 
 
-def fill(container: nn.Module, children: Mapping[str, nn.Module]) -> None:
+def fill(container: nn.Module, children: Mapping[str, nn.Module | None]) -> None:
     """Give a container these children, in their order; those of a list are numbered anew."""
     is_list = isinstance(container, nn.ModuleList)
     container._modules.clear()

@@ -149,7 +149,7 @@ class LayerParallel(nn.Module):
 
     def __init__(
         self,
-        block: Callable[[], nn.Module],
+        block: Callable[[], nn.Module] | Existing,
         num_layers: int | LayerGrid,
         T: float = 1.0,
         comm: Any = None,

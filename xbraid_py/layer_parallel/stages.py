@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,11 +39,14 @@ class StageParallelResNet(nn.Module):
         Those of all stages, each with the `record` of its solves.
     """
 
+    stages: Sequence[Sequence[nn.Module]]
+
     def __init__(self, network: ImageResNet, stages: list[list[nn.Module]], comm: Communicator):
         super().__init__()
         self.comm, self._options = comm, network.options()
         self.stem, self.head = copy.deepcopy(network.stem), copy.deepcopy(network.head)
-        self.stages = nn.ModuleList(nn.ModuleList(stage) for stage in stages)
+        lists = nn.ModuleList(nn.ModuleList(stage) for stage in stages)
+        self.stages = lists  # pyright: ignore[reportAttributeAccessIssue]  # a sequence of them
         # Of frozen statistics; stacks do not keep them. Those of moving ones are kept like weights.
         state = network.state_dict()
         self._counts = {name: state[name].clone() for name in state if name.endswith("num_batches_tracked")}
@@ -200,7 +204,7 @@ def _coarsens(options: MGRIT, count: int) -> bool:
     return factor is not None and count % factor == 0 and count // factor >= options.min_coarse
 
 
-def _leading(blocks: nn.ModuleList, options: MGRIT) -> int:
+def _leading(blocks: Sequence[ResidualBlock], options: MGRIT) -> int:
     """Blocks that every rank computes: the transition, and the fewest behind it that leave a stack with coarse levels.
 
     If none do, the stack gets all blocks behind the transition.
@@ -210,7 +214,7 @@ def _leading(blocks: nn.ModuleList, options: MGRIT) -> int:
     return next(fitting, transitions)
 
 
-def _rows(blocks: nn.ModuleList, stack: LayerParallel) -> dict[str, Tensor]:
+def _rows(blocks: Sequence[ResidualBlock], stack: LayerParallel) -> dict[str, Tensor]:
     """The state of a stack (N, *shape) from its blocks."""
     states = [block.residual.state_dict() for block in blocks]
     names = [column.name for column in stack.layers.block.columns]

@@ -88,7 +88,9 @@ class StackedWeights(Owner):
             # Not `register_parameter` and the like: a block may have parts of any name, also of those that are ours.
             place: nn.Module = self
             for name in path:
-                place = place._modules.setdefault(name, nn.Module())
+                below = place._modules.get(name) or nn.Module()
+                place._modules[name] = below
+                place = below
             if column.is_parameter:
                 wanted = dict(made.module.named_parameters())[column.name].requires_grad
                 place._parameters[last] = nn.Parameter(tensor, requires_grad=wanted)
@@ -109,11 +111,10 @@ class StackedWeights(Owner):
 
     @staticmethod
     def _make(make, options: tuple, layers: range) -> tuple[ModuleBlock, list[Tensor]]:
-        seed = options[0]
-        exist = isinstance(make, Existing)
+        seed, form, returns, torch_random = options
 
         def block_of(layer: int) -> nn.Module:
-            if exist:
+            if isinstance(make, Existing):
                 return make.blocks[layer]
             try:
                 with own_random_numbers(hash((seed, layer)) & (2**63 - 1)):
@@ -124,9 +125,10 @@ class StackedWeights(Owner):
                 raise TypeError(f"block() made {type(found).__name__}; it must make an nn.Module")
             return found
 
-        module, more = (copy.deepcopy(block_of(0)), (make.counters, make.rates)) if exist else (block_of(0), ((), ()))
-        *known, torch_random = options
-        block = ModuleBlock(module, *known, *more, torch_random)
+        module, counters, rates = block_of(0), (), ()
+        if isinstance(make, Existing):
+            module, counters, rates = copy.deepcopy(module), make.counters, make.rates
+        block = ModuleBlock(module, seed, form, returns, counters, rates, torch_random)
         before = block.module
         kinds = [(column.name, column.shape) for column in block.columns]
         rows: list[list[Tensor]] = []
@@ -136,7 +138,7 @@ class StackedWeights(Owner):
             if have != kinds:
                 raise ValueError(f"block() made other weights for layer {layer} than for layer 0; they must be alike")
             rows.append(block.tensors_of(module))
-            if not exist:
+            if not isinstance(make, Existing):
                 _check_new(module, layer, block.module, before)
                 _check_like(module, layer, block.module)
             before = module
@@ -292,9 +294,9 @@ def _slice(weights: StackedWeights, state, prefix, local_metadata, strict, missi
         tensor = state.get(prefix + column.name)
         if tensor is None:
             continue
-        if column.name not in weights.divided:
-            if len(tensor) != weights.splines.splines.num:
-                number = weights.splines.splines.num
+        if weights.splines is not None and column.name not in weights.divided:
+            number = weights.splines.splines.num
+            if len(tensor) != number:
                 errors.append(f"{prefix}{column.name} has {len(tensor)} coefficients, the splines have {number}")
             continue
         if len(tensor) != partition.num_rows:

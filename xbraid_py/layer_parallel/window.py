@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.agreement import agree
+from xbraid_py.comm.base import present
 from xbraid_py.layer_parallel.accuracy import Controller, SolveRecord
 from xbraid_py.layer_parallel.alike import Watch
 from xbraid_py.layer_parallel.habits import Unwritten, as_any_module, check_not_again
@@ -23,6 +24,7 @@ from xbraid_py.layer_parallel.pipeline import Pipelined, PortionMoments, Portion
 from xbraid_py.layer_parallel.solves import Propagation, Solvers, graph_is_kept, hollow
 from xbraid_py.layer_parallel.weights import StackedWeights
 from xbraid_py.layers.autocast import blocks_cast, cast_again, cast_kept, current_cast
+from xbraid_py.layers.bound import Bound
 from xbraid_py.layers.dense import DenseBlock, ResidualSteps
 from xbraid_py.layers.existing import Existing
 from xbraid_py.layers.module_block import ModuleBlock
@@ -40,6 +42,7 @@ LEAST_INTERVALS = 8
 MOST_NUMBERS = 1 << 16
 MOST_WEIGHTS = 1 << 14
 _INPUT = "shape and mode of the input"
+Run = Propagation | Pipelined
 _PORTION = 1 << 40  # from the number of an update to that of its next portion, as masks of dropout have them
 
 
@@ -279,7 +282,7 @@ class Window(nn.Module):
         if not comm.allgather(fresh, (1,) * comm.size).any():
             return
         block, theta = self._block(given), self._theta(weights.tensors())
-        theta = theta if given is None else block.rows(theta)
+        theta = block.rows(theta) if isinstance(block, Bound) else theta
         moments = self.block.moments(len(theta), start=True)
         # One row after the other: the norms write into the rows of theta.
         steps = self._steps(theta, self._draws, False, moments=moments, block=block)
@@ -305,13 +308,13 @@ class Window(nn.Module):
         tape: Tape | None = None,
         moments: Moments | None = None,
         block: ModuleBlock | None = None,
-    ) -> Steps:
+    ) -> ResidualSteps | ModuleSteps:
         """The layers owned here."""
         own = self.own_layers
         h = self.sizes[0]
         if not (self.solvers.grid.is_uniform or self.block.is_map):
             h = torch.tensor(self.sizes[own.start : own.stop], dtype=theta.dtype, device=theta.device)
-        if self._is_dense:
+        if self._is_dense and isinstance(self.block.module, DenseBlock):
             return ResidualSteps(self.block.module.layer, theta, h)
         layers = tuple(self.place.first_layer + layer for layer in own)
         return ModuleSteps(block or self.block, theta, h, layers, draw, vmap, tape, moments)
@@ -352,7 +355,7 @@ class Window(nn.Module):
             begin=lambda number: portions.part(state, number),
             template=lambda number: portions.empty(state, number),
             through=through,
-            end=lambda number, x: portions.put(end, number, x),
+            end=lambda number, x: portions.put(present(end), number, x),
         )
         return self._spread(end, u, self.last_rank, self.place.has_all_output)
 
@@ -362,9 +365,7 @@ class Window(nn.Module):
             return Portions.of(len(u), count, 1, u[:1].numel() // u.shape[-1] if len(u) else 1)
         return Portions.of(len(u), count)
 
-    def propagation(
-        self, vmap: bool, u: Tensor, tensors: tuple[Tensor, ...], keep: bool, given: Inputs | None
-    ) -> Propagation | Pipelined:
+    def propagation(self, vmap: bool, u: Tensor, tensors: tuple[Tensor, ...], keep: bool, given: Inputs | None) -> Run:
         """The forward solve with the input u (*S) and the columns of the weights, kept for an adjoint one or not."""
         theta = self._theta(tensors)
         draw = self._draws  # an exact gradient may be asked for after further calls
@@ -419,7 +420,7 @@ class Window(nn.Module):
         """Raise the same `ValueError` on all ranks unless the gradient of the output is alike; collective."""
         self._watch.compare("the gradient of the output", (slope,))
 
-    def read_again(self, run: Propagation | Pipelined, u: Tensor, given: Inputs | None) -> Iterator[Any]:
+    def read_again(self, run: Run, u: Tensor, given: Inputs | None) -> Iterator[Any]:
         """What a backward pass reads of the inputs of a call, on any rank."""
         recompute = self.settings.recompute
         if recompute in ("states", "all") or run.checks:
@@ -427,12 +428,12 @@ class Window(nn.Module):
         if given is not None and (recompute or run.checks):
             yield from given.leaves
 
-    def output_of(self, run: Propagation, like: Tensor) -> Tensor:
+    def output_of(self, run: Run, like: Tensor) -> Tensor:
         """The output of a forward solve, in the shape of the input, wherever it is wanted; once."""
         return self._spread(run.take_end(), like, self.last_rank, self.place.has_all_output)
 
     def gradients_of(
-        self, run: Propagation, slope: Tensor, like: Tensor, keep: bool, with_input: bool, given: Inputs | None
+        self, run: Run, slope: Tensor, like: Tensor, keep: bool, with_input: bool, given: Inputs | None
     ) -> tuple[list[Tensor], Tensor | None]:
         """Gradients of the columns of the weights and of further inputs, and of the input if asked for, from that of
         the output (*S).
@@ -450,9 +451,9 @@ class Window(nn.Module):
         """A state of rank `root`, in the user's shape: on all ranks, or there and 0 elsewhere."""
         own = self.comm.rank == root
         if on_all:
-            found = self._user_state(state, like) if own else like.new_empty(like.shape)
+            found = self._user_state(present(state), like) if own else like.new_empty(like.shape)
             return self.comm.broadcast(found, root)
-        return self._user_state(state, like) if own else torch.zeros_like(like)
+        return self._user_state(present(state), like) if own else torch.zeros_like(like)
 
 
 class _PropagateWindow(torch.autograd.Function):

@@ -162,10 +162,10 @@ class Moments:
 
     def __init__(self, norms: Mapping[int, MovingNorm], num_rows: int, start: bool = False):
         self.start = start
-        self.found = {
-            number: tuple(cast(Tensor, norm.running_mean).new_empty((num_rows, norm.num_features)) for _ in range(2))
-            for number, norm in norms.items()
-        }
+        self.found: dict[int, tuple[Tensor, Tensor]] = {}
+        for number, norm in norms.items():
+            empty = cast(Tensor, norm.running_mean).new_empty((num_rows, norm.num_features))
+            self.found[number] = empty, torch.empty_like(empty)
 
     def take(self, rows: int | slice, norm_inputs: NormInputs) -> None:
         """Those of an evaluation of one row, or of several at once."""

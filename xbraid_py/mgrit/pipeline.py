@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from xbraid_py.comm import Communicator
 from xbraid_py.comm.partition import Partition
 
 Portion = TypeVar("Portion")
+State = TypeVar("State")
 
 
 def follow(
@@ -19,10 +20,10 @@ def follow(
     direction: int,
     portions: Sequence[Portion],
     *,
-    begin: Callable[[Portion], Tensor],
+    begin: Callable[[Portion], State],
     template: Callable[[Portion], Tensor],
-    through: Callable[[Portion, Tensor], Tensor],
-    end: Callable[[Portion, Tensor], None],
+    through: Callable[[Portion, State | Tensor], State | Tensor],
+    end: Callable[[Portion, State], None],
 ) -> None:
     """Hand each portion from rank to rank: while one rank works on a portion, the rank before it works on the next.
 
@@ -39,11 +40,11 @@ def follow(
     portions : sequence
         Whatever stands for them, in the order in which they go; the same number on all ranks.
     begin : callable
-        The state of a portion where the propagation begins, on that rank.
+        The state of a portion where the propagation begins, on that rank; a tensor, or what `through` makes one of.
     template : callable
         A tensor of the shape and type of its states, that is received into.
     through : callable
-        Its state behind the layers owned here, from that before them.
+        Its state behind the layers owned here, from that before them: tensors from rank to rank.
     end : callable
         Takes its state where the propagation ends, on that rank.
     """
@@ -59,8 +60,8 @@ def follow(
             arriving = comm.irecv(template(portions[number]), behind)
         state = through(portion, state)
         if ahead is None:
-            end(portion, state)
+            end(portion, cast(State, state))  # as it began
         else:
-            sent.append(comm.isend(state, ahead))
+            sent.append(comm.isend(cast(Tensor, state), ahead))
     for wait in sent:
         wait()

@@ -84,8 +84,8 @@ class MinibatchState:
 
     @property
     def _solved(self) -> list[LayerParallel | PipelineParallel | ParallelRecurrent]:
-        kinds = LayerParallel | PipelineParallel | ParallelRecurrent
-        return [part for part in self.model.modules() if isinstance(part, kinds)]
+        parts = self.model.modules()
+        return [part for part in parts if isinstance(part, LayerParallel | PipelineParallel | ParallelRecurrent)]
 
     @property
     def result(self) -> nn.Module:
@@ -139,7 +139,7 @@ class MinibatchState:
             alone, rows = modules_by_name(self.model), weights_by_name(self.model)
             for slot in _slots(self.optimizer, self.model):
                 name = slot.name
-                for key, value in slot.kept(self.optimizer).items():
+                for key, value in slot.kept().items():
                     if isinstance(value, Tensor) and value.shape == slot.parameter.shape:
                         add(f"{MOMENTS}/{key}/{name}", value, rows.get(name) or alone.get(name))
                     elif isinstance(value, Tensor) and value.dim() == 0:
@@ -215,18 +215,19 @@ class MinibatchState:
             if getattr(self, name) is not None and numbers.get(name) is None:
                 raise CheckpointError(f"{checkpoint.path} was written without a {name}; leave it out")
         check_weights(checkpoint, self.model)
-        if self.optimizer is not None and numbers.get("optimizer", self._optimizer()) != self._optimizer():
+        own = self._optimizer()
+        if own is not None and numbers.get("optimizer", own) != own:
             kind, groups = numbers["optimizer"] or ("none", [])
             raise CheckpointError(
                 f"{checkpoint.path} was written with another optimizer: {kind} of {list(map(len, groups))} parameters, "
-                f"not {type(self.optimizer).__name__} of {list(map(len, self._optimizer()[1]))}, or of others; "
+                f"not {own[0]} of {list(map(len, own[1]))}, or of others; "
                 f"make it as it was"
             )
         load_weights(checkpoint, self.model)
         if self.average is not None:
             load_weights(checkpoint, self.average, AVERAGE)
         if self.optimizer is not None:
-            self._load_optimizer(checkpoint, numbers["groups"])
+            self._load_optimizer(self.optimizer, checkpoint, numbers["groups"])
         for name in ("scheduler", "scaler"):
             if getattr(self, name) is not None:
                 getattr(self, name).load_state_dict(from_plain(dict(numbers[name])))
@@ -242,12 +243,12 @@ class MinibatchState:
         self.update, self.seconds = numbers["update"], float(numbers["seconds"])
         torch.set_rng_state(checkpoint.rows(RANDOM))
 
-    def _load_optimizer(self, checkpoint: Checkpoint, saved: list[Mapping]) -> None:
-        fresh = self.optimizer.state_dict()["param_groups"]
+    def _load_optimizer(self, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint, saved: list[Mapping]) -> None:
+        fresh = optimizer.state_dict()["param_groups"]
         if len(saved) != len(fresh):
             raise CheckpointError(f"{checkpoint.path} was written with another optimizer; start without --resume")
         owners = weights_by_name(self.model)
-        slots = {slot.name: slot for slot in _slots(self.optimizer, self.model)}
+        slots = {slot.name: slot for slot in _slots(optimizer, self.model)}
         state: dict[int, dict[str, Tensor]] = {}
         for array in checkpoint.names():
             kind, _, rest = array.partition("/")
@@ -265,10 +266,10 @@ class MinibatchState:
             own | {key: _like(own.get(key), value) for key, value in group.items()}
             for own, group in zip(fresh, saved, strict=True)
         ]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
         parts = [part for slot in slots.values() for part in slot.parts]
         for number, values in state.items():
-            kept = self.optimizer.state[parts[number]]
+            kept = optimizer.state[parts[number]]
             for key, value in values.items():
                 # Of what is one number torch makes the type of the weights, with other bits.
                 if kept[key].dtype != value.dtype:
@@ -366,6 +367,7 @@ class _Slot:
 
     Attributes
     ----------
+    optimizer : Optimizer
     name : str
         In the model.
     parameter : Tensor
@@ -377,6 +379,7 @@ class _Slot:
     is_by_layer : bool
     """
 
+    optimizer: torch.optim.Optimizer
     name: str
     parameter: Tensor
     group: int
@@ -384,9 +387,9 @@ class _Slot:
     parts: list[Tensor]
     is_by_layer: bool
 
-    def kept(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def kept(self) -> dict[str, Any]:
         """What the optimizer keeps of it: of parts by layer one under the other, and of single numbers the first."""
-        each = [optimizer.state.get(part, {}) for part in self.parts]
+        each = [self.optimizer.state.get(part, {}) for part in self.parts]
         if not self.is_by_layer:
             return each[0]
         if any(one.keys() != each[0].keys() for one in each):
@@ -422,7 +425,7 @@ def _slots(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> list[_S
                     raise ValueError(f"optimizer has layers of {name} in another order; use layer_views(model)")
                 found[-1].parts.append(part)
             else:
-                found.append(_Slot(name, named[name], group, number, [part], row is not None))
+                found.append(_Slot(optimizer, name, named[name], group, number, [part], row is not None))
             number += 1
     for slot in found:
         if slot.is_by_layer and len(slot.parts) != len(slot.parameter):

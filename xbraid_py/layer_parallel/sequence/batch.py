@@ -36,17 +36,17 @@ class Sequences:
     @property
     def numbers(self) -> Tensor:
         """The tensor that the sequences are in."""
-        return self.x.data if self.is_packed else self.x
+        return self.x.data if isinstance(self.x, PackedSequence) else self.x
 
     @property
     def is_batch(self) -> bool:
         """Whether there is an axis for the samples."""
-        return self.is_packed or self.x.dim() == 3
+        return isinstance(self.x, PackedSequence) or self.x.dim() == 3
 
     @property
     def size(self) -> tuple[int, int]:
         """L and B."""
-        if self.is_packed:
+        if isinstance(self.x, PackedSequence):
             return len(self.x.batch_sizes), int(self.x.batch_sizes[0])
         if not self.is_batch:
             return len(self.x), 1
@@ -55,22 +55,19 @@ class Sequences:
     @property
     def lengths(self) -> Tensor | None:
         """Steps (B,) of each sample; None where all have as many."""
-        if not self.is_packed:
-            return None
-        sizes = self.x.batch_sizes
-        return (sizes[:, None] > torch.arange(self.size[1])).sum(0)
+        return _lengths(self.x) if isinstance(self.x, PackedSequence) else None
 
     @property
     def key(self) -> tuple:
         """What must be alike on all ranks beside the numbers."""
-        if not self.is_packed:
+        if not isinstance(self.x, PackedSequence):
             return (tuple(self.x.shape),)
         order = self.x.sorted_indices
         return tuple(self.x.batch_sizes.tolist()), None if order is None else tuple(order.tolist())
 
     def padded(self) -> Tensor:
         """All sequences (L, B, F)."""
-        if self.is_packed:
+        if isinstance(self.x, PackedSequence):
             return pad_packed_sequence(PackedSequence(self.x.data, self.x.batch_sizes))[0]
         if not self.is_batch:
             return self.x[:, None]
@@ -80,19 +77,25 @@ class Sequences:
         """States (D, B, H) before the sequences, from those handed in."""
         if not self.is_batch:
             return given[:, None]
-        return _ordered(given, self.x.sorted_indices) if self.is_packed else given
+        return _ordered(given, self.x.sorted_indices) if isinstance(self.x, PackedSequence) else given
 
     def handed_back(self, output: Tensor | None, ends: tuple[Tensor, ...]) -> tuple:
         """Output (L, B, ...), if there is one, and states behind the sequences (D, B, H) as of such sequences."""
-        if self.is_packed:
+        if isinstance(self.x, PackedSequence):
+            packed = None
             if output is not None:
                 # Behind the end of a sample there is nothing.
-                rows = pack_padded_sequence(output, self.lengths).data
-                output = PackedSequence(rows, *self.x[1:])
-            return output, tuple(_ordered(end, self.x.unsorted_indices) for end in ends)
+                rows = pack_padded_sequence(output, _lengths(self.x)).data
+                packed = PackedSequence(rows, *self.x[1:])
+            return packed, tuple(_ordered(end, self.x.unsorted_indices) for end in ends)
         if not self.is_batch:
             return None if output is None else output[:, 0], tuple(end[:, 0] for end in ends)
         return output.transpose(0, 1) if self.batch_first and output is not None else output, ends
+
+
+def _lengths(x: PackedSequence) -> Tensor:
+    """Steps (B,) of each sample."""
+    return (x.batch_sizes[:, None] > torch.arange(int(x.batch_sizes[0]))).sum(0)
 
 
 def _ordered(states: Tensor, order: Tensor | None) -> Tensor:

@@ -110,7 +110,8 @@ class ParallelRecurrent(nn.Module):
     """
 
     cell_type: ClassVar[type[GatedCell]]
-    torch_type: ClassVar[type[nn.RNNBase]]
+    torch_type: ClassVar[type[nn.GRU | nn.LSTM]]
+    weight_ih_l0: nn.Parameter
 
     def __init__(
         self,
@@ -321,7 +322,7 @@ class ParallelRecurrent(nn.Module):
             wanted = tuple(t.requires_grad for t in (given.numbers, *states.values(), *weights))
             call = (given.key, h_0 is None, torch.is_grad_enabled(), self.training, wanted)
         agree(self.comm, (message, call), "shape and mode of the input", "forward()")
-        if message is not None:
+        if message is not None or given is None:
             raise ValueError(message)
         length = given.size[0]
         if length not in self._plans:
@@ -331,10 +332,8 @@ class ParallelRecurrent(nn.Module):
     def _pass(self, how: How, x: Tensor, start: Tensor, weights: Sequence[Tensor], keep: bool) -> Pass:
         """A forward pass with inputs (L, B, F) and states (D, B, S)."""
         size = len(weights) // self._num_states
-        layers = [
-            LayerWeights(*([weight.detach() for weight in weights[first : first + size]] + [None, None])[:4])
-            for first in range(0, len(weights), size)
-        ]
+        parts = ([weight.detach() for weight in weights[n : n + size]] for n in range(0, len(weights), size))
+        layers = [LayerWeights(by_x, by_h, *(biases or (None, None))) for by_x, by_h, *biases in parts]
         kind = BothDirections if self.bidirectional else OneDirection
         return kind(self.plan(len(x)), how, layers, x.detach(), start.detach(), self.output, keep)
 
@@ -374,7 +373,8 @@ class _PropagateSequence(torch.autograd.Function):
             ctx.module, ctx.update = module, update
         ctx.set_materialize_grads(False)
         # Held by the call they would hold the graph, and with it the call: nobody could ever free it.
-        output, end, done.output, done.end = done.output, done.end, None, None
+        output, end = done.output, done.end
+        del done.output, done.end
         if module.output == "own":
             ctx.mark_non_differentiable(end)
         return output, end

@@ -16,7 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from xbraid_py.layer_parallel.sequence.plan import How, LayerWeights, SequencePlan
+from xbraid_py.comm.base import present
+from xbraid_py.layer_parallel.sequence.plan import How, LayerWeights, Masks, SequencePlan
 from xbraid_py.layer_parallel.sequence.window import SequenceWindow
 from xbraid_py.mgrit.levels import Solution
 
@@ -39,7 +40,7 @@ class Pass(Protocol):
 
     def backward(
         self, slope: Tensor | None, of_end: Tensor | None, with_input: bool
-    ) -> tuple[Tensor | None, Tensor, list[Tensor | None], list[Solution]]:
+    ) -> tuple[Tensor | None, Tensor, list[Tensor], list[Solution]]:
         """Gradients of the input (L, B, F), if asked for, of the start and of all weights, on every rank; solutions.
 
         Parameters
@@ -50,6 +51,7 @@ class Pass(Protocol):
             Gradient of the states behind the sequence.
         with_input : bool
         """
+        ...
 
 
 class OneDirection:
@@ -128,12 +130,12 @@ class OneDirection:
 
     def backward(
         self, slope: Tensor | None, of_end: Tensor | None, with_input: bool
-    ) -> tuple[Tensor | None, Tensor, list[Tensor | None], list[Solution]]:
+    ) -> tuple[Tensor | None, Tensor, list[Tensor], list[Solution]]:
         # What one rank does not use another may.
         flag = torch.tensor([int(slope is not None)])
         used = bool(self.comm.allgather(flag, (1,) * self.comm.size).any())
         carry = [torch.zeros_like(each) for each in self.starts[0]] if of_end is None else list(of_end.unbind(0))
-        total: list[Tensor] | None = None
+        total: list[Tensor] = []
         of_input: list[Tensor] = []
         solutions: list[Solution] = []
         before = sum(len(self.plan.own(index, self.comm.rank)) for index in range(self.plan.num_windows))
@@ -143,8 +145,8 @@ class OneDirection:
             gradients, rows, found = window.backward(self._slopes(index, slope, used, before), carry, with_input)
             solutions = found + solutions
             flat = [part for layer in gradients for part in layer]
-            total = flat if total is None else [a.add_(b) for a, b in zip(total, flat, strict=True)]
-            if with_input:
+            total = [a.add_(b) for a, b in zip(total, flat, strict=True)] if total else flat
+            if rows is not None:
                 of_input.insert(0, self._shared(rows, index, True))
         return torch.cat(of_input) if with_input else None, torch.stack(carry), total, solutions
 
@@ -171,7 +173,7 @@ class BothDirections:
         ends = []
         for number in range(0, len(weights), 2):
             if number and how.masks is not None:
-                x = x * self._masks(number // 2 - 1, x)
+                x = x * self._masks(how.masks, number // 2 - 1, x)
             asked = output if number == len(weights) - 2 else "all"
             runs = [
                 OneDirection(plan, how, weights[i : i + 1], self._turned(x, i % 2), start[i : i + 1], asked, keep)
@@ -180,9 +182,9 @@ class BothDirections:
             self.layers.append(runs)
             ends += [run.end for run in runs]
             self.solutions += [solution for run in runs for solution in run.solutions]
-            self.output = None
+            self.output: Tensor | None = None
             if asked != "last":
-                x = self.output = torch.cat([self._turned(run.output, i) for i, run in enumerate(runs)], -1)
+                x = self.output = torch.cat([self._turned(present(run.output), i) for i, run in enumerate(runs)], -1)
             for run in runs:
                 run.output = None
         self.end = torch.cat(ends)
@@ -198,14 +200,14 @@ class BothDirections:
         order = torch.where(steps < lengths, lengths - 1 - steps, steps)
         return rows.gather(0, order[..., None].expand_as(rows))
 
-    def _masks(self, layer: int, like: Tensor) -> Tensor:
+    def _masks(self, masks: Masks, layer: int, like: Tensor) -> Tensor:
         """Factors (L, B, 2 H) of dropout behind a layer; `like` (L, B, 2 H) may have the first samples only."""
-        return self.how.masks.behind(layer, range(len(like)), like)[:, : like.shape[1]]
+        return masks.behind(layer, range(len(like)), like)[:, : like.shape[1]]
 
     def backward(
         self, slope: Tensor | None, of_end: Tensor | None, with_input: bool
-    ) -> tuple[Tensor | None, Tensor, list[Tensor | None], list[Solution]]:
-        total: list[Tensor | None] = []
+    ) -> tuple[Tensor | None, Tensor, list[Tensor], list[Solution]]:
+        total: list[Tensor] = []
         carries: list[Tensor] = []
         solutions: list[Solution] = []
         for layer in reversed(range(len(self.layers))):
@@ -223,6 +225,6 @@ class BothDirections:
                     of_x = rows if of_x is None else of_x + rows
             total, carries, solutions = weights + total, before + carries, found + solutions
             slope = of_x
-            if layer and self.how.masks is not None:
-                slope = slope * self._masks(layer - 1, slope)
+            if layer and self.how.masks is not None and slope is not None:
+                slope = slope * self._masks(self.how.masks, layer - 1, slope)
         return slope, torch.cat(carries), total, solutions

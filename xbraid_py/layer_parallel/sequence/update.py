@@ -131,12 +131,13 @@ class Update:
             noise = self._noise(slope, of_end, found[2])
         error, event = 0.0, ""
         if self.watched:
-            residuals, sweeps = sum(map(_residual, solved)), tuple(max(s.sweeps for s in each) for each in solved)
+            residuals = sum(map(_residual, solved))
+            forward, adjoint = (max(s.sweeps for s in each) for each in solved)
             if self.controller.accuracy.check:
                 # What residuals leave is an error of the sum over the samples, whose parts may cancel: then the
                 # gradient is small beside the slopes that it comes from, and its relative error is large.
                 residuals *= size_of(slope, of_end) / max(_norm(found[2]), _SMALL)
-            error, event = self.controller.observe(residuals, measured, sweeps, noise)
+            error, event = self.controller.observe(residuals, measured, (forward, adjoint), noise)
         told = {"update": number, "gradient_error": error, "measured": measured is not None, "event": event}
         record = self._record(*solved, **told, noise=self.controller.noise)
         return *found[:3], record
@@ -152,8 +153,8 @@ class Update:
         if not half or not self.controller.accuracy.noise:
             return None
         share = half / self.samples
-        slopes = (None if each is None else each[:, :half] for each in (slope, of_end))
-        part = self._pass(True, half).backward(*slopes, False)[2]
+        first, last = (None if each is None else each[:, :half] for each in (slope, of_end))
+        part = self._pass(True, half).backward(first, last, False)[2]
         return _distance([each / share for each in part], gradient) * (share / (1.0 - share)) ** 0.5
 
 

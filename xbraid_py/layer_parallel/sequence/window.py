@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from xbraid_py.comm import Communicator
+from xbraid_py.comm.base import present
 from xbraid_py.comm.partition import Partition
 from xbraid_py.layer_parallel.pipeline import Portions
-from xbraid_py.layer_parallel.sequence.plan import How, LayerWeights, SequencePlan
+from xbraid_py.layer_parallel.sequence.plan import How, LayerWeights, Masks, SequencePlan
 from xbraid_py.layers.gated import GatedSteps, affine
 from xbraid_py.mgrit.equations import Adjoint, Forward
 from xbraid_py.mgrit.levels import Solution
@@ -42,7 +44,8 @@ class _Adjoint(Adjoint):
 
     def correct(self, before: Tensor, after: Tensor, coarse: Adjoint) -> None:
         # A change of the adjoints goes through the linear part alone.
-        super().correct(before, after, replace(coarse, steps=replace(coarse.steps, sources=None)))
+        steps = cast(GatedSteps, coarse.steps)  # as on all levels of a sequence
+        super().correct(before, after, replace(coarse, steps=replace(steps, sources=None)))
 
 
 class SequenceWindow:
@@ -94,7 +97,7 @@ class SequenceWindow:
             return
         for number, (layer, start) in enumerate(zip(weights, starts, strict=True)):
             if number and how.masks is not None:
-                x = x * self._masks(number - 1, x)
+                x = x * self._masks(how.masks, number - 1, x)
             steps, states = self._made(x, layer, h)
             solution = solver.solve(Forward(steps, states, start), start)
             self.layers.append(_Layer(x, steps, states))
@@ -118,9 +121,9 @@ class SequenceWindow:
         """The outputs (..., H) of states (..., S)."""
         return states[..., : self.how.cell.hidden_size]
 
-    def _masks(self, layer: int, like: Tensor) -> Tensor:
+    def _masks(self, masks: Masks, layer: int, like: Tensor) -> Tensor:
         """Factors (n, B, H) of dropout behind a layer; `like` (n, B, H) may have the first samples only."""
-        return self.how.masks.behind(layer, self._steps, like)[:, : like.shape[1]]
+        return masks.behind(layer, self._steps, like)[:, : like.shape[1]]
 
     # ---- Portions of the samples
 
@@ -161,7 +164,8 @@ class SequenceWindow:
 
     def _masks_between(self, like: Tensor) -> list[Tensor]:
         """The factors of all layers but the last; none without dropout."""
-        return [] if self.how.masks is None else [self._masks(d, like) for d in range(len(self.weights) - 1)]
+        masks = self.how.masks
+        return [] if masks is None else [self._masks(masks, d, like) for d in range(len(self.weights) - 1)]
 
     def _hand_on(self, direction: int, portions: Portions, first: Tensor, last: Tensor, through) -> None:
         """All portions one way, from the states (D, B, S) `first` to `last`."""
@@ -209,9 +213,9 @@ class SequenceWindow:
                 steps.forget()
                 if d or with_input:
                     above = affine(gradient, self.weights[d].of_input.t(), None)
-                if d and masks:
-                    above = above * portions.part(masks[d - 1], number)
-            if with_input:
+                    if d and masks:
+                        above = above * portions.part(masks[d - 1], number)
+            if of_x is not None and above is not None:
                 portions.put(of_x, number, above)
             return before
 
@@ -255,7 +259,7 @@ class SequenceWindow:
         """A state of the owner of a step, on every rank."""
         root = self.plan.partition.owner(row)
         own = self.comm.rank == root
-        return self.comm.broadcast(state.contiguous() if own else torch.empty_like(like), root)
+        return self.comm.broadcast(present(state).contiguous() if own else torch.empty_like(like), root)
 
     def _outputs(self, states: Tensor, end: Tensor) -> Tensor:
         """What the steps make (n, B, H): the input of each one's successor, and the window's end."""
@@ -307,8 +311,8 @@ class SequenceWindow:
             steps.forget()
             found.append((of_input[0], of_state[0], of_input[1], of_state[1]))
             slopes = affine(gradient, weights.of_input.t(), None) if number or with_input else None
-            if number and self.how.masks is not None:
-                slopes = slopes * self._masks(number - 1, slopes)
+            if number and self.how.masks is not None and slopes is not None:
+                slopes = slopes * self._masks(self.how.masks, number - 1, slopes)
         return found[::-1], slopes, solutions[::-1]
 
     def _sources(self, slopes: Tensor) -> Tensor:
