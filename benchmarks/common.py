@@ -22,7 +22,8 @@ import torch
 from xbraid_py.comm import Communicator
 from xbraid_py.data import peaks
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.problem.problem import DenseResNetOptions, Problem
+from xbraid_py.problem.options import DenseResNetOptions
+from xbraid_py.problem.problem import Problem
 from xbraid_py.problem.regularization import Regularization
 
 torch.set_num_threads(1)

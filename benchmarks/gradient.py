@@ -28,8 +28,8 @@ from xbraid_py import kernels
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.kernels import fallback
 from xbraid_py.layers.dense import DenseLayer
-from xbraid_py.problem.network import InitialScales
 from xbraid_py.problem.objective import NetworkObjective
+from xbraid_py.problem.options import InitialScales
 from xbraid_py.problem.regularization import Regularization
 
 ETA = 0.1

@@ -27,8 +27,9 @@ from torch import Tensor
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.data import peaks
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions
-from xbraid_py.problem.network import InitialScales
+from xbraid_py.multilevel.depth.nested import NestedIteration
+from xbraid_py.multilevel.depth.options import NestedOptions
+from xbraid_py.problem.options import InitialScales
 
 WIDTH = 8
 PUBLISHED = "published"

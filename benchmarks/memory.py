@@ -21,7 +21,7 @@ import common
 from xbraid_py.comm import Communicator, world
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.optim import OneShot, OneShotOptions
-from xbraid_py.problem.network import InitialScales
+from xbraid_py.problem.options import InitialScales
 
 BYTES = 8  # of a float64
 WIDTH = 8

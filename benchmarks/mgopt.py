@@ -19,12 +19,13 @@ from pathlib import Path
 from statistics import mean
 
 import common
-from studies.mgopt.case import changed, runs, train
+from studies.mgopt.case import changed, runs
 from studies.mgopt.parts import MGOptStudyOptions
 from studies.mgopt.rows import Point, at_goal, best, ratios, reached, speedup, spread
+from studies.mgopt.runs import train
 from studies.rows import Row
 
-from xbraid_py.recipes.mgopt import MGOptRunOptions
+from xbraid_py.recipes.options.mgopt import MGOptRunOptions
 
 
 def run(case: MGOptRunOptions, seed: int) -> Row:

@@ -17,8 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import common  # first: one thread
-from studies.multi_level.case import Case, train
+from studies.multi_level.case import Case
 from studies.multi_level.page import differences, figures
+from studies.multi_level.runs import train
 from studies.multi_level.tables import page
 from studies.study import Study, of_seeds
 

@@ -40,7 +40,7 @@ from xbraid_py.mgrit import MGRIT, Hierarchy, Solver
 from xbraid_py.mgrit.equations import Forward
 from xbraid_py.mgrit.grid import LayerGrid
 from xbraid_py.optim import OneShot, OneShotOptions
-from xbraid_py.problem.network import InitialScales
+from xbraid_py.problem.options import InitialScales
 
 TOLERANCES = (1e-2, 1e-4, 1e-8)
 BLOCKS = 64

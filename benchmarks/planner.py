@@ -38,7 +38,7 @@ from xbraid_py.planner import (
     measure_module,
     named_workload,
 )
-from xbraid_py.problem.network import InitialScales
+from xbraid_py.problem.options import InitialScales
 
 # Enough updates for L-BFGS to have all its pairs before any of them counts.
 MEMORY = 10

@@ -27,7 +27,7 @@ import torch
 from xbraid_py.comm import Communicator, SerialCommunicator, world
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.optim import OneShot, OneShotOptions
-from xbraid_py.problem.network import InitialScales
+from xbraid_py.problem.options import InitialScales
 
 SKIPPED = 12  # updates that do not count: L-BFGS has all its pairs by then
 EXACT = MGRIT(cycle="pipeline")

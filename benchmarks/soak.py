@@ -22,9 +22,10 @@ import common
 from xbraid_py.comm import Communicator, world
 from xbraid_py.data.dataset import Dataset
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel.depth.nested import NestedOptions
+from xbraid_py.multilevel.depth.options import NestedOptions
 from xbraid_py.problem.problem import Problem
-from xbraid_py.recipes.classification import ClassificationOptions, NestedTraining
+from xbraid_py.recipes.classification import NestedTraining
+from xbraid_py.recipes.options.classification import ClassificationOptions
 from xbraid_py.run.engine import Row, train
 
 NUM_LAYERS, SAMPLES, CHECKPOINT_EVERY = 32, 500, 10

@@ -20,7 +20,8 @@ import common
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions
+from xbraid_py.multilevel.depth.nested import NestedIteration
+from xbraid_py.multilevel.depth.options import NestedOptions
 from xbraid_py.problem.objective import NetworkObjective
 
 

@@ -27,7 +27,7 @@ import common
 from xbraid_py.comm import SerialCommunicator, world
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.optim import OneShot, OneShotOptions
-from xbraid_py.problem.network import InitialScales
+from xbraid_py.problem.options import InitialScales
 
 SKIPPED = 5  # updates that do not count: more than those with boosted solves
 

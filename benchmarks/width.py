@@ -21,12 +21,14 @@ from statistics import median
 
 import common  # first: one thread
 import torch
-from studies.width.case import changed, runs, train
+from studies.width.case import changed, runs
 from studies.width.parts import COARSE
 from studies.width.rows import ratios
+from studies.width.runs import train
 from torch import nn
 
-from xbraid_py.recipes.width import PoissonOptions, WidthNetwork, WidthRun
+from xbraid_py.recipes.options.width import PoissonOptions, WidthNetwork
+from xbraid_py.recipes.width import WidthRun
 
 SETTINGS = {"coarse": COARSE, "paper": {}}
 

@@ -17,12 +17,13 @@ from collections.abc import Iterable
 from statistics import median
 
 import common  # first: one thread
-from studies.mgopt.case import PeaksOptions, changed, runs, train
+from studies.mgopt.case import PeaksOptions, changed, runs
 from studies.mgopt.parts import MOST
+from studies.mgopt.runs import train
 
 from xbraid_py.comm.agreement import RunError
-from xbraid_py.multilevel.depth.mgopt import MGOptOptions
-from xbraid_py.problem.problem import DenseResNetOptions
+from xbraid_py.multilevel.depth.options import MGOptOptions
+from xbraid_py.problem.options import DenseResNetOptions
 
 
 def finished(case: PeaksOptions, seeds: Iterable[int]) -> list[dict | None]:

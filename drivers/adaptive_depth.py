@@ -19,15 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from studies.adaptive_depth import page
-from studies.adaptive_depth.runs import AdaptiveStudyOptions as Options
-from studies.adaptive_depth.runs import samples, train
+from studies import adaptive_depth
+from studies.adaptive_depth.options import AdaptiveStudyOptions as Options
 from studies.study import PAGE, RUNS, together
 
 from xbraid_py.comm import Communicator
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel.depth.adaptive import AdaptiveOptions
-from xbraid_py.multilevel.depth.nested import NestedOptions
+from xbraid_py.multilevel import AdaptiveOptions, NestedOptions
 from xbraid_py.run.launch import launch
 from xbraid_py.run.options import to_dict
 
@@ -47,15 +45,15 @@ PRESETS = {
 def setup(options: Options, comm: Communicator) -> Callable[[], None]:
     """Check everything; returns the study."""
     if options.data == "mnist":
-        samples(to_dict(options))  # what is wrong with the files is said now
+        adaptive_depth.runs.samples(to_dict(options))  # what is wrong with the files is said now
 
     def run() -> None:
-        with together(options.out, train, comm) as make:
+        with together(options.out, adaptive_depth.runs.train, comm) as make:
             rows = []
             for seed in range(options.first_seed, options.first_seed + options.seeds):
                 rows += options.runs(seed, make)
             if comm.rank == 0:
-                page.write(rows, options.out)
+                adaptive_depth.page.write(rows, options.out)
                 print(f"{len(rows)} runs in {options.out / RUNS}; tables in {options.out / PAGE}", flush=True)
 
     return run

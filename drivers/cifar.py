@@ -17,11 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from studies.multi_level.outcome import write_outcome
+from studies import multi_level
 
+from xbraid_py import recipes
 from xbraid_py.comm import Communicator
-from xbraid_py.recipes.images import ImageRunOptions as Options
-from xbraid_py.recipes.images import prepare
+from xbraid_py.recipes import ImageRunOptions as Options
 from xbraid_py.run.launch import launch
 
 PRESETS = {
@@ -40,14 +40,14 @@ def setup(options: Options, comm: Communicator) -> Callable[[], object]:
     """Read and check everything, without a message; returns the runs, one after the other."""
     samples = options.samples()
     options.check(samples, comm.size)
-    runs = [prepare(one, samples, comm) for one in options.runs]
+    runs = [recipes.images.prepare(one, samples, comm) for one in options.runs]
 
     def run() -> None:
         if comm.rank == 0:
             print(samples.said, flush=True)
         for each in runs:
             each()
-        write_outcome(options, comm)
+        multi_level.outcome.write_outcome(options, comm)
 
     return run
 

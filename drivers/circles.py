@@ -17,11 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from xbraid_py import recipes
 from xbraid_py.comm import Communicator
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel.depth.mgopt import MGOptOptions
-from xbraid_py.recipes.mgopt import CirclesOptions as Options
-from xbraid_py.recipes.mgopt import prepare
+from xbraid_py.multilevel import MGOptOptions
+from xbraid_py.recipes import CirclesOptions as Options
 from xbraid_py.run.launch import launch
 
 PRESETS = {
@@ -38,7 +38,7 @@ PRESETS = {
 
 def setup(options: Options, comm: Communicator) -> Callable[[], object]:
     """Read and check everything, without a message; returns the run."""
-    return prepare(options, comm, "circles")
+    return recipes.mgopt.prepare(options, comm, "circles")
 
 
 if __name__ == "__main__":

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from studies.depth import page
-from studies.depth.runs import DepthStudyOptions as Options
-from studies.depth.runs import train
+from studies import depth
+from studies.depth.options import DepthStudyOptions as Options
 from studies.study import Settings, Study, run_study
 
+from xbraid_py import data
 from xbraid_py.comm import Communicator
-from xbraid_py.data import mnist
 from xbraid_py.run.launch import launch
 
 PRESETS = {
@@ -42,10 +41,10 @@ def said(settings: Settings) -> str:
 def setup(options: Options, comm: Communicator) -> Callable[[], None]:
     """Check everything; returns the study."""
     if {*options.problems} - {"text"}:
-        mnist.load(options.data_dir)  # what is wrong with the files is said now
-    study = Study(options.out, train, options.workers)
+        data.mnist.load(options.data_dir)  # what is wrong with the files is said now
+    study = Study(options.out, depth.runs.train, options.workers)
     stages = {"runs with other rates": options.tuning, "runs": options.compared}
-    return run_study(study, stages, page.write, comm, said)
+    return run_study(study, stages, depth.page.write, comm, said)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from xbraid_py import recipes
 from xbraid_py.comm import Communicator
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.recipes.finetune import FinetuneOptions as Options
-from xbraid_py.recipes.finetune import prepare_finetune
+from xbraid_py.recipes import FinetuneOptions as Options
 from xbraid_py.run.launch import launch
 
 PRESETS = {
@@ -44,7 +44,7 @@ PRESETS = {
 
 def setup(options: Options, comm: Communicator) -> Callable[[], object]:
     """Read and check everything, without a message; returns the run."""
-    return prepare_finetune(options, comm)
+    return recipes.finetune.prepare_finetune(options, comm)
 
 
 if __name__ == "__main__":

@@ -18,17 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
+from xbraid_py import data, recipes
 from xbraid_py.comm import Communicator
-from xbraid_py.data import indian_pines
-from xbraid_py.data.dataset import Dataset
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel.depth.nested import NestedOptions
-from xbraid_py.problem.network import InitialScales
-from xbraid_py.problem.problem import DenseResNetOptions
+from xbraid_py.multilevel import NestedOptions
+from xbraid_py.problem.options import DenseResNetOptions, InitialScales
 from xbraid_py.problem.regularization import Regularization
-from xbraid_py.recipes.classification import ClassificationOptions, NestedTraining, Scores, curves, prepare_job
+from xbraid_py.recipes import ClassificationOptions
 from xbraid_py.run.launch import launch
 from xbraid_py.run.run_options import free
 
@@ -77,10 +73,10 @@ class Options(ClassificationOptions):
 
 def setup(options: Options, comm: Communicator) -> Callable[[], object]:
     """Read and check everything, without a message; returns the run."""
-    found: list[indian_pines.Scene] = []
+    found: list[data.indian_pines.Scene] = []
 
-    def load() -> tuple[Dataset, Dataset]:
-        scene = indian_pines.load(
+    def load() -> tuple[data.Dataset, data.Dataset]:
+        scene = data.indian_pines.load(
             options.data_dir,
             source=options.source,
             split=options.split,
@@ -91,23 +87,24 @@ def setup(options: Options, comm: Communicator) -> Callable[[], object]:
         found.append(scene)
         return scene.train, scene.validation
 
-    return prepare_job(options, comm, load, lambda *trained: finish(*trained, found[0]), recipe="indian_pines")
+    prepare = recipes.classification.prepare_job
+    return prepare(options, comm, load, lambda *trained: finish(*trained, found[0]), recipe="indian_pines")
 
 
-def finish(training: NestedTraining, rows: list[dict], figures: Path, scene: indian_pines.Scene) -> dict | None:
+def finish(
+    training: recipes.classification.NestedTraining, rows: list[dict], figures: Path, scene: data.indian_pines.Scene
+) -> dict | None:
     """Accuracies on the validation pixels, and the pictures of a run."""
     network, weights, labels = training.method.network, training.method.weights, scene.validation.labels
     predicted = network.predict(weights, scene.validation.features)
     classes = network.predict(weights, scene.pixels).reshape(scene.truth.shape)
-    if not rows:
+    if not rows:  # on all ranks but one
         return None
-    from xbraid_py.recipes.pictures import scene_map  # matplotlib takes its time to load: on one rank only
-
-    names = indian_pines.names(scene.train.num_classes)
-    curves(rows, figures)
-    scene_map(classes, scene.truth, names, figures / "classes.png")
-    scores = Scores.of(predicted, labels, scene.train.num_classes)
-    for name, share, count in zip(names, scores.per_class, torch.bincount(labels, minlength=len(names)), strict=True):
+    names = data.indian_pines.names(scene.train.num_classes)
+    recipes.classification.curves(rows, figures)
+    recipes.pictures.scene_map(classes, scene.truth, names, figures / "classes.png")
+    scores = recipes.classification.Scores.of(predicted, labels, scene.train.num_classes)
+    for name, share, count in zip(names, scores.per_class, labels.bincount(minlength=len(names)), strict=True):
         print(f"{name:30s} {'-' if share is None else f'{100 * share:6.1f} %'} of {int(count)}")
     print(f"overall {100 * scores.overall:.2f} %, average {100 * scores.average:.2f} %, kappa {scores.kappa:.4f}")
     return scores.as_dict()

@@ -16,13 +16,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from studies.indian_pines import page
-from studies.indian_pines.runs import PinesStudyOptions as Options
-from studies.indian_pines.runs import train
+from studies import indian_pines
+from studies.indian_pines.options import PinesStudyOptions as Options
 from studies.study import PAGE, RUNS, Study, run_study, together
 
+from xbraid_py import data
 from xbraid_py.comm import Communicator
-from xbraid_py.data import indian_pines
 from xbraid_py.run.launch import launch
 
 PRESETS = {
@@ -42,10 +41,11 @@ def setup(options: Options, comm: Communicator) -> Callable[[], None]:
     scene = options.scene()
 
     def write(parts: dict[str, list[dict]], out: Path) -> None:
-        page.write(parts["all"], out, indian_pines.names(scene.train.num_classes), scene.truth.numpy())
+        names = data.indian_pines.names(scene.train.num_classes)
+        indian_pines.page.write(parts["all"], out, names, scene.truth.numpy())
 
     def on_all_ranks() -> None:
-        with together(options.out, train, comm) as make:
+        with together(options.out, indian_pines.runs.train, comm) as make:
             rows = []
             for each in options.settings():
                 rows.append(make(each))
@@ -57,7 +57,7 @@ def setup(options: Options, comm: Communicator) -> Callable[[], None]:
 
     if comm.size > 1:
         return on_all_ranks
-    study = Study(options.out, train, options.workers)
+    study = Study(options.out, indian_pines.runs.train, options.workers)
     return run_study(study, {"runs": lambda rows: {"all": options.settings()}}, write, comm)
 
 

@@ -20,14 +20,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from studies.lesion.lesion import Lesions, measure_all, read_trained, write_lesions
+from studies import lesion
 from studies.lesion.options import LesionOptions as Options
+from studies.lesion.options import Lesions
 
+from xbraid_py import recipes
 from xbraid_py.comm import Communicator
-from xbraid_py.recipes.images import prepare
-from xbraid_py.run.folder import CHECKPOINTS
 from xbraid_py.run.launch import launch
-from xbraid_py.run.store.read import newest_good
 
 # It takes the options of a training.
 CIFAR = Path(__file__).with_name("cifar.py")
@@ -47,13 +46,13 @@ PRESETS = {
 def setup(options: Options, comm: Communicator) -> Callable[[], object]:
     """Read and check everything, without a message; returns the trainings and what is done to the networks."""
     here = {"device": options.device, "test_images": options.test_images, "data_dir": options.data_dir}
-    given = [read_trained(path, **here) for path in options.checkpoint]
+    given = [lesion.read_trained(path, **here) for path in options.checkpoint]
     trainings, samples = [], [each.options.samples() for each in given]
     for trained, images in zip(given, samples, strict=True):
         trained.options.check(images, comm.size)
     if not given:
         trainings, samples = options.trainings, [options.samples()]
-    runs = [prepare(one, samples[0], comm, driver=CIFAR) for one in trainings]
+    runs = [recipes.images.prepare(one, samples[0], comm, driver=CIFAR) for one in trainings]
     said = "\n".join(dict.fromkeys(each.said for each in samples))
 
     def run() -> None:
@@ -61,9 +60,9 @@ def setup(options: Options, comm: Communicator) -> Callable[[], object]:
             print(said, flush=True)
         for each in runs:
             each()
-        paths = [newest_good(one.out / CHECKPOINTS) for one in trainings]
-        networks = given or [read_trained(path, **here) for path in paths]
-        write_lesions(measure_all(networks, Lesions(draws=options.draws), comm), options.out, comm)
+        networks = given or lesion.read_newest(trainings, **here)
+        measured = lesion.measure_all(networks, Lesions(draws=options.draws), comm)
+        lesion.write_lesions(measured, options.out, comm)
 
     return run
 

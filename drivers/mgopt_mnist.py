@@ -19,11 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from xbraid_py import recipes
 from xbraid_py.comm import Communicator
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel.depth.mgopt import LevelOptions, MGOptOptions
-from xbraid_py.recipes.mgopt import MnistColumnsOptions as Options
-from xbraid_py.recipes.mgopt import prepare
+from xbraid_py.multilevel import LevelOptions, MGOptOptions
+from xbraid_py.recipes import MnistColumnsOptions as Options
 from xbraid_py.run.launch import launch
 
 PRESETS = {
@@ -44,7 +44,7 @@ PRESETS = {
 
 def setup(options: Options, comm: Communicator) -> Callable[[], object]:
     """Read and check everything, without a message; returns the run."""
-    return prepare(options, comm, "mgopt_mnist")
+    return recipes.mgopt.prepare(options, comm, "mgopt_mnist")
 
 
 if __name__ == "__main__":

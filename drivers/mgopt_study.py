@@ -13,8 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from studies.mgopt import page
-from studies.mgopt.case import train
+from studies import mgopt
 from studies.mgopt.parts import MGOptStudyOptions as Options
 from studies.mgopt.rows import words
 from studies.study import Settings, Study, run_study
@@ -50,9 +49,9 @@ def said(settings: Settings) -> str:
 
 def setup(options: Options, comm: Communicator) -> Callable[[], None]:
     """Check everything; returns the study."""
-    study = Study(options.out, train, options.workers)
+    study = Study(options.out, mgopt.runs.train, options.workers)
     stages = {"runs": options.first_stage, "tuned runs": options.second_stage}
-    return run_study(study, stages, page.write, comm, said)
+    return run_study(study, stages, mgopt.page.write, comm, said)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from xbraid_py import recipes
 from xbraid_py.comm import Communicator
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.recipes.digits import MnistOptions as Options
-from xbraid_py.recipes.digits import build, prepare_digits
+from xbraid_py.recipes import MnistOptions as Options
 from xbraid_py.run.launch import launch
 
 PRESETS = {
@@ -37,7 +37,8 @@ PRESETS = {
 
 def setup(options: Options, comm: Communicator) -> Callable[[], object]:
     """Read and check everything, without a message; returns the run."""
-    return prepare_digits("digits", "mnist", options, comm, build)
+    digits = recipes.digits
+    return digits.prepare_digits("digits", "mnist", options, comm, digits.build)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from studies.multi_level import page
-from studies.multi_level.case import Case, train
+from studies import multi_level
+from studies.multi_level.case import Case
 from studies.study import Parts, Settings, Study, StudyOptions, of_seeds, run_study
 
 from xbraid_py.comm import Communicator
-from xbraid_py.recipes.images import MultiLevelOptions
+from xbraid_py.recipes import MultiLevelOptions
 from xbraid_py.run.launch import launch
 from xbraid_py.run.run_options import free
 
@@ -133,8 +133,8 @@ def setup(options: Options, comm: Communicator) -> Callable[[], None]:
     samples = options.samples()
     options.check(samples, 1)
     how = {"folder": options.out / "checkpoints", "checkpoint_every": options.checkpoint_every}
-    study = Study(options.out, partial(train, **how), options.workers)
-    study_run = run_study(study, {"runs": lambda rows: settings_of(options)}, page.write, comm, said)
+    study = Study(options.out, partial(multi_level.runs.train, **how), options.workers)
+    study_run = run_study(study, {"runs": lambda rows: settings_of(options)}, multi_level.page.write, comm, said)
 
     def run() -> None:
         print(samples.said, flush=True)

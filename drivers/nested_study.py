@@ -12,9 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from studies.nested import page
-from studies.nested.parts import NestedStudyOptions as Options
-from studies.nested.parts import train
+from studies import nested
+from studies.nested.options import NestedStudyOptions as Options
 from studies.study import Study, run_study
 
 from xbraid_py.comm import Communicator
@@ -35,12 +34,12 @@ PRESETS = {
 
 def setup(options: Options, comm: Communicator) -> Callable[[], None]:
     """Check everything; returns the study."""
-    study = Study(options.out, train, options.workers)
+    study = Study(options.out, nested.runs.train, options.workers)
     stages = {
         "runs": lambda rows: {"all": options.settings()},
         "tuned runs": lambda rows: {"tuned": options.second_stage(rows)},
     }
-    return run_study(study, stages, lambda parts, out: page.write(sum(parts.values(), []), out), comm)
+    return run_study(study, stages, lambda parts, out: nested.page.write(sum(parts.values(), []), out), comm)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from xbraid_py import data, recipes  # what is in them is loaded when it is used: a help needs no torch
 from xbraid_py.comm import Communicator
-from xbraid_py.data import peaks
-from xbraid_py.data.dataset import Dataset
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel.depth.nested import NestedOptions
-from xbraid_py.recipes.classification import ClassificationOptions, NestedTraining, curves, prepare_job
+from xbraid_py.multilevel import NestedOptions
+from xbraid_py.recipes import ClassificationOptions
 from xbraid_py.run.launch import launch
 from xbraid_py.run.run_options import free
 
@@ -62,24 +61,22 @@ class Options(ClassificationOptions):
 def setup(options: Options, comm: Communicator) -> Callable[[], object]:
     """Read and check everything, without a message; returns the run."""
 
-    def load() -> tuple[Dataset, Dataset]:
+    def load() -> tuple[data.Dataset, data.Dataset]:
         if options.data_dir is not None:
-            return peaks.load(options.data_dir, dtype=options.torch_dtype)
-        return peaks.generate(options.num_train, options.num_val, options.seed, options.torch_dtype)
+            return data.peaks.load(options.data_dir, dtype=options.torch_dtype)
+        return data.peaks.generate(options.num_train, options.num_val, options.seed, options.torch_dtype)
 
-    return prepare_job(options, comm, load, draw, recipe="peaks")
+    return recipes.classification.prepare_job(options, comm, load, draw, recipe="peaks")
 
 
-def draw(training: NestedTraining, rows: list[dict], figures: Path) -> None:
+def draw(training: recipes.classification.NestedTraining, rows: list[dict], figures: Path) -> None:
     """The pictures of a run."""
     network, weights = training.method.network, training.method.weights
-    classes = network.predict(weights, peaks.mesh(MAP_SIZE, network.dtype)).reshape(MAP_SIZE, MAP_SIZE)
-    if rows:
-        from xbraid_py.recipes.pictures import class_map  # matplotlib takes its time to load: on one rank only
-
-        curves(rows, figures)
-        true = peaks.class_of(*peaks.mesh(MAP_SIZE).numpy()).reshape(classes.shape)
-        class_map(classes, true, peaks.class_names(), figures / "classes.png")
+    classes = network.predict(weights, data.peaks.mesh(MAP_SIZE, network.dtype)).reshape(MAP_SIZE, MAP_SIZE)
+    if rows:  # on one rank only
+        recipes.classification.curves(rows, figures)
+        true = data.peaks.class_of(*data.peaks.mesh(MAP_SIZE).numpy()).reshape(classes.shape)
+        recipes.pictures.class_map(classes, true, data.peaks.class_names(), figures / "classes.png")
 
 
 if __name__ == "__main__":

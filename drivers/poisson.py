@@ -16,9 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from xbraid_py import recipes
 from xbraid_py.comm import Communicator
-from xbraid_py.recipes.width import PoissonOptions as Options
-from xbraid_py.recipes.width import set_up
+from xbraid_py.recipes import PoissonOptions as Options
 from xbraid_py.run.launch import launch
 
 PRESETS = {
@@ -38,7 +38,7 @@ PRESETS = {
 
 def setup(options: Options, comm: Communicator) -> Callable[[], object]:
     """Read and check everything, without a message; returns the run."""
-    return set_up(options, comm)
+    return recipes.width.set_up(options, comm)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from xbraid_py import recipes
 from xbraid_py.comm import Communicator
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.recipes.digits import prepare_digits
-from xbraid_py.recipes.sequences import SequenceOptions as Options
-from xbraid_py.recipes.sequences import SequenceTraining, build
+from xbraid_py.recipes import SequenceOptions as Options
 from xbraid_py.run.launch import launch
 
 PRESETS = {
@@ -37,7 +36,8 @@ PRESETS = {
 
 def setup(options: Options, comm: Communicator) -> Callable[[], object]:
     """Read and check everything, without a message; returns the run."""
-    return prepare_digits("sequences", "sequences", options, comm, build, SequenceTraining)
+    prepare, job = recipes.digits.prepare_digits, recipes.sequences
+    return prepare("sequences", "sequences", options, comm, job.build, job.SequenceTraining)
 
 
 if __name__ == "__main__":

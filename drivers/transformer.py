@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from xbraid_py import recipes
 from xbraid_py.comm import Communicator
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.recipes.text import TextOptions as Options
-from xbraid_py.recipes.text import prepare_text
+from xbraid_py.recipes import TextOptions as Options
 from xbraid_py.run.launch import launch
 
 PRESETS = {
@@ -42,7 +42,7 @@ PRESETS = {
 
 def setup(options: Options, comm: Communicator) -> Callable[[], object]:
     """Read and check everything, without a message; returns the run."""
-    return prepare_text(options, comm)
+    return recipes.text.prepare_text(options, comm)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from xbraid_py import recipes
 from xbraid_py.comm import Communicator
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.recipes.translate import TranslateOptions as Options
-from xbraid_py.recipes.translate import prepare_translate
+from xbraid_py.recipes import TranslateOptions as Options
 from xbraid_py.run.launch import launch
 
 PRESETS = {
@@ -38,7 +38,7 @@ PRESETS = {
 
 def setup(options: Options, comm: Communicator) -> Callable[[], object]:
     """Check everything, without a message; returns the run."""
-    return prepare_translate(options, comm)
+    return recipes.translate.prepare_translate(options, comm)
 
 
 if __name__ == "__main__":

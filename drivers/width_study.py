@@ -19,9 +19,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 
+from studies import width
 from studies.study import Parts, Result, Settings, Study, run_study
-from studies.width import page
-from studies.width.case import options_of, train
+from studies.width.case import options_of
 from studies.width.parts import WidthStudyOptions as Options
 
 from xbraid_py.comm import Communicator
@@ -55,7 +55,7 @@ def setup(options: Options, comm: Communicator) -> Callable[[], None]:
     """Check everything; returns the study."""
     folder = str(options.data_dir or options.out / "data")
     options.device_of(0)
-    study = Study(options.out, partial(train, data_dir=folder, device=options.device), options.workers)
+    study = Study(options.out, partial(width.runs.train, data_dir=folder, device=options.device), options.workers)
 
     def first(rows: Mapping[str, Result]) -> Parts:
         print(f"at most {options.work_ahead(study.finished()):,.0f} work units, tau included", flush=True)
@@ -70,7 +70,7 @@ def setup(options: Options, comm: Communicator) -> Callable[[], None]:
             source.samples(comm)
         return parts
 
-    return run_study(study, {"runs": first, "tuned runs": second}, page.write, comm, said)
+    return run_study(study, {"runs": first, "tuned runs": second}, width.page.write, comm, said)
 
 
 def said(settings: Settings) -> str:

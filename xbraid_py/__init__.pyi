@@ -83,9 +83,10 @@ from .optim import (
 )
 from .optim.objective import Evaluation as Evaluation, Objective as Objective
 from .planner.stacks import Advice as Advice, advise as advise
-from .problem.network import DenseResNet as DenseResNet, InitialScales as InitialScales
+from .problem.network import DenseResNet as DenseResNet
 from .problem.objective import NetworkObjective as NetworkObjective
-from .problem.problem import DenseResNetOptions as DenseResNetOptions, Problem as Problem
+from .problem.options import DenseResNetOptions as DenseResNetOptions, InitialScales as InitialScales
+from .problem.problem import Problem as Problem
 from .problem.regularization import Regularization as Regularization
 from .run.signals import Stopped as Stopped
 from .run.store.read import CheckpointError as CheckpointError

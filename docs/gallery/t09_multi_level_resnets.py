@@ -13,7 +13,7 @@ import torch
 
 import xbraid_py
 from xbraid_py.data.images import Augmentation, Images, standardize
-from xbraid_py.multilevel.resnet.refinement import CosineCycles, plan
+from xbraid_py.multilevel.resnet.options import CosineCycles, plan
 from xbraid_py.multilevel.resnet.training import Pipeline
 
 # %%

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Summary:
     @classmethod
     def of(cls, values: Sequence[float]) -> Summary:
         """Of at least one finite value."""
-        from scipy.stats import t
+        import numpy as np
+        from scipy.stats import t  # takes its time to load
 
         sample = np.asarray(values, dtype=float)
         if not len(sample) or not np.all(np.isfinite(sample)):
@@ -61,6 +64,8 @@ class Summary:
 
 def deviation_ratio(a: Sequence[float], b: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
     """Ratio of the standard deviations of two samples, and its 95 % interval by 10,000 bootstrap samples."""
+    import numpy as np
+
     rng = np.random.default_rng(seed)
 
     def spread(values: Sequence[float]) -> np.ndarray:

@@ -19,9 +19,6 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console
-from rich.progress import track
-
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.agreement import RunError
 from xbraid_py.run import signals
@@ -305,6 +302,9 @@ def run_study(
         raise ValueError(f"{comm.size} ranks: the study has workers of its own; start it without mpirun")
 
     def run() -> None:
+        from rich.console import Console
+        from rich.progress import track
+
         console, rows, parts = Console(stderr=True), {}, {}
         for title, stage in stages.items():
             made = stage(rows)

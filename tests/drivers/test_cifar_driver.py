@@ -9,7 +9,8 @@ import pytest
 import torch
 from cifar_files import write_cifar10
 from kinds import finished, program, updates_of
-from studies.multi_level.case import Case, train
+from studies.multi_level.case import Case
+from studies.multi_level.runs import train
 from studies.multi_level.tables import CURVE
 from studies.study import settings_of
 

@@ -11,7 +11,7 @@ from kinds import KINDS, Kind, draw_nothing, run, updates_of
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.layer_parallel.export import to_sequential
 from xbraid_py.layers.splines import Splines
-from xbraid_py.recipes.classification import ClassificationOptions
+from xbraid_py.recipes.options.classification import ClassificationOptions
 from xbraid_py.run.options import OptionError, parse
 from xbraid_py.run.store.read import Checkpoint, CheckpointError
 

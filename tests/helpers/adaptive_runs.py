@@ -8,8 +8,8 @@ from small_runs import MIXED, ONE_SHOT, SEQUENTIAL, nested
 
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.mgrit.grid import LayerGrid
-from xbraid_py.multilevel.depth.adaptive import AdaptiveOptions
-from xbraid_py.problem.network import InitialScales
+from xbraid_py.multilevel.depth.options import AdaptiveOptions
+from xbraid_py.problem.options import InitialScales
 
 SCALES = InitialScales(1.0, 1.0, 1.0)
 # Both solves to the end, so that the indicators do not depend on how they are made.

@@ -10,8 +10,10 @@ from torch import Tensor
 from xbraid_py.comm import Communicator, SerialCommunicator
 from xbraid_py.data import circles
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel.depth.mgopt import MGOpt, MGOptOptions
-from xbraid_py.problem.problem import DenseResNetOptions, PerceptronProblem, perceptron_weights
+from xbraid_py.multilevel.depth.mgopt import MGOpt
+from xbraid_py.multilevel.depth.options import MGOptOptions
+from xbraid_py.problem.options import DenseResNetOptions
+from xbraid_py.problem.problem import PerceptronProblem, perceptron_weights
 from xbraid_py.problem.regularization import Regularization
 
 EXACT = MGRIT(max_levels=1)

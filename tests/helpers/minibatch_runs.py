@@ -18,7 +18,8 @@ from xbraid_py.comm import Communicator, SerialCommunicator
 from xbraid_py.layer_parallel.minibatch.state import MinibatchState
 from xbraid_py.layer_parallel.minibatch.updates import evaluate
 from xbraid_py.nn import Dropout
-from xbraid_py.recipes.minibatch import MinibatchOptions, MinibatchTraining, prepare
+from xbraid_py.recipes.minibatch import MinibatchTraining, prepare
+from xbraid_py.recipes.options.minibatch import MinibatchOptions
 from xbraid_py.run.record import read
 from xbraid_py.run.run_options import free
 

@@ -11,8 +11,8 @@ import torch
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.problem.network import InitialScales
-from xbraid_py.problem.problem import DenseResNetOptions, Problem
+from xbraid_py.problem.options import DenseResNetOptions, InitialScales
+from xbraid_py.problem.problem import Problem
 from xbraid_py.problem.regularization import Regularization
 
 ALL_RANKS = pytest.mark.ranks(1, 2, 3, 5, 8)

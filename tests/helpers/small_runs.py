@@ -13,10 +13,11 @@ from torch import Tensor
 from xbraid_py.comm import Communicator
 from xbraid_py.data import peaks
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions, Record
+from xbraid_py.multilevel.depth.nested import NestedIteration, Record
+from xbraid_py.multilevel.depth.options import NestedOptions
 from xbraid_py.optim import OneShotOptions
-from xbraid_py.problem.network import InitialScales
-from xbraid_py.problem.problem import DenseResNetOptions, Problem
+from xbraid_py.problem.options import DenseResNetOptions, InitialScales
+from xbraid_py.problem.problem import Problem
 from xbraid_py.problem.regularization import Regularization
 from xbraid_py.run.store.read import load, restoring
 from xbraid_py.run.store.write import CheckpointStore

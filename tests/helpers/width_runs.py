@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from xbraid_py.data.pde_dataset import PdeDataset
-from xbraid_py.multilevel.width.training import WidthTrainingOptions
-from xbraid_py.recipes.width import PoissonOptions, WidthNetwork, WidthRun
+from xbraid_py.multilevel.width.options import WidthTrainingOptions
+from xbraid_py.recipes.options.width import PoissonOptions, WidthNetwork
+from xbraid_py.recipes.width import WidthRun
 
 NETWORK = WidthNetwork(widths=(16, 12))
 TINY = PoissonOptions(

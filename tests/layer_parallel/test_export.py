@@ -15,10 +15,10 @@ from torch import nn
 from xbraid_py import MGRIT, DenseBlock, LayerParallel, ResidualStep, to_sequential
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.layers.module_block import own_random_numbers
-from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions
+from xbraid_py.multilevel.depth.nested import NestedIteration
+from xbraid_py.multilevel.depth.options import NestedOptions
 from xbraid_py.nn import Dropout
-from xbraid_py.problem.network import InitialScales
-from xbraid_py.problem.problem import DenseResNetOptions
+from xbraid_py.problem.options import DenseResNetOptions, InitialScales
 from xbraid_py.run.options import to_dict
 from xbraid_py.run.store.read import CheckpointError, file_name
 from xbraid_py.run.store.write import Shard, save

@@ -15,7 +15,8 @@ from xbraid_py.kernels.activation import ACTIVATIONS, activation
 from xbraid_py.layers.dense import DenseLayer
 from xbraid_py.layers.parameters import Layout, Stack
 from xbraid_py.mgrit.grid import LayerGrid
-from xbraid_py.problem.network import DenseResNet, InitialScales
+from xbraid_py.problem.network import DenseResNet
+from xbraid_py.problem.options import InitialScales
 
 NAMES = sorted(ACTIVATIONS)
 CORNERS = [-0.1, 0.0, 0.1]

@@ -18,13 +18,13 @@ from xbraid_py.layer_parallel.export import to_sequential
 from xbraid_py.layers.splines import Splines
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.mgrit.grid import LayerGrid
-from xbraid_py.multilevel.depth.adaptive import AdaptiveOptions
-from xbraid_py.multilevel.depth.mgopt import MGOpt, MGOptOptions
-from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions
+from xbraid_py.multilevel.depth.mgopt import MGOpt
+from xbraid_py.multilevel.depth.nested import NestedIteration
+from xbraid_py.multilevel.depth.options import AdaptiveOptions, MGOptOptions, NestedOptions
 from xbraid_py.multilevel.depth.transfer import DepthTransfer, prolong_depth
 from xbraid_py.multilevel.width.matching import StateWidthTransfer
 from xbraid_py.optim import OneShotOptions
-from xbraid_py.problem.network import InitialScales
+from xbraid_py.problem.options import InitialScales
 from xbraid_py.run.options import to_dict
 
 ALL_RANKS = pytest.mark.ranks(1, 2, 3, 5, 8)

@@ -12,10 +12,11 @@ from xbraid_py.comm import SerialCommunicator
 from xbraid_py.kernels import fallback
 from xbraid_py.layers.dense import DenseLayer
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel.depth.nested import NestedIteration, NestedOptions
+from xbraid_py.multilevel.depth.nested import NestedIteration
+from xbraid_py.multilevel.depth.options import NestedOptions
 from xbraid_py.optim import OneShotOptions
-from xbraid_py.problem.network import InitialScales
-from xbraid_py.problem.problem import DenseResNetOptions, Problem
+from xbraid_py.problem.options import DenseResNetOptions, InitialScales
+from xbraid_py.problem.problem import Problem
 from xbraid_py.problem.regularization import Regularization
 
 WIDTH, LAYERS, UPDATES = 100, 8, 6

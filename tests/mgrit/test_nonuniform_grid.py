@@ -18,7 +18,7 @@ from xbraid_py.layers.dense import DenseLayer, ResidualSteps
 from xbraid_py.mgrit import MGRIT, Hierarchy, Solver
 from xbraid_py.mgrit.equations import Adjoint, Forward
 from xbraid_py.mgrit.grid import LayerGrid
-from xbraid_py.problem.network import InitialScales
+from xbraid_py.problem.options import InitialScales
 from xbraid_py.problem.regularization import Regularization
 
 WIDTH, BATCH, T = 3, 2, 2.0

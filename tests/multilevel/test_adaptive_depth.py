@@ -16,10 +16,10 @@ from small_runs import MIXED, ONE_SHOT, SEQUENTIAL, gathered, points, problem
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.mgrit.grid import LayerGrid
-from xbraid_py.multilevel.depth.adaptive import AdaptiveOptions, indicator, marked, suits
-from xbraid_py.multilevel.depth.nested import NestedOptions
+from xbraid_py.multilevel.depth.adaptive import indicator, marked, suits
+from xbraid_py.multilevel.depth.options import AdaptiveOptions, NestedOptions
 from xbraid_py.multilevel.depth.transfer import prolong_depth
-from xbraid_py.problem.network import InitialScales
+from xbraid_py.problem.options import InitialScales
 
 # Options and marking.
 

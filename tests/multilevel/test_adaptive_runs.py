@@ -13,7 +13,7 @@ from small_runs import ONE_SHOT, SEQUENTIAL, gathered, load_state, nested, point
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.layer_parallel.export import to_sequential
 from xbraid_py.mgrit.grid import LayerGrid
-from xbraid_py.multilevel.depth.adaptive import AdaptiveOptions
+from xbraid_py.multilevel.depth.options import AdaptiveOptions
 from xbraid_py.optim import OneShotOptions
 from xbraid_py.recipes.classification import row_of
 from xbraid_py.run.options import to_dict

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from xbraid_py.multilevel.resnet.refinement import CosineCycles, Discretization, plan
+from xbraid_py.multilevel.resnet.options import CosineCycles, Discretization, plan
 
 
 def test_table1():

@@ -8,8 +8,9 @@ from small_runs import gathered
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.layers.dense import LinearMap
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel.depth.transfer import INTERPOLATIONS, RESTRICTIONS, DepthTransfer
-from xbraid_py.problem.network import InitialScales
+from xbraid_py.multilevel.depth.options import INTERPOLATIONS, RESTRICTIONS
+from xbraid_py.multilevel.depth.transfer import DepthTransfer
+from xbraid_py.problem.options import InitialScales
 
 SCALES = InitialScales(1.0, 1.0, 1.0)
 INTERVALS = MGRIT(cfactor=4, max_levels=2, min_coarse=1)  # layers change hands between the levels

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from xbraid_py.multilevel.width import matching as module
-from xbraid_py.multilevel.width.matching import METHODS, Matching, cosines, match, match_rows
+from xbraid_py.multilevel.width.matching import Matching, cosines, match, match_rows
+from xbraid_py.multilevel.width.options import METHODS
 
 THRESHOLDS = (-1.0, -0.5, 0.0, 0.3, 0.9, 1.0)
 

@@ -8,11 +8,13 @@ from mgopt_runs import by_autograd, last, mgopt, pairwise, problem, split
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.agreement import RunError
-from xbraid_py.multilevel.depth.mgopt import LevelOptions, MGOpt, MGOptOptions
+from xbraid_py.multilevel.depth.mgopt import MGOpt
+from xbraid_py.multilevel.depth.options import LevelOptions, MGOptOptions
 from xbraid_py.optim import OneShot, OneShotOptions
 from xbraid_py.optim.levels import Point
 from xbraid_py.problem.problem import perceptron_weights
-from xbraid_py.recipes.mgopt import CirclesOptions
+from xbraid_py.recipes.mgopt import training_of
+from xbraid_py.recipes.options.mgopt import CirclesOptions
 from xbraid_py.run.engine import rows_of
 
 SERIAL = SerialCommunicator()
@@ -190,7 +192,8 @@ def test_the_circles_job_begins_on_the_coarsest_network_if_asked_to():
     found = []
     for cycles in (0, 1):
         how = {"num_layers": 64, "num_train": 200, "num_val": 100, "seed": 1, "goal": 0.9}
-        training = CirclesOptions(**how, mgopt=MGOptOptions(levels=4, full_multigrid=cycles)).training(SERIAL)
+        options = CirclesOptions(**how, mgopt=MGOptOptions(levels=4, full_multigrid=cycles))
+        training = training_of(options, SERIAL)
         found.append(list(rows_of(training)))
         assert training.has_reached(found[-1][-1])
     without, with_start = found

@@ -11,7 +11,8 @@ from small_runs import gathered, same_bits
 
 from xbraid_py.comm.partition import Partition
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel.depth.mgopt import LevelOptions, MGOpt, MGOptOptions
+from xbraid_py.multilevel.depth.mgopt import MGOpt
+from xbraid_py.multilevel.depth.options import LevelOptions, MGOptOptions
 from xbraid_py.problem.problem import perceptron_weights
 from xbraid_py.run.store.read import CheckpointError, file_name, load
 from xbraid_py.run.store.write import CheckpointStore

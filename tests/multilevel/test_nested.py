@@ -10,7 +10,7 @@ from small_runs import MIXED, ONE_SHOT, SEQUENTIAL, gathered, nested, problem, s
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel.depth.nested import NestedOptions
+from xbraid_py.multilevel.depth.options import NestedOptions
 from xbraid_py.multilevel.depth.transfer import prolong_depth
 from xbraid_py.optim import Armijo, OneShotOptions
 

@@ -15,8 +15,9 @@ from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.data.images import Augmentation, Images, standardize
 from xbraid_py.layers.image_resnet import ImageResNet
 from xbraid_py.layers.module_block import own_random_numbers
-from xbraid_py.multilevel.resnet.refinement import CosineCycles, plan, refined_tensors
-from xbraid_py.multilevel.resnet.training import Pipeline, ResNetTraining, ResNetTrainingOptions
+from xbraid_py.multilevel.resnet.options import CosineCycles, ResNetTrainingOptions, plan
+from xbraid_py.multilevel.resnet.refinement import refined_tensors
+from xbraid_py.multilevel.resnet.training import Pipeline, ResNetTraining
 from xbraid_py.run.store.read import CheckpointError, load
 from xbraid_py.run.store.write import Shard, save
 

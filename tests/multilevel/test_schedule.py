@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from xbraid_py.multilevel.vcycle import Schedule
+from xbraid_py.multilevel.schedule import Schedule
 
 TABLE_1 = {
     "[{1}]": 1.00,

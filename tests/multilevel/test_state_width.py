@@ -5,7 +5,7 @@ import torch
 from mgopt_runs import by_autograd, last, mgopt, problem
 from small_runs import gathered
 
-from xbraid_py.multilevel.depth.mgopt import LevelOptions, MGOptOptions
+from xbraid_py.multilevel.depth.options import LevelOptions, MGOptOptions
 from xbraid_py.multilevel.depth.transfer import DepthTransfer
 from xbraid_py.multilevel.vcycle import ComposedTransfer
 from xbraid_py.multilevel.width.matching import StateWidthTransfer, gram, match_rows, match_state

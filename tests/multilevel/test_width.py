@@ -9,16 +9,9 @@ import torch
 from torch import nn
 from width_networks import F64, NETWORKS, dense, made, mixed, weight_layers
 
-from xbraid_py.multilevel.width.matching import SCALINGS, Matching
-from xbraid_py.multilevel.width.transfer import (
-    WidthLayout,
-    WidthOptions,
-    WidthTransfer,
-    coarsen,
-    hierarchy,
-    match_layers,
-    renewed,
-)
+from xbraid_py.multilevel.width.matching import Matching
+from xbraid_py.multilevel.width.options import SCALINGS, WidthOptions
+from xbraid_py.multilevel.width.transfer import WidthLayout, WidthTransfer, coarsen, hierarchy, match_layers, renewed
 
 
 def layer_matrix_pair(matching: Matching | None, width: int, scaling: str, rows: torch.Tensor):

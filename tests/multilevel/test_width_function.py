@@ -4,8 +4,8 @@ import pytest
 import torch
 from width_networks import NETWORKS, duplicated, made
 
-from xbraid_py.multilevel.width.matching import SCALINGS
-from xbraid_py.multilevel.width.transfer import WidthLayout, WidthOptions, coarsen, hierarchy
+from xbraid_py.multilevel.width.options import SCALINGS, WidthOptions
+from xbraid_py.multilevel.width.transfer import WidthLayout, coarsen, hierarchy
 
 
 @pytest.mark.parametrize("levels", (2, 3))

@@ -12,8 +12,8 @@ from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.layers.module_block import own_random_numbers
 from xbraid_py.multilevel.stochastic import Minibatches
 from xbraid_py.multilevel.width.matching import match_rows
-from xbraid_py.multilevel.width.training import WidthTraining, WidthTrainingOptions, errors
-from xbraid_py.multilevel.width.transfer import WidthOptions
+from xbraid_py.multilevel.width.options import WidthOptions, WidthTrainingOptions
+from xbraid_py.multilevel.width.training import WidthTraining, errors
 from xbraid_py.optim.levels import Point
 from xbraid_py.run.store.read import CheckpointError, load
 from xbraid_py.run.store.write import save

@@ -4,7 +4,7 @@ import pytest
 import torch
 from mgopt_runs import by_autograd, last, mgopt, pairwise, problem, split
 
-from xbraid_py.multilevel.depth.mgopt import LevelOptions
+from xbraid_py.multilevel.depth.options import LevelOptions
 from xbraid_py.optim import OneShot, OneShotOptions
 
 ARMIJO = LevelOptions(method=("lbfgs",), learning_rate=(1.0,), line_search=True)

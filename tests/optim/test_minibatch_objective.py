@@ -9,7 +9,8 @@ import torch
 from mgopt_runs import EXACT, last, mgopt, points, problem
 
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel.depth.mgopt import LevelOptions, MGOpt, MGOptOptions
+from xbraid_py.multilevel.depth.mgopt import MGOpt
+from xbraid_py.multilevel.depth.options import LevelOptions, MGOptOptions
 from xbraid_py.problem.portions import PortionedObjective
 from xbraid_py.problem.problem import perceptron_weights
 from xbraid_py.run.store.read import load

@@ -20,7 +20,7 @@ from small_problem import (
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.problem.network import InitialScales
+from xbraid_py.problem.options import InitialScales
 from xbraid_py.problem.regularization import Regularization
 
 

@@ -30,7 +30,7 @@ from xbraid_py.planner import (
 )
 from xbraid_py.planner.predict import MIN_COARSE
 from xbraid_py.planner.recommend import headings, lines, show
-from xbraid_py.problem.problem import DenseResNetOptions
+from xbraid_py.problem.options import DenseResNetOptions
 
 
 def step(each):

@@ -33,7 +33,7 @@ from xbraid_py.planner import (
 )
 from xbraid_py.planner.clocks import Clocks, SharedCores
 from xbraid_py.planner.maps import draw, powers_of_two
-from xbraid_py.problem.problem import DenseResNetOptions
+from xbraid_py.problem.options import DenseResNetOptions
 
 FREE = StepCost(0.0, 0.0)
 NO_TIME = Link(0.0, 1e30, 0.0, "made up")

@@ -10,11 +10,12 @@ from refusal import refusal
 from small_problem import ALL_RANKS, CLASSES, CONVERGED, N, T, data, exact, problem, weights
 
 from xbraid_py.comm import SerialCommunicator
+from xbraid_py.kernels import activation
 from xbraid_py.mgrit import MGRIT, Hierarchy, Solver
 from xbraid_py.mgrit.grid import LayerGrid
 from xbraid_py.problem import network
 from xbraid_py.problem.objective import NetworkObjective
-from xbraid_py.problem.problem import DenseResNetOptions
+from xbraid_py.problem.options import ACTIVATIONS, DenseResNetOptions
 
 
 @ALL_RANKS
@@ -83,6 +84,10 @@ def test_different_factors_of_states_and_adjoints(spmd):
 
     for message in spmd(body):
         assert message.startswith("adjoint.cfactor=8 must begin with the same coarsening factor as mgrit.cfactor=4")
+
+
+def test_the_activations_are_those_of_the_kernels():
+    assert ACTIVATIONS == tuple(activation.ACTIVATIONS)
 
 
 def test_bad_architecture_names_what_works():

@@ -7,7 +7,7 @@ from small_problem import BATCH, TERMS, N, data, exact, problem, weights
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.layers.splines import Splines
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.problem.network import InitialScales
+from xbraid_py.problem.options import InitialScales
 
 PIPELINE = MGRIT(cycle="pipeline", portions=6)
 SPLITS = pytest.mark.ranks(1, 2, 3, 4, 6)

@@ -6,7 +6,8 @@ import pytest
 from kinds import KINDS, finished, options_of, run, updates_of
 
 from xbraid_py.comm import SerialCommunicator
-from xbraid_py.recipes.mgopt import CirclesOptions, MnistColumnsOptions
+from xbraid_py.recipes.mgopt import training_of
+from xbraid_py.recipes.options.mgopt import CirclesOptions, MnistColumnsOptions
 from xbraid_py.recipes.pictures.curves import over_cycles
 from xbraid_py.run.engine import rows_of
 from xbraid_py.run.options import OptionError
@@ -44,7 +45,7 @@ def test_a_run_that_is_over_goes_on_for_more_cycles_or_a_higher_goal(tmp_path, c
 
 def rows(kind, *words):
     """The rows of a run in memory."""
-    return list(rows_of(options_of(kind, RunOptions.out, *words).training(SERIAL)))
+    return list(rows_of(training_of(options_of(kind, RunOptions.out, *words), SERIAL)))
 
 
 def test_validations_are_made_as_often_as_asked_for():

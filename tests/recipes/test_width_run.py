@@ -7,16 +7,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from studies.width.case import changed, options_of, runs, train
+from studies.width.case import changed, options_of, runs
 from studies.width.rows import CURVE
+from studies.width.runs import train
 from torch import nn
 from width_runs import NETWORK, TINY, run_of, samples
 
-from xbraid_py.data.darcy import FILES
-from xbraid_py.multilevel.width.transfer import WidthOptions
-from xbraid_py.recipes.device import DeviceOptions
+from xbraid_py.data.darcy import FILES, Darcy
+from xbraid_py.multilevel.width.options import WidthOptions
+from xbraid_py.recipes.options.device import DeviceOptions
+from xbraid_py.recipes.options.width import ERRORS, INPUTS, DarcyOptions, PoissonOptions, WidthNetwork
 from xbraid_py.recipes.pictures.curves import fields, over_work, smoothed
-from xbraid_py.recipes.width import ERRORS, DarcyOptions, PoissonOptions, WidthNetwork, WidthRun
+from xbraid_py.recipes.width import WidthRun
 from xbraid_py.run.engine import rows_of
 
 
@@ -226,3 +228,7 @@ def test_pictures(tmp_path):
         over_work({}, tmp_path / "c.png")
     with pytest.raises(ValueError, match=r"^exact.shape=\(2, 2\) and learned.shape=\(1, 2\) must be square"):
         fields([[0, 1], [2, 3]], [[0, 1]], tmp_path / "c.png")
+
+
+def test_the_inputs_are_the_channels_of_the_problem():
+    assert INPUTS == Darcy.channels

@@ -17,6 +17,7 @@ from refusal import refusal
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.agreement import RunError
+from xbraid_py.recipes.mgopt import training_of
 from xbraid_py.run import engine, progress, signals
 from xbraid_py.run.record import read
 from xbraid_py.run.signals import Stopped
@@ -302,5 +303,5 @@ def test_rows_in_memory_are_those_of_the_record():
     """Studies train without a folder: `rows_of` is the same loop."""
     kind = KINDS["mgopt"]
     options = replace(options_of(kind, finished("mgopt")), resume=None)
-    rows = list(engine.rows_of(options.training(SERIAL)))
+    rows = list(engine.rows_of(training_of(options, SERIAL)))
     assert [row["loss"] for row in rows] == [row["loss"] for row in updates_of(finished("mgopt"))]

@@ -23,7 +23,7 @@ from xbraid_py.cli import main
 from xbraid_py.data import mnist, peaks, text
 from xbraid_py.data.dataset import read_features, read_idx, read_labels
 from xbraid_py.mgrit import MGRIT
-from xbraid_py.multilevel.depth.nested import NestedOptions
+from xbraid_py.multilevel.depth.options import NestedOptions
 from xbraid_py.optim import OneShotOptions
 from xbraid_py.run.options import OptionError, parse, to_yaml
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from xbraid_py.comm import SerialCommunicator
-from xbraid_py.run.engine import find_start, flat, resumed_configuration
-from xbraid_py.run.options import to_dict
+from xbraid_py.run.engine import find_start, resumed_configuration
+from xbraid_py.run.options import flat, to_dict
 from xbraid_py.run.run_options import RunOptions, free
 from xbraid_py.run.store.read import CheckpointError, file_name
 from xbraid_py.run.store.write import CheckpointStore, Shard, save

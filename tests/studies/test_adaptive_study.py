@@ -11,7 +11,7 @@ from digit_files import write_digits
 from kinds import draw_nothing, program
 from processes import PROJECT
 from studies.adaptive_depth import page
-from studies.adaptive_depth.runs import AdaptiveStudyOptions
+from studies.adaptive_depth.options import AdaptiveStudyOptions
 from studies.study import RUNS, key, together
 
 from xbraid_py.comm import SerialCommunicator

@@ -11,7 +11,8 @@ from digit_files import write_digits
 from kinds import program
 from processes import PROJECT
 from studies.depth import page
-from studies.depth.runs import LOOPS, RATES, TUNING, DepthStudyOptions, merit, share, train
+from studies.depth.options import LOOPS, RATES, TUNING, DepthStudyOptions, merit
+from studies.depth.runs import share, train
 from studies.study import key
 
 from xbraid_py.comm import SerialCommunicator

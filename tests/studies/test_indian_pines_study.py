@@ -15,7 +15,8 @@ from scenes import scene, write, write_split
 from served import until
 from studies.comparison import depth
 from studies.indian_pines import page
-from studies.indian_pines.runs import PinesStudyOptions, options_of, train
+from studies.indian_pines.options import PinesStudyOptions, options_of
+from studies.indian_pines.runs import train
 from studies.study import LEFT, key
 
 from xbraid_py.data import indian_pines

@@ -14,7 +14,8 @@ from kinds import finished, program, updates_of
 from processes import PROJECT
 from studies.lesion import figures as lesion_figures
 from studies.lesion import lesion
-from studies.lesion.lesion import Lesions, mean_norms, measure, random_removals, read_trained, shuffled, without
+from studies.lesion.lesion import mean_norms, measure, random_removals, read_trained, shuffled, without
+from studies.lesion.options import Lesions
 
 from xbraid_py import RunError
 from xbraid_py.cli import main
@@ -22,7 +23,8 @@ from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.layers.image_resnet import ImageResNet
 from xbraid_py.multilevel.resnet import training as resnet_training
-from xbraid_py.recipes.images import MultiLevelOptions
+from xbraid_py.recipes.images import training_of
+from xbraid_py.recipes.options.images import MultiLevelOptions
 from xbraid_py.run import signals
 from xbraid_py.run.options import parse
 from xbraid_py.run.record import read
@@ -74,7 +76,9 @@ def make(data_dir, comm=None, blocks=(3, 4)):
         test_images=16,
         data_dir=data_dir,
     )
-    training = options.training("first", 3, options.samples(), ProcessGrid(comm, comm.size) if comm else None).method
+    training = training_of(
+        options, "first", 3, options.samples(), ProcessGrid(comm, comm.size) if comm else None
+    ).method
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for value in training.network.state_dict().values():

@@ -11,12 +11,14 @@ from digit_files import write_digits
 from kinds import draw_nothing
 from processes import PROJECT
 from studies.mgopt import page
-from studies.mgopt.case import PROBLEMS, changed, options_of, runs, train
+from studies.mgopt.case import PROBLEMS, changed, options_of, runs
 from studies.mgopt.parts import METHOD_PARTS, PARTS, MGOptStudyOptions, competitors
 from studies.mgopt.rows import at_goal, best, groups, merit, reached, speedup, spread, words
+from studies.mgopt.runs import train
 from studies.study import key
 
 from xbraid_py.comm import SerialCommunicator
+from xbraid_py.recipes.mgopt import training_of
 
 DRIVER = PROJECT / "drivers" / "mgopt_study.py"
 TINY = {"num_layers": 128, "peaks_layers": 128, "mnist_layers": 128, "num_train": 60, "num_val": 40, "max_work": 6.0}
@@ -248,7 +250,7 @@ def test_a_run(problem):
     found = train(*runs([case], [0]))
     assert [point[0] for point in found["curve"]] == [0, 1] and found["work"] == 5.0
     assert found["reached"] == (found["val_accuracy"] >= 1.0)
-    training = case.training(SerialCommunicator())
+    training = training_of(case, SerialCommunicator())
     assert len(training.validation[1]) == 40
     assert training.method.objectives[0].features.shape == (2, 60 if problem == "circles" else 30)
 

@@ -13,7 +13,7 @@ from kinds import program
 from multi_level_rows import row
 from processes import PROJECT
 from studies.multi_level import page
-from studies.multi_level.case import train
+from studies.multi_level.runs import train
 from studies.multi_level.tables import CURVE
 from studies.statistics import Summary
 from studies.study import key

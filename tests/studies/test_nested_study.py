@@ -11,7 +11,8 @@ from kinds import draw_nothing
 from processes import PROJECT
 from studies.nested import page, tuning
 from studies.nested.convergence import factors, pairs_of, section
-from studies.nested.parts import REGIMES, NestedStudyOptions, options_of, train
+from studies.nested.options import REGIMES, NestedStudyOptions, options_of
+from studies.nested.runs import train
 from studies.study import key
 
 DRIVER = PROJECT / "drivers" / "nested_study.py"

@@ -13,7 +13,7 @@ from studies.comparison import depth, resnet
 from studies.comparison.line import Line, near
 from studies.comparison.quoted import RESULTS, behind, kept, quoted
 from studies.mgopt.parts import MGOptStudyOptions
-from studies.nested.parts import NestedStudyOptions
+from studies.nested.options import NestedStudyOptions
 from studies.papers import DRAWINGS, LINES, PAGE, PAPERS
 from studies.rows import WORK
 from studies.study import PAGE as PAGE_OF_A_STUDY

@@ -18,7 +18,7 @@ from study_work import die, square
 from xbraid_py.cli.status import study as study_status
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.comm.agreement import RunError
-from xbraid_py.recipes.mgopt import CirclesOptions
+from xbraid_py.recipes.options.mgopt import CirclesOptions
 from xbraid_py.run.options import from_dict
 
 

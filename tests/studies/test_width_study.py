@@ -18,7 +18,7 @@ from studies.width.rows import best, judged, merit, ratio, ratios, words
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.multilevel.width.options import WidthTrainingOptions
-from xbraid_py.recipes.width import ERRORS, PoissonOptions, WidthNetwork
+from xbraid_py.recipes.options.width import ERRORS, PoissonOptions, WidthNetwork
 from xbraid_py.run.options import parse
 
 DRIVER = PROJECT / "drivers" / "width_study.py"

@@ -34,7 +34,7 @@ from xbraid_py.planner import (
 from xbraid_py.planner.maps import powers_of_two
 from xbraid_py.planner.predict import Prediction, simplest
 from xbraid_py.planner.recommend import advice, headings, lines, show
-from xbraid_py.problem.problem import DenseResNetOptions
+from xbraid_py.problem.options import DenseResNetOptions
 from xbraid_py.run.launch import launch
 
 _DESCRIPTION = "Plan: how long a weight update takes on how many ranks, by which cycle, and which is best."

@@ -7,6 +7,8 @@ weights of the layers are free. With centered knots, which are 1/M apart but fur
 t_n, and the condition of this matrix is at most 11 for any N. With uniform knots it grows exponentially with N for
 d > 1, and is 800 for d = 3 and N = 16: take centered knots where M is near N.
 
+Options hold splines: what takes long to load is loaded where numbers are computed.
+
 Shape letters: `M` basis functions, `n` places, `d` degree, `p` parameters of a layer.
 """
 
@@ -17,15 +19,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from math import isclose
-from typing import Any, Literal
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.partition import Partition
 from xbraid_py.mgrit.grid import LayerGrid
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
 DEGREES = (0, 1, 2, 3)
 
@@ -94,6 +96,8 @@ class Splines:
     @cached_property
     def _all_knots(self) -> np.ndarray:
         """The knots with those of the ends d + 1 times."""
+        import numpy as np
+
         return np.concatenate([[0.0] * self.degree, self.breaks, [1.0] * self.degree])
 
     def band(self, times: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -101,7 +105,9 @@ class Splines:
 
         Raises `ValueError` for a time outside [0, 1].
         """
-        from scipy.interpolate import BSpline  # takes its time to load: only where there are splines
+        import numpy as np
+        import torch
+        from scipy.interpolate import BSpline
 
         at = np.asarray(times, dtype=np.float64)
         outside = at[~((at >= 0.0) & (at <= 1.0))]
@@ -118,6 +124,8 @@ class Splines:
 
     def matrix(self, times: Sequence[float]) -> Tensor:
         """Values B_j(t) of all functions, (n, M) in double precision; `ValueError` for a time outside [0, 1]."""
+        import torch
+
         numbers, values = self.band(times)
         return torch.zeros(len(numbers), self.num, dtype=torch.float64).scatter_(1, numbers, values)
 
@@ -131,6 +139,9 @@ class Splines:
 
         Exact where the matrix is regular; of several that are equally near the one with the least coefficients.
         """
+        import numpy as np
+        import torch
+
         found = np.linalg.lstsq(self.matrix(times).numpy(), rows.double().numpy(), rcond=None)[0]
         return torch.from_numpy(found).to(rows.dtype)
 
@@ -159,6 +170,9 @@ class Splines:
 
         Raises `ValueError` if the degrees differ, or a knot here is none there.
         """
+        import numpy as np
+        import torch
+
         if fine.degree != self.degree:
             raise ValueError(f"fine degree={fine.degree} must be {self.degree}, as here; use refine()")
         lost = [knot for knot in self.breaks if not any(isclose(knot, other, abs_tol=1e-12) for other in fine.breaks)]

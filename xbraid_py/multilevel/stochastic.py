@@ -12,17 +12,18 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from xbraid_py.comm.base import present
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.multilevel.vcycle import UNDAMPED, Damping, Transfer, VCycle
+from xbraid_py.multilevel.width.options import TAU
 from xbraid_py.optim.levels import LevelOptimizer, Point
-from xbraid_py.optim.objective import Evaluation, Objective, ShiftedObjective
+from xbraid_py.optim.objective import Evaluation, Objective
 from xbraid_py.problem.portions import Samples
 
 # A mean over samples, of the module's output and what should come out.
 Loss = Callable[[Tensor, Tensor], Tensor]
 # `draw(count)`: the next minibatches.
 Draw = Callable[[int], list[Samples]]
-TAU = ("same", "other")
 
 
 class SampledObjective(Objective, Protocol):
@@ -30,6 +31,7 @@ class SampledObjective(Objective, Protocol):
 
     def use(self, inputs: Tensor, targets: Tensor) -> None:
         """Take these samples from now on."""
+        ...
 
 
 class Minibatches:
@@ -75,10 +77,10 @@ class Minibatches:
 
 
 class MinibatchSmoother:
-    """The optimizer of a level with another minibatch for every step."""
+    """The optimizer of a level with another minibatch for every step; `own` is the objective of the level itself."""
 
-    def __init__(self, optimizer: LevelOptimizer, batches: Iterator[Samples]):
-        self.optimizer, self.batches = optimizer, batches
+    def __init__(self, optimizer: LevelOptimizer, own: SampledObjective, batches: Iterator[Samples]):
+        self.optimizer, self.own, self.batches = optimizer, own, batches
 
     @property
     def takes_momentum(self) -> bool:
@@ -95,9 +97,9 @@ class MinibatchSmoother:
     def reset(self) -> None:
         self.optimizer.reset()
 
-    def minimize(self, objective: SampledObjective | ShiftedObjective, point: Point, steps: int) -> Point:
+    def minimize(self, objective: Objective, point: Point, steps: int) -> Point:
         for _ in range(steps):
-            _own(objective).use(*next(self.batches))
+            self.own.use(*next(self.batches))
             # What is known of the point is of other samples.
             point = self.optimizer.minimize(objective, Point(point.x), 1)
         return point
@@ -140,7 +142,8 @@ class StochasticCycle(VCycle):
         if tau not in TAU:
             raise ValueError(f"tau={tau!r} must be {' or '.join(TAU)}; use same")
         self._batches: list[Iterator[Samples]] = [self._of_level(level) for level in range(len(objectives))]
-        smoothers = [MinibatchSmoother(each, batches) for each, batches in zip(optimizers, self._batches, strict=False)]
+        self._sampled = tuple(objectives)
+        smoothers = [MinibatchSmoother(*each) for each in zip(optimizers, objectives, self._batches, strict=False)]
         super().__init__(objectives, transfers, smoothers, pre, post, coarse, damping=damping)
         self.draw, self.tau = draw, tau
         self._subsets: dict[int, Iterator[Samples]] = {}
@@ -154,7 +157,7 @@ class StochasticCycle(VCycle):
         schedule = self.schedule
         return schedule.coarse if level == self.levels - 1 else schedule.pre[level] + schedule.post[level]
 
-    def _ready(self, level: int, objective: SampledObjective | ShiftedObjective, point: Point) -> Point:
+    def _ready(self, level: int, objective: Objective, point: Point) -> Point:
         subset = self.draw(self._steps(level + 1))
         self._subsets[level + 1] = endless(subset)
         if not self.damping.coupling:
@@ -162,17 +165,13 @@ class StochasticCycle(VCycle):
         if self.tau == "other":
             subset = self.draw(len(subset))
         inputs, targets = (torch.cat(parts) for parts in zip(*subset, strict=True))
-        _own(objective).use(inputs, targets)
-        self.objectives[level + 1].use(inputs, targets)
+        for own in self._sampled[level : level + 2]:
+            own.use(inputs, targets)
         return Point(point.x).complete(objective)
 
 
-def _own(objective: SampledObjective | ShiftedObjective) -> SampledObjective:
-    return objective.objective if isinstance(objective, ShiftedObjective) else objective
-
-
-class ModuleObjective:
-    """Mean loss of a module; see `Objective`.
+class LossOfModule:
+    """A loss of a module as a function of its weights; see `Objective`.
 
     The module's parameters become views of the vectors that it is evaluated at, in the order of
     `module.parameters()`, so nothing is copied; frozen ones are left out.
@@ -181,8 +180,6 @@ class ModuleObjective:
     ----------
     module : Module
         Without buffers that training changes.
-    loss : callable
-        `loss(module(inputs), targets)`, the mean over the samples.
     grid : ProcessGrid, optional
         Each replica takes its share of the samples; values and gradients are the means over all of them.
 
@@ -198,27 +195,20 @@ class ModuleObjective:
 
     shift = None
 
-    def __init__(self, module: nn.Module, loss: Loss, grid: ProcessGrid | None = None):
-        self.module, self.loss, self.grid = module, loss, grid
+    def __init__(self, module: nn.Module, grid: ProcessGrid | None = None):
+        self.module, self.grid = module, grid
         self.samples = self.passes = 0
         self._weight = 1  # of this replica in the means
         self.loss_before = float("nan")
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self._shapes = [p.shape for p in self._parameters]
         self._sizes = [p.numel() for p in self._parameters]
-        self._share: Samples | None = None
         self._value: Tensor | None = None
 
     @property
     def size(self) -> int:
         """Length of the flat vector."""
         return sum(self._sizes)
-
-    def use(self, inputs: Tensor, targets: Tensor) -> None:
-        """Take these samples (B, ...) from now on, the same on all ranks."""
-        self.samples = len(inputs)
-        self._share = self.grid.shard((inputs, targets)) if self.grid else (inputs, targets)
-        self._weight = len(self._share[0])
 
     def load(self, x: Tensor) -> nn.Module:
         """The module with the weights x, without a copy: as long as x stays as it is, and until the next call."""
@@ -231,8 +221,8 @@ class ModuleObjective:
     def evaluate(self, x: Tensor, max_iter: int | None = None, error: float | None = None) -> Evaluation:
         """The mean loss at x; the accuracy is not defined."""
         with torch.enable_grad():
-            self._value = self._loss_of(self.load(x))
-        value = float(self._value.detach())
+            self._value = found = self._loss_of(self.load(x))
+        value = float(found.detach())
         if self.grid:
             weighted = torch.tensor([[value * self._weight, self._weight]], dtype=torch.float64)
             summed, count = self.grid.data.ordered_sum(weighted, [1] * self.grid.replicas).tolist()
@@ -242,15 +232,14 @@ class ModuleObjective:
 
     def _loss_of(self, module: nn.Module) -> Tensor:
         """That of this replica's samples."""
-        inputs, targets = self._share
-        return self.loss(module(inputs), targets)
+        raise NotImplementedError
 
     def gradient(self, x: Tensor, max_iter: int | None = None, exact: bool = False) -> Tensor:
         """The gradient of the mean loss at x, where `evaluate` has been called last."""
         found = torch.zeros_like(x)
         for parameter, part, shape in zip(self._parameters, found.split(self._sizes), self._shapes, strict=True):
             parameter.grad = part.view(shape)
-        self._value.backward()
+        present(self._value).backward()
         self._value = None
         if self.grid:
             self.grid.average_gradients(self._parameters, samples=self._weight)
@@ -262,3 +251,30 @@ class ModuleObjective:
     def dots(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
         """Dot products; every rank has whole vectors."""
         return torch.stack([torch.stack([torch.dot(u, v) for v in b]) for u in a])
+
+
+class ModuleObjective(LossOfModule):
+    """Mean loss of a module on samples that can be exchanged.
+
+    Parameters
+    ----------
+    module, grid
+        As of `LossOfModule`.
+    loss : callable
+        `loss(module(inputs), targets)`, the mean over the samples.
+    """
+
+    def __init__(self, module: nn.Module, loss: Loss, grid: ProcessGrid | None = None):
+        super().__init__(module, grid)
+        self.loss = loss
+        self._share: Samples | None = None
+
+    def use(self, inputs: Tensor, targets: Tensor) -> None:
+        """Take these samples (B, ...) from now on, the same on all ranks."""
+        self.samples = len(inputs)
+        inputs, targets = self._share = self.grid.shard((inputs, targets)) if self.grid else (inputs, targets)
+        self._weight = len(inputs)
+
+    def _loss_of(self, module: nn.Module) -> Tensor:
+        inputs, targets = present(self._share)
+        return self.loss(module(inputs), targets)

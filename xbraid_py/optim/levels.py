@@ -47,8 +47,8 @@ class Point:
         return Point(self.x, evaluation, objective.gradient(self.x))
 
 
-class LevelOptimizer(Protocol):
-    """LevelOptimizer of paper 000: what a cycle knows of the optimizer of a level.
+class Smoother(Protocol):
+    """What a cycle knows of the optimizer of a level.
 
     Attributes
     ----------
@@ -71,6 +71,10 @@ class LevelOptimizer(Protocol):
     def minimize(self, objective: Objective, point: Point, steps: int) -> Point:
         """So many steps from a point; one gradient a step, none where the point has it."""
         ...
+
+
+class LevelOptimizer(Smoother, Protocol):
+    """LevelOptimizer of paper 000: a smoother, and what a run knows of it."""
 
     def reset(self) -> None:
         """Forget earlier steps."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from xbraid_py.optim.objective import Evaluation
+    from xbraid_py.optim.objective import Evaluation
 
 
 @dataclass(frozen=True)

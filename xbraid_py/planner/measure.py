@@ -23,8 +23,8 @@ from xbraid_py.mgrit import MGRIT
 from xbraid_py.mgrit.equations import Adjoint, Forward
 from xbraid_py.optim import OneShot, OneShotOptions
 from xbraid_py.planner.machine import Costs, SolveCosts, StepCost
-from xbraid_py.problem.network import InitialScales
-from xbraid_py.problem.problem import DenseResNetOptions, Problem
+from xbraid_py.problem.options import DenseResNetOptions, InitialScales
+from xbraid_py.problem.problem import Problem
 from xbraid_py.problem.regularization import Regularization
 
 # Depth of the largest network that is timed: states beyond the caches, but seconds in all; in whole intervals.

@@ -18,7 +18,7 @@ from xbraid_py.comm import Communicator, SerialCommunicator, world
 from xbraid_py.comm.partition import Partition
 from xbraid_py.planner.machine import CLUSTER, SHARED_MEMORY, Link, Machine
 from xbraid_py.planner.measure import Slowdowns, Workload, cores_and_ranks, measure_costs, timed
-from xbraid_py.problem.problem import DenseResNetOptions
+from xbraid_py.problem.options import DenseResNetOptions
 
 _REPEATS, _LAPS, _BURST = 7, 10, 50
 _LARGE = 1 << 16  # bytes: less than this says nothing of the bandwidth

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Literal
 
 import numpy as np
 import torch
@@ -22,35 +21,9 @@ from xbraid_py.layers.parameters import Layout, Stack
 from xbraid_py.layers.splines import SplineLayers, Splines
 from xbraid_py.mgrit.grid import LayerGrid
 from xbraid_py.mgrit.pipeline import follow
+from xbraid_py.problem.options import InitialScales
 
 PREDICT_CHUNK = 1024  # samples that travel through the ranks together
-
-
-@dataclass(frozen=True)
-class InitialScales:
-    """Size of the initial weights.
-
-    Parameters
-    ----------
-    opening, layers, classification
-        Of the three stacks; 0 starts a stack at zero.
-    distribution
-        Normal: matrices with this standard deviation, biases zero. Uniform and positive: matrices and biases uniform
-        between minus and plus this, or between 0 and this.
-    """
-
-    opening: float = 1.0
-    layers: float = 1e-1
-    classification: float = 5e-2
-    distribution: Literal["normal", "uniform", "positive"] = "normal"
-
-    def __post_init__(self):
-        if self.distribution not in ("normal", "uniform", "positive"):
-            raise ValueError(f"distribution={self.distribution!r} must be normal, uniform or positive; use normal")
-        for name in ("opening", "layers", "classification"):
-            value = getattr(self, name)
-            if not 0.0 <= value < float("inf"):
-                raise ValueError(f"{name}={value} must be at least 0 and finite; use {getattr(InitialScales, name)}")
 
 
 @dataclass(frozen=True)

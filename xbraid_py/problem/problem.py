@@ -13,44 +13,12 @@ from xbraid_py.comm import Communicator, ProcessGrid, as_communicator
 from xbraid_py.comm.partition import Partition
 from xbraid_py.comm.replicas import divisors
 from xbraid_py.layers.dense import DenseLayer, LinearMap
-from xbraid_py.layers.splines import Splines
 from xbraid_py.mgrit import MGRIT, Hierarchy, Solver
 from xbraid_py.mgrit.grid import LayerGrid
-from xbraid_py.problem.network import DenseResNet, InitialScales
+from xbraid_py.problem.network import DenseResNet
 from xbraid_py.problem.objective import NetworkObjective
+from xbraid_py.problem.options import DenseResNetOptions, InitialScales
 from xbraid_py.problem.regularization import Regularization
-
-
-@dataclass(frozen=True, kw_only=True)
-class DenseResNetOptions:
-    """A dense residual network, but for its depth.
-
-    Parameters
-    ----------
-    width
-        Channels C of the residual layers.
-    T
-        Final time; a layer is a step of size T / num_layers.
-    activation
-        Of opening and residual layers: smooth_relu, relu or tanh.
-    bias
-        One bias for each channel (vector), or one number for a layer (scalar).
-    splines
-        The weights of the residual layers are such functions of the depth: splines.num functions of splines.degree 0 to
-        3, splines.knots uniform, centered or a list from 0 to 1. Each layer has weights of its own if not given.
-    """
-
-    width: int = 8
-    T: float = 5.0
-    activation: str = "smooth_relu"
-    bias: str = "vector"
-    splines: Splines | None = None
-
-    def __post_init__(self):
-        if self.width < 1:
-            raise ValueError(f"width={self.width} must be at least 1; use 8")
-        LayerGrid(1, self.T)
-        DenseLayer(1, self.width, self.activation, self.bias)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from xbraid_py.problem.network import DenseResNet
+    from xbraid_py.problem.network import DenseResNet
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class Regularization:
         Opening and classification belong to the first and the last interval. `stage` is the flat vector of
         `network.stage`, if all layers are in it: then the neighbors' weights take no message.
         """
+        import torch  # not for the options
+
         layout, comm, partition = network.layout, network.comm, network.partition
         rows, gradient = layout.rows(x), torch.empty_like(x)
         out = layout.rows(gradient)
@@ -80,7 +83,7 @@ class Regularization:
             # theta_n - theta_{n-1} of the rows owned here and of the one behind them; 0 at both ends of the network.
             ends = (theta[:1] if before is None else before, theta, theta[-1:] if after is None else after)
             jumps = torch.cat(ends).diff(dim=0)
-            if not isinstance(gamma, Tensor):
+            if isinstance(gamma, float | int):
                 found.add_(jumps[:-1].square().view(intervals, -1).sum(1), alpha=gamma / 2)
                 out["layers"].sub_(jumps.diff(dim=0), alpha=gamma)
             else:
@@ -94,13 +97,15 @@ class Regularization:
         if self.measure == "sum":
             return self.tikhonov
         sizes = network.sizes
-        return self.tikhonov * (sizes[:, None] if isinstance(sizes, Tensor) else sizes)
+        return self.tikhonov * (sizes if isinstance(sizes, float | int) else sizes[:, None])
 
     def _of_jumps(self, network: DenseResNet) -> float | Tensor:
         """Factor of |theta_n - theta_{n-1}|^2 / 2: of all jumps, or of those before the n layers owned here and behind.
 
         What it is at the ends of the network does not matter: there is no jump.
         """
+        import torch
+
         grid, rank = network.grid, network.comm.rank
         if grid.is_uniform:
             factor = grid.h if self.measure == "integral" else 1.0

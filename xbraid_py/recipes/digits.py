@@ -9,8 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,54 +19,19 @@ from xbraid_py.comm.agreement import hold
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.data import mnist
 from xbraid_py.data.dataset import Batches
-from xbraid_py.layer_parallel.accuracy import GradientControl
 from xbraid_py.layer_parallel.export import to_sequential
 from xbraid_py.layer_parallel.minibatch.state import MinibatchState
 from xbraid_py.layer_parallel.minibatch.updates import Batch, evaluate
 from xbraid_py.layer_parallel.stack import LayerParallel
 from xbraid_py.layers.dense import DenseBlock
 from xbraid_py.layers.module_block import own_random_numbers
-from xbraid_py.planner import CONVOLUTION, Constants, Layer
-from xbraid_py.recipes.minibatch import MinibatchOptions, MinibatchTraining, network_of, prepare
+from xbraid_py.recipes.minibatch import MinibatchTraining, network_of, prepare
+from xbraid_py.recipes.options.digits import DigitOptions, MnistOptions
 from xbraid_py.run.engine import Row
-from xbraid_py.run.run_options import free
 from xbraid_py.run.store.read import Checkpoint
 
 PIXELS = 28 * 28
 _TEST_BATCH = 500
-
-
-@dataclass(frozen=True, kw_only=True)
-class DigitOptions(MinibatchOptions):
-    """What all jobs on digits are told.
-
-    Parameters
-    ----------
-    epochs
-        Passes over the training images.
-    schedule
-        Of the learning rate: falling to zero along a cosine, or constant.
-    max_updates
-        End after so many updates, whatever the epochs.
-    num_train
-        Use only the first so many training images; all if not given.
-    num_test
-        The same for the test images, for the validation.
-    data_dir
-        Folder of the four files; by default mnist in the folder that XBRAID_DATA names.
-    """
-
-    epochs: int = 1
-    schedule: Literal["cosine", "constant"] = "cosine"
-    max_updates: int | None = None
-    num_train: int | None = None
-    num_test: int | None = None
-    data_dir: Path | None = free(None)
-    record_every: int = free(10)
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require_least(10, epochs=1, max_updates=1, num_train=1, num_test=1)
 
 
 @dataclass(frozen=True)
@@ -157,44 +121,6 @@ def prepare_digits(
         return training(options, digits, model, grid, comm)
 
     return prepare(kind, recipe, options, comm, partial(build, options), make, plan=plan)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MnistOptions(DigitOptions):
-    """The MNIST job.
-
-    Parameters
-    ----------
-    variant
-        Kind of the layers: convolutional or dense.
-    num_layers
-        Residual layers.
-    T
-        Final time; a step is T / num_layers.
-    width
-        Channels of the convolutional states (7 x 7 pixels), or numbers of a dense state.
-    accuracy
-        What is asked of the gradients.
-    """
-
-    variant: Literal["conv", "dense"] = "conv"
-    num_layers: int = 32
-    T: float = 2.0
-    width: int = 16
-    out: Path = free(Path("runs/mnist"))
-    accuracy: GradientControl = GradientControl()
-
-    @property
-    def depth(self) -> int:
-        return self.num_layers
-
-    @property
-    def layer(self) -> Layer:
-        return CONVOLUTION if self.variant == "conv" else Constants().dense(self.width, 4)
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require_least(10, width=1)
 
 
 def network(checkpoint: Checkpoint) -> nn.Module:

@@ -9,7 +9,7 @@ import importlib
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -27,60 +27,15 @@ from xbraid_py.layer_parallel.minibatch.updates import Batch, evaluate
 from xbraid_py.layer_parallel.parallelize import parallelize
 from xbraid_py.layers.module_block import own_random_numbers
 from xbraid_py.layers.transformer import generate
-from xbraid_py.recipes.adamw import AdamWOptions, AdamWTraining, cross_entropy
+from xbraid_py.recipes.adamw import AdamWTraining, cross_entropy
 from xbraid_py.recipes.minibatch import network_of, prepare
+from xbraid_py.recipes.options.transformers import FinetuneOptions
 from xbraid_py.run.engine import Row
-from xbraid_py.run.run_options import free
 from xbraid_py.run.store.read import Checkpoint
 
 BYTES = 256
 _VALIDATION_BATCH = 64
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(AdamWOptions):
-    """The fine-tuning job.
-
-    Parameters
-    ----------
-    model
-        Folder of a GPT-2 as `save_pretrained` writes it; without, one with random weights. Its sizes win.
-    source
-        Text: python (its manual), generated, or a text file in UTF-8. Tokens are its bytes.
-    num_characters
-        Take only so many characters of it, the first ones; all if not given.
-    context
-        Bytes that the model looks back on.
-    dropout
-        Probability behind attention and perceptron, with masks that depend on the layer and the update alone.
-    weight_decay
-        Of AdamW, for matrices; biases and norms have none.
-    seed
-        Of initial weights, of the stretches and of a generated text.
-    sample
-        Bytes that the trained model writes at the end, into sample.txt of the out folder.
-    """
-
-    model: Path | None = None
-    source: str = "python"
-    num_characters: int | None = None
-    context: int = 64
-    dropout: float = 0.0
-    updates: int = 200
-    learning_rate: float = 3e-3
-    validation_batches: int = free(4)
-    sample: int = free(300)
-    out: Path = free(Path("runs/finetune"))
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require_least(10, context=1, sample=0, num_characters=1)
-        self.require_heads()
-        self.require_most(1000, context=1_000_000)
-        self.require_most(100_000, num_characters=10**8)
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1; use 0.1")
 
 
 def prepare_finetune(options: FinetuneOptions, comm: Communicator) -> Callable[[], Row]:

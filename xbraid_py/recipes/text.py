@@ -6,7 +6,6 @@ Shape letters: `B` stretches of text, `S` characters of a stretch, `V` character
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,60 +20,13 @@ from xbraid_py.layer_parallel.minibatch.updates import Batch, evaluate
 from xbraid_py.layer_parallel.stack import LayerParallel
 from xbraid_py.layers.module_block import own_random_numbers
 from xbraid_py.layers.transformer import DecoderBlock, TokenEmbedding, TokenHead, generate
-from xbraid_py.recipes.adamw import AdamWOptions, AdamWTraining, cross_entropy
+from xbraid_py.recipes.adamw import AdamWTraining, cross_entropy
 from xbraid_py.recipes.minibatch import network_of, prepare
+from xbraid_py.recipes.options.transformers import TextOptions
 from xbraid_py.run.engine import Row
-from xbraid_py.run.run_options import free
 from xbraid_py.run.store.read import Checkpoint
 
 _VALIDATION_BATCH = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextOptions(AdamWOptions):
-    """The text job.
-
-    Parameters
-    ----------
-    source
-        Text: python (its manual), generated (with a known entropy rate), or a text file in UTF-8.
-    num_characters
-        Take only so many characters of it, the first ones; all if not given.
-    num_layers
-        Decoder blocks.
-    T
-        Final time; a step is T / num_layers. With T = num_layers the blocks are those of a usual transformer; in
-        hundreds of updates small steps learn more, and MGRIT needs fewer sweeps.
-    width
-        Features of a character's state.
-    context
-        Characters that the model looks back on.
-    dropout
-        Probability, with masks that depend on the layer and the update alone.
-    seed
-        Of initial weights, of the stretches and of a generated text.
-    sample
-        Characters that the trained model writes at the end, into sample.txt of the out folder.
-    """
-
-    source: str = "python"
-    num_characters: int | None = None
-    num_layers: int = 32
-    T: float = 2.0
-    width: int = 32
-    context: int = 32
-    dropout: float = 0.0
-    learning_rate: float = 3e-3
-    sample: int = free(300)
-    out: Path = free(Path("runs/transformer"))
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require_least(10, context=1, sample=0, num_characters=1)
-        self.require_least(32, width=1)
-        self.require_most(100_000, num_characters=10**8)  # drawn one by one
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1; use 0.1")
 
 
 def prepare_text(options: TextOptions, comm: Communicator) -> Callable[[], Row]:

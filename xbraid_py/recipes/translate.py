@@ -6,7 +6,6 @@ Shape letters: `B` pairs, `S` tokens of a sequence, `V` tokens, that before a tr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,60 +14,19 @@ from torch import Tensor, nn
 
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.replicas import ProcessGrid
-from xbraid_py.data.pairs import START, TASKS, pairs, shifted
+from xbraid_py.data.pairs import START, pairs, shifted
 from xbraid_py.layer_parallel.export import to_sequential
 from xbraid_py.layer_parallel.minibatch.updates import Batch, evaluate
 from xbraid_py.layer_parallel.parallelize import parallelize
 from xbraid_py.layers.module_block import own_random_numbers
-from xbraid_py.recipes.adamw import AdamWOptions, AdamWTraining, cross_entropy
+from xbraid_py.recipes.adamw import AdamWTraining, cross_entropy
 from xbraid_py.recipes.minibatch import network_of, prepare
+from xbraid_py.recipes.options.transformers import TranslateOptions
 from xbraid_py.run.engine import Row
-from xbraid_py.run.run_options import free
 from xbraid_py.run.store.read import Checkpoint
 
 _VALIDATION_BATCH = 64
 _VALIDATION = 1 << 40  # steps of the draws that no update has
-
-
-@dataclass(frozen=True, kw_only=True)
-class TranslateOptions(AdamWOptions):
-    """The translation job.
-
-    Parameters
-    ----------
-    task
-        What a translation is: the sequence in reverse, or sorted (reverse, sort).
-    length
-        Tokens of a sequence.
-    num_tokens
-        Different ones.
-    num_layers
-        Blocks of the encoder, and of the decoder.
-    seed
-        Of initial weights and of the pairs.
-    """
-
-    task: str = "reverse"
-    length: int = 8
-    num_tokens: int = 16
-    num_layers: int = 8
-    width: int = 32
-    updates: int = 200
-    batch_size: int = 64
-    learning_rate: float = 2e-3
-    warmup: int = 40
-    validate_every: int = free(100)
-    validation_batches: int = free(4)
-    checkpoint_every: int = free(100)
-    out: Path = free(Path("runs/translate"))
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require_least(10, length=1, num_tokens=1)
-        self.require_heads()
-        self.require_most(1000, length=100_000, num_tokens=1_000_000)
-        if self.task not in TASKS:
-            raise ValueError(f"task={self.task!r} must be reverse or sort; use reverse")
 
 
 class Translator(nn.Module):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from studies.depth.runs import BATCHES, RATES, VALUES
+from studies.depth.options import BATCHES, RATES, VALUES
 from studies.rows import Row, table, where
 from studies.statistics import Summary
 from studies.study import PAGE

@@ -16,46 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from studies.lesion.options import Lesions
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.agreement import RunError
 from xbraid_py.comm.partition import Partition
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.layers.image_resnet import ImageResNet, residual_norms, with_blocks
 from xbraid_py.multilevel.resnet.training import ResNetTraining
-from xbraid_py.recipes.images import KIND, ImageRunOptions
+from xbraid_py.recipes.images import training_of
+from xbraid_py.recipes.options.images import KIND, ImageRunOptions
 from xbraid_py.run.engine import state_of
+from xbraid_py.run.folder import CHECKPOINTS
 from xbraid_py.run.options import from_dict
 from xbraid_py.run.signals import Stopped, stop_agreed
-from xbraid_py.run.store.read import CheckpointError, load, no_state, restoring, verify
+from xbraid_py.run.store.read import CheckpointError, load, newest_good, no_state, restoring, verify
 
 ROWS, PAGE = "lesion.jsonl", "lesion.md"
 # Images whose norms are taken together: the same on any number of ranks.
 _PORTION = 500
 Order = list[list[int]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lesions:
-    """What is done to a network besides leaving out each of its blocks alone.
-
-    Parameters
-    ----------
-    draws
-        Orders in which blocks are left out at random, and shuffled orders; each from a seed of its own.
-    seed
-        Of the first draw.
-    """
-
-    draws: int = 5
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.draws < 1:
-            raise ValueError(f"draws={self.draws} must be at least 1; use 5")
-
-    def random(self, draw: int) -> torch.Generator:
-        """The random numbers of a draw, from 0."""
-        return torch.Generator().manual_seed(self.seed * 1_000_003 + draw)
 
 
 @dataclass(frozen=True)
@@ -98,6 +77,11 @@ def read_trained(path: str | os.PathLike, **here: Any) -> Trained:
         if meta["run"] != KIND:
             raise no_state(path, f"its run is {meta['run']!r}, not {KIND}")
         return Trained(path, replace(from_dict(ImageRunOptions, meta["configuration"]), **here), meta["update"])
+
+
+def read_newest(trainings: Sequence[ImageRunOptions], **here: Any) -> list[Trained]:
+    """The same of the newest good checkpoint of each of some trainings."""
+    return [read_trained(newest_good(one.out / CHECKPOINTS), **here) for one in trainings]
 
 
 def transitions(network: ImageResNet) -> list[bool]:
@@ -210,7 +194,7 @@ def measured(trained: Trained, lesions: Lesions, comm: Communicator) -> dict[str
     options = trained.options
     (model,), (seed,) = options.models, options.seeds
     samples = options.samples()
-    training = options.training(model, seed, samples, ProcessGrid(comm, comm.size)).method
+    training = training_of(options, model, seed, samples, ProcessGrid(comm, comm.size)).method
     try:
         with load(trained.path) as checkpoint, restoring(trained.path):
             training.load(checkpoint)

@@ -4,11 +4,39 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from studies.lesion.lesion import Lesions
-from xbraid_py.recipes.images import ImageOptions, ImageRunOptions
+from xbraid_py.recipes.options.images import ImageOptions, ImageRunOptions
 from xbraid_py.run.run_options import RunOptions, free
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesions:
+    """What is done to a network besides leaving out each of its blocks alone.
+
+    Parameters
+    ----------
+    draws
+        Orders in which blocks are left out at random, and shuffled orders; each from a seed of its own.
+    seed
+        Of the first draw.
+    """
+
+    draws: int = 5
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.draws < 1:
+            raise ValueError(f"draws={self.draws} must be at least 1; use 5")
+
+    def random(self, draw: int) -> torch.Generator:
+        """The random numbers of a draw, from 0."""
+        import torch
+
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + draw)
 
 
 @dataclass(frozen=True, kw_only=True)

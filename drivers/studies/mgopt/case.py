@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from studies.mgopt.rows import CURVE
 from studies.study import Settings, of_seeds
-from xbraid_py.comm import Communicator, as_communicator
-from xbraid_py.data import peaks
-from xbraid_py.multilevel.depth.mgopt import MGOpt
+from xbraid_py.comm import Communicator
 from xbraid_py.problem.options import DenseResNetOptions
-from xbraid_py.recipes.mgopt import CirclesOptions, DepthTraining, MGOptRunOptions, MnistColumnsOptions
-from xbraid_py.run.engine import rows_of
+from xbraid_py.recipes.options.mgopt import CirclesOptions, MGOptRunOptions, MnistColumnsOptions
 from xbraid_py.run.options import from_dict, to_dict
 from xbraid_py.run.run_options import free
+
+if TYPE_CHECKING:
+    from xbraid_py.multilevel.depth.mgopt import MGOpt
+    from xbraid_py.problem.portions import Samples
 
 Case = TypeVar("Case", bound=MGOptRunOptions)
 
@@ -39,8 +39,11 @@ class PeaksOptions(MGOptRunOptions):
     out: Path = free(Path("runs/mgopt_peaks"))
     network: DenseResNetOptions = DenseResNetOptions(width=8, T=5.0, activation="relu")
 
-    def training(self, comm: Communicator) -> DepthTraining:
-        """The training, at its beginning; sends no message."""
+    def start(self, comm: Communicator) -> tuple[MGOpt, Samples, dict[str, Any]]:
+        """See `MGOptRunOptions`."""
+        from xbraid_py.data import peaks
+        from xbraid_py.multilevel.depth.mgopt import MGOpt
+
         # One draw for both, so that the classes are as frequent in the one as in the other.
         points = peaks.generate(self.num_train + self.num_val, 1, self.seed, self.torch_dtype)[0]
         features, labels = points.features, points.labels
@@ -48,7 +51,7 @@ class PeaksOptions(MGOptRunOptions):
         unseen = features[:, self.num_train :].contiguous(), labels[self.num_train :]
         method = MGOpt(self.problem(train, points.num_classes, comm), self.num_layers, self.mgopt)
         # A ReLU network with weights N(0, 1) and T=5 multiplies its input by hundreds: they are smaller here.
-        return DepthTraining(self, method, unseen, scale=0.1)
+        return method, unseen, {"scale": 0.1}
 
 
 PROBLEMS: dict[str, type[MGOptRunOptions]] = {
@@ -79,22 +82,3 @@ def runs(cases: Iterable[MGOptRunOptions], seeds: Iterable[int], apart: float = 
 def options_of(settings: Mapping[str, Any]) -> MGOptRunOptions:
     """The options that the settings of a run are of."""
     return from_dict(PROBLEMS[settings["problem"]], {k: v for k, v in settings.items() if k != "problem"})
-
-
-def train(settings: Mapping[str, Any]) -> dict:
-    """Make one of `runs` on one rank, in memory.
-
-    Returns
-    -------
-    dict
-        "reached", whether its goal is; `CURVE` at the end; and a "curve" of lists of them for each validation.
-
-    Raises
-    ------
-    RunError
-        If the objective is not finite.
-    """
-    training = options_of(settings).training(as_communicator(None))
-    rows = [row for row in rows_of(training) if "val_accuracy" in row]
-    curve = [[row["cycle"], *(round(row[name], 5) for name in CURVE[1:])] for row in rows]
-    return {"reached": training.has_reached(rows[-1]), **dict(zip(CURVE, curve[-1], strict=True)), "curve": curve}

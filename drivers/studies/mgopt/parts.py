@@ -10,7 +10,7 @@ from pathlib import Path
 from studies.mgopt.case import PeaksOptions, changed, runs
 from studies.mgopt.rows import merit
 from studies.study import Parts, Result, Settings, StudyOptions, key
-from xbraid_py.recipes.mgopt import CirclesOptions, MGOptRunOptions, MnistColumnsOptions
+from xbraid_py.recipes.options.mgopt import CirclesOptions, MGOptRunOptions, MnistColumnsOptions
 
 TUNING = 100  # the first seed that learning rates are tuned on
 MOST = 1_000_000  # cycles: it is the work that ends a run

@@ -2,22 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import redirect_stdout
-from dataclasses import dataclass, fields
-from hashlib import sha256
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
-from studies.multi_level.outcome import read_result
-from studies.multi_level.tables import result_of
-from studies.study import key
-from xbraid_py.comm import as_communicator
-from xbraid_py.recipes.images import ImageRunOptions, MultiLevelOptions, prepare
-from xbraid_py.run.engine import rows_of
-from xbraid_py.run.options import from_dict
-
-CIFAR = Path(__file__).parents[2] / "cifar.py"  # goes on with a run by its options
+from xbraid_py.recipes.options.images import MultiLevelOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,37 +25,3 @@ class Case(MultiLevelOptions):
     def __post_init__(self):
         super().__post_init__()
         self.levels(self.model)
-
-
-def train(settings: Mapping[str, Any], folder: Path | None = None, checkpoint_every: int = 0) -> dict:
-    """Run a `Case`, given as a mapping.
-
-    Parameters
-    ----------
-    settings : mapping
-    folder : Path, optional
-        Where the run has a folder of its own, named by its settings.
-    checkpoint_every : int
-        Epochs between two checkpoints there, from the last of which the run goes on; with 0 it is made in memory.
-
-    Returns
-    -------
-    dict
-        See `result_of`.
-
-    Raises
-    ------
-    RunError
-        If the loss is not finite.
-    """
-    case = from_dict(Case, settings)
-    if folder is None or not checkpoint_every:
-        return result_of(list(rows_of(case.training(case.model, case.seed, case.samples()))))
-    options = {each.name: getattr(case, each.name) for each in fields(MultiLevelOptions)}
-    options |= {"models": (case.model,), "seeds": (case.seed,), "resume": "auto", "keep": 1}
-    out = folder / sha256(key(settings).encode()).hexdigest()[:12]
-    (run,) = ImageRunOptions(**options, checkpoint_every=checkpoint_every, out=out).runs
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "screen.txt").open("a", encoding="utf-8") as screen, redirect_stdout(screen):
-        prepare(run, run.samples(), as_communicator(None), driver=CIFAR)()
-    return read_result(run.out)

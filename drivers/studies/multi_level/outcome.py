@@ -8,7 +8,7 @@ from studies.multi_level.tables import result_of
 from studies.study import settings_of
 from xbraid_py.comm import Communicator
 from xbraid_py.comm.agreement import RunError
-from xbraid_py.recipes.images import KIND, ImageRunOptions
+from xbraid_py.recipes.options.images import KIND, ImageRunOptions
 from xbraid_py.run.folder import METRICS
 from xbraid_py.run.record import read
 

@@ -1,1 +1,5 @@
 """Nested iteration on peaks (paper 001)."""
+
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach(__name__, ["page", "runs"])

@@ -14,7 +14,7 @@ from itertools import product
 from studies.rows import Row, accuracies, table, where
 from studies.statistics import Summary
 from studies.study import Result, Settings
-from xbraid_py.recipes.classification import ClassificationOptions
+from xbraid_py.recipes.options.classification import ClassificationOptions
 
 NAMES = ("opening", "layers", "classification", "tikhonov", "ddt", "memory")
 DEFAULT = (1.0, 0.1, 0.05, 1e-5, 1e-5, 10)

@@ -12,8 +12,8 @@ from studies.study import Parts, Result, Settings, StudyOptions, key
 from studies.width.case import changed, options_of, runs
 from studies.width.rows import merit
 from xbraid_py.multilevel.width.options import WidthOptions
-from xbraid_py.recipes.device import DeviceOptions
-from xbraid_py.recipes.width import PROBLEMS, WidthNetwork, WidthRunOptions, check_inputs
+from xbraid_py.recipes.options.device import DeviceOptions
+from xbraid_py.recipes.options.width import PROBLEMS, WidthNetwork, WidthRunOptions, check_inputs
 
 TUNING = 100  # the first seed that learning rates are tuned on
 # "Stability tuning" of the paper's section 8.3; section 8.2.1 is without it, which we read as no damping at all.

@@ -13,8 +13,8 @@ from typing import Any
 
 from studies.rows import Row
 from studies.statistics import Summary
-from xbraid_py.recipes.width import ERRORS
-from xbraid_py.run.engine import flat
+from xbraid_py.recipes.options.width import ERRORS
+from xbraid_py.run.options import flat
 
 # What a point of a curve consists of.
 CURVE = ("cycle", "work", "work_without_tau", "counted_work", "seconds", "loss", *ERRORS)

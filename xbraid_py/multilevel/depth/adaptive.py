@@ -6,57 +6,17 @@ Shape letters: `N` layers, `n` of them owned here, `p` parameters of a layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import ceil, lcm
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from xbraid_py.layers.steps import error_norms, local_errors
 from xbraid_py.mgrit.grid import LayerGrid
+from xbraid_py.multilevel.depth.options import AdaptiveOptions
 from xbraid_py.multilevel.depth.transfer import prolong_rows
 from xbraid_py.problem.objective import NetworkObjective
 from xbraid_py.problem.problem import Problem
-
-INDICATORS = ("richardson", "goal", "jump", "both", "even")
-MARKINGS = ("bulk", "share")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdaptiveOptions:
-    """Refinement of those layers alone where an indicator is large.
-
-    Parameters
-    ----------
-    indicator
-        Richardson: the error of a layer's step, by two steps half as long, their weights interpolated in depth. Goal:
-        that error times the adjoint behind the layer, its effect on the loss of each sample. Jump: the change of the
-        weights to the neighbors, times the size of the step. Both: Richardson and jump, each divided by its sum over
-        the layers. Even: layers spread evenly over the network, whatever they do; for comparison.
-    marking
-        Bulk: the fewest layers that make up this fraction of the sum of the indicator. Share: this fraction of the
-        layers, those with the largest indicator.
-    fraction
-        In (0, 1].
-    max_layers
-        No refinement makes more layers than these.
-    """
-
-    indicator: Literal["richardson", "goal", "jump", "both", "even"] = "richardson"
-    marking: Literal["bulk", "share"] = "bulk"
-    fraction: float = 0.5
-    max_layers: int | None = None
-
-    def __post_init__(self):
-        for name, words in (("indicator", INDICATORS), ("marking", MARKINGS)):
-            if getattr(self, name) not in words:
-                listed = f"{', '.join(words[:-1])} or {words[-1]}"
-                raise ValueError(f"{name}={getattr(self, name)!r} must be {listed}; use {words[0]}")
-        if not 0.0 < self.fraction <= 1.0:
-            raise ValueError(f"fraction={self.fraction} must be above 0 and at most 1; use 0.5")
-        if self.max_layers is not None and self.max_layers < 1:
-            raise ValueError(f"max_layers={self.max_layers} must be at least 1; use 64")
 
 
 def layers_to_cut(

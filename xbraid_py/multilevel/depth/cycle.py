@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from xbraid_py.comm.base import present
 from xbraid_py.comm.partition import require_multiple
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.layer_parallel.ends import clip_grad_norm_
@@ -23,8 +24,9 @@ from xbraid_py.layer_parallel.stack import LayerParallel
 from xbraid_py.layer_parallel.weights import StackedWeights
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.depth.transfer import check_transfer, doubled_rows, halved_rows
-from xbraid_py.multilevel.stochastic import ModuleObjective
-from xbraid_py.multilevel.vcycle import MOST_LEVELS, Damping, Schedule, Transfer, VCycle
+from xbraid_py.multilevel.schedule import MOST_LEVELS, Schedule
+from xbraid_py.multilevel.stochastic import LossOfModule
+from xbraid_py.multilevel.vcycle import Damping, Transfer, VCycle
 from xbraid_py.optim import Armijo
 from xbraid_py.optim.levels import Point
 from xbraid_py.optim.objective import Evaluation, Objective
@@ -100,6 +102,8 @@ class DepthCycle(nn.Module):
     >>> losses[1] < losses[0], cycle.work
     (True, 6.0)
     """
+
+    counts: Tensor
 
     def __init__(
         self,
@@ -190,7 +194,7 @@ class DepthCycle(nn.Module):
         finest.load(point.x)
         made = [[each.gradients, each.evaluations] for each in self._objectives]
         self.counts += self.counts.new_tensor(made)
-        return finest.loss_first
+        return present(finest.loss_first)
 
 
 def coarsened(model: nn.Module, mgrit: MGRIT | None = None) -> nn.Module:
@@ -201,7 +205,8 @@ def coarsened(model: nn.Module, mgrit: MGRIT | None = None) -> nn.Module:
 
 @torch.no_grad()
 def _half(stack: LayerParallel, mgrit: MGRIT | None) -> LayerParallel:
-    coarse = on_grid(stack, stack.grid.coarsen(2), tuple(count // 2 for count in stack.cut.serial_ends), mgrit)
+    before, behind = stack.cut.serial_ends
+    coarse = on_grid(stack, stack.grid.coarsen(2), (before // 2, behind // 2), mgrit)
     check_places(stack, coarse, stack, 2)
     for fine, window in zip(stack.windows, coarse.windows, strict=True):
         weights, target = fine.layers, window.layers
@@ -313,23 +318,24 @@ class StackTransfer(Transfer):
         return self.coarse.join(moved, around)
 
 
-class _LevelObjective(ModuleObjective):
+class _LevelObjective(LossOfModule):
     """The loss of a level's network on the minibatch of a cycle.
 
     Attributes
     ----------
-    loss_first : float
+    loss_first : float or None
         Where it was evaluated first on this minibatch.
     gradients, evaluations : int
         On this minibatch.
     """
 
     def __init__(self, model: nn.Module, grid: ProcessGrid | None):
-        super().__init__(model, None, grid)
+        super().__init__(model, grid)
         self.layout = _Layout(model)
 
     def use(self, loss: LevelLoss) -> None:
-        self.loss, self.loss_first = loss, None
+        self.loss: LevelLoss = loss
+        self.loss_first: float | None = None
         self.gradients = self.evaluations = 0
 
     def _loss_of(self, module: nn.Module) -> Tensor:
@@ -363,7 +369,8 @@ class _LevelObjective(ModuleObjective):
 class _Steps:
     """Steps of the optimizer on the weights of one level."""
 
-    momentum, takes_momentum = None, False
+    momentum: Tensor | None = None
+    takes_momentum = False
     optimizer: torch.optim.Optimizer
 
     def __init__(self, objective: _LevelObjective, clip: float | None):
@@ -374,7 +381,7 @@ class _Steps:
         parameters = self.objective.layout.parameters
         for _ in range(steps):
             point = point.complete(objective)
-            x, gradient = point.x.clone(), point.gradient.clone()
+            x, gradient = point.x.clone(), present(point.gradient).clone()
             model = self.objective.load(x)
             for p, part in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
                 p.grad = part.view(p.shape)

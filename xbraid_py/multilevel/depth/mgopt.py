@@ -6,190 +6,26 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from xbraid_py.comm.agreement import RunError
 from xbraid_py.comm.partition import require_multiple
+from xbraid_py.multilevel.depth.options import MGOptOptions
 from xbraid_py.multilevel.depth.state import shards, vectors_of, warm_of, warm_shards
-from xbraid_py.multilevel.depth.transfer import INTERPOLATIONS, RESTRICTIONS, DepthTransfer, refuse_splines
-from xbraid_py.multilevel.vcycle import CYCLES, MOST_LEVELS, ComposedTransfer, Damping, Schedule, Transfer, VCycle
-from xbraid_py.multilevel.width.matching import SCALINGS, StateWidthTransfer
-from xbraid_py.optim import Armijo, FixedStep, QuasiNewton
-from xbraid_py.optim.levels import GradientDescent, LevelOptimizer, Point, QuasiNewtonOptimizer, TorchOptimizer
-from xbraid_py.optim.objective import Evaluation, Objective
+from xbraid_py.multilevel.depth.transfer import DepthTransfer, refuse_splines
+from xbraid_py.multilevel.vcycle import ComposedTransfer, Damping, Transfer, VCycle
+from xbraid_py.multilevel.width.matching import StateWidthTransfer
+from xbraid_py.optim import Armijo
+from xbraid_py.optim.levels import Point
+from xbraid_py.optim.objective import Evaluation
 from xbraid_py.problem.network import DenseResNet
 from xbraid_py.problem.portions import PortionedObjective, Samples
 from xbraid_py.problem.problem import Problem
 from xbraid_py.problem.regularization import Regularization
 from xbraid_py.run.store.read import Checkpoint, check_total, no_state
 from xbraid_py.run.store.write import Shard
-
-METHODS = ("gd", "momentum", "adam", "lbfgs")
-MOVES = ("all", "layers", "ends")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LevelOptions:
-    """Optimizers of the levels. Of a list the first is for the finest level, the last for all further ones.
-
-    Parameters
-    ----------
-    method
-        Gradient descent (gd), SGD with momentum, Adam or L-BFGS.
-    learning_rate
-        Step size; with a line search, where it begins.
-    momentum
-        Of the method momentum.
-    memory
-        Pairs of L-BFGS.
-    line_search
-        Armijo backtracking instead of a fixed step, for gd and lbfgs.
-    keep
-        Carry momentum and pairs from one visit of a level to the next.
-    """
-
-    method: tuple[Literal["gd", "momentum", "adam", "lbfgs"], ...] = ("gd",)
-    learning_rate: tuple[float, ...] = (0.1,)
-    momentum: float = 0.9
-    memory: int = 10
-    line_search: bool = False
-    keep: bool = True
-
-    def __post_init__(self):
-        for name in ("method", "learning_rate"):
-            if not isinstance(getattr(self, name), tuple) or not getattr(self, name):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a list; use {getattr(LevelOptions, name)}")
-        for method in self.method:
-            if method not in METHODS:
-                raise ValueError(f"method={method!r} must be one of {', '.join(METHODS)}; use gd")
-            if self.line_search and method not in ("gd", "lbfgs"):
-                raise ValueError(f"line_search={self.line_search} is for gd and lbfgs, not method={method}; use False")
-        if not all(0.0 < rate < float("inf") for rate in self.learning_rate):
-            raise ValueError(f"learning_rate={list(self.learning_rate)} must be positive and finite; use 0.1")
-        if not 0.0 <= self.momentum < 1.0:
-            raise ValueError(f"momentum={self.momentum} must be at least 0 and below 1; use 0.9")
-        if self.memory < 1:
-            raise ValueError(f"memory={self.memory} must be at least 1; use 10")
-
-    def build(self, level: int, objective: Objective, scale: Tensor | None = None) -> LevelOptimizer:
-        """The optimizer of a level (0 is the finest); `scale` as for `GradientDescent`."""
-        method, rate = (each[min(level, len(each) - 1)] for each in (self.method, self.learning_rate))
-        if method == "lbfgs" or self.line_search:
-            quasi_newton = QuasiNewton("lbfgs" if method == "lbfgs" else "steepest", objective.dots, self.memory)
-            if self.line_search:
-                return QuasiNewtonOptimizer(quasi_newton, Armijo(), rate, scale, self.keep)
-            return QuasiNewtonOptimizer(quasi_newton, FixedStep(rate), 1.0, scale, self.keep)
-        if method == "gd":
-            return GradientDescent(rate, scale)
-        if method == "adam":
-            return TorchOptimizer(lambda weights: torch.optim.Adam(weights, lr=rate), scale, self.keep)
-        return TorchOptimizer(
-            lambda weights: torch.optim.SGD(weights, lr=rate, momentum=self.momentum), scale, self.keep
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class MGOptOptions:
-    """MG/OPT in depth.
-
-    Parameters
-    ----------
-    levels
-        Networks of num_layers, num_layers / 2, ... layers; for the schedule of paper 000.
-    schedule
-        Optimizer steps on each level in the paper's notation, as in "[(1), 1, 2, {2}]", instead of levels.
-    cycle
-        V or W.
-    interpolation
-        Of the weights in depth: piecewise constant or linear.
-    restriction
-        Of the weights: injection, averaging, or the literal transpose of the interpolation.
-    line_search
-        Armijo backtracking along the coarse correction.
-    full_multigrid
-        Start from the coarsest network, with so many cycles on each level; 0 starts on the finest.
-    metric
-        Inner product that gradients are taken in: euclidean, or L2(0, T), which divides those of the layers by h.
-    fine_moves, coarse_moves
-        Weights that the optimizer of the finest level, and those of the others, may change: all, the residual layers
-        alone, or the ends (opening and classification) alone.
-    narrow
-        So many coarse levels, the first ones, also have half the width of the level above them: neurons of the state
-        that are alike are paired anew in every cycle. For optimizers that keep nothing from one cycle to the next.
-    scaling
-        With narrow, how a pair becomes one neuron: mean (paper 002, eq. 32), or with the activation relu by the norms
-        of their rows (eq. 34; norms or sums).
-    min_layers
-        Least number of layers of a rank on the coarse levels: a level with fewer than so many for each rank is on
-        fewer ranks, and messages between the others are saved. 0 has all levels on all ranks.
-    carry_momentum
-        Share of the change of the coarse momentum that the finer level takes over (paper 002, eq. 36): with the methods
-        momentum and adam a level then begins with the finer one's momentum. With 0 each level has its own.
-    optim
-        Optimizers of the levels.
-    """
-
-    levels: int = 8
-    schedule: str | None = None
-    cycle: Literal["V", "W"] = "V"
-    interpolation: Literal["constant", "linear"] = "constant"
-    restriction: Literal["inject", "average", "transpose"] = "inject"
-    line_search: bool = False
-    full_multigrid: int = 0
-    metric: Literal["euclidean", "L2"] = "euclidean"
-    fine_moves: Literal["all", "layers", "ends"] = "all"
-    coarse_moves: Literal["all", "layers", "ends"] = "all"
-    narrow: int = 0
-    scaling: Literal["mean", "norms", "sums"] = "mean"
-    min_layers: int = 16
-    carry_momentum: float = 0.0
-    optim: LevelOptions = LevelOptions()
-
-    def __post_init__(self):
-        words = {
-            "cycle": tuple(CYCLES),
-            "interpolation": INTERPOLATIONS,
-            "restriction": RESTRICTIONS,
-            "metric": ("euclidean", "L2"),
-            "fine_moves": MOVES,
-            "coarse_moves": MOVES,
-            "scaling": SCALINGS,
-        }
-        for name, allowed in words.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be {' or '.join(allowed)}; use {allowed[0]}")
-        if not 1 <= self.levels <= MOST_LEVELS:
-            raise ValueError(f"levels={self.levels} must be at least 1 and at most {MOST_LEVELS}; use 8")
-        if self.min_layers < 0:
-            raise ValueError(f"min_layers={self.min_layers} must be at least 0; use 16")
-        if self.full_multigrid < 0:
-            raise ValueError(f"full_multigrid={self.full_multigrid} must be at least 0; use 1")
-        if not 0.0 <= self.carry_momentum <= 1.0:
-            raise ValueError(f"carry_momentum={self.carry_momentum} must lie in [0, 1]; use 0.2")
-        if self.carry_momentum and not (self.optim.keep and set(self.optim.method) <= {"momentum", "adam"}):
-            raise ValueError(
-                f"carry_momentum={self.carry_momentum} is for optimizers that keep momentum, not "
-                f"optim.method={','.join(self.optim.method)}, optim.keep={self.optim.keep}; use 0"
-            )
-        levels = self.steps().levels
-        if not 0 <= self.narrow < levels:
-            raise ValueError(f"narrow={self.narrow} must lie in 0 .. {levels - 1}, the coarse levels; use 0")
-        if self.narrow and self.optim.keep and set(self.optim.method) != {"gd"}:
-            raise ValueError(
-                f"narrow={self.narrow} is for optimizers that keep nothing of neurons paired otherwise, not "
-                f"optim.method={','.join(self.optim.method)} with optim.keep=True; use optim.keep=False"
-            )
-
-    def ranks(self, num_layers: int, size: int) -> int:
-        """Ranks of a coarse level with so many layers, of so many ranks in all."""
-        return max(1, min(size, num_layers // self.min_layers)) if self.min_layers else size
-
-    def steps(self) -> Schedule:
-        """The schedule, given or the paper's for so many levels."""
-        return Schedule.of_paper(self.levels) if self.schedule is None else Schedule.parse(self.schedule)
 
 
 def coarsened(regularization: Regularization, factor: int) -> Regularization:
@@ -281,25 +117,24 @@ class MGOpt:
         require_multiple("num_layers", num_layers, 2 ** (schedule.levels - 1), "2^(levels - 1)")
         self.options, self.schedule = options, schedule
         problems = [self._problem_of(problem, level, num_layers) for level in range(schedule.levels)]
-        self.objectives = [each.objective(num_layers >> level) for level, each in enumerate(problems)]
+        plain = [each.objective(num_layers >> level) for level, each in enumerate(problems)]
         self._hierarchies = [each.hierarchies(num_layers >> level) for level, each in enumerate(problems)]
         self._replicas = problem.replicas
-        if portions is not None:
-            self.objectives = [PortionedObjective(each, portions) for each in self.objectives]
+        self.objectives = plain if portions is None else [PortionedObjective(each, portions) for each in plain]
         networks = [objective.network for objective in self.objectives]
         width = networks[0].block.outputs
         # A dense layer costs what its matrix has of numbers.
         self._areas = [(network.block.outputs / width) ** 2 for network in networks]
         self.costs = [area / 2**level for level, area in enumerate(self._areas)]
         moves = [options.fine_moves] + [options.coarse_moves] * (schedule.levels - 1)
-        smoothers = [
+        self._smoothers = [
             options.optim.build(level, objective, level_scale(objective.network, options.metric, moves[level]))
             for level, objective in enumerate(self.objectives)
         ]
         self.cycle = VCycle(
             self.objectives,
             self._transfers(problem, networks),
-            smoothers,
+            self._smoothers,
             schedule.pre,
             schedule.post,
             schedule.coarse,
@@ -361,7 +196,7 @@ class MGOpt:
         arrays |= shards(layout, "gradient", [] if gradient is None else [gradient])
         levels = []
         for level, objective in enumerate(self.objectives):
-            vectors, numbers = self.cycle.smoothers[level].kept()
+            vectors, numbers = self._smoothers[level].kept()
             vectors = {name: each for name, each in vectors.items() if each}
             for name, each in vectors.items():
                 arrays |= shards(objective.network.layout, f"level{level}/{name}", each, several=True)
@@ -420,7 +255,7 @@ class MGOpt:
 
     def _restore(self) -> None:
         """Put what `load` has read of the levels in its places; collective."""
-        for objective, smoother, kept in zip(self.objectives, self.cycle.smoothers, self._levels, strict=True):
+        for objective, smoother, kept in zip(self.objectives, self._smoothers, self._levels, strict=True):
             objective.work, objective.gradients = kept["work"], kept["gradients"]
             objective.warm, objective.adjoint_warm = (kept["warm"].get(name) for name in ("state", "adjoint"))
             smoother.restore(*kept["optimizer"])
@@ -450,6 +285,8 @@ class MGOpt:
             if batches is not None:
                 samples = batches(cycle)
                 for each in self.objectives:
+                    if isinstance(each, PortionedObjective):
+                        raise ValueError("batches of an objective in portions, which has all samples; leave one out")
                     each.use(*samples)
                 point = Point(point.x)  # what is known of it is of other samples
             if cycle == done.cycle:
@@ -460,17 +297,19 @@ class MGOpt:
             gradients = tuple(each.gradients for each in self.objectives)
             clock = time.perf_counter()
             # The next cycle begins with this very evaluation.
-            if point.evaluation is None:
-                point = Point(point.x, objective.evaluate(point.x))
+            evaluation = point.evaluation
+            if evaluation is None:
+                evaluation = objective.evaluate(point.x)
+                point = Point(point.x, evaluation)
             evaluated = time.perf_counter() - clock
-            if not isfinite(point.evaluation.value):
+            if not isfinite(evaluation.value):
                 raise RunError(
-                    f"the objective is {point.evaluation.value} after {cycle} cycles: it must be finite; use a smaller "
+                    f"the objective is {evaluation.value} after {cycle} cycles: it must be finite; use a smaller "
                     f"step size (optim.learning_rate={options.optim.learning_rate[0] / 10:g})"
                 )
             self.x, self._point = point.x, point
             if cycle > done.cycle:
-                self._last = CycleRecord(cycle, point.evaluation, work, counted, gradients, seconds)
+                self._last = CycleRecord(cycle, evaluation, work, counted, gradients, seconds)
                 yield self._last
                 point = self._point  # `state` has completed it, if it was asked for
             if cycle == max_cycles:

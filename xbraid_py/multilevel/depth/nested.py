@@ -5,87 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from math import ceil
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
+from xbraid_py.comm.base import present
 from xbraid_py.comm.partition import require_multiple
-from xbraid_py.layers.splines import Splines
-from xbraid_py.mgrit.grid import MOST_LAYERS, LayerGrid
-from xbraid_py.multilevel.depth.adaptive import AdaptiveOptions, layers_to_cut
+from xbraid_py.mgrit.grid import LayerGrid
+from xbraid_py.multilevel.depth.adaptive import layers_to_cut
+from xbraid_py.multilevel.depth.options import NestedOptions
 from xbraid_py.multilevel.depth.state import Snapshot, arrays_of, check_numbers, read_snapshot
 from xbraid_py.multilevel.depth.transfer import prolong_depth
 from xbraid_py.optim import OneShot, OneShotOptions, Update
 from xbraid_py.optim.objective import Evaluation
-from xbraid_py.problem.network import DenseResNet, InitialScales
+from xbraid_py.problem.network import DenseResNet
+from xbraid_py.problem.options import InitialScales
 from xbraid_py.problem.problem import Problem
 from xbraid_py.run.store.read import Checkpoint
 from xbraid_py.run.store.write import Shard
-
-
-@dataclass(frozen=True, kw_only=True)
-class NestedOptions:
-    """Schedule of a nested iteration (paper 001, algorithm 1 and eq. 8).
-
-    Parameters
-    ----------
-    refinements
-        Number of refinements; 0 trains the deep network alone.
-    updates
-        Updates on each level, the coarsest first, one number more than refinements.
-    interpolation
-        Of the weights in depth: piecewise constant or linear.
-    adaptive
-        Cut those layers alone where an indicator is large; all of them if not given. Then num_layers is what there
-        would be if all were cut each time, and the coarsest network is the same.
-    spline_refine
-        Where the weights are splines in depth, a refinement halves the intervals between their knots as well. The
-        splines of the network are then those of the finest one; otherwise those of all.
-    """
-
-    refinements: int = 2
-    updates: tuple[int, ...] = (200, 125, 75)
-    interpolation: Literal["constant", "linear"] = "constant"
-    adaptive: AdaptiveOptions | None = None
-    spline_refine: bool = False
-
-    def __post_init__(self):
-        if not 0 <= self.refinements <= MOST_LAYERS.bit_length():
-            most = MOST_LAYERS.bit_length()  # each of them cuts all layers in two
-            raise ValueError(f"refinements={self.refinements} must be at least 0 and at most {most}; use 2")
-        if len(self.updates) != self.refinements + 1:
-            raise ValueError(
-                f"updates={list(self.updates)} must have refinements + 1 = {self.refinements + 1} numbers, the "
-                f"coarsest level first; use {[100] * (self.refinements + 1)}"
-            )
-        if min(self.updates) < 0:
-            raise ValueError(f"updates={list(self.updates)} must all be at least 0; use {[100] * len(self.updates)}")
-        if self.interpolation not in ("constant", "linear"):
-            raise ValueError(f"interpolation={self.interpolation!r} must be constant or linear; use constant")
-
-    def non_nested(self) -> NestedOptions:
-        """The schedule that trains the finest network alone, with as much work (paper 001, section 3.1)."""
-        work = sum(count / 2 ** (self.refinements - index) for index, count in enumerate(self.updates))
-        return NestedOptions(refinements=0, updates=(ceil(work),), interpolation=self.interpolation)
-
-    def depths(self, num_layers: int) -> list[int]:
-        """Number of layers on each level, the coarsest first; at most, where not all of them are cut."""
-        require_multiple("num_layers", num_layers, 2**self.refinements, "2^refinements")
-        found = [LayerGrid(num_layers >> level, 1.0).num_layers for level in range(self.refinements, -1, -1)]
-        most = self.adaptive and self.adaptive.max_layers
-        if most is not None and most < found[0]:
-            raise ValueError(f"max_layers={most} is less than the {found[0]} layers to begin with; use {num_layers}")
-        return found
-
-    def splines(self, finest: Splines | None) -> list[Splines | None]:
-        """Splines of each level, the coarsest first, from those of the network."""
-        if not self.spline_refine:
-            return [finest] * (self.refinements + 1)
-        if finest is None:
-            raise ValueError("spline_refine=True needs a network with splines; give network.splines.num, such as 11")
-        finest.coarsen(2**self.refinements)
-        return [finest.coarsen(2**level) for level in range(self.refinements, -1, -1)]
 
 
 @dataclass(frozen=True)
@@ -271,7 +208,7 @@ class NestedIteration:
             work=(self._before["work"] + self.objective.work) / self._unit,
             seconds=self._before["seconds"],
             evaluations=self._before["evaluations"] + self.objective.evaluations,
-            evaluation=one_shot.evaluation,
+            evaluation=present(one_shot.evaluation),
             adjoint_residual=self.objective.adjoint_residual,
             grad_norm=None if update is None else update.grad_norm,
             step=one_shot.step,
@@ -288,7 +225,7 @@ class NestedIteration:
 
     def snapshot(self) -> Snapshot:
         """All that the rest of the run depends on, now."""
-        one_shot, objective = self.one_shot, self.objective
+        one_shot, objective, lengths = self.one_shot, self.objective, self._grid.lengths
         warm = {"state": objective.warm or (), "adjoint": objective.adjoint_warm or ()}
         # The run goes on to overwrite what the lagged cycle keeps.
         warm = {name: tuple(rows.clone() for rows in levels) for name, levels in warm.items()}
@@ -296,13 +233,13 @@ class NestedIteration:
             numbers={
                 "index": self._index,
                 "num_layers": self.depth,
-                **({} if self._grid.is_uniform else {"lengths": list(self._grid.lengths)}),
+                **({} if lengths is None else {"lengths": list(lengths)}),
                 **({} if self.network.splines is None else {"splines": asdict(self.network.splines)}),
                 "number": one_shot.number,
                 "step": one_shot.step,
                 "scale": one_shot.quasi_newton.scale,
                 "backtracks": one_shot.backtracks,
-                "evaluation": asdict(one_shot.evaluation),
+                "evaluation": asdict(present(one_shot.evaluation)),
                 "adjoint_residual": objective.adjoint_residual,
                 "work": objective.work,
                 "evaluations": objective.evaluations,

@@ -32,10 +32,8 @@ from torch import Tensor
 
 from xbraid_py.comm.partition import Partition
 from xbraid_py.layers.splines import Splines
+from xbraid_py.multilevel.depth.options import INTERPOLATIONS, RESTRICTIONS
 from xbraid_py.problem.network import DenseResNet
-
-INTERPOLATIONS = ("constant", "linear")
-RESTRICTIONS = ("inject", "average", "transpose")
 
 
 def prolong_rows(rows: Tensor, interpolation: str, following: Tensor | None = None) -> Tensor:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from math import inf
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,8 @@ from xbraid_py.comm.agreement import RunError
 from xbraid_py.comm.partition import Partition
 from xbraid_py.comm.replicas import ProcessGrid
 from xbraid_py.layers.image_resnet import ImageResNet
-from xbraid_py.multilevel.resnet.refinement import CosineCycles, Discretization, perturb, refine, refined_tensors
+from xbraid_py.multilevel.resnet.options import Discretization, ResNetTrainingOptions
+from xbraid_py.multilevel.resnet.refinement import perturb, refine, refined_tensors
 from xbraid_py.run.store.read import Checkpoint, no_state
 from xbraid_py.run.store.write import Shard
 
@@ -36,8 +36,11 @@ PRECISIONS = {
 class LabeledImages(Protocol):
     """Images (B, 3, H, W) uint8, and labels (B,) int64."""
 
-    pixels: Tensor
-    labels: Tensor
+    @property
+    def pixels(self) -> Tensor: ...
+
+    @property
+    def labels(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -50,60 +53,6 @@ class Pipeline:
 
     augment: Callable[[Tensor, Tensor, int], Tensor]
     standardize: Callable[[Tensor, torch.dtype], Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ResNetTrainingOptions:
-    """How a residual network is trained.
-
-    Parameters
-    ----------
-    cycles
-        Epochs and learning rates of the cycles.
-    batch_size
-        Images of a minibatch, shared by the ranks. Batch normalization takes each rank's share for itself, so that its
-        results depend on the number of ranks; running statistics are averaged over the ranks after every epoch.
-    momentum
-        Of SGD.
-    weight_decay
-        Of SGD, on all weights.
-    interpolation
-        Of the weights in depth where the blocks are doubled.
-    carry_momentum
-        Prolong the momentum like the weights there; otherwise it begins anew (the paper says nothing).
-    noise
-        Standard deviation of what is added there to the weights of the inserted blocks, in units of the weights' own;
-        the paper adds nothing.
-    precision
-        Of the numbers; with bfloat16 and float16 that of the products alone (mixed precision), float16 with a
-        scaled loss.
-    channels_last
-        Lay the channels of an image innermost in memory: faster on GPUs with mixed precision.
-    """
-
-    cycles: CosineCycles = CosineCycles()
-    batch_size: int = 100
-    momentum: float = 0.9
-    weight_decay: float = 2e-4
-    interpolation: Literal["constant", "linear"] = "constant"
-    carry_momentum: bool = False
-    noise: float = 0.0
-    precision: Literal["float64", "float32", "bfloat16", "float16"] = "float32"
-    channels_last: bool = False
-
-    def __post_init__(self):
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size} must be at least 1; use 100")
-        if not 0.0 <= self.momentum < 1.0:
-            raise ValueError(f"momentum={self.momentum} must lie in 0 .. 1, 1 excluded; use 0.9")
-        if not 0.0 <= self.weight_decay < inf:
-            raise ValueError(f"weight_decay={self.weight_decay} must be at least 0 and finite; use 2e-4")
-        if not 0.0 <= self.noise < inf:
-            raise ValueError(f"noise={self.noise} must be at least 0 and finite; use 0.1")
-        if self.interpolation not in ("constant", "linear"):
-            raise ValueError(f"interpolation={self.interpolation!r} must be constant or linear; use constant")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision={self.precision!r} must be one of {', '.join(PRECISIONS)}; use float32")
 
 
 @dataclass(frozen=True)
@@ -361,7 +310,8 @@ class ResNetTraining:
 
     def _placed(self, network: ImageResNet) -> ImageResNet:
         layout = torch.channels_last if self.options.channels_last else torch.contiguous_format
-        return network.to(self.device, self.dtype, memory_format=layout)
+        options: dict[str, Any] = {"memory_format": layout}  # which torch's types do not know
+        return network.to(self.device, self.dtype, **options)
 
     def _new_optimizer(self) -> torch.optim.SGD:
         options = self.options

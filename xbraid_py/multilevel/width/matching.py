@@ -40,10 +40,9 @@ import torch
 from torch import Tensor
 
 from xbraid_py.multilevel.depth.transfer import refuse_splines
+from xbraid_py.multilevel.width.options import METHODS, SCALINGS
 from xbraid_py.problem.network import DenseResNet
 
-METHODS = ("greedy", "mutual")
-SCALINGS = ("mean", "norms", "sums")
 _BLOCK = 64  # at least so many rows at a time
 # Parallel rows have the same cosines up to rounding, which depends on how a product is cut into pieces. They tie
 # where they should once the cosines are multiples of these.

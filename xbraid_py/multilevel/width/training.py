@@ -8,134 +8,24 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
-from math import isfinite, nan, sqrt
-from typing import Any, Literal
+from math import isfinite, nan
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from xbraid_py.comm.agreement import RunError
+from xbraid_py.comm.base import present
 from xbraid_py.comm.replicas import ProcessGrid
-from xbraid_py.multilevel.stochastic import TAU, Loss, Minibatches, ModuleObjective, StochasticCycle
-from xbraid_py.multilevel.vcycle import MOST_LEVELS, Damping
+from xbraid_py.multilevel.stochastic import Loss, Minibatches, ModuleObjective, StochasticCycle
+from xbraid_py.multilevel.vcycle import Damping
 from xbraid_py.multilevel.width.matching import Matching
-from xbraid_py.multilevel.width.transfer import WidthLayout, WidthOptions, WidthTransfer, match_layers, renewed
-from xbraid_py.optim.levels import Point, TorchOptimizer
+from xbraid_py.multilevel.width.options import WidthTrainingOptions
+from xbraid_py.multilevel.width.transfer import WidthLayout, WidthTransfer, match_layers, renewed
+from xbraid_py.optim.levels import Point
 from xbraid_py.run.store.read import Checkpoint, no_state
 from xbraid_py.run.store.write import Shard
-
-
-@dataclass(frozen=True, kw_only=True)
-class WidthTrainingOptions:
-    """Multilevel training in width.
-
-    Parameters
-    ----------
-    levels
-        Networks, each of half the width of the one before; 1 trains the given network alone.
-    steps
-        s: optimizer steps before and after the coarse correction, and on the coarsest level.
-    coarse_steps
-        Of the coarsest of several levels, where it is to make other than `steps` of them; 0: as many.
-    method
-        SGD with momentum, or Adam.
-    learning_rate
-        Of the finest level.
-    momentum
-        Of the method sgd.
-    weight_decay
-        Of the method sgd.
-    eta
-        The learning rate of a level is that of the finer one divided by this, on the first `eta_levels` levels.
-    eta_levels
-        Further levels have the learning rate of the last of these.
-    gamma
-        Factor of the tau correction; 0 computes none.
-    alpha_p
-        Factor of the coarse correction of the weights.
-    alpha_m
-        Factor of the coarse correction of the momentum; with 0 each level keeps its own momentum, as it must with adam.
-    rematch_every
-        Cycles between two matchings of the neurons.
-    tau
-        Minibatches of the tau correction: the same as those of the coarse steps, or as many others.
-    pairs
-        How neurons are paired and joined.
-    """
-
-    levels: int = 2
-    steps: int = 4
-    coarse_steps: int = 0
-    method: Literal["sgd", "adam"] = "sgd"
-    learning_rate: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    eta: float = sqrt(2)
-    eta_levels: int = 3
-    gamma: float = 0.125
-    alpha_p: float = 1.0
-    alpha_m: float = 0.2
-    rematch_every: int = 50
-    tau: Literal["same", "other"] = "same"
-    pairs: WidthOptions = WidthOptions()
-
-    def __post_init__(self):
-        for name, use in (("levels", 2), ("steps", 4), ("eta_levels", 3), ("rematch_every", 50)):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1; use {use}")
-        if self.levels > MOST_LEVELS:
-            raise ValueError(f"levels={self.levels} must be at most {MOST_LEVELS}; use 2")
-        if self.coarse_steps < 0:
-            raise ValueError(f"coarse_steps={self.coarse_steps} must be at least 0; use 16")
-        if self.method not in ("sgd", "adam"):
-            raise ValueError(f"method={self.method!r} must be sgd or adam; use sgd")
-        if not 0.0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate={self.learning_rate} must be positive and finite; use 0.01")
-        if not 0.0 <= self.momentum < 1.0:
-            raise ValueError(f"momentum={self.momentum} must be at least 0 and below 1; use 0.9")
-        if not 0.0 <= self.weight_decay < float("inf"):
-            raise ValueError(f"weight_decay={self.weight_decay} must be at least 0 and finite; use 1e-6")
-        if not 1.0 <= self.eta < float("inf"):
-            raise ValueError(f"eta={self.eta} must be at least 1 and finite; use 1.4")
-        for name in ("gamma", "alpha_p", "alpha_m"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1]; use 0.2")
-        if self.method == "adam" and self.levels > 1 and self.alpha_m:
-            # The second moments of weights that have had no gradient are 0, and any momentum is divided by them.
-            raise ValueError(f"alpha_m={self.alpha_m} must be 0 with method=adam and several levels; use 0")
-        if self.tau not in TAU:
-            raise ValueError(f"tau={self.tau!r} must be {' or '.join(TAU)}; use same")
-
-    def rate(self, level: int) -> float:
-        """Learning rate of a level."""
-        return self.learning_rate / self.eta ** min(level, self.eta_levels - 1)
-
-    def optimizer(self, level: int) -> TorchOptimizer:
-        """The optimizer of a level."""
-        rate = self.rate(level)
-        if self.method == "adam":
-            return TorchOptimizer(lambda weights: torch.optim.Adam(weights, lr=rate))
-        return TorchOptimizer(
-            lambda weights: torch.optim.SGD(weights, lr=rate, momentum=self.momentum, weight_decay=self.weight_decay)
-        )
-
-    def steps_of(self, level: int) -> int:
-        """Optimizer steps of a level in a cycle."""
-        if level < self.levels - 1:
-            return 2 * self.steps
-        return self.coarse_steps if level and self.coarse_steps else self.steps
-
-    def work(self) -> tuple[float, float]:
-        """Work units of a cycle, with tau (eq. 40) and without: a level costs a quarter of the finer one."""
-        smoothing = tau = 0.0
-        for level in range(self.levels):
-            steps = self.steps_of(level)
-            smoothing += steps / 4**level
-            if level and self.gamma:
-                # A gradient there and one on the finer level for each of the minibatches.
-                tau += steps * (1 / 4**level + 1 / 4 ** (level - 1))
-        return smoothing + tau, smoothing
 
 
 @dataclass(frozen=True)
@@ -211,6 +101,9 @@ class WidthTraining:
         self.optimizer = options.optimizer(0)
         self.transfers: list[WidthTransfer] = []
         self._cycle: StochasticCycle | None = None
+        # Of all levels; the cost of each is in gradients of the finest.
+        self._objectives: list[ModuleObjective] = []
+        self._optimizers = [self.optimizer]
         self._costs: list[float] = []
         self._counted = 0.0
         self._matching_seconds = 0.0
@@ -269,13 +162,13 @@ class WidthTraining:
         inputs = self.minibatches.inputs[:1]
         costs = [_multiply_adds(each.module, inputs) for each in objectives]
         self._costs = [cost / costs[0] for cost in costs]
+        self._objectives, self._optimizers = objectives, optimizers
 
     def _count(self) -> None:
         """Work of the objectives as it is, from now on anew."""
-        if self._cycle is not None:
-            for objective, cost in zip(self._cycle.objectives, self._costs, strict=True):
-                self._counted += objective.passes / self.minibatches.batch_size * cost
-                objective.passes = 0
+        for objective, cost in zip(self._objectives, self._costs, strict=True):
+            self._counted += objective.passes / self.minibatches.batch_size * cost
+            objective.passes = 0
 
     def auxiliary(self, level: int) -> tuple[WidthLayout, Tensor]:
         """A coarse network by restriction of the present weights, with their norms; 0 is the network itself."""
@@ -295,7 +188,7 @@ class WidthTraining:
             for layer, matching in enumerate(transfer.matchings):
                 if matching is not None:
                     found[f"level{level}/partner{layer}"] = matching.partner
-        for level, optimizer in enumerate(self._optimizers()):
+        for level, optimizer in enumerate(self._optimizers):
             for name, value in optimizer.state.items():
                 if isinstance(value, Tensor):
                     found[f"level{level}/{name}"] = value.reshape(-1)
@@ -325,16 +218,13 @@ class WidthTraining:
             self.transfers.append(WidthTransfer.of(layout, matchings, x, self.options.pairs))
             layout, x = self.transfers[-1].coarse, self.transfers[-1].restrict(x)
         self._build()
-        for level, optimizer in enumerate(self._optimizers()):
+        for level, optimizer in enumerate(self._optimizers):
             for name, value in arrays.items():
                 owner, _, kind = name.partition("/")
                 if owner == f"level{level}" and not kind.startswith("partner"):
                     optimizer.state[kind] = value.reshape(()).clone() if kind == "step" else value.to(self.x)
         self._last = WidthRecord(**done)
         self._counted, self._matching_seconds = self._last.counted, self._last.matching_seconds
-
-    def _optimizers(self) -> list[TorchOptimizer]:
-        return [each.optimizer for each in self._cycle.smoothers] if self._cycle else [self.optimizer]
 
     def run(self, max_cycles: int) -> Iterator[WidthRecord]:
         """Make cycles, so many in all; yields a record after each, when `x` are the weights that it is of.
@@ -347,7 +237,7 @@ class WidthTraining:
             clock = time.perf_counter()
             if self._cycle is None or cycle % self.options.rematch_every == 0:
                 self.match()
-            self.x = self._cycle.run(Point(self.x)).x
+            self.x = present(self._cycle).run(Point(self.x)).x
             self._count()
             loss = self.objective.loss_before
             if not isfinite(loss):

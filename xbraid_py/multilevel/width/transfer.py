@@ -12,50 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
-from typing import Self
+from typing import Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from xbraid_py.multilevel.width.matching import METHODS, SCALINGS, LayerMatrices, Matching, match_rows
-
-
-@dataclass(frozen=True, kw_only=True)
-class WidthOptions:
-    """How neurons are paired and joined.
-
-    Parameters
-    ----------
-    threshold : float
-        theta, between -1 and 1: neurons of which the cosine is not above it are not paired.
-    matching : {"greedy", "mutual"}
-        Algorithm 1, or rounds of mutually nearest pairs; see `match`.
-    with_bias : bool
-        Whether the bias belongs to a neuron's row, in the cosines and in the norms.
-    scaling : {"norms", "mean", "sums"}
-        Eq. 34, eq. 32, or eq. 34 with the norms in P alone.
-    coarsen : tuple of bool, optional
-        For each hidden layer whether it is made narrower; all are by default.
-
-    Raises
-    ------
-    ValueError
-        If a value is none of these.
-    """
-
-    threshold: float = 0.0
-    matching: str = "greedy"
-    with_bias: bool = True
-    scaling: str = "norms"
-    coarsen: tuple[bool, ...] | None = None
-
-    def __post_init__(self):
-        if not -1 <= self.threshold <= 1:
-            raise ValueError(f"threshold={self.threshold} must be between -1 and 1, as cosines are; use 0")
-        if self.matching not in METHODS:
-            raise ValueError(f"matching={self.matching!r} must be {' or '.join(METHODS)}; use greedy")
-        if self.scaling not in SCALINGS:
-            raise ValueError(f"scaling={self.scaling!r} must be {' or '.join(SCALINGS)}; use norms")
+from xbraid_py.multilevel.width.matching import LayerMatrices, Matching, match_rows
+from xbraid_py.multilevel.width.options import WidthOptions
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,6 +176,7 @@ def _put(layer, out: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         layer.bias(out).copy_(bias)
 
 
+_Weighted = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _POOLS = tuple(
     getattr(nn, f"{kind}Pool{d}d") for kind in ("Max", "Avg", "AdaptiveMax", "AdaptiveAvg") for d in (1, 2, 3)
@@ -389,7 +353,7 @@ class _Reader:
             )
         self.parts.append(part)
 
-    def _read_layer(self, label: str, part: nn.Module) -> None:
+    def _read_layer(self, label: str, part: _Weighted) -> None:
         last = self.layers[-1] if self.layers else None
         dense = isinstance(part, nn.Linear)
         foreign = sorted({name for name, _ in part.named_parameters()} - {"weight", "bias"})
@@ -413,7 +377,7 @@ class _Reader:
         self.channels, self.flattened = not dense, False
 
 
-def _has_weights(part: nn.Module) -> bool:
+def _has_weights(part: nn.Module) -> TypeGuard[_Weighted]:
     return type(part) is nn.Linear or type(part) in _CONVOLUTIONS
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from xbraid_py.run.run_options import free
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,8 @@ class DeviceOptions:
 
     def device_of(self, rank: int) -> torch.device:
         """That of a rank; `ValueError` if PyTorch finds none."""
+        import torch
+
         if self.device == "cpu":
             return torch.device("cpu")
         if not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""The study of nested iteration: its options, which runs each part is made of, and how one is made."""
+"""The study of nested iteration: its options, and which runs each part is made of."""
 
 from __future__ import annotations
 
@@ -8,18 +8,13 @@ from itertools import product
 from pathlib import Path
 
 from studies.nested import tuning
-from studies.nested.convergence import measure
-from studies.rows import curve_of, end_of
 from studies.study import Result, Settings, StudyOptions
-from xbraid_py.comm import as_communicator
-from xbraid_py.data import peaks
 from xbraid_py.mgrit import MGRIT
 from xbraid_py.multilevel.depth.options import NestedOptions
-from xbraid_py.optim import OneShotOptions
+from xbraid_py.optim.options import OneShotOptions
 from xbraid_py.problem.options import DenseResNetOptions, InitialScales
 from xbraid_py.problem.regularization import Regularization
-from xbraid_py.recipes.classification import ClassificationOptions, NestedTraining
-from xbraid_py.run.engine import rows_of
+from xbraid_py.recipes.options.classification import ClassificationOptions
 
 # The paper's: small opening and classification layers, every L-BFGS pair taken, two iterations of V-cycles with
 # rediscretized coarse levels for every update (10 for the first three after a refinement), plain sums for the
@@ -204,19 +199,3 @@ def options_of(settings: Settings) -> ClassificationOptions:
         case "deep" | "convergence, deep":
             return replace(options, num_layers=4 * options.num_layers)
     return options
-
-
-def train(settings: Settings) -> dict:
-    """One run in memory: validation accuracy, objective, and the curve of its validations."""
-    options = options_of(settings)
-    # The points are the same in all runs: what differs is the initialization.
-    numbers = settings["num_train"], settings["num_val"]
-    points, validation = peaks.generate(*numbers, 0, options.torch_dtype, balanced=True)
-    _, square = peaks.generate(*numbers, 0, options.torch_dtype)
-    nested = options.nested if settings["run"] == "nested" else options.nested.non_nested()
-    problem = options.problem(points, as_communicator(None))
-    training = NestedTraining(options, problem, validation, nested=nested)
-    if settings.get("change", "").startswith("convergence"):
-        return measure(training, problem, PAPER.mgrit)
-    rows = list(rows_of(training))
-    return {**end_of(rows), "square_accuracy": training.accuracy(square), "curve": curve_of(rows)}
