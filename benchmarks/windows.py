@@ -14,8 +14,6 @@ rank that needs most, less what it had behind a first update with one sample. La
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +27,7 @@ from torch.utils.checkpoint import checkpoint_sequential
 from xbraid_py import MGRIT, GradientControl, LayerParallel, ResidualStep
 from xbraid_py.comm import Communicator, world
 from xbraid_py.comm.partition import Partition
+from xbraid_py.run.memory import give_back
 
 CHANNELS, PIXELS = 16, 28
 T = 4.0
@@ -44,12 +43,11 @@ def memory(what: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def give_back() -> int:
+def forget_peak() -> int:
     """Hand freed memory to the system, and forget the peak so far; what is left in bytes."""
     if not PROCESS.exists():
         raise SystemExit(f"error: there is no {PROCESS}: this benchmark needs Linux")
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    give_back()
     (PROCESS / "clear_refs").write_text("5")
     return memory("VmRSS")
 
@@ -95,7 +93,7 @@ def measure(kind: str, number: int, num_layers: int, samples: int, updates: int,
     update(u[:1])
     for root in range(comm.size):  # what messages of this length take is not the training's
         comm.shift(comm.broadcast(u.clone(), root), Partition.balanced(comm.size, comm.size), 1)
-    before, seconds = give_back(), []
+    before, seconds = forget_peak(), []
     for _ in range(updates):
         comm.barrier()
         start = time.perf_counter()

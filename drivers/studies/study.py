@@ -23,6 +23,7 @@ from xbraid_py.comm import Communicator
 from xbraid_py.comm.agreement import RunError
 from xbraid_py.run import signals
 from xbraid_py.run.folder import take
+from xbraid_py.run.memory import give_back
 from xbraid_py.run.options import to_dict
 from xbraid_py.run.record import replacing
 from xbraid_py.run.run_options import RunOptions
@@ -346,3 +347,5 @@ def _attempt(work: Callable[[Settings], Result], settings: Settings) -> Result:
         return {"settings": settings, "result": work(settings)}
     except RunError as error:
         return {"settings": settings, "failure": str(error)}
+    finally:
+        give_back()  # the next run is of another size

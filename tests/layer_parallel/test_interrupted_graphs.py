@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from torch import nn
 
 import xbraid_py as xb
 from xbraid_py.mgrit import MGRIT
+from xbraid_py.run.memory import give_back
 
 LAYERS, WIDTH, BATCH = 8, 32, 4096  # states of a megabyte, float64
 STATES = LAYERS * WIDTH * BATCH * 8
@@ -55,11 +54,8 @@ MODELS = {
 
 
 def resident() -> int:
-    """Bytes of this process in memory, without what the allocator keeps of freed blocks (glibc gives it back)."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    """Bytes of this process in memory, without what the allocator keeps of freed blocks."""
+    give_back()
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -1,7 +1,9 @@
-"""Sizes that no machine has the memory for: a sentence that names the option, instead of the error of an allocation."""
+"""Memory: sizes that no machine has, said by a sentence that names the option, and what is freed given back."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import re
 from collections.abc import Callable
@@ -15,6 +17,14 @@ T = TypeVar("T")
 # By these words torch says that there is too little memory, of the processor or of a device, or that a size has more
 # than 64 bits.
 _WORDS = re.compile("allocate memory|out of memory|overflow", re.IGNORECASE)
+
+
+def give_back() -> None:
+    """Hand what is free back to the system (glibc): the allocator keeps it, in pieces that runs of other sizes cannot use."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def require(needed: int) -> None:
