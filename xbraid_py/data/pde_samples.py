@@ -51,20 +51,11 @@ class PdeProblem(Protocol):
 
     __dataclass_fields__: ClassVar[dict[str, Any]]  # a problem is a dataclass of its settings
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def version(self) -> int: ...
-
-    @property
-    def channels(self) -> tuple[str, ...]: ...
-
-    @property
-    def default_channels(self) -> tuple[str, ...]: ...
-
-    @property
-    def targets(self) -> tuple[str, ...]: ...
+    name: ClassVar[str]
+    version: ClassVar[int]
+    channels: ClassVar[tuple[str, ...]]
+    default_channels: ClassVar[tuple[str, ...]]
+    targets: ClassVar[tuple[str, ...]]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]: ...
