@@ -20,7 +20,7 @@ _WORDS = re.compile("allocate memory|out of memory|overflow", re.IGNORECASE)
 
 
 def give_back() -> None:
-    """Hand what is free back to the system: what the allocator keeps lies in pieces of no use to other sizes (glibc)."""
+    """Hand what is free back to the system: what the allocator keeps lies in pieces of no use to others (glibc)."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
