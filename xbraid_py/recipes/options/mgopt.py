@@ -228,7 +228,7 @@ class MnistColumnsOptions(MGOptRunOptions):
         if self.batch_size < 0:
             raise ValueError(f"batch_size={self.batch_size} must be at least 0; use 1000, or 0 for all images")
         if self.scaling not in ("centered", "unit", "standard"):
-            raise ValueError(f"scaling={self.scaling!r} must be centered, unit or standard; use centered")
+            raise ValueError(f"scaling={self.scaling!r} must be centered or unit or standard; use centered")
 
     def hold(self, comm: Communicator) -> None:
         """See `MGOptRunOptions`."""
