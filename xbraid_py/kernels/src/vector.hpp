@@ -5,6 +5,8 @@
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 // Loops over the vectors of a register tile: rolled up, the compiler would keep the tile in memory.
@@ -173,6 +175,16 @@ XBRAID_VECTOR(float, 32, _mm256_max_ps, _mm256_min_ps, _mm256_fmadd_ps)
 #elif defined(__SSE2__)
 XBRAID_VECTOR(double, 16, _mm_max_pd, _mm_min_pd, XBRAID_NOT_FUSED)
 XBRAID_VECTOR(float, 16, _mm_max_ps, _mm_min_ps, XBRAID_NOT_FUSED)
+#elif defined(__aarch64__)
+// Of NEON only the fused product: vmaxq and vminq are NaN where either number is, and the compiler has fcmgt and bsl.
+inline VectorOf<double, 2>::type fused(VectorOf<double, 2>::type a, VectorOf<double, 2>::type b,
+                                       VectorOf<double, 2>::type c) {
+  return vfmaq_f64(c, a, b);
+}
+inline VectorOf<float, 4>::type fused(VectorOf<float, 4>::type a, VectorOf<float, 4>::type b,
+                                      VectorOf<float, 4>::type c) {
+  return vfmaq_f32(c, a, b);
+}
 #endif
 
 // A number of rows, as a type.
