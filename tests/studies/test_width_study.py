@@ -78,7 +78,7 @@ def test_runs_are_judged_at_equal_work():
     assert [point["cycle"] for point in judged(run, 90.0)] == [2, 4, 6]
     assert [point["cycle"] for point in judged(run, 90.0, "work_without_tau")] == [3, 6, 10]
     assert [point["cycle"] for point in judged(run, 90.0, "counted_work")] == [1, 2, 3]
-    assert [point["cycle"] for point in judged(run, 59.0)] == [2]
+    assert [point["cycle"] for point in judged(run, 59.0)] == [2, 4]
     assert best(run, "val_l2", 90.0) == 2e-3 and best(run, "val_l2", 30.0) == 4e-3
     assert best(run, "aux_val_l2", 90.0) == math.inf == best(failure(), "val_l2", 90.0)
     # A run of few and long cycles is not judged twice at the same point.

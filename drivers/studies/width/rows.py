@@ -33,13 +33,13 @@ def points(row: Row) -> list[Point]:
 
 
 def judged(row: Row, budget: float, counting: str = "work") -> list[Point]:
-    """The points that count at so many work units: one for each `validate_every` of them, the last before it.
+    """The points that count at so many work units: the last before each `validate_every` of them, and before their end.
 
     So all methods are given equally many chances, however they count.
     """
     every, curve, found = row["settings"]["validate_every"], points(row), []
-    for number in range(1, int(budget / every + 1e-9) + 1):
-        before = [point for point in curve if point[counting] <= number * every + 1e-6]
+    for number in range(1, math.ceil(budget / every - 1e-9) + 1):
+        before = [point for point in curve if point[counting] <= min(number * every, budget) + 1e-6]
         if before and (not found or before[-1] is not found[-1]):
             found.append(before[-1])
     return found
