@@ -14,6 +14,7 @@ from processes import PROJECT, run_job
 
 from xbraid_py.comm import SerialCommunicator
 from xbraid_py.data.mnist import sequences, standardized
+from xbraid_py.recipes.sequences import build
 
 SEQUENCES = KINDS["sequences"]
 SERIAL = SerialCommunicator()
@@ -74,7 +75,7 @@ def test_what_the_network_refuses_is_found_in_the_set_up(tmp_path):
 
 
 def test_both_networks_begin_alike(tmp_path):
-    options, build = options_of(SEQUENCES, tmp_path), program("sequences").build
+    options = options_of(SEQUENCES, tmp_path)
     ours, theirs = (build(replace(options, network=name), None) for name in ("parallel", "torch"))
     state = ours.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in theirs.state_dict().items())
