@@ -9,7 +9,7 @@ import sys
 import pytest
 from kinds import draw_nothing
 from processes import PROJECT
-from studies.comparison import depth, resnet
+from studies.comparison import depth, resnet, width
 from studies.comparison.line import Line, near
 from studies.comparison.quoted import RESULTS, behind, kept, quoted
 from studies.mgopt.parts import MGOptStudyOptions
@@ -189,3 +189,16 @@ def test_long_runs_of_paper_003(monkeypatch):
     assert found["figure 3, longer, h = 1: norm of the residual modules"].ours == "0.11 of it"
     assert "0.040 in the mean" in found["figure 4: norms of input and output of ResNet-110"].ours
     assert found["figure 7, longer: F at several depths with h d the same"].ours == "mean norms 36.0, 36.0"
+
+
+def test_convolutional_rows_say_their_size_and_what_the_paper_had():
+    curve = [[1, 1000.0, 900.0, 1000.0, 5.0, 1e-3, 1e-3, 0.4, 6e-4, 0.3, None, None, None, None]]
+    row = {
+        "settings": {"problem": "darcy", "levels": 2, "num_train": 4000, "max_work": 1000.0, "validate_every": 100.0},
+        "result": {"curve": curve},
+    }
+    theirs = {1: ("6.61e-4", "0.361"), 2: ("6.06e-4", "0.371")}
+    without, reduced = width.convolutional("table", "table3_conv", theirs, [row])
+    assert without.holds is None and not without.size
+    assert reduced.ours == "6.00e-04, 0.300" and reduced.holds and not reduced.full
+    assert reduced.size == "4,000 samples, 1,000 units (40,000 samples, units not said)"

@@ -21,7 +21,7 @@ _SMALL = "2,000 samples, 3,000 units; the rate tuned, not 0.01 (9,000 samples, 1
 _PRESSURE = "**the pressure, not Q**; from k, not log k; 2,000 samples, 200 units (40,000 samples)"
 _L2_LINF = ("val_l2", "val_linf")
 # Training samples and work units of the paper's convolutional runs; of Darcy it does not say the latter.
-_SIZES = {"poisson": (9000, 10_000.0), "darcy": (40_000, None)}
+_SIZES: dict[str, tuple[int, float | None]] = {"poisson": (9000, 10_000.0), "darcy": (40_000, None)}
 
 
 def paper_002() -> Iterator[Line]:
@@ -30,7 +30,7 @@ def paper_002() -> Iterator[Line]:
     conv = width_rows("conv")
     poisson, permeable = where(conv, problem="poisson"), where(conv, problem="darcy")
     alone, both = where(permeable, levels=1), [row for row in permeable if row["settings"]["levels"] > 1]
-    yield from _convolutional("table 1, figure 4, convolutional", "table1_conv", width.TABLE1_CONV, poisson)
+    yield from convolutional("table 1, figure 4, convolutional", "table1_conv", width.TABLE1_CONV, poisson)
     command = 'width_study.py --parts="[table2, table3, table4]" --max_work=2000 --count_tau=true --validate_every=200'
     flux, of = width_rows("darcy_flux"), source(command, "width/darcy_flux.jsonl.gz")
     fixed = [row for row in where(flux, learning_rate=0.01, method="sgd") if row["settings"]["seed"] < 100]
@@ -39,10 +39,10 @@ def paper_002() -> Iterator[Line]:
     yield from _errors("table 2, figure 6, fully connected, two levels", width.TABLE2[2], undamped, _DARCY, of)
     yield from _over("table 2: two levels over SGD", width.TABLE2[1], width.TABLE2[2], one, undamped, _DARCY, of)
     undamped = [*alone, *where(both, gamma=1.0)]
-    yield from _convolutional("table 2, figure 7, convolutional", "table2_conv", width.TABLE2_CONV, undamped)
+    yield from convolutional("table 2, figure 7, convolutional", "table2_conv", width.TABLE2_CONV, undamped)
     yield from _table3(one, fixed, of)
     damped = [*alone, *where(both, gamma=0.125)]
-    yield from _convolutional("table 3, convolutional", "table3_conv", width.TABLE3_CONV, damped)
+    yield from convolutional("table 3, convolutional", "table3_conv", width.TABLE3_CONV, damped)
     for eta, theirs in width.TABLE4.items():
         chosen = [row for row in where(fixed, levels=4) if round(row["settings"]["eta"], 3) == eta]
         yield from _errors(f"table 4, figure 9, η = {eta:g}", theirs, chosen, _DARCY, of)
@@ -100,16 +100,18 @@ def _table3(one: list[Row], fixed: list[Row], of: str) -> Iterator[Line]:
             yield from _over(label, width.TABLE3[1], theirs, one, chosen, size, of, budget=budget, full=full)
 
 
-def _convolutional(label: str, part: str, theirs: Mapping[int, Sequence[str]], rows: Sequence[Row]) -> Iterator[Line]:
-    """The errors of each number of levels, and what was smaller than in the paper."""
+def convolutional(label: str, part: str, theirs: Mapping[int, Sequence[str]], rows: Sequence[Row]) -> Iterator[Line]:
+    """The lines of a convolutional table: errors by each number of levels, and the size, with the paper's where it differs."""
+    of = source(f'width_study.py --parts="[{part}]"', "width/conv.jsonl.gz")
     for levels, errors in theirs.items():
-        chosen = where(rows, levels=levels)
-        settings = chosen[0]["settings"] if chosen else {"num_train": 0, "max_work": 0.0, "problem": ""}
-        samples, units = settings["num_train"], settings["max_work"]
-        paper = _SIZES.get(settings["problem"], (0, 0.0))
-        size = f"{samples:,} samples, {units:,.0f} units" + ("" if (samples, units) == paper else f" ({paper[0]:,})")
-        of = source(f'width_study.py --parts="[{part}]"', "width/conv.jsonl.gz")
-        full = (samples, units) == paper
+        chosen, size, units, full = where(rows, levels=levels), "", 0.0, False
+        if chosen:
+            settings = chosen[0]["settings"]
+            samples, units = settings["num_train"], settings["max_work"]
+            paper = _SIZES[settings["problem"]]
+            full = (samples, units) == paper
+            theirs_said = f"{paper[0]:,} samples, " + (f"{paper[1]:,.0f} units" if paper[1] else "units not said")
+            size = f"{samples:,} samples, {units:,.0f} units" + ("" if full else f" ({theirs_said})")
         yield from _errors(f"{label}, {levels} level(s)", errors, chosen, size, of, budget=units, full=full)
 
 
