@@ -86,6 +86,12 @@ def test_cycles_over_portions_are_cycles_over_all():
     assert ours.counted == pytest.approx(theirs.counted)
 
 
+def test_portions_take_no_minibatches():
+    run = MGOpt(problem(), 16, OPTIONS, split((30, 30)))
+    with pytest.raises(ValueError, match="^batches of an objective in portions, which has all samples; leave one out$"):
+        next(run.run(1, samples))
+
+
 @pytest.mark.parametrize("method", ["gd", "lbfgs"])
 def test_algorithm_3_is_a_cycle_on_each_minibatch(method):
     optim = LevelOptions(method=(method,), learning_rate=(0.3,), line_search=method == "lbfgs", keep=False)

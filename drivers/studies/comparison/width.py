@@ -101,7 +101,7 @@ def _table3(one: list[Row], fixed: list[Row], of: str) -> Iterator[Line]:
 
 
 def convolutional(label: str, part: str, theirs: Mapping[int, Sequence[str]], rows: Sequence[Row]) -> Iterator[Line]:
-    """The lines of a convolutional table: errors by each number of levels, and the size, with the paper's where it differs."""
+    """The lines of a convolutional table: errors by each number of levels, with the paper's size where it differs."""
     of = source(f'width_study.py --parts="[{part}]"', "width/conv.jsonl.gz")
     for levels, errors in theirs.items():
         chosen, size, units, full = where(rows, levels=levels), "", 0.0, False
